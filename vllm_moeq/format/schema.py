@@ -1,0 +1,148 @@
+"""The ``quantization_config`` of a moeq checkpoint, format version 1 (docs/format.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_moeq.format.errors import ConfigError
+from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
+
+QUANT_METHOD = "moeq"
+FORMAT_VERSION = 1
+MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
+MAX_NAMES = 100_000
+
+Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+Bits = Literal[1, 2, 3, 4, 8]
+WHOLE_ROW = -1
+GroupSize = (
+    Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)]
+)
+"""Weights per scale along the input dimension; −1 is one group per row."""
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Projections(Strict):
+    """The names of an expert's matrices in the checkpoint: down(silu(gate(x)) · up(x))."""
+
+    gate: Name
+    up: Name
+    down: Name
+
+    def names(self) -> tuple[str, str, str]:
+        """Return the three names: gate, up, down."""
+        return self.gate, self.up, self.down
+
+
+class Linear(Strict):
+    """How the linears that are not routed experts are stored.
+
+    4 and 8 bits: compressed-tensors' ``pack-quantized``, symmetric, one scale per group, which vLLM
+    serves with its own kernels. 16: as in the source.
+    """
+
+    bits: Literal[4, 8, 16]
+    group_size: Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)] = 128
+
+    def compressed_tensors(self, ignore: list[str]) -> dict[str, Any]:
+        """Return the equivalent configuration for vLLM's compressed-tensors method."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": self.group_size,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ignore,
+        }
+
+
+class PlanSummary(Strict):
+    """Where the widths came from; for people and reports, never read by a kernel."""
+
+    method: Annotated[str, Field(max_length=64)]
+    avg_bits: Annotated[float, Field(ge=1, le=8)]
+    achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
+    bit_choices: Annotated[list[Bits], Field(min_length=1, max_length=len(BIT_WIDTHS))]
+    zeta: Annotated[float, Field(ge=1)] | None = None
+    promotion: Literal["official", "stable"] | None = None
+    counts: Literal["paper", "official"] | None = None
+    quantizer: Annotated[str, Field(max_length=64)] | None = None
+
+
+class MoeqConfig(Strict):
+    """A checkpoint's ``quantization_config``: explicit widths for every expert of every MoE layer."""
+
+    quant_method: Literal["moeq"]
+    format_version: Literal[1]
+    group_size: GroupSize
+    projections: Projections
+    experts: Annotated[
+        dict[Name, Annotated[list[Bits], Field(min_length=1, max_length=MAX_EXPERTS)]],
+        Field(min_length=1, max_length=MAX_LAYERS),
+    ]
+    linear: Linear
+    unquantized: Annotated[list[Name], Field(max_length=MAX_NAMES)]
+    plan: PlanSummary
+
+    @model_validator(mode="after")
+    def _widths_are_among_the_choices(self) -> MoeqConfig:
+        choices = set(self.plan.bit_choices)
+        for prefix, widths in self.experts.items():
+            for expert, bits in enumerate(widths):
+                if bits not in choices:
+                    raise ValueError(
+                        f"{prefix}: expert {expert} has {bits} bits, "
+                        f"which is not among bit_choices {sorted(choices)}"
+                    )
+        return self
+
+
+def parse_config(data: Any, where: str) -> MoeqConfig:
+    """Validate a ``quantization_config`` dictionary.
+
+    Args:
+        data: the parsed JSON value.
+        where: what the error message calls it, usually the file's path.
+
+    Raises:
+        ConfigError: another method, an unknown format version, or any violation of the schema.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: quantization_config must be an object, found {type(data).__name__}")
+    method = data.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ConfigError(f"{where}: quant_method must be {QUANT_METHOD!r}, found {method!r}")
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{where}: format_version must be {FORMAT_VERSION}, found {version!r}; "
+            "a newer version of vllm-moeq may know it"
+        )
+    try:
+        return MoeqConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error as one line: place, what is wrong, what was found."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "the object"
+    found = repr(problem["input"])
+    found = found if len(found) <= 80 else found[:77] + "..."
+    return f"{place}: {problem['msg']} (found {found})"

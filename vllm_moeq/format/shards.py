@@ -1,0 +1,182 @@
+"""Read the safetensors shards of a Hugging Face folder without trusting it.
+
+Only headers are read here; tensors come lazily from :meth:`ShardSet.load`, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_moeq.format.errors import CheckpointError, ConfigError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_JSON_BYTES = 64 << 20
+MAX_SHARDS = 10_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.numel * self.dtype.itemsize
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of bounded size.
+
+    Raises:
+        ConfigError: the file is missing, too large, not a regular file or not JSON.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected a JSON file, found {'no file' if not path.exists() else 'none'}")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {size}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+
+
+def _index_shards(path: Path) -> dict[str, str]:
+    """Return tensor name → shard file name from an index, refusing anything but plain names."""
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{path}: expected an object 'weight_map' with the shard of every tensor")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r}")
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise ConfigError(f"{path}: expected at most {MAX_SHARDS} shards")
+    return weight_map
+
+
+class ShardSet:
+    """The tensors of a folder: headers in memory, data on demand.
+
+    Args:
+        folder: a folder with ``model.safetensors`` or an index and its shards.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing, truncated or damaged, a tensor that the
+            index names and its shard lacks, or that stands in two shards.
+        ConfigError: a damaged index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        index = folder / INDEX_NAME
+        expected: dict[str, str] | None = None
+        if index.exists():
+            expected = _index_shards(index)
+            shards = sorted(set(expected.values()))
+        elif (folder / SINGLE_NAME).exists():
+            shards = [SINGLE_NAME]
+        else:
+            raise CheckpointError(f"{folder}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither")
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            self._read_header(shard)
+        for name, shard in (expected or {}).items():
+            if name not in self.tensors or self.tensors[name].shard != shard:
+                raise CheckpointError(f"{folder / shard}: tensor {name} is in the index but not in the file")
+
+    def _open(self, shard: str) -> Any:
+        if shard not in self._handles:
+            path = self.folder / shard
+            if not path.is_file():
+                raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
+            try:
+                self._handles[shard] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                size = path.stat().st_size
+                raise CheckpointError(
+                    f"{path}: damaged or truncated shard of {size} bytes ({error})"
+                ) from None
+        return self._handles[shard]
+
+    def _read_header(self, shard: str) -> None:
+        handle = self._open(shard)
+        for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder / shard}: tensor {name} is also in {self.tensors[name].shard}"
+                )
+            view = handle.get_slice(name)
+            dtype = DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{self.folder / shard}: tensor {name} has unsupported dtype {view.get_dtype()}"
+                )
+            self.tensors[name] = TensorInfo(shard, tuple(view.get_shape()), dtype)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return a tensor's header entry; raise CheckpointError when it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor, memory-mapped from its shard.
+
+        Raises:
+            CheckpointError: the tensor is missing or cannot be read.
+        """
+        info = self.info(name)
+        try:
+            tensor: torch.Tensor = self._open(info.shard).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
+        return tensor
+
+    def close(self) -> None:
+        """Release every shard's memory map."""
+        self._handles.clear()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
