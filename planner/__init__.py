@@ -1,0 +1,1 @@
+"""The offline half: score experts, plan their widths, quantize and write the checkpoint."""

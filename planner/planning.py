@@ -1,0 +1,205 @@
+"""Make a plan: checkpoint → scores → order → widths."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from planner.allocation import level_counts
+from planner.checkpoint import SourceModel
+from planner.methods import METHODS, Method, OrderOptions
+from planner.models import Layout, MoeLayer
+from planner.options import PlanOptions, check_options
+from planner.plan import Plan, Settings
+from planner.progress import Progress
+from planner.sensitivity import max_variance, router_norm
+from vllm_moeq.format import CheckpointError, ShardSet, UsageError
+
+NEAR_TIE = 1e-6
+
+Slot = tuple[str, int]
+"""An expert: its layer's prefix and its index."""
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""prefix → metric → one value per expert."""
+
+
+def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress: Progress) -> Plan:
+    """Score, order and assign.
+
+    Raises:
+        MoeqError: flags that cannot be met, an initial router that does not fit, damaged tensors.
+    """
+    check_options(options)
+    began = time.monotonic()
+    method = METHODS[options.resolved_method]
+    scores = score_experts(model, layout, method, options, progress)
+    experts: dict[str, list[int]] = {layer.prefix: [0] * layer.num_experts for layer in layout.layers}
+    order: dict[str, list[int]] = {layer.prefix: [] for layer in layout.layers}
+    promoted: dict[str, list[int]] = {}
+    groups = ranking_groups(layout, options.ranking)
+    for index, (slots, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
+        ranked = rank_slots(slots, method, scores, options, index)
+        for (prefix, expert), bits in assign(ranked, total_bits, options).items():
+            experts[prefix][expert] = bits
+        for prefix, expert in ranked:
+            order[prefix].append(expert)
+        if method.promotes:
+            for prefix, expert in promotions(slots, ranked, scores):
+                promoted.setdefault(prefix, []).append(expert)
+    total = sum(sum(widths) for widths in experts.values())
+    return Plan.model_validate(
+        {
+            "version": 1,
+            "method": options.resolved_method,
+            "bit_choices": list(options.bit_choices),
+            "avg_bits": float(options.avg_bits),
+            "achieved_avg_bits": total / layout.num_experts,
+            "experts": experts,
+            "order": order,
+            "scores": scores,
+            "promoted": promoted,
+            "near_ties": near_ties(order, method, scores),
+            "settings": _settings(method, options),
+            "source": {"model_type": layout.model_type, "fingerprint": model.fingerprint()},
+            "cost": {"seconds": round(time.monotonic() - began, 3)},
+        }
+    )
+
+
+def _settings(method: Method, options: PlanOptions) -> Settings:
+    """Record only the flags that had an effect."""
+    return Settings.model_validate(
+        {
+            "zeta": options.zeta if method.promotes else None,
+            "promotion": options.promotion if method.promotes else None,
+            "counts": options.counts if method.order else None,
+            "ranking": options.ranking if method.order else None,
+            "seed": options.seed if method.random else None,
+            "initial_model": str(options.initial_model) if options.initial_model else None,
+            "budget_gib": options.budget_gib,
+            "overrides": dict(options.overrides),
+        }
+    )
+
+
+def score_experts(
+    model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
+) -> dict[str, dict[str, list[float]]]:
+    """Compute the method's metrics, one matrix in memory at a time.
+
+    Raises:
+        MoeqError: an initial router that is missing or of another shape, or a score that is not finite.
+    """
+    if options.initial_model is not None and "router_norm" not in method.metrics:
+        raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
+    initial = ShardSet(options.initial_model) if options.initial_model is not None else None
+    scores: dict[str, dict[str, list[float]]] = {}
+    for layer in progress.track(layout.layers, "scoring experts"):
+        entry: dict[str, list[float]] = {}
+        if "router_norm" in method.metrics:
+            entry["router_norm"] = _router_norms(model, layer, initial)
+        if "max_var" in method.metrics:
+            names = [layer.weight(expert, layer.projections.gate) for expert in range(layer.num_experts)]
+            entry["max_var"] = [max_variance(model.shards.load(name)) for name in names]
+        for metric, values in entry.items():
+            if not all(math.isfinite(value) for value in values):
+                raise CheckpointError(f"{model.folder}: {layer.prefix}: {metric} is not finite: damaged weights")
+        scores[layer.prefix] = entry
+    return scores
+
+
+def _router_norms(model: SourceModel, layer: MoeLayer, initial: ShardSet | None) -> list[float]:
+    trained = model.shards.load(layer.router)
+    if initial is None:
+        return router_norm(trained)
+    before = initial.load(layer.router)
+    if before.shape != trained.shape:
+        raise CheckpointError(
+            f"{initial.folder}: tensor {layer.router}: expected {list(trained.shape)}, found {list(before.shape)}"
+        )
+    return router_norm(trained, before)
+
+
+def ranking_groups(layout: Layout, ranking: str) -> list[list[Slot]]:
+    """Return the experts that compete with each other: those of a layer, or all of them."""
+    layers = [[(layer.prefix, expert) for expert in range(layer.num_experts)] for layer in layout.layers]
+    return layers if ranking == "layer" else [[slot for layer in layers for slot in layer]]
+
+
+def group_budgets(groups: Sequence[Sequence[Slot]], options: PlanOptions) -> list[int]:
+    """Return each group's bits: the average times its size, fractions carried on to the next group.
+
+    The sum never exceeds the average over all experts, and layers differ by at most one bit.
+    """
+    budgets: list[int] = []
+    wanted = Fraction(0)
+    for group in groups:
+        wanted += options.avg_bits * len(group)
+        budgets.append(math.floor(wanted) - sum(budgets))
+    return budgets
+
+
+def rank_slots(
+    slots: Sequence[Slot], method: Method, scores: Scores, options: PlanOptions, index: int
+) -> list[Slot]:
+    """Order one group's experts, highest precision first."""
+    if method.order is None:
+        return list(slots)
+    merged = {metric: [scores[prefix][metric][expert] for prefix, expert in slots] for metric in method.metrics}
+    flags = OrderOptions(options.zeta, options.promotion, options.seed + index)
+    return [slots[position] for position in method.order(merged, len(slots), flags)]
+
+
+def assign(ranked: Sequence[Slot], total_bits: int, options: PlanOptions) -> dict[Slot, int]:
+    """Give widths down the order; overridden experts keep theirs and the others share what is left.
+
+    Raises:
+        UsageError: overrides that leave less than the lowest width for the others.
+    """
+    low, high = options.bit_choices[0], options.bit_choices[-1]
+    fixed = {slot: options.overrides[_name(slot)] for slot in ranked if _name(slot) in options.overrides}
+    free = [slot for slot in ranked if slot not in fixed]
+    left = total_bits - sum(fixed.values())
+    if left < low * len(free) or (not free and left < 0):
+        raise UsageError(
+            f"--overrides: the widths given for {ranked[0][0]} leave {left} bits for {len(free)} experts, "
+            f"less than {low} each; raise --avg-bits or lower an override"
+        )
+    widths = dict(fixed)
+    if free:
+        average = min(Fraction(left, len(free)), Fraction(high))
+        counts = level_counts(len(free), options.bit_choices, average, options.counts)
+        descending = [bits for bits in sorted(counts, reverse=True) for _ in range(counts[bits])]
+        widths.update(zip(free, descending, strict=True))
+    return widths
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot[0]}.{slot[1]}"
+
+
+def promotions(slots: Sequence[Slot], ranked: Sequence[Slot], scores: Scores) -> list[Slot]:
+    """Return the experts that stand before one of smaller norm: MaxVar moved them up."""
+    norm = {slot: scores[slot[0]]["router_norm"][slot[1]] for slot in slots}
+    moved, smallest = [], math.inf
+    for slot in reversed(ranked):
+        if norm[slot] > smallest:
+            moved.append(slot)
+        smallest = min(smallest, norm[slot])
+    return moved[::-1]
+
+
+def near_ties(order: Mapping[str, Sequence[int]], method: Method, scores: Scores) -> dict[str, list[list[int]]]:
+    """Return neighbours in the order whose first metric differs by less than a millionth."""
+    if not method.metrics:
+        return {}
+    ties: dict[str, list[list[int]]] = {}
+    for prefix, ids in order.items():
+        values = scores[prefix][method.metrics[0]]
+        for first, second in zip(ids, ids[1:], strict=False):
+            if abs(values[first] - values[second]) <= NEAR_TIE * max(abs(values[first]), abs(values[second])):
+                ties.setdefault(prefix, []).append([first, second])
+    return ties

@@ -1,0 +1,56 @@
+"""Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Where commands say how far they are; ``quiet`` says nothing.
+
+    Standard output stays free for results, so that ``--json`` can be piped.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def track(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield the items, showing count, elapsed and remaining time."""
+        if self.quiet or not self.console.is_terminal:
+            yield from self._lines(items, what)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self.console, transient=True) as bar:
+            yield from bar.track(items, description=what)
+
+    def _lines(self, items: Iterable[T], what: str) -> Iterator[T]:
+        sequence = list(items)
+        began = last = time.monotonic()
+        for done, item in enumerate(sequence, start=1):
+            yield item
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES and done < len(sequence):
+                remaining = (now - began) / done * (len(sequence) - done)
+                self.line(f"{what}: {done}/{len(sequence)}, {now - began:.0f} s, about {remaining:.0f} s left")
+                last = now

@@ -1,0 +1,89 @@
+"""What every quantizer takes and returns, and the storage rounding that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, dequantize
+
+MAX_ZERO = 1024.0
+"""Largest |zero| written: beyond it half precision no longer resolves a quarter of a step."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One matrix, quantized: w = (codes − zeros) · scales per group of the input dimension.
+
+    Attributes:
+        codes: uint8 [N, K].
+        scales: float16 or bfloat16 [N, K / G], non-zero.
+        zeros: same shape and dtype.
+        bits: width of the codes.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bits: int
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weights in float32 [N, K]."""
+        return dequantize(self.codes, self.scales, self.zeros)
+
+
+Quantizer = Callable[[torch.Tensor, int, int], Quantized]
+"""(weight [N, K], bits, group size or −1) → Quantized."""
+
+
+def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return a float32 view [N, K / G, G] of a finite matrix.
+
+    Raises:
+        CheckpointError: K is no multiple of 32 or of the group size, or a weight is not finite.
+    """
+    columns = weight.shape[1]
+    size = columns if group_size == WHOLE_ROW else group_size
+    if columns % CODES_PER_BLOCK or columns % size:
+        raise CheckpointError(
+            f"expected an input dimension that is a multiple of {CODES_PER_BLOCK} and of the group size {size}, "
+            f"found {columns}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError("expected finite weights, found NaN or infinity")
+    return weight.float().reshape(weight.shape[0], -1, size)
+
+
+def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Quantized:
+    """Round scales and zeros as they are stored, then choose the nearest code for each weight.
+
+    Codes are chosen last, so that they compensate for the rounding of scale and zero. Where a group is
+    (nearly) constant, a huge zero would swallow it; such groups get the scale |mean|, which a code
+    and a small zero then hit exactly.
+
+    Args:
+        groups: float32 [N, K / G, G].
+        scales: float32 [N, K / G], >= 0.
+        zeros: float32 [N, K / G].
+        bits: width of the codes.
+    """
+    mean = groups.mean(dim=-1)
+    flat = ~(scales * MAX_ZERO >= groups.abs().amax(dim=-1)) | (scales == 0)
+    size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
+    scales = torch.where(flat, size, scales)
+    zeros = torch.where(flat, (mean < 0).float(), zeros)
+
+    dtype = _storage(scales)
+    scales, zeros = scales.to(dtype), zeros.to(dtype)
+    codes = torch.round(groups / scales.float()[..., None] + zeros.float()[..., None])
+    codes = codes.clamp_(0, 2**bits - 1).to(torch.uint8).flatten(1)
+    return Quantized(codes, scales, zeros, bits)
+
+
+def _storage(scales: torch.Tensor) -> torch.dtype:
+    """Half precision unless a scale would leave its normal range; bfloat16 then."""
+    smallest, largest = float(scales.min()), float(scales.max())
+    info = torch.finfo(torch.float16)
+    return torch.float16 if info.tiny <= smallest and largest <= info.max else torch.bfloat16

@@ -1,0 +1,52 @@
+"""The linears that are not routed experts: symmetric integers in compressed-tensors' packed format."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.quantizers.base import to_groups
+from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
+
+CLIP_RATIOS = tuple(0.5 + 0.02 * i for i in range(31))
+"""Candidates for the scale, relative to max|w| / (2^(b−1) − 1)."""
+
+
+def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tensor]:
+    """Quantize [N, K] with the scale per group that leaves the least squared error.
+
+    Returns:
+        ``weight_packed`` int32 [N, K·b/32] (codes offset by 2^(b−1)), ``weight_scale`` in the weight's
+        dtype [N, K / G], ``weight_shape`` int64 [2].
+
+    Raises:
+        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+    """
+    groups = to_groups(weight, spec.group_size)
+    half = 2 ** (spec.bits - 1)
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    full = groups.abs().amax(dim=-1, keepdim=True) / (half - 1)
+    best_scale = torch.ones_like(full, dtype=dtype)
+    best_error = torch.full_like(full, float("inf"))
+    for ratio in CLIP_RATIOS:
+        scale = (full * ratio).to(dtype)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = torch.round(groups / scale.float()).clamp_(-half, half - 1)
+        error = (groups - codes * scale.float()).square().sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    codes = torch.round(groups / best_scale.float()).clamp_(-half, half - 1) + half
+    return {
+        "weight_packed": pack(codes.flatten(1).to(torch.uint8), spec.bits),
+        "weight_scale": best_scale[..., 0].contiguous(),
+        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+
+
+def linear_group_size(input_sizes: list[int]) -> int:
+    """Return the largest group of 128, 64, 32 that still fits when tensor parallelism splits K in four.
+
+    Row-parallel linears are split along K, and a rank must hold whole groups. Real models get 128.
+    """
+    fits = [g for g in (128, 64, CODES_PER_BLOCK) if all(size % (4 * g) == 0 for size in input_sizes)]
+    return fits[0] if fits else CODES_PER_BLOCK

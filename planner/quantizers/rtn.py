@@ -1,0 +1,23 @@
+"""Round to nearest (paper, eq. 2): the range of each group in 2^b equal steps, integer zero point."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.quantizers.base import Quantized, finish, to_groups
+
+
+def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
+    """Quantize [N, K] without calibration.
+
+    Δ = (max − min)/(2^b − 1), zero = −round(min/Δ); with codes counted from 0 instead of −2^(b−1) this
+    is eq. 2.
+
+    Raises:
+        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+    """
+    groups = to_groups(weight, group_size)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scales = (high - low) / (2**bits - 1)
+    zeros = -torch.round(low / torch.where(scales == 0, torch.ones_like(scales), scales))
+    return finish(groups, scales, zeros, bits)

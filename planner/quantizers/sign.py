@@ -1,0 +1,24 @@
+"""One bit: the sign times the mean magnitude of each group."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.quantizers.base import Quantized, finish, to_groups
+
+
+def quantize_sign(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
+    """Quantize [N, K] to w ≈ ±α with α = mean|w| per group, stored as scale 2α and zero 0.5.
+
+    Raises:
+        ValueError: ``bits`` is not 1.
+        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+    """
+    if bits != 1:
+        raise ValueError(f"the sign quantizer has 1 bit, got {bits}")
+    groups = to_groups(weight, group_size)
+    scales = 2 * groups.abs().mean(dim=-1)
+    result = finish(groups, scales, torch.full_like(scales, 0.5), bits)
+    # Rounding to even would send a weight of exactly 0 to −α; by convention sign(0) is +.
+    codes = torch.where(groups.flatten(1) == 0, (result.zeros != 0).repeat_interleave(groups.shape[-1], 1), result.codes)
+    return Quantized(codes.to(torch.uint8), result.scales, result.zeros, bits)

@@ -1,0 +1,136 @@
+"""What commands print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from planner.checkpoint import SourceModel
+from planner.estimate import GIB, Sizes
+from planner.models import Layout
+from planner.plan import Plan
+from planner.sensitivity import router_norm
+from vllm_moeq.format import Summary
+
+COLOURS = {1: "white on red3", 2: "black on orange1", 3: "black on green3", 4: "white on blue3", 8: "white on purple4"}
+MAX_LAYERS_SHOWN = 64
+MAX_EXPERTS_SHOWN = 64
+
+
+def size(count: float) -> str:
+    """Return bytes in the unit that keeps three digits readable."""
+    for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def inspect_facts(model: SourceModel, layout: Layout) -> dict[str, Any]:
+    """Return what ``moeq inspect`` shows."""
+    layers = []
+    for layer in layout.layers:
+        norms = router_norm(model.shards.load(layer.router))
+        layers.append({"prefix": layer.prefix, "experts": layer.num_experts, "router_norm": norms})
+    expert_weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
+    weights = sum(info.numel for info in model.shards.tensors.values())
+    expert_bytes = sum(
+        model.shards.info(layer.weight(expert, projection)).nbytes
+        for layer in layout.layers
+        for expert in range(layer.num_experts)
+        for projection in layer.projections.names()
+    )
+    total = sum(info.nbytes for info in model.shards.tensors.values())
+    return {
+        "model": str(model.folder),
+        "model_type": layout.model_type,
+        "parameters": weights,
+        "expert_parameters": expert_weights,
+        "bytes": total,
+        "expert_bytes": expert_bytes,
+        "linears": len(layout.linears),
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in model.shards.tensors.values()}),
+        "expert_shapes": {name: list(shape) for name, shape in layout.layers[0].shapes.items()},
+        "layers": layers,
+    }
+
+
+def print_inspection(facts: Mapping[str, Any]) -> None:
+    """Print the facts of a model and the router norms of its layers."""
+    console = Console()
+    share = facts["expert_parameters"] / facts["parameters"]
+    console.print(f"{facts['model']}: {facts['model_type']}, {', '.join(facts['dtypes'])}", soft_wrap=True)
+    console.print(
+        f"{facts['parameters']:,} parameters, {share:.1%} of them in routed experts; "
+        f"{size(facts['bytes'])}, experts {size(facts['expert_bytes'])}"
+    )
+    table = Table("MoE layer", "experts", "router norm: least", "median", "largest")
+    for layer in facts["layers"]:
+        norms = torch.tensor(layer["router_norm"])
+        values = (norms.min(), norms.median(), norms.max())
+        table.add_row(layer["prefix"], str(layer["experts"]), *(f"{float(value):.4f}" for value in values))
+    console.print(table)
+
+
+def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
+    """Print one coloured cell per expert, one line per layer."""
+    console = Console()
+    console.print("bits per expert, one line per MoE layer:")
+    for shown, (prefix, widths) in enumerate(experts.items()):
+        if shown == MAX_LAYERS_SHOWN:
+            console.print(f"… {len(experts) - shown} more layers")
+            break
+        line = Text(f"{_layer_number(prefix):>5} ")
+        for bits in widths[:MAX_EXPERTS_SHOWN]:
+            line.append(f" {bits} ", style=COLOURS[bits])
+        if len(widths) > MAX_EXPERTS_SHOWN:
+            line.append(f" … {len(widths)} experts")
+        line.append(f"  mean {sum(widths) / len(widths):.3f}")
+        console.print(line, soft_wrap=True)
+
+
+def _layer_number(prefix: str) -> str:
+    return next((part for part in prefix.split(".") if part.isdigit()), prefix)
+
+
+def print_sizes(sizes: Mapping[str, int]) -> None:
+    """Print source and output sizes."""
+    ratio = sizes["source_bytes"] / sizes["total_bytes"]
+    Console().print(
+        f"size {size(sizes['source_bytes'])} → {size(sizes['total_bytes'])} ({ratio:.2f} times smaller): "
+        f"experts {size(sizes['expert_bytes'])}, linears {size(sizes['linear_bytes'])}, "
+        f"16-bit {size(sizes['kept_bytes'])}; quantizing takes about {size(sizes['peak_ram_bytes'])} of memory",
+        soft_wrap=True,
+    )
+
+
+def print_plan(plan: Plan, sizes: Sizes) -> None:
+    """Print a plan: widths, promotions, sizes."""
+    print_widths(plan.experts)
+    moved = sum(len(ids) for ids in plan.promoted.values())
+    total = sum(len(widths) for widths in plan.experts.values())
+    console = Console()
+    console.print(
+        f"method {plan.method}: average {plan.achieved_avg_bits:.4f} bits of {plan.avg_bits:g} requested; "
+        f"MaxVar promoted {moved} of {total} experts",
+        soft_wrap=True,
+    )
+    if plan.near_ties:
+        pairs = sum(len(ids) for ids in plan.near_ties.values())
+        console.print(f"{pairs} pairs of neighbours are near-ties: their order is arbitrary")
+    print_sizes(sizes.as_dict())
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what a verified checkpoint holds."""
+    widths = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.widths.items()))
+    Console().print(
+        f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}), "
+        f"average {summary.average_bits:.4f} bits; experts {size(summary.expert_bytes)}, "
+        f"other tensors {size(summary.other_bytes)}",
+        soft_wrap=True,
+    )
