@@ -1,0 +1,75 @@
+"""The MoE layer as one opaque operator, so that torch.compile does not look inside."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_moeq.kernels.reference import moe_reference
+from vllm_moeq.kernels.storage import ragged
+
+_library = torch.library.Library("vllm_moeq", "FRAGMENT")
+
+
+def _moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_words: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w13_zeros: torch.Tensor,
+    w2_words: torch.Tensor,
+    w2_scales: torch.Tensor,
+    w2_zeros: torch.Tensor,
+    bits: list[int],
+    group_size: int,
+    w2_group_offset: int,
+) -> torch.Tensor:
+    hidden = x.shape[1]
+    rows = w13_scales.shape[1]
+    w13 = ragged(bits, rows, hidden, group_size)
+    w2 = ragged(bits, hidden, rows // 2, group_size, w2_group_offset)
+    gate_up, down = (w13_words, w13_scales, w13_zeros), (w2_words, w2_scales, w2_zeros)
+    return moe_reference(x, topk_weights, topk_ids, w13, gate_up, w2, down)
+
+
+def _moe_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library.define(
+    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_words, Tensor w13_scales, Tensor w13_zeros, "
+    "Tensor w2_words, Tensor w2_scales, Tensor w2_zeros, int[] bits, int group_size, int w2_group_offset) -> Tensor"
+)
+_library.impl("moe", _moe, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_moeq::moe", _moe_shape, lib=_library)
+
+
+def moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bits: list[int],
+    group_size: int,
+    w2_group_offset: int = 0,
+) -> torch.Tensor:
+    """Run a layer's experts on this rank's tokens.
+
+    Args:
+        x: [tokens, hidden].
+        topk_weights: [tokens, top-k].
+        topk_ids: [tokens, top-k], local indices, negative to skip.
+        w13: words (1-D int32), scales and zeros [E, 2·intermediate, groups] of gate and up.
+        w2: words, scales and zeros [E, hidden, groups] of down.
+        bits: width of each local expert.
+        group_size: weights per scale, −1 for whole rows.
+        w2_group_offset: where this rank's slice of the intermediate dimension begins within a group.
+
+    Returns:
+        [tokens, hidden], this rank's part of the sum.
+    """
+    result: torch.Tensor = torch.ops.vllm_moeq.moe(
+        x, topk_weights, topk_ids, *w13, *w2, bits, group_size, w2_group_offset
+    )
+    return result

@@ -1,0 +1,73 @@
+"""The mixed-width MoE layer in plain torch: the numerics that every other backend is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_moeq.format import unpack
+from vllm_moeq.kernels.storage import RaggedMatrices
+
+
+def dense_expert(
+    matrices: RaggedMatrices,
+    expert: int,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Dequantize one expert: (q − zero) · scale in float32, rounded once to ``dtype``.
+
+    Args:
+        matrices: the layout of the buffer.
+        expert: local index.
+        words: int32 buffer of all experts.
+        scales: [E, rows, groups].
+        zeros: [E, rows, groups].
+        dtype: of the result [rows, columns].
+    """
+    begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
+    packed = words[begin:end].view(matrices.rows, -1)
+    codes = unpack(packed, matrices.bits[expert], matrices.columns).float()
+    scale, zero = scales[expert].float(), zeros[expert].float()
+    if matrices.group_offset == 0 and matrices.columns % matrices.group_size == 0:
+        grouped = codes.unflatten(1, (matrices.groups, -1))
+        return ((grouped - zero[..., None]) * scale[..., None]).flatten(1).to(dtype)
+    column = torch.arange(matrices.columns, device=words.device) + matrices.group_offset
+    group = column // matrices.group_size
+    return ((codes - zero[:, group]) * scale[:, group]).to(dtype)
+
+
+def moe_reference(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: RaggedMatrices,
+    w13_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w2: RaggedMatrices,
+    w2_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Sum over each token's local experts of weight · down(silu(gate(x)) · up(x)).
+
+    Args:
+        x: [tokens, hidden], any float dtype.
+        topk_weights: [tokens, top-k] routing weights.
+        topk_ids: [tokens, top-k] local expert indices; negative ones are skipped.
+        w13: layout of gate and up, gate's rows first.
+        w13_tensors: words, scales, zeros of gate and up.
+        w2: layout of down.
+        w2_tensors: words, scales, zeros of down.
+
+    Returns:
+        [tokens, hidden] in x's dtype; zeros for tokens without a local expert.
+    """
+    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in torch.unique(topk_ids).tolist():
+        if expert < 0:
+            continue
+        token, slot = torch.nonzero(topk_ids == expert, as_tuple=True)
+        gate, up = (x[token] @ dense_expert(w13, expert, *w13_tensors, x.dtype).T).chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate.float()).to(x.dtype) * up
+        down = hidden @ dense_expert(w2, expert, *w2_tensors, x.dtype).T
+        result.index_add_(0, token, down.float() * topk_weights[token, slot, None].float())
+    return result.to(x.dtype)

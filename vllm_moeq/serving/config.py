@@ -1,0 +1,107 @@
+"""vLLM's view of a checkpoint's ``quantization_config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.platforms import current_platform
+
+from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, UsageError, parse_config, verify
+from vllm_moeq.serving.moe_method import MoeqMoEMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(__name__)
+
+
+class MoeqQuantizationConfig(QuantizationConfig):
+    """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels.
+
+    Raises:
+        UsageError: 8-bit linears on a CPU, which vLLM's CPU kernels do not have.
+    """
+
+    def __init__(self, config: MoeqConfig) -> None:
+        super().__init__()
+        self.moeq = config
+        self.widths: dict[str, list[int]] = {prefix: list(bits) for prefix, bits in config.experts.items()}
+        self._linear: CompressedTensorsConfig | None = None
+        if config.linear.bits != 16:
+            if config.linear.bits == 8 and current_platform.is_cpu():
+                raise UsageError(
+                    "quantization_config: linear.bits is 8, and vLLM's CPU kernels serve 4 or 16; "
+                    "quantize again with --linear-bits 4 or 16"
+                )
+            self._linear = CompressedTensorsConfig.from_config(
+                config.linear.compressed_tensors(list(config.unquantized))
+            )
+
+    def __repr__(self) -> str:
+        return f"MoeqQuantizationConfig(layers={len(self.widths)}, linear={self.moeq.linear.bits} bits)"
+
+    def get_name(self) -> str:
+        """Return the name that ``--quantization`` takes."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the activation dtypes that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest CUDA architecture, Ampere."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file: the configuration is part of config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MoeqQuantizationConfig:
+        """Validate the dictionary; raise ConfigError for any violation of the format."""
+        return cls(parse_config(config, "config.json"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Check the headers of a local checkpoint before anything is allocated."""
+        folder = Path(model_name)
+        if folder.is_dir():
+            summary = verify(folder, values=False)
+            widths = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(summary.widths.items()))
+            logger.info_once(
+                "moeq: %d MoE layers, %d experts (%s), %.2f bits on average, %.2f GiB of experts",
+                summary.layers,
+                summary.experts,
+                widths,
+                summary.average_bits,
+                summary.expert_bytes / 2**30,
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename layers as the model class does."""
+        self.widths = hf_to_vllm_mapper.apply_dict(self.widths)
+        if self._linear is not None:
+            self._linear.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of one layer; None leaves embeddings, attention and lm_head as they are."""
+        if isinstance(layer, RoutedExperts):
+            widths = self.widths.get(prefix)
+            if widths is None:
+                raise ConfigError(f"config.json: quantization_config.experts has no widths for {prefix}")
+            return MoeqMoEMethod(layer.moe_config, self.moeq, prefix, widths)
+        if isinstance(layer, LinearBase):
+            if self._linear is None:
+                return UnquantizedLinearMethod()
+            # Models fill in this mapping (q, k, v → qkv) after the config is made.
+            self._linear.packed_modules_mapping = self.packed_modules_mapping
+            return self._linear.get_quant_method(layer, prefix)
+        return None
