@@ -105,9 +105,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=1024
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=1024)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -129,9 +127,7 @@ def batches(stream: torch.Tensor, batch: int, steps: int, seed: int) -> Iterator
         for _ in range(batch):
             if not order:
                 offset = int(torch.randint(SEQUENCE, (1,), generator=generator))
-                order = [
-                    offset + i * SEQUENCE for i in torch.randperm(windows, generator=generator).tolist()
-                ]
+                order = [offset + i * SEQUENCE for i in torch.randperm(windows, generator=generator).tolist()]
             start = order.pop()
             rows.append(stream[start : start + SEQUENCE])
         yield torch.stack(rows)

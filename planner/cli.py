@@ -77,7 +77,9 @@ MethodName = Annotated[
     str,
     typer.Option("--method", help="auto, router-norm-maxvar, router-norm, max-var, random or uniform."),
 ]
-Zeta = Annotated[float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")]
+Zeta = Annotated[
+    float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")
+]
 PromotionFlag = Annotated[Promotion, typer.Option("--promotion", help="Order among several promoted experts.")]
 CountsFlag = Annotated[Counts, typer.Option("--counts", help="Experts per width: the paper's rule or its code's.")]
 RankingFlag = Annotated[Ranking, typer.Option("--ranking", help="Rank experts within each layer, or all together.")]

@@ -31,9 +31,7 @@ _W123 = Projections(gate="w1", up="w3", down="w2")
 _GATE_UP_DOWN = Projections(gate="gate_proj", up="up_proj", down="down_proj")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "mixtral": Architecture(
-        "block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, ("num_local_experts",)
-    ),
+    "mixtral": Architecture("block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, ("num_local_experts",)),
     "qwen3_moe": Architecture("mlp.gate.weight", "mlp.experts", _GATE_UP_DOWN, ("num_experts",)),
 }
 """``model_type`` of config.json → row."""
@@ -90,9 +88,7 @@ def architecture_of(model: SourceModel) -> Architecture:
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if row is not None:
         return row
-    looks = sorted(
-        {re.sub(r"\.\d+\.", ".N.", name) for name in model.shards.tensors if "expert" in name.lower()}
-    )
+    looks = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in model.shards.tensors if "expert" in name.lower()})
     found = ", ".join(looks[:6]) or "none"
     raise UsageError(
         f"{model.folder / 'config.json'}: model_type {model_type!r} is not supported "
@@ -114,9 +110,7 @@ def read_layout(model: SourceModel) -> Layout:
         raise UsageError(f"{model.folder / 'config.json'}: the model is quantized already ({name})")
     num_layers = model.integer("num_hidden_layers")
     layers = [
-        _read_layer(model, row, index)
-        for index in range(num_layers)
-        if row.router_name(index) in model.shards.tensors
+        _read_layer(model, row, index) for index in range(num_layers) if row.router_name(index) in model.shards.tensors
     ]
     if not layers:
         raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
@@ -146,8 +140,7 @@ def _read_layer(model: SourceModel, row: Architecture, index: int) -> MoeLayer:
     info = model.shards.info(router)
     if len(info.shape) != 2 or info.shape[0] != num_experts:
         raise CheckpointError(
-            f"{model.folder / info.shard}: tensor {router}: expected [{num_experts}, hidden], "
-            f"found {list(info.shape)}"
+            f"{model.folder / info.shard}: tensor {router}: expected [{num_experts}, hidden], found {list(info.shape)}"
         )
     shapes: dict[str, tuple[int, int]] = {}
     layer = MoeLayer(index, row.prefix(index), router, num_experts, row.projections, shapes)

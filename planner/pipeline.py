@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class QuantizeSettings:
     quantizer: str = "hqq"
     one_bit: str = "sign"
     group_size: int = 128
-    linear: Linear = Linear(bits=4)
+    linear: Linear = field(default_factory=lambda: Linear(bits=4))
 
 
 def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:
@@ -88,7 +88,7 @@ def _check_columns(model: SourceModel, name: str, columns: int, group: int, flag
             )
 
 
-def build_config(model: SourceModel, layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
+def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
     """Return the ``quantization_config`` of the output."""
     unquantized = [name.removesuffix(".weight") for name in layout.routers]
     unquantized += ["lm_head"] if "lm_head.weight" in layout.kept else []
@@ -128,7 +128,7 @@ def quantize(
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear)
     check_space(output, sizes.total_bytes + HEADROOM_BYTES)
-    config = build_config(model, layout, plan, settings)
+    config = build_config(layout, plan, settings)
     fingerprint = {"source": model.fingerprint(), "config": config.model_dump(mode="json"), "one_bit": settings.one_bit}
     writer = CheckpointWriter(output, fingerprint)
     try:
@@ -218,9 +218,9 @@ def _quantize_experts(
             exact = weight.float()
             squared_error += float((result.dequantize() - exact).square().sum())
             squared_norm += float(exact.square().sum())
-        error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+        relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
         name_of = settings.one_bit if bits == 1 else settings.quantizer
-        reports.append(asdict(ExpertReport(expert, bits, name_of, round(error, 6))))
+        reports.append(asdict(ExpertReport(expert, bits, name_of, round(relative, 6))))
     return reports
 
 
@@ -265,7 +265,7 @@ def _names_of(layout: Layout, index: int | None) -> Iterator[str]:
 
 
 def _say(
-    progress: Progress, layer: MoeLayer, widths: list[int], errors: list[dict[str, Any]], seconds: float
+    progress: Progress, layer: MoeLayer, widths: Sequence[int], errors: list[dict[str, Any]], seconds: float
 ) -> None:
     counts = ", ".join(f"{widths.count(bits)} × {bits} bit" for bits in sorted(set(widths), reverse=True))
     worst = max(errors, key=lambda entry: entry["relative_error"])

@@ -26,7 +26,7 @@ class Settings(Strict):
     seed: int | None = None
     initial_model: str | None = None
     budget_gib: float | None = None
-    overrides: dict[str, Bits] = {}
+    overrides: dict[str, Bits] = Field(default_factory=dict)
 
 
 class Plan(Strict):
@@ -37,7 +37,6 @@ class Plan(Strict):
     a million.
     """
 
-
     version: Literal[1]
     method: Annotated[str, Field(max_length=64)]
     bit_choices: Annotated[list[Bits], Field(min_length=1, max_length=len(BIT_WIDTHS))]
@@ -47,13 +46,13 @@ class Plan(Strict):
         dict[Name, Annotated[list[Bits], Field(min_length=1, max_length=MAX_EXPERTS)]],
         Field(min_length=1, max_length=MAX_LAYERS),
     ]
-    order: dict[Name, Ids] = {}
-    scores: dict[Name, dict[Name, Scores]] = {}
-    promoted: dict[Name, Ids] = {}
-    near_ties: dict[Name, list[Ids]] = {}
-    settings: Settings = Settings()
-    source: dict[str, Any] = {}
-    cost: dict[str, float] = {}
+    order: dict[Name, Ids] = Field(default_factory=dict)
+    scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)
+    promoted: dict[Name, Ids] = Field(default_factory=dict)
+    near_ties: dict[Name, list[Ids]] = Field(default_factory=dict)
+    settings: Settings = Field(default_factory=Settings)
+    source: dict[str, Any] = Field(default_factory=dict)
+    cost: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:

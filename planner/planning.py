@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from planner.allocation import level_counts
 from planner.checkpoint import SourceModel
@@ -142,9 +143,7 @@ def group_budgets(groups: Sequence[Sequence[Slot]], options: PlanOptions) -> lis
     return budgets
 
 
-def rank_slots(
-    slots: Sequence[Slot], method: Method, scores: Scores, options: PlanOptions, index: int
-) -> list[Slot]:
+def rank_slots(slots: Sequence[Slot], method: Method, scores: Scores, options: PlanOptions, index: int) -> list[Slot]:
     """Order one group's experts, highest precision first."""
     if method.order is None:
         return list(slots)
@@ -199,7 +198,7 @@ def near_ties(order: Mapping[str, Sequence[int]], method: Method, scores: Scores
     ties: dict[str, list[list[int]]] = {}
     for prefix, ids in order.items():
         values = scores[prefix][method.metrics[0]]
-        for first, second in zip(ids, ids[1:], strict=False):
+        for first, second in pairwise(ids):
             if abs(values[first] - values[second]) <= NEAR_TIE * max(abs(values[first]), abs(values[second])):
                 ties.setdefault(prefix, []).append([first, second])
     return ties

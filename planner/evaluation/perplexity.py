@@ -26,9 +26,7 @@ def read_text(path: Path) -> str:
 
 
 @torch.inference_mode()
-def perplexity(
-    folder: Path, text: str, progress: Progress, window: int = 512, max_tokens: int | None = None
-) -> float:
+def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, max_tokens: int | None = None) -> float:
     """Return exp of the mean negative log-likelihood per token, over consecutive windows.
 
     A moeq checkpoint is measured through its dequantized weights, exported to a temporary folder.

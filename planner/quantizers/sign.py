@@ -20,5 +20,7 @@ def quantize_sign(weight: torch.Tensor, bits: int, group_size: int) -> Quantized
     scales = 2 * groups.abs().mean(dim=-1)
     result = finish(groups, scales, torch.full_like(scales, 0.5), bits)
     # Rounding to even would send a weight of exactly 0 to −α; by convention sign(0) is +.
-    codes = torch.where(groups.flatten(1) == 0, (result.zeros != 0).repeat_interleave(groups.shape[-1], 1), result.codes)
+    codes = torch.where(
+        groups.flatten(1) == 0, (result.zeros != 0).repeat_interleave(groups.shape[-1], 1), result.codes
+    )
     return Quantized(codes.to(torch.uint8), result.scales, result.zeros, bits)

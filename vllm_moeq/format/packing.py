@@ -77,8 +77,7 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
     expected = packed_words(num_codes, bits)
     if words.dtype != torch.int32 or words.shape[-1] != expected:
         raise ValueError(
-            f"{num_codes} codes of {bits} bits are {expected} int32 words, "
-            f"got {words.shape[-1]} of {words.dtype}"
+            f"{num_codes} codes of {bits} bits are {expected} int32 words, got {words.shape[-1]} of {words.dtype}"
         )
     mask = (1 << bits) - 1
     blocks = words.unflatten(-1, (-1, bits)) if words.numel() else words.reshape(*words.shape[:-1], 0, bits)

@@ -18,9 +18,7 @@ MAX_NAMES = 100_000
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 Bits = Literal[1, 2, 3, 4, 8]
 WHOLE_ROW = -1
-GroupSize = (
-    Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)]
-)
+GroupSize = Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)]
 """Weights per scale along the input dimension; −1 is one group per row."""
 
 
@@ -106,8 +104,7 @@ class MoeqConfig(Strict):
             for expert, bits in enumerate(widths):
                 if bits not in choices:
                     raise ValueError(
-                        f"{prefix}: expert {expert} has {bits} bits, "
-                        f"which is not among bit_choices {sorted(choices)}"
+                        f"{prefix}: expert {expert} has {bits} bits, which is not among bit_choices {sorted(choices)}"
                     )
         return self
 

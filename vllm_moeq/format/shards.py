@@ -130,24 +130,18 @@ class ShardSet:
                 self._handles[shard] = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 size = path.stat().st_size
-                raise CheckpointError(
-                    f"{path}: damaged or truncated shard of {size} bytes ({error})"
-                ) from None
+                raise CheckpointError(f"{path}: damaged or truncated shard of {size} bytes ({error})") from None
         return self._handles[shard]
 
     def _read_header(self, shard: str) -> None:
         handle = self._open(shard)
         for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
             if name in self.tensors:
-                raise CheckpointError(
-                    f"{self.folder / shard}: tensor {name} is also in {self.tensors[name].shard}"
-                )
+                raise CheckpointError(f"{self.folder / shard}: tensor {name} is also in {self.tensors[name].shard}")
             view = handle.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
-                raise CheckpointError(
-                    f"{self.folder / shard}: tensor {name} has unsupported dtype {view.get_dtype()}"
-                )
+                raise CheckpointError(f"{self.folder / shard}: tensor {name} has unsupported dtype {view.get_dtype()}")
             self.tensors[name] = TensorInfo(shard, tuple(view.get_shape()), dtype)
 
     def info(self, name: str) -> TensorInfo:

@@ -71,9 +71,7 @@ def load_config(folder: Path) -> MoeqConfig:
     return parse_config(config["quantization_config"], str(path))
 
 
-def _expert_matrix(
-    shards: ShardSet, config: MoeqConfig, prefix: str, expert: int, projection: str
-) -> ExpertMatrix:
+def _expert_matrix(shards: ShardSet, config: MoeqConfig, prefix: str, expert: int, projection: str) -> ExpertMatrix:
     """Check the three tensors of one matrix against each other and against its width."""
     bits = config.experts[prefix][expert]
     base = f"{prefix}.{expert}.{projection}"
@@ -83,9 +81,7 @@ def _expert_matrix(
 
     def expect(suffix: str, what: str, found: object) -> None:
         shard = shards.info(f"{base}.{suffix}").shard
-        raise CheckpointError(
-            f"{shards.folder / shard}: tensor {base}.{suffix}: expected {what}, found {found}"
-        )
+        raise CheckpointError(f"{shards.folder / shard}: tensor {base}.{suffix}: expected {what}, found {found}")
 
     if packed.dtype != torch.int32 or len(packed.shape) != 2:
         expect(PACKED, "a 2-D int32 tensor", f"{packed.dtype} {list(packed.shape)}")
@@ -142,9 +138,7 @@ def _check_values(shards: ShardSet, matrix: ExpertMatrix) -> None:
                 "expected finite values, found NaN or infinity"
             )
         if suffix == SCALE and bool((values == 0).any()):
-            raise CheckpointError(
-                f"{shards.folder / shards.info(name).shard}: tensor {name}: expected no scale of 0"
-            )
+            raise CheckpointError(f"{shards.folder / shards.info(name).shard}: tensor {name}: expected no scale of 0")
 
 
 def verify(folder: Path, *, values: bool = True) -> Summary:

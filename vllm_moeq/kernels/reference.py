@@ -31,8 +31,8 @@ def dense_expert(
     codes = unpack(packed, matrices.bits[expert], matrices.columns).float()
     scale, zero = scales[expert].float(), zeros[expert].float()
     if matrices.group_offset == 0 and matrices.columns % matrices.group_size == 0:
-        grouped = codes.unflatten(1, (matrices.groups, -1))
-        return ((grouped - zero[..., None]) * scale[..., None]).flatten(1).to(dtype)
+        grouped = codes.reshape(matrices.rows, matrices.groups, -1)
+        return ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape).to(dtype)
     column = torch.arange(matrices.columns, device=words.device) + matrices.group_offset
     group = column // matrices.group_size
     return ((codes - zero[:, group]) * scale[:, group]).to(dtype)

@@ -46,9 +46,7 @@ class RaggedMatrices:
         return -(-(self.group_offset + self.columns) // self.group_size)
 
 
-def ragged(
-    bits: Sequence[int], rows: int, columns: int, group_size: int, group_offset: int = 0
-) -> RaggedMatrices:
+def ragged(bits: Sequence[int], rows: int, columns: int, group_size: int, group_offset: int = 0) -> RaggedMatrices:
     """Build :class:`RaggedMatrices`; a group size of −1 is one group per row."""
     size = group_offset + columns if group_size < 0 else group_size
     return RaggedMatrices(tuple(bits), rows, columns, size, group_offset)

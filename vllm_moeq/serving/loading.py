@@ -115,13 +115,13 @@ class ExpertLoader:
         half = self.partition.intermediate
         target = {"w1": target[:half], "w3": target[half:], "w2": target}[shard_id]
         if target.shape != part.shape:
-            raise CheckpointError(f"tensor {name}: expected {list(target.shape)} on this rank, found {list(part.shape)}")
+            raise CheckpointError(
+                f"tensor {name}: expected {list(target.shape)} on this rank, found {list(part.shape)}"
+            )
         target.copy_(part)
         self._loaded.add(name)
 
-    def _slice(
-        self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, bits: int
-    ) -> tuple[slice, slice]:
+    def _slice(self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, bits: int) -> tuple[slice, slice]:
         """Return this rank's rows and columns of a checkpoint tensor, after checking its dtype."""
         integer = tensor.dtype == torch.int32
         if tensor.ndim != 2 or integer != (suffix == PACKED) or not (integer or tensor.is_floating_point()):
@@ -144,8 +144,10 @@ class ExpertLoader:
     @staticmethod
     def _widen(param: torch.nn.Parameter, part: torch.Tensor) -> None:
         """Keep scales in half precision unless a bfloat16 one does not fit it exactly."""
-        if param.dtype == torch.float16 and part.dtype != torch.float16 and not torch.equal(
-            part.half().to(part.dtype), part
+        if (
+            param.dtype == torch.float16
+            and part.dtype != torch.float16
+            and not torch.equal(part.half().to(part.dtype), part)
         ):
             param.data = param.data.float()
 

@@ -1,0 +1,83 @@
+"""From a bfloat16 model to answers: plan, quantize, measure, serve with vLLM, ask, stop.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI
+from rich.console import Console
+
+from planner.evaluation import perplexity, read_text
+from planner.evaluation.server import Server, cpu_environment
+from planner.progress import Progress
+from planner.show import size
+
+HERE = Path(__file__).parent
+PROMPT = "class Stack:\n    def __init__(self):\n        self._items = []\n\n    def push(self, item):\n"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of a folder's weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def moeq(*arguments: str) -> None:
+    """Run the command as a user would."""
+    subprocess.run([str(Path(sys.executable).with_name("moeq")), *arguments], check=True)
+
+
+def ask(server: Server) -> tuple[str, float]:
+    """Return the greedy continuation of PROMPT and tokens per second of one request, warmed up."""
+    client = OpenAI(base_url=server.url, api_key="none")
+    client.completions.create(model="model", prompt=PROMPT, max_tokens=8, temperature=0)
+    began = time.monotonic()
+    answer = client.completions.create(model="model", prompt=PROMPT, max_tokens=96, temperature=0)
+    seconds = time.monotonic() - began
+    assert answer.usage is not None
+    return answer.choices[0].text, answer.usage.completion_tokens / seconds
+
+
+def main() -> None:
+    """Run the whole job on the shipped model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE / "models" / "stdlib-mixtral")
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".demo")
+    parser.add_argument("--avg-bits", default="2.5")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    quantized = args.work / f"{args.model.name}-{args.avg_bits}bit"
+    args.work.mkdir(exist_ok=True)
+    shutil.rmtree(quantized, ignore_errors=True)
+
+    console.rule("plan and quantize")
+    moeq("quantize", str(args.model), "--avg-bits", args.avg_bits, "--bits", "1,2,3", "-o", str(quantized))
+    moeq("verify", str(quantized))
+    before, after = folder_bytes(args.model), folder_bytes(quantized)
+    console.print(f"on disk: {size(before)} → {size(after)}, {before / after:.2f} times smaller")
+
+    console.rule("held-out perplexity")
+    text = read_text(args.model / "held_out.txt")
+    for name, folder in (("original", args.model), (f"{args.avg_bits} bits", quantized)):
+        console.print(f"{name:>10}: {perplexity(folder, text, Progress(quiet=True)):.3f}")
+
+    console.rule("serve with vLLM")
+    console.print("starting the OpenAI server (about a minute on two cores) …")
+    flags = ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+    with Server(quantized, args.work / "server.log", flags, cpu_environment()) as server:
+        console.print(f"POST {server.url}/completions")
+        text, speed = ask(server)
+    console.print(PROMPT, style="dim", end="", markup=False)
+    console.print(text, markup=False)
+    console.print(f"{speed:.1f} tokens/s, one request; the server is stopped")
+
+
+if __name__ == "__main__":
+    main()

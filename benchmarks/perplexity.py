@@ -1,0 +1,74 @@
+"""Held-out perplexity of uniform widths and of the paper's rule, as a Markdown table.
+
+python benchmarks/perplexity.py benchmarks/models/stdlib-mixtral
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+from planner.checkpoint import SourceModel
+from planner.evaluation import perplexity, read_text
+from planner.models import read_layout
+from planner.options import PlanOptions
+from planner.pipeline import QuantizeSettings, default_linear, quantize
+from planner.planning import make_plan
+from planner.progress import Progress
+
+QUIET = Progress(quiet=True)
+
+
+def measure(model: Path, text: str, options: PlanOptions, quantizer: str, linear_bits: int) -> tuple[float, float, int]:
+    """Return (achieved average bits, perplexity, bytes of the output's tensors)."""
+    with SourceModel(model) as source, tempfile.TemporaryDirectory() as temporary:
+        layout = read_layout(source)
+        settings = QuantizeSettings(quantizer=quantizer, linear=default_linear(source, layout, linear_bits))
+        plan = make_plan(source, layout, options, QUIET)
+        output = Path(temporary) / "model"
+        sizes = quantize(source, layout, plan, output, settings, QUIET)
+        return plan.achieved_avg_bits, perplexity(output, text, QUIET), sizes.total_bytes
+
+
+def cases(model: Path) -> list[tuple[str, PlanOptions]]:
+    """Return the rows of the table."""
+    rows: list[tuple[str, PlanOptions]] = []
+    for bits in (1, 2, 3, 4):
+        rows.append((f"uniform {bits}", PlanOptions(Fraction(bits), (bits,), method="uniform")))
+    for choices in ((1, 2, 3), (2, 3)):
+        label = ",".join(map(str, choices))
+        for average in (Fraction(2), Fraction(9, 4), Fraction(5, 2)):
+            if average == choices[0]:
+                continue
+            rows.append((f"router norm + MaxVar, {label}", PlanOptions(average, choices)))
+            changed = PlanOptions(average, choices, initial_model=model / "initial-router")
+            rows.append((f"router norm change + MaxVar, {label}", changed))
+            rows.append((f"max-var, {label}", PlanOptions(average, choices, method="max-var")))
+            for seed in range(3):
+                random = PlanOptions(average, choices, method="random", seed=seed)
+                rows.append((f"random (seed {seed}), {label}", random))
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--quantizer", default="hqq")
+    parser.add_argument("--linear-bits", type=int, default=4)
+    args = parser.parse_args()
+    text = read_text(args.model / "held_out.txt")
+    print("| widths | average bits | MiB | held-out perplexity |\n|---|---|---|---|")
+    weights = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
+    print(
+        f"| original (bfloat16) | 16 | {weights / 2**20:.2f} | {perplexity(args.model, text, QUIET):.3f} |", flush=True
+    )
+    for name, options in cases(args.model):
+        average, value, size = measure(args.model, text, options, args.quantizer, args.linear_bits)
+        print(f"| {name} | {average:.3f} | {size / 2**20:.2f} | {value:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

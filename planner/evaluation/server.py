@@ -1,0 +1,129 @@
+"""A vLLM server as a child process: started, waited for, stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from vllm_moeq.format import MoeqError
+
+
+class ServerError(MoeqError):
+    """The server did not become healthy; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """``python -m vllm.entrypoints.openai.api_server`` for one folder, on a free port of this machine.
+
+    Args:
+        folder: any Hugging Face folder that vLLM serves.
+        log: file that receives the server's output.
+        flags: further vLLM flags.
+        environment: variables added to this process's own.
+        timeout: seconds to wait for it to become healthy.
+
+    Raises:
+        ServerError: the server exited or was not healthy in time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        flags: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        timeout: float = 600,
+    ) -> None:
+        self.folder = folder
+        self.log = log
+        self.flags = list(flags)
+        self.environment = environment or {}
+        self.timeout = timeout
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL for OpenAI clients."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self) -> Server:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
+        command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                raise ServerError(f"the server exited with status {self._process.returncode}:\n{self._tail()}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise ServerError(f"the server was not healthy after {self.timeout:.0f} s:\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+
+    def stop(self) -> None:
+        """Ask the server and its workers to end; kill what has not ended after 20 s."""
+        process = self._process
+        if process is None:
+            return
+        for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(timeout=patience)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self._process = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return settings that make vLLM's CPU backend start on a small machine without a network."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,152 @@
+"""The served model equals the model: real vLLM servers, the real OpenAI client, trained weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from planner.evaluation import perplexity, read_text
+from planner.evaluation.server import Server, ServerError, cpu_environment
+from planner.progress import Progress
+from tests.serving.conftest import Pair
+
+PROMPTS = 16
+NEW_TOKENS = 32
+FLAGS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16"]
+# Logits near 16 are bfloat16 numbers 1/8 apart: two rankings may differ when the gap is two steps.
+NEAR_TIE = 0.25
+MUST_AGREE = 12
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens of one prompt and, at each position, the best tokens' log-probabilities."""
+
+    tokens: list[str]
+    top: list[dict[str, float]]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Bind ranks to cores by hand: vLLM's automatic binding wants one NUMA node per rank."""
+    bind = "|".join(str(rank) for rank in range(ranks)) if ranks > 1 else "auto"
+    return {**cpu_environment(), "VLLM_CPU_OMP_THREADS_BIND": bind}
+
+
+def prompts(source: Path) -> list[str]:
+    text = read_text(source / "held_out.txt")
+    step = len(text) // PROMPTS
+    return [text[i * step : i * step + 300] for i in range(PROMPTS)]
+
+
+def ask(folder: Path, texts: list[str], log: Path, flags: list[str], ranks: int = 1) -> list[Answer]:
+    with Server(folder, log, [*FLAGS, *flags], environment(ranks)) as server:
+        client = OpenAI(base_url=server.url, api_key="none")
+        answers = []
+        for text in texts:
+            reply = client.completions.create(
+                model="model",
+                prompt=text,
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+                logprobs=5,
+                extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
+            )
+            logprobs = reply.choices[0].logprobs
+            assert logprobs is not None
+            assert logprobs.tokens is not None
+            assert logprobs.top_logprobs is not None
+            answers.append(Answer(logprobs.tokens, [dict(top) for top in logprobs.top_logprobs]))
+    return answers
+
+
+def assert_same(ours: list[Answer], dense: list[Answer]) -> None:
+    """Every token equal, but for near-ties; after one the two texts are different and end there."""
+    identical = 0
+    for number, (mine, theirs) in enumerate(zip(ours, dense, strict=True)):
+        assert len(mine.tokens) == len(theirs.tokens) == NEW_TOKENS
+        differing = [i for i in range(NEW_TOKENS) if mine.tokens[i] != theirs.tokens[i]]
+        if not differing:
+            identical += 1
+            continue
+        place = differing[0]
+        for top in (mine.top[place], theirs.top[place]):
+            gap = abs(top.get(mine.tokens[place], -math.inf) - top.get(theirs.tokens[place], -math.inf))
+            print(f"prompt {number}, token {place}: {mine.tokens[place]} or {theirs.tokens[place]}, gap {gap:.4f}")
+            assert gap <= NEAR_TIE, f"prompt {number}, token {place}: {mine.top[place]} against {theirs.top[place]}"
+    assert identical >= MUST_AGREE, f"only {identical} of {PROMPTS} prompts agree to the end"
+
+
+@pytest.mark.server
+def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: Path) -> None:
+    texts = prompts(mixtral.source)
+    ours = ask(mixtral.quantized, texts, tmp_path / "ours.log", [])
+    dense = ask(mixtral.dense, texts, tmp_path / "dense.log", ["--enforce-eager"])
+    assert_same(ours, dense)
+    log = (tmp_path / "ours.log").read_text()
+    assert "moeq: 4 MoE layers, 32 experts" in log
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [(1, []), (2, []), (2, ["--enable-expert-parallel"])],
+    ids=["tp1", "tp2", "tp2-ep"],
+)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_matrix(
+    architecture: str, ranks: int, extra: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pair: Pair = request.getfixturevalue(architecture)
+    texts = prompts(pair.source)
+    flags = ["--enforce-eager", "--tensor-parallel-size", str(ranks), *extra]
+    ours = ask(pair.quantized, texts, tmp_path / "ours.log", flags, ranks)
+    dense = ask(pair.dense, texts, tmp_path / "dense.log", flags, ranks)
+    assert_same(ours, dense)
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path) -> None:
+    texts = prompts(mixtral.source)
+    total = count = 0.0
+    with Server(mixtral.quantized, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)) as server:
+        client = OpenAI(base_url=server.url, api_key="none")
+        offline = []
+        for text in texts:
+            reply = client.completions.create(
+                model="model", prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+            )
+            scored = reply.choices[0].model_dump()["prompt_logprobs"][1:]
+            total -= sum(next(iter(entry.values()))["logprob"] for entry in scored)
+            count += len(scored)
+            offline.append((math.log(perplexity(mixtral.quantized, text, Progress(quiet=True))), len(scored)))
+    expected = sum(mean * tokens for mean, tokens in offline) / sum(tokens for _, tokens in offline)
+    assert total / count == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.server
+def test_server_refuses_an_incomplete_checkpoint(mixtral: Pair, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in mixtral.quantized.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    shard = broken / "model-00002-of-00005.safetensors"
+    missing = "model.layers.1.block_sparse_moe.experts.5.w2.weight_packed"
+    with safe_open(shard, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys() if name != missing}  # noqa: SIM118
+    save_file(tensors, shard)
+    index = broken / "model.safetensors.index.json"
+    index.write_text("\n".join(line for line in index.read_text().splitlines() if missing not in line))
+    with pytest.raises(ServerError, match=r"exited with status"), Server(
+        broken, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)
+    ):
+        pass
+    assert missing in (tmp_path / "log").read_text()
