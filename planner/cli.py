@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,7 +23,7 @@ from planner.pipeline import QuantizeSettings, check_sizes, default_linear, quan
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
 from planner.progress import Progress
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, Linear, MoeqError, UsageError, verify
+from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, MoeqError, UsageError, verify
 
 app = typer.Typer(
     name="moeq",
@@ -129,12 +130,15 @@ def _group_size(value: int) -> int:
     return value
 
 
-def _number(text: str, flag: str) -> str:
+def _average(text: str) -> Fraction:
+    """Return the exact decimal; out-of-range values are refused here, before they become huge integers."""
+    low, high = min(BIT_WIDTHS), max(BIT_WIDTHS)
     try:
-        float(text)
+        if low <= float(text) <= high:
+            return Fraction(text)
     except ValueError:
-        raise UsageError(f"{flag}: expected a number, found {text!r}") from None
-    return text
+        pass
+    raise UsageError(f"--avg-bits: expected a number between {low} and {high}, found {text!r}")
 
 
 def _choices(text: str) -> tuple[int, ...]:
@@ -157,15 +161,13 @@ def _options(
     **rest: Any,
 ) -> PlanOptions:
     """Turn the plan flags into checked options."""
-    from planner.allocation import as_fraction
-
     choices = _choices(bits)
     if avg_bits is not None and budget_gib is not None:
         raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
     if budget_gib is not None:
         average = average_for_budget(model, layout, budget_gib, choices, settings.group_size, settings.linear)
     else:
-        average = as_fraction(_number(avg_bits or "2.5", "--avg-bits"))
+        average = _average(avg_bits or "2.5")
     if initial_model is not None and not initial_model.is_dir():
         raise UsageError(f"--initial-model: {initial_model}: expected a folder, found none")
     return PlanOptions(
@@ -288,24 +290,28 @@ def quantize_command(
             options = _options(
                 source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
                 initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value,
-                counts=counts.value, ranking=ranking.value, seed=seed,
+                counts=counts.value, ranking=ranking.value, seed=seed, ranked=not dry_run,
             )  # fmt: skip
             _announce(options, progress)
             made = make_plan(source, layout, options, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
         if not dry_run:
             quantize(source, layout, made, output, settings, progress)
-    _report(made, output, sizes.as_dict(), dry_run, as_json)
+    _report(made, None if dry_run else output, sizes.as_dict(), as_json)
 
 
-def _report(made: Plan, output: Path, sizes: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool) -> None:
+    """Print the result; without an output the widths are counts only, not yet given to experts."""
     if as_json:
-        facts = {"output": None if dry_run else str(output), "sizes": sizes}
-        _emit({**facts, "achieved_avg_bits": made.achieved_avg_bits, "experts": made.experts})
+        facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
+        if output is not None:
+            facts.update({"output": str(output), "experts": made.experts})
+        _emit(facts)
         return
-    show.print_widths(made.experts)
+    if output is not None:
+        show.print_widths(made.experts)
     show.print_sizes(sizes)
-    if not dry_run:
+    if output is not None:
         Console().print(f"wrote {output}; serve it with: moeq serve {output}", soft_wrap=True)
 
 

@@ -96,6 +96,8 @@ def average_for_budget(
     Raises:
         UsageError: even the smallest width does not fit; names the GiB that would.
     """
+    if not 0 < budget_gib < math.inf:
+        raise UsageError(f"--budget-gib: expected a positive number, found {budget_gib:g}")
     fixed = linear_bytes(model, layout, linear)
     fixed += sum(model.shards.info(name).nbytes for name in layout.kept)
     fixed += sum(metadata_bytes(layer, group_size) * layer.num_experts for layer in layout.layers)

@@ -24,7 +24,7 @@ class OrderOptions:
 class Method:
     """One row: the metrics to compute and the order they give (highest precision first).
 
-    ``order`` is None where there is nothing to rank: every expert gets the same width.
+    ``order`` is None where there is nothing to rank.
     """
 
     metrics: tuple[str, ...]
@@ -56,5 +56,8 @@ METHODS: dict[str, Method] = {
     "random": Method((), _shuffled, random=True),
     "uniform": Method((), None),
 }
+
+UNRANKED = Method((), None)
+"""Gives widths by index: the same counts as any ranking, without reading a weight."""
 
 DEFAULT_METHOD = "router-norm-maxvar"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,7 +15,10 @@ from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The plan flags, checked by :func:`check_options`."""
+    """The plan flags, checked by :func:`check_options`.
+
+    ``ranked`` False skips scores and order: widths by index, for estimates from headers alone.
+    """
 
     avg_bits: Fraction
     bit_choices: tuple[int, ...]
@@ -27,6 +31,7 @@ class PlanOptions:
     budget_gib: float | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    ranked: bool = True
 
     @property
     def resolved_method(self) -> str:
@@ -56,9 +61,7 @@ def check_options(options: PlanOptions) -> None:
     """
     low, high = min(options.bit_choices), max(options.bit_choices)
     if not low <= options.avg_bits <= high:
-        raise UsageError(
-            f"--avg-bits: expected a value between {low} and {high} (--bits), found {float(options.avg_bits):g}"
-        )
+        raise UsageError(f"--avg-bits: expected a value between {low} and {high} (--bits), found {options.avg_bits}")
     if options.resolved_method not in METHODS:
         known = ", ".join(["auto", *METHODS])
         raise UsageError(f"--method: expected one of {known}, found {options.method}")
@@ -66,7 +69,7 @@ def check_options(options: PlanOptions) -> None:
         raise UsageError(
             f"--method uniform: expected --avg-bits to be one of --bits, found {float(options.avg_bits):g}"
         )
-    if not options.zeta >= 1:
+    if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from planner.allocation import level_counts
 from planner.checkpoint import SourceModel
-from planner.methods import METHODS, Method, OrderOptions
+from planner.methods import METHODS, UNRANKED, Method, OrderOptions
 from planner.models import Layout, MoeLayer
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, Settings
@@ -35,7 +35,7 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
     """
     check_options(options)
     began = time.monotonic()
-    method = METHODS[options.resolved_method]
+    method = METHODS[options.resolved_method] if options.ranked else UNRANKED
     scores = score_experts(model, layout, method, options, progress)
     experts: dict[str, list[int]] = {layer.prefix: [0] * layer.num_experts for layer in layout.layers}
     order: dict[str, list[int]] = {layer.prefix: [] for layer in layout.layers}
@@ -94,7 +94,7 @@ def score_experts(
     Raises:
         MoeqError: an initial router that is missing or of another shape, or a score that is not finite.
     """
-    if options.initial_model is not None and "router_norm" not in method.metrics:
+    if options.initial_model is not None and "router_norm" not in method.metrics and options.ranked:
         raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
     initial = ShardSet(options.initial_model) if options.initial_model is not None else None
     scores: dict[str, dict[str, list[float]]] = {}
