@@ -284,8 +284,12 @@ def quantize_command(
         check_output(output)
         check_sizes(source, layout, settings)
         if plan_file is not None:
+            given = {"--avg-bits": avg_bits, "--budget-gib": budget_gib, "--overrides": overrides}
+            _refuse_with_plan({**given, "--initial-model": initial_model})
             made = read_plan(plan_file)
             made.check_against(layout, str(plan_file))
+            if made.source.get("fingerprint", source.fingerprint()) != source.fingerprint():
+                progress.line(f"note: {plan_file} was made from other weights than {model}")
         else:
             options = _options(
                 source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
@@ -298,6 +302,12 @@ def quantize_command(
         if not dry_run:
             quantize(source, layout, made, output, settings, progress)
     _report(made, None if dry_run else output, sizes.as_dict(), as_json)
+
+
+def _refuse_with_plan(flags: dict[str, object]) -> None:
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(f"--plan and {flag}: expected one of them, found both")
 
 
 def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool) -> None:

@@ -175,6 +175,8 @@ def _write_shards(
         elif layer:
             progress.line(f"{layer.prefix}: done by an earlier run")
         entries.append(entry)
+        # A mapped shard stays in resident memory; the next layer rarely needs the same one.
+        model.shards.close()
     merged = [read_json(path) for path in entries]
     for path in entries:
         path.unlink()

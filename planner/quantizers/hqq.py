@@ -9,39 +9,51 @@ from planner.quantizers.base import Quantized, finish, to_groups
 NORM = 0.7
 BETA = 10.0
 ITERATIONS = 20
+BLOCK_WEIGHTS = 1 << 17
+"""Weights optimized at a time: their float32 temporaries stay in the cache."""
 
 
 def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
-    """Quantize [N, K] without calibration.
+    """Quantize [N, K] without calibration, a block of rows at a time.
 
     Alternates between the shrunken residual W_e = shrink(W − W_r) and the zero point that fits
-    W − W_e, at a fixed scale (max − min)/(2^b − 1), and stops when mean|W − W_r| no longer falls.
+    W − W_e, at a fixed scale (max − min)/(2^b − 1), and stops when mean|W − W_r| of the block no longer
+    falls.
 
     Raises:
         CheckpointError: see :func:`planner.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, group_size)
+    rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
+    fitted = [_fit(block, 2**bits - 1, round_zero=bits == 4) for block in groups.split(rows)]
+    scales, zeros = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    return finish(groups, scales, zeros, bits)
+
+
+def _fit(groups: torch.Tensor, steps: int, *, round_zero: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales and zeros [rows, groups] of one block [rows, groups, G]."""
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    steps = 2**bits - 1
     scales = (high - low) / steps
     inverse = torch.where(scales == 0, torch.ones_like(scales), 1 / scales)
     zeros = -low * inverse
-    if bits == 4:
+    if round_zero:
         zeros = torch.round(zeros)  # as the reference implementation does at this width
-    best = zeros
-    lowest = float("inf")
+    scaled = groups * inverse
+    best, lowest = zeros, float("inf")
     for _ in range(ITERATIONS):
-        codes = torch.round(groups * inverse + zeros).clamp_(0, steps)
-        residual = groups - (codes - zeros) * scales
+        codes = (scaled + zeros).round_().clamp_(0, steps)
+        residual = (codes - zeros).mul_(scales).neg_().add_(groups)
         error = float(residual.abs().mean())
         if not error < lowest:
             break
         lowest, best = error, zeros
-        zeros = (codes - (groups - _shrink(residual)) * inverse).mean(dim=-1, keepdim=True)
-    return finish(groups, scales[..., 0], best[..., 0], bits)
+        # mean(codes − (W − W_e) / s), with the block's own W / s at hand.
+        zeros = (codes.sub_(scaled) + _shrink_(residual).mul_(inverse)).mean(dim=-1, keepdim=True)
+    return scales[..., 0], best[..., 0]
 
 
-def _shrink(residual: torch.Tensor) -> torch.Tensor:
-    """Proximal step of the lp norm: sign(x) · max(|x| − |x|^(p−1)/β, 0)."""
+def _shrink_(residual: torch.Tensor) -> torch.Tensor:
+    """Proximal step of the lp norm, in place: sign(x) · max(|x| − |x|^(p−1)/β, 0)."""
     magnitude = residual.abs()
-    return residual.sign() * (magnitude - magnitude.pow(NORM - 1) / BETA).clamp_min_(0)
+    threshold = magnitude.pow(NORM - 1).div_(BETA)
+    return residual.sign_().mul_(magnitude.sub_(threshold).clamp_min_(0))

@@ -45,9 +45,12 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 tensor [..., K * bits // 32].
 
     Raises:
-        ValueError: an unknown width, a K that is not a multiple of 32, or a code out of range.
+        ValueError: an unknown width, a K that is not a multiple of 32, codes that are no integers, or a
+            code out of range.
     """
     num_words = packed_words(codes.shape[-1], bits)
+    if codes.is_floating_point() or codes.is_complex():
+        raise ValueError(f"codes must be integers, got {codes.dtype}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"codes of {bits} bits must lie in [0, {(1 << bits) - 1}]")
     blocks = codes.to(torch.int32).unflatten(-1, (-1, CODES_PER_BLOCK))

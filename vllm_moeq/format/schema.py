@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
@@ -16,9 +16,21 @@ MAX_EXPERTS = 4096
 MAX_NAMES = 100_000
 
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
-Bits = Literal[1, 2, 3, 4, 8]
+
+
+def _integer(value: Any) -> Any:
+    """Refuse ``true`` and 3.0, which equal integers and would pass for them."""
+    if type(value) is not int:
+        raise ValueError("Input should be an integer")
+    return value
+
+
+Integer = BeforeValidator(_integer)
+Bits = Annotated[Literal[1, 2, 3, 4, 8], Integer]
 WHOLE_ROW = -1
-GroupSize = Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)]
+GroupSize = Annotated[
+    Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
+]
 """Weights per scale along the input dimension; −1 is one group per row."""
 
 
@@ -47,7 +59,7 @@ class Linear(Strict):
     serves with its own kernels. 16: as in the source.
     """
 
-    bits: Literal[4, 8, 16]
+    bits: Annotated[Literal[4, 8, 16], Integer]
     group_size: Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)] = 128
 
     def compressed_tensors(self, ignore: list[str]) -> dict[str, Any]:
@@ -139,7 +151,8 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a pydantic error as one line: place, what is wrong, what was found."""
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "the object"
+    parts = (str(part) for part in problem["loc"])
+    place = ".".join(part if part.isprintable() else repr(part) for part in parts) or "the object"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else found[:77] + "..."
     return f"{place}: {problem['msg']} (found {found})"

@@ -128,15 +128,20 @@ def expert_matrices(shards: ShardSet, config: MoeqConfig) -> Iterator[ExpertMatr
             )
 
 
+def _check_finite(shards: ShardSet, name: str) -> torch.Tensor:
+    """Return a tensor's values."""
+    values = shards.load(name)
+    if not bool(torch.isfinite(values).all()):
+        raise CheckpointError(
+            f"{shards.folder / shards.info(name).shard}: tensor {name}: expected finite values, found NaN or infinity"
+        )
+    return values
+
+
 def _check_values(shards: ShardSet, matrix: ExpertMatrix) -> None:
     for suffix in (SCALE, ZERO):
         name = matrix.name(suffix)
-        values = shards.load(name)
-        if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(
-                f"{shards.folder / shards.info(name).shard}: tensor {name}: "
-                "expected finite values, found NaN or infinity"
-            )
+        values = _check_finite(shards, name)
         if suffix == SCALE and bool((values == 0).any()):
             raise CheckpointError(f"{shards.folder / shards.info(name).shard}: tensor {name}: expected no scale of 0")
 
@@ -171,7 +176,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
             if values:
                 _check_values(shards, matrix)
         _refuse_strays(shards, config, known)
-        _check_linears(shards, config, known)
+        _check_linears(shards, config, known, values)
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes
@@ -193,8 +198,8 @@ def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> Non
             )
 
 
-def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
-    """Check the shapes of every packed linear that is not an expert."""
+def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str], values: bool) -> None:
+    """Check the shapes of every packed linear that is not an expert, and on request its scales."""
     bits, group = config.linear.bits, config.linear.group_size
     for name, info in shards.tensors.items():
         if name in known or not name.endswith(f".{PACKED}"):
@@ -210,3 +215,5 @@ def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> Non
                 f"{shards.folder / info.shard}: tensor {name}: {list(info.shape)} words do not fit "
                 f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
             )
+        if values:
+            _check_finite(shards, f"{base}.{SCALE}")

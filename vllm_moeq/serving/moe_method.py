@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+from vllm.platforms import current_platform
 
 from vllm_moeq.format import MoeqConfig, UsageError
 from vllm_moeq.kernels import moe
@@ -72,6 +73,10 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_{suffix}", parameter)
 
     def _check(self, layer: RoutedExperts) -> None:
+        if not current_platform.is_cpu() and not get_current_vllm_config().model_config.enforce_eager:
+            raise UsageError(
+                "this version has kernels for the CPU backend; on a GPU its reference path needs --enforce-eager"
+            )
         activation = getattr(layer.activation, "value", layer.activation)
         if activation != "silu":
             raise UsageError(f"{self.prefix}: expected the activation silu, found {activation}")
