@@ -20,6 +20,21 @@ from safetensors.torch import save_file
 
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, ShardSet, UsageError, read_json
 
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+"""Files beside the weights that a server needs."""
+
+MAX_INTEGER = 1 << 20
+"""Largest size that a config.json may name: more would be a damaged file, and long loops."""
+
 
 def resolve_model(model: str) -> Path:
     """Return the local folder of a model: a path as it is, a Hub name downloaded first.
@@ -61,9 +76,10 @@ class SourceModel:
         """Return the first of the config's ``keys`` that is there, a positive integer."""
         for key in keys:
             value = self.config.get(key)
-            if isinstance(value, int) and value > 0:
+            if type(value) is int and 0 < value <= MAX_INTEGER:
                 return value
-        raise ConfigError(f"{self.folder / 'config.json'}: expected a positive integer {' or '.join(keys)}")
+        path = self.folder / "config.json"
+        raise ConfigError(f"{path}: expected {' or '.join(keys)} between 1 and {MAX_INTEGER}")
 
     def fingerprint(self) -> str:
         """Return a digest of config and headers: names, shapes, dtypes, file sizes and times.
@@ -169,6 +185,8 @@ class CheckpointWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{self.partial}: another run is writing this output") from None
+        for leftover in self.partial.glob(".*.tmp"):
+            leftover.unlink()  # of a run that was killed while it wrote
         path = self.partial / "fingerprint.json"
         if path.exists():
             if read_json(path) != self._fingerprint:
@@ -176,8 +194,12 @@ class CheckpointWriter:
                     f"{self.partial}: an unfinished run with another model, plan or settings; "
                     "delete that folder or choose another output"
                 )
-        else:
+            return
+        try:
             write_json(path, self._fingerprint)
+        except MoeqError:
+            self._remove_if_empty()
+            raise
 
     def has_shard(self, shard: str) -> bool:
         """Tell whether a previous run finished this shard, and count its tensors if so."""
@@ -186,9 +208,12 @@ class CheckpointWriter:
             return False
         from safetensors import safe_open
 
-        with safe_open(str(path), framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
-                self._weight_map[name] = shard
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                names = list(handle.keys())
+        except SafetensorError:
+            return False  # damaged since: written again
+        self._weight_map.update(dict.fromkeys(names, shard))
         self._bytes += path.stat().st_size
         return True
 
@@ -200,32 +225,38 @@ class CheckpointWriter:
             self._weight_map[name] = shard
         self._bytes += (self.partial / shard).stat().st_size
 
-    def copy(self, source: Path) -> None:
-        """Copy one small file, such as the tokenizer."""
-        with atomic(self.partial / source.name) as temporary:
-            shutil.copyfile(source, temporary)
+    def copy_companions(self, folder: Path) -> None:
+        """Copy tokenizer, generation settings and chat template from another model folder."""
+        paths = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+        for path in sorted(paths):
+            with atomic(self.partial / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
     def finish(self, config: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Write further JSON files, the index, config.json, and put the folder in its place."""
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
         write_json(self.partial / "config.json", config)
-        (self.partial / "fingerprint.json").unlink()
-        (self.partial / ".lock").unlink()
         try:
             self.partial.rename(self.output)
         except OSError as error:
             raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({_reason(error)})") from None
+        # Only now: a run that fails before can still be continued.
+        for path in (self.output / "fingerprint.json", self.output / ".lock", *self.output.glob("*.safetensors.json")):
+            path.unlink()
         _sync(self.output.parent)
         os.close(self._lock)
 
     def abandon(self) -> None:
         """After an error: keep whole shards for a later run, remove everything else."""
+        self._remove_if_empty()
+        os.close(self._lock)
+
+    def _remove_if_empty(self) -> None:
         if not any(self.partial.glob("*.safetensors")):
             shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
 
 
 def check_output(output: Path) -> None:

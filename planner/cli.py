@@ -167,7 +167,7 @@ def _options(
     if budget_gib is not None:
         average = average_for_budget(model, layout, budget_gib, choices, settings.group_size, settings.linear)
     else:
-        average = _average(avg_bits or "2.5")
+        average = _average("2.5" if avg_bits is None else avg_bits)
     if initial_model is not None and not initial_model.is_dir():
         raise UsageError(f"--initial-model: {initial_model}: expected a folder, found none")
     return PlanOptions(
@@ -394,7 +394,8 @@ def main() -> NoReturn:
     try:
         app()
     except MoeqError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", soft_wrap=True, markup=False)
+        line = " ".join(str(error).splitlines())  # names come from files and may hold anything
+        Console(stderr=True, highlight=False).print(f"error: {line}", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -15,7 +15,6 @@ from vllm_moeq.format import (
     ZERO,
     ExpertMatrix,
     MoeqConfig,
-    MoeqError,
     ShardSet,
     dequantize,
     expert_matrices,
@@ -54,11 +53,10 @@ def export_dense(folder: Path, output: Path, progress: Progress) -> None:
             for shard in progress.track(sorted({info.shard for info in shards.tensors.values()}), "exporting"):
                 if not writer.has_shard(shard):
                     writer.write_shard(shard, _dense_shard(shards, shard, config, matrices))
-            for path in sorted(folder.glob("*token*")):
-                writer.copy(path)
+            writer.copy_companions(folder)
             source.pop("quantization_config")
             writer.finish({**source, "dtype": "bfloat16"}, {})
-        except MoeqError:
+        except BaseException:
             writer.abandon()
             raise
 

@@ -27,12 +27,14 @@ class Architecture:
         return f"model.layers.{layer}.{self.experts}"
 
 
+# transformers 5 writes num_local_experts for either model.
+_COUNT_KEYS = ("num_local_experts", "num_experts")
 _W123 = Projections(gate="w1", up="w3", down="w2")
 _GATE_UP_DOWN = Projections(gate="gate_proj", up="up_proj", down="down_proj")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "mixtral": Architecture("block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, ("num_local_experts",)),
-    "qwen3_moe": Architecture("mlp.gate.weight", "mlp.experts", _GATE_UP_DOWN, ("num_experts",)),
+    "mixtral": Architecture("block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, _COUNT_KEYS),
+    "qwen3_moe": Architecture("mlp.gate.weight", "mlp.experts", _GATE_UP_DOWN, _COUNT_KEYS),
 }
 """``model_type`` of config.json → row."""
 
@@ -109,9 +111,7 @@ def read_layout(model: SourceModel) -> Layout:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise UsageError(f"{model.folder / 'config.json'}: the model is quantized already ({name})")
     num_layers = model.integer("num_hidden_layers")
-    layers = [
-        _read_layer(model, row, index) for index in range(num_layers) if row.router_name(index) in model.shards.tensors
-    ]
+    layers = [_read_layer(model, row, index) for index in range(num_layers) if _has_experts(model, row, index)]
     if not layers:
         raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
     routers = {layer.router for layer in layers}
@@ -131,6 +131,12 @@ def read_layout(model: SourceModel) -> Layout:
 
 def _is_linear(name: str, info: TensorInfo) -> bool:
     return name.endswith(".weight") and len(info.shape) == 2 and not name.endswith(KEPT)
+
+
+def _has_experts(model: SourceModel, row: Architecture, index: int) -> bool:
+    """Tell a MoE layer, even one whose router is missing, from a dense one."""
+    first = f"{row.prefix(index)}.0.{row.projections.gate}.weight"
+    return row.router_name(index) in model.shards.tensors or first in model.shards.tensors
 
 
 def _read_layer(model: SourceModel, row: Architecture, index: int) -> MoeLayer:

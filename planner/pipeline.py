@@ -26,22 +26,11 @@ from vllm_moeq.format import (
     CheckpointError,
     Linear,
     MoeqConfig,
-    MoeqError,
     pack,
     read_json,
 )
 
 LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.")
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 HEADROOM_BYTES = 4 << 20
 """Headers, index, config and tokenizer, in the check for free space."""
 
@@ -133,14 +122,11 @@ def quantize(
     writer = CheckpointWriter(output, fingerprint)
     try:
         report = _write_shards(model, layout, plan, settings, writer, progress)
-        for pattern in COPIED:
-            for path in sorted(model.folder.glob(pattern)):
-                if path.is_file():
-                    writer.copy(path)
+        writer.copy_companions(model.folder)
         quantization_config = config.model_dump(mode="json", exclude_none=True)
         extra = {"plan.json": plan.model_dump(mode="json"), "quantization_report.json": report}
         writer.finish({**model.config, "quantization_config": quantization_config}, extra)
-    except MoeqError:
+    except BaseException:
         writer.abandon()
         raise
     return sizes
@@ -178,8 +164,6 @@ def _write_shards(
         # A mapped shard stays in resident memory; the next layer rarely needs the same one.
         model.shards.close()
     merged = [read_json(path) for path in entries]
-    for path in entries:
-        path.unlink()
     return {
         "quantizer": settings.quantizer,
         "one_bit": settings.one_bit,

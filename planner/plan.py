@@ -109,7 +109,7 @@ def read_plan(path: Path) -> Plan:
     """
     data = read_json(path)
     version = data.get("version") if isinstance(data, dict) else None
-    if version != 1:
+    if type(version) is not int or version != 1:
         raise ConfigError(f"{path}: expected a plan of version 1, found {version!r}")
     try:
         return Plan.model_validate(data)

@@ -158,6 +158,8 @@ def assign(ranked: Sequence[Slot], total_bits: int, options: PlanOptions) -> dic
     Raises:
         UsageError: overrides that leave less than the lowest width for the others.
     """
+    if options.resolved_method == "uniform" and not options.overrides:
+        return dict.fromkeys(ranked, int(options.avg_bits))
     low, high = options.bit_choices[0], options.bit_choices[-1]
     fixed = {slot: options.overrides[_name(slot)] for slot in ranked if _name(slot) in options.overrides}
     free = [slot for slot in ranked if slot not in fixed]

@@ -68,11 +68,13 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
         f"{facts['parameters']:,} parameters, {share:.1%} of them in routed experts; "
         f"{size(facts['bytes'])}, experts {size(facts['expert_bytes'])}"
     )
-    table = Table("MoE layer", "experts", "router norm: least", "median", "largest")
+    table = Table("layer", "experts", "router norm: least", "median", "largest")
     for layer in facts["layers"]:
         norms = torch.tensor(layer["router_norm"])
         values = (norms.min(), norms.median(), norms.max())
-        table.add_row(layer["prefix"], str(layer["experts"]), *(f"{float(value):.4f}" for value in values))
+        table.add_row(
+            _layer_number(layer["prefix"]), str(layer["experts"]), *(f"{float(value):.4f}" for value in values)
+        )
     console.print(table)
 
 

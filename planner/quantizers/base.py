@@ -9,8 +9,12 @@ import torch
 
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, dequantize
 
-MAX_ZERO = 1024.0
-"""Largest |zero| written: beyond it half precision no longer resolves a quarter of a step."""
+NARROWEST = 2.0**-10
+"""Least range of a group, relative to its largest magnitude, that is worth a zero point: half
+precision resolves no finer one."""
+
+MAX_ZERO = 2.0**15
+"""Largest |zero| written, within the range of half precision."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +65,29 @@ def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits
 
     Codes are chosen last, so that they compensate for the rounding of scale and zero. Where a group is
     (nearly) constant, a huge zero would swallow it; such groups get the scale |mean|, which a code
-    and a small zero then hit exactly.
+    and a small zero then hit exactly. Scales below bfloat16's normal range are raised to it.
 
     Args:
         groups: float32 [N, K / G, G].
         scales: float32 [N, K / G], >= 0.
         zeros: float32 [N, K / G].
         bits: width of the codes.
+
+    Raises:
+        CheckpointError: weights so large that a scale would be infinite.
     """
     mean = groups.mean(dim=-1)
-    flat = ~(scales * MAX_ZERO >= groups.abs().amax(dim=-1)) | (scales == 0)
+    largest_zero = min((2**bits - 1) / NARROWEST, MAX_ZERO)
+    flat = ~(scales * largest_zero >= groups.abs().amax(dim=-1)) | (scales == 0) | ~torch.isfinite(zeros)
     size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
     scales = torch.where(flat, size, scales)
     zeros = torch.where(flat, (mean < 0).float(), zeros)
 
+    scales = scales.clamp_min(torch.finfo(torch.bfloat16).tiny)
     dtype = _storage(scales)
     scales, zeros = scales.to(dtype), zeros.to(dtype)
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointError("expected weights whose scales are finite in bfloat16, found larger ones")
     codes = torch.round(groups / scales.float()[..., None] + zeros.float()[..., None])
     codes = codes.clamp_(0, 2**bits - 1).to(torch.uint8).flatten(1)
     return Quantized(codes, scales, zeros, bits)

@@ -55,5 +55,5 @@ def _fit(groups: torch.Tensor, steps: int, *, round_zero: bool) -> tuple[torch.T
 def _shrink_(residual: torch.Tensor) -> torch.Tensor:
     """Proximal step of the lp norm, in place: sign(x) · max(|x| − |x|^(p−1)/β, 0)."""
     magnitude = residual.abs()
-    threshold = magnitude.pow(NORM - 1).div_(BETA)
+    threshold = magnitude.log().mul_(NORM - 1).exp_().div_(BETA)  # |x|^(p−1); pow takes four times as long
     return residual.sign_().mul_(magnitude.sub_(threshold).clamp_min_(0))

@@ -19,8 +19,9 @@ def quantize_sign(weight: torch.Tensor, bits: int, group_size: int) -> Quantized
     groups = to_groups(weight, group_size)
     scales = 2 * groups.abs().mean(dim=-1)
     result = finish(groups, scales, torch.full_like(scales, 0.5), bits)
-    # Rounding to even would send a weight of exactly 0 to −α; by convention sign(0) is +.
-    codes = torch.where(
-        groups.flatten(1) == 0, (result.zeros != 0).repeat_interleave(groups.shape[-1], 1), result.codes
-    )
+    # Rounding would send a weight of (almost) 0 to −α; by convention sign(0) is +. Constant groups of 0 have
+    # no sign: finish gave them another zero.
+    positive = (groups >= 0).flatten(1)
+    signed = (result.zeros == 0.5).repeat_interleave(groups.shape[-1], dim=1)
+    codes = torch.where(signed, positive, result.codes)
     return Quantized(codes.to(torch.uint8), result.scales, result.zeros, bits)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+BITS = "1,2,3,4,8"
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 
 
@@ -25,11 +26,22 @@ class Pair:
 def make_pair(name: str, folder: Path) -> Pair:
     pair = Pair(MODELS / name, folder / "quantized", folder / "dense")
     subprocess.run(
-        [MOEQ, "quantize", str(pair.source), "--avg-bits", "2.5", "--bits", "1,2,3,4,8", "--linear-bits", "4"]
-        + ["--method", "random", "-o", str(pair.quantized)],
+        [
+            MOEQ,
+            "quantize",
+            pair.source,
+            "-o",
+            pair.quantized,
+            "--avg-bits",
+            "2.5",
+            "--method",
+            "random",
+            "--bits",
+            BITS,
+        ],
         check=True,
     )
-    subprocess.run([MOEQ, "export", str(pair.quantized), "-o", str(pair.dense)], check=True)
+    subprocess.run([MOEQ, "export", pair.quantized, "-o", pair.dense], check=True)
     return pair
 
 

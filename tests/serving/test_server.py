@@ -83,7 +83,7 @@ def assert_same(ours: list[Answer], dense: list[Answer]) -> None:
 @pytest.mark.server
 def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: Path) -> None:
     texts = prompts(mixtral.source)
-    ours = ask(mixtral.quantized, texts, tmp_path / "ours.log", [])
+    ours = ask(mixtral.quantized, texts, tmp_path / "ours.log", ["--quantization", "moeq"])
     dense = ask(mixtral.dense, texts, tmp_path / "dense.log", ["--enforce-eager"])
     assert_same(ours, dense)
     log = (tmp_path / "ours.log").read_text()
@@ -145,8 +145,9 @@ def test_server_refuses_an_incomplete_checkpoint(mixtral: Pair, tmp_path: Path) 
     save_file(tensors, shard)
     index = broken / "model.safetensors.index.json"
     index.write_text("\n".join(line for line in index.read_text().splitlines() if missing not in line))
-    with pytest.raises(ServerError, match=r"exited with status"), Server(
-        broken, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)
+    with (
+        pytest.raises(ServerError, match=r"exited with status"),
+        Server(broken, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)),
     ):
         pass
     assert missing in (tmp_path / "log").read_text()
