@@ -14,6 +14,7 @@ from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
+from rich.text import Text
 
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, cpu_environment
@@ -21,7 +22,7 @@ from planner.progress import Progress
 from planner.show import size
 
 HERE = Path(__file__).parent
-PROMPT = "class Stack:\n    def __init__(self):\n        self._items = []\n\n    def push(self, item):\n"
+PROMPT = 'def read(self, size=-1):\n    """Read up to size bytes from the'
 
 
 def folder_bytes(folder: Path) -> int:
@@ -74,8 +75,7 @@ def main() -> None:
     with Server(quantized, args.work / "server.log", flags, cpu_environment()) as server:
         console.print(f"POST {server.url}/completions")
         text, speed = ask(server)
-    console.print(PROMPT, style="dim", end="", markup=False)
-    console.print(text, markup=False)
+    console.print(Text(PROMPT, style="dim") + Text(text), soft_wrap=True)
     console.print(f"{speed:.1f} tokens/s, one request; the server is stopped")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-BITS = "1,2,3,4,8"
+WIDTHS = (1, 2, 3, 4, 8)
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 
 
@@ -24,23 +25,14 @@ class Pair:
 
 
 def make_pair(name: str, folder: Path) -> Pair:
+    """Every layer has experts of every width: the first five are fixed, the others share what is left."""
     pair = Pair(MODELS / name, folder / "quantized", folder / "dense")
-    subprocess.run(
-        [
-            MOEQ,
-            "quantize",
-            pair.source,
-            "-o",
-            pair.quantized,
-            "--avg-bits",
-            "2.5",
-            "--method",
-            "random",
-            "--bits",
-            BITS,
-        ],
-        check=True,
-    )
+    overrides = folder / "overrides.json"
+    prefixes = json.loads(subprocess.check_output([MOEQ, "inspect", pair.source, "--json"]))["layers"]
+    fixed = {f"{layer['prefix']}.{expert}": bits for layer in prefixes for expert, bits in enumerate(WIDTHS)}
+    overrides.write_text(json.dumps(fixed))
+    flags = ["--avg-bits", "3.25", "--bits", ",".join(map(str, WIDTHS)), "--overrides", overrides]
+    subprocess.run([MOEQ, "quantize", pair.source, "-o", pair.quantized, *flags], check=True)
     subprocess.run([MOEQ, "export", pair.quantized, "-o", pair.dense], check=True)
     return pair
 

@@ -17,8 +17,8 @@ from tests.serving.conftest import Pair
 PROMPTS = 16
 NEW_TOKENS = 32
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16"]
-# Logits near 16 are bfloat16 numbers 1/8 apart: two rankings may differ when the gap is two steps.
-NEAR_TIE = 0.25
+# Logits near 16 are bfloat16 numbers 1/8 apart. The dense model, compiled and not, differs from itself as much.
+NEAR_TIE = 0.125
 MUST_AGREE = 12
 
 
@@ -84,7 +84,7 @@ def assert_same(ours: list[Answer], dense: list[Answer]) -> None:
 def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: Path) -> None:
     texts = prompts(mixtral.source)
     ours = ask(mixtral.quantized, texts, tmp_path / "ours.log", ["--quantization", "moeq"])
-    dense = ask(mixtral.dense, texts, tmp_path / "dense.log", ["--enforce-eager"])
+    dense = ask(mixtral.dense, texts, tmp_path / "dense.log", [])
     assert_same(ours, dense)
     log = (tmp_path / "ours.log").read_text()
     assert "moeq: 4 MoE layers, 32 experts" in log

@@ -49,6 +49,9 @@ def moe_reference(
 ) -> torch.Tensor:
     """Sum over each token's local experts of weight · down(silu(gate(x)) · up(x)).
 
+    Rounded to x's dtype where a fused kernel rounds, the weights and the hidden activations; sums are
+    float32.
+
     Args:
         x: [tokens, hidden], any float dtype.
         topk_weights: [tokens, top-k] routing weights.
@@ -66,8 +69,9 @@ def moe_reference(
         if expert < 0:
             continue
         token, slot = torch.nonzero(topk_ids == expert, as_tuple=True)
-        gate, up = (x[token] @ dense_expert(w13, expert, *w13_tensors, x.dtype).T).chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate.float()).to(x.dtype) * up
-        down = hidden @ dense_expert(w2, expert, *w2_tensors, x.dtype).T
-        result.index_add_(0, token, down.float() * topk_weights[token, slot, None].float())
+        first = dense_expert(w13, expert, *w13_tensors, x.dtype).float()
+        gate, up = (x[token].float() @ first.T).chunk(2, dim=-1)
+        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        second = dense_expert(w2, expert, *w2_tensors, x.dtype).float()
+        result.index_add_(0, token, (hidden @ second.T) * topk_weights[token, slot, None].float())
     return result.to(x.dtype)
