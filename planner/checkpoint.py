@@ -79,7 +79,7 @@ class SourceModel:
             if type(value) is int and 0 < value <= MAX_INTEGER:
                 return value
         path = self.folder / "config.json"
-        raise ConfigError(f"{path}: expected {' or '.join(keys)} between 1 and {MAX_INTEGER}")
+        raise ConfigError(f"{path}: expected a positive integer {' or '.join(keys)} of at most {MAX_INTEGER}")
 
     def fingerprint(self) -> str:
         """Return a digest of config and headers: names, shapes, dtypes, file sizes and times.

@@ -19,7 +19,7 @@ from vllm_moeq.serving.moe_method import MoeqMoEMethod
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.moeq")  # below "vllm": other names are not configured
 
 
 class MoeqQuantizationConfig(QuantizationConfig):
