@@ -42,6 +42,7 @@ from planner.flags import (
     linear_format,
     plan_options,
 )
+from planner.memory import return_large_blocks
 from planner.models import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import QuantizeSettings, check_sizes, quantize
@@ -183,6 +184,7 @@ def quantize_command(
             made = make_plan(source, layout, options, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
         if not dry_run:
+            return_large_blocks()
             quantize(source, layout, made, output, settings, progress)
     _report(made, None if dry_run else output, sizes.as_dict(), as_json)
 

@@ -1,0 +1,24 @@
+"""Keep the process as small as what it holds."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+MMAP_THRESHOLD = -3
+"""``M_MMAP_THRESHOLD`` of glibc's malloc.h."""
+
+LARGE_BLOCK = 4 << 20
+
+
+def return_large_blocks() -> None:
+    """Have freed blocks of 4 MiB and more go back to the system at once.
+
+    glibc raises its threshold to the largest block freed so far (up to 32 MiB) and keeps smaller ones on a heap that
+    fragments: quantizing a layer of 168 MiB grew to 590 MiB that way, and takes 290 MiB without.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
