@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -253,3 +257,23 @@ def test_shards_of_an_unfinished_run_count_as_written(tmp_path: Path) -> None:
     check_space(tmp_path / "out", (1 << 43) + 1)
     with pytest.raises(CheckpointError, match="No space left"):
         check_space(tmp_path / "other", 1 << 60)
+
+
+def test_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+    command = [str(Path(sys.executable).with_name("moeq")), "quantize", str(source), "--avg-bits", "2.5", "-o"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "killed.partial" / "model-00001-of-00005.safetensors"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not killed.exists()
+
+    again = subprocess.run([*command, str(killed)], check=True, capture_output=True, text=True)
+    assert "layers.0.block_sparse_moe.experts: done by an earlier run" in again.stderr
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (killed / path.name).read_bytes()
