@@ -1,7 +1,22 @@
 """The arithmetic: one MoE layer whose experts have different widths."""
 
+from vllm_moeq.kernels.backends import BACKENDS, VARIABLE, choose, make_layer
+from vllm_moeq.kernels.layer import LayerKernel, PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ops import moe
 from vllm_moeq.kernels.reference import dense_expert, moe_reference
 from vllm_moeq.kernels.storage import RaggedMatrices, ragged
 
-__all__ = ["RaggedMatrices", "dense_expert", "moe", "moe_reference", "ragged"]
+__all__ = [
+    "BACKENDS",
+    "VARIABLE",
+    "LayerKernel",
+    "PackedExperts",
+    "PackedMatrices",
+    "RaggedMatrices",
+    "choose",
+    "dense_expert",
+    "make_layer",
+    "moe",
+    "moe_reference",
+    "ragged",
+]

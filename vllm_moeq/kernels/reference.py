@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_moeq.format import unpack
+from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.storage import RaggedMatrices
 
 
@@ -75,3 +76,26 @@ def moe_reference(
         second = dense_expert(w2, expert, *w2_tensors, x.dtype).float()
         result.index_add_(0, token, (hidden @ second.T) * topk_weights[token, slot, None].float())
     return result.to(x.dtype)
+
+
+class ReferenceLayer:
+    """The reference as a backend; waits for the device in every call, so not for CUDA graphs."""
+
+    name = "reference"
+
+    def __init__(self, packed: PackedExperts) -> None:
+        self.packed = packed
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, hidden]; see :func:`moe_reference`."""
+        gate_up, down = self.packed.gate_up, self.packed.down
+        return moe_reference(
+            x, topk_weights, topk_ids, gate_up.matrices, _tensors(gate_up), down.matrices, _tensors(down)
+        )
+
+    def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
+        """Nothing to compile."""
+
+
+def _tensors(packed: PackedMatrices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return packed.words, packed.scales, packed.zeros

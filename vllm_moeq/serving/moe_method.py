@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
-from vllm.platforms import current_platform
 
 from vllm_moeq.format import MoeqConfig, UsageError
-from vllm_moeq.kernels import moe
+from vllm_moeq.kernels import (
+    VARIABLE,
+    LayerKernel,
+    PackedExperts,
+    PackedMatrices,
+    RaggedMatrices,
+    choose,
+    make_layer,
+    moe,
+)
 from vllm_moeq.serving.loading import ExpertLoader, Partition
+
+logger = init_logger("vllm.moeq")
 
 WORDS, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
 
@@ -32,6 +44,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self.prefix = prefix
         self.widths = widths
         self._loader: ExpertLoader | None = None
+        self._kernel: LayerKernel | None = None
 
     def create_weights(
         self,
@@ -59,6 +72,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             rank=layer.moe_config.moe_parallel_config.tp_rank,
         )
         self.partition = partition
+        self._dtype = params_dtype
         self._loader = ExpertLoader(partition)
         for name, matrices in (("w13", partition.w13), ("w2", partition.w2)):
             shape = (len(experts), matrices.rows, matrices.groups)
@@ -73,10 +87,6 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_{suffix}", parameter)
 
     def _check(self, layer: RoutedExperts) -> None:
-        if not current_platform.is_cpu() and not get_current_vllm_config().model_config.enforce_eager:
-            raise UsageError(
-                "this version has kernels for the CPU backend; on a GPU its reference path needs --enforce-eager"
-            )
         activation = getattr(layer.activation, "value", layer.activation)
         if activation != "silu":
             raise UsageError(f"{self.prefix}: expected the activation silu, found {activation}")
@@ -98,6 +108,31 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             scale, zero = getattr(layer, f"{name}_{SCALE}"), getattr(layer, f"{name}_{ZERO}")
             dtype = torch.promote_types(scale.dtype, zero.dtype)
             scale.data, zero.data = scale.data.to(dtype), zero.data.to(dtype)
+        self._choose_kernel(layer)
+
+    def _choose_kernel(self, layer: RoutedExperts) -> None:
+        """Repack for a GPU kernel, compile its variants, and give the loaded buffers back."""
+        packed = PackedExperts(*(self._packed(layer, name) for name in ("w13", "w2")))
+        requested = os.environ.get(VARIABLE, "auto")
+        choice = choose(packed, requested)
+        logger.info_once("moeq: %s kernel: %s", choice.backend, choice.reason)
+        if choice.backend == "reference":
+            if packed.gate_up.words.is_cuda and not get_current_vllm_config().model_config.enforce_eager:
+                raise UsageError(
+                    f"the reference kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
+                )
+            return
+        self._kernel = make_layer(packed, self._dtype, choice.backend)
+        self._kernel.warm_up(self._dtype, layer.moe_config.experts_per_token)
+        for name in ("w13", "w2"):
+            for suffix in (WORDS, SCALE, ZERO):
+                parameter = getattr(layer, f"{name}_{suffix}")
+                parameter.data = parameter.data.new_empty(0)
+
+    def _packed(self, layer: RoutedExperts, name: str) -> PackedMatrices:
+        matrices: RaggedMatrices = getattr(self.partition, name)
+        words, scale, zero = (getattr(layer, f"{name}_{suffix}").data for suffix in (WORDS, SCALE, ZERO))
+        return PackedMatrices(matrices, words, scale, zero)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None: vLLM's own kernels are not used."""
@@ -119,6 +154,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0)]
             topk_ids = torch.where(topk_ids < 0, topk_ids, local)
+        if self._kernel is not None:
+            return self._kernel(x, topk_weights, topk_ids)
         return moe(
             x,
             topk_weights,

@@ -1,0 +1,64 @@
+"""Random layers and their exact results, for the tests of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_moeq.format import pack
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, dense_expert, ragged
+
+
+def random_matrices(
+    bits: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    offset: int = 0,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PackedMatrices:
+    """Random codes, with weights of about unit variance over the square root of the columns."""
+    layout = ragged(bits, rows, columns, group_size, offset)
+    generator = torch.Generator().manual_seed(seed)
+    words = [pack(torch.randint(0, 2**b, (rows, columns), generator=generator), b).flatten() for b in bits]
+    steps = torch.tensor([2.0**b - 1 for b in bits])[:, None, None]
+    shape = (len(bits), rows, layout.groups)
+    scales = (0.5 + torch.rand(shape, generator=generator)) * 3 / steps / columns**0.5
+    zeros = (0.3 + 0.4 * torch.rand(shape, generator=generator)) * steps
+    return PackedMatrices(layout, torch.cat(words).to(device), scales.half().to(device), zeros.half().to(device))
+
+
+def random_layer(
+    bits: Sequence[int], hidden: int, intermediate: int, group_size: int, offset: int = 0, *, device: str = "cpu"
+) -> PackedExperts:
+    """Gate, up and down of every expert; ``offset``: where this rank's slice of down begins in a group."""
+    gate_up = random_matrices(bits, 2 * intermediate, hidden, group_size, seed=1, device=device)
+    return PackedExperts(
+        gate_up, random_matrices(bits, hidden, intermediate, group_size, offset, seed=2, device=device)
+    )
+
+
+def dense(packed: PackedMatrices, expert: int) -> torch.Tensor:
+    """Return (q − zero)·scale in float32."""
+    return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, torch.float32)
+
+
+def exact(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the layer's result in float64, without any rounding."""
+    result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in range(len(packed.bits)):
+        token, slot = torch.nonzero(ids == expert, as_tuple=True)
+        gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
+        value = (torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
+        result.index_add_(0, token, value * weights[token, slot, None].double())
+    return result
+
+
+def random_routing(tokens: int, experts: int, top_k: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 weights and int32 ids [tokens, top-k], an expert at most once per token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand((tokens, experts), generator=generator).topk(top_k).indices.int()
+    return torch.rand((tokens, top_k), generator=generator) + 0.1, ids

@@ -1,0 +1,67 @@
+"""What the kernels compile to, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *flags: str) -> str:
+    """Compile in another process: in this one the kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script] if not flags else [sys.executable, script, *flags]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The variants of decode and the largest of prefill, with every width compiled in."""
+    flags = ["--arch", request.param, "--widths", "1,2,3,4,8", "--only", "8", "64", "--json"]
+    return json.loads(run("benchmarks/kernel_static.py", *flags))  # type: ignore[no-any-return]
+
+
+def test_no_spills(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) == 4
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["registers"] <= 255
+
+
+def test_every_width_has_a_pipelined_loop_without_conversions(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert row["loops"] == len(row["widths"]) == 5, row
+        assert row["i2f_in_loop"] == 0, row
+        # 16 parts of the activations and at least one plane of words.
+        assert row["async_copies_in_loop"] >= 17, row
+        assert row["per_weight"]["convert"] == 0, row
+
+
+def test_fits_the_shared_memory_of_small_gpus(rows: list[dict[str, Any]]) -> None:
+    """99 KiB per program on sm_86 and sm_89."""
+    for row in rows:
+        assert row["shared_bytes"] <= 99 * 1024, row
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "gfx942"])
+def test_compiles_for_other_gpus(arch: str) -> None:
+    script = f"""
+from benchmarks.kernel_static import compile_variant, variants
+for variant in list(variants([2, 3], "fp16"))[::4]:
+    kernel = compile_variant(variant, {arch!r})
+    print(len(kernel.asm["hsaco" if {arch!r} == "gfx942" else "cubin"]))
+"""
+    sizes = [int(line) for line in run(script).split()]
+    assert len(sizes) == 3
+    assert min(sizes) > 1000

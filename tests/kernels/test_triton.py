@@ -1,0 +1,193 @@
+"""The fused kernels: under Triton's interpreter where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.kernels.layers import dense, exact, random_layer, random_matrices, random_routing
+from vllm_moeq.format import BIT_WIDTHS
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
+from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer, sums_of
+from vllm_moeq.kernels.triton.repack import repack
+from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, schedule_few, schedule_many
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+GROUPS = [32, 64, 128, -1]
+pytestmark = [pytest.mark.gpu] if GPU else []
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def run(
+    packed: PackedExperts, dtype: torch.dtype, weights: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the kernel's result and the exact one."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((ids.shape[0], packed.hidden), generator=generator).to(DEVICE, dtype)
+    weights, ids = weights.to(DEVICE), ids.to(DEVICE)
+    return TritonLayer(packed)(x, weights, ids), exact(packed, x, weights, ids)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 65])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch.dtype) -> None:
+    """Rows of the identity matrix pick columns: (q − zero)·scale bit for bit, for every width."""
+    bits, columns, rows = BIT_WIDTHS, 384, 64
+    packed = random_matrices(bits, rows, columns, group_size, device=DEVICE)
+    layer = TritonLayer(PackedExperts(packed, packed))
+    picked = torch.randperm(columns, generator=torch.Generator().manual_seed(tokens))[:tokens]
+    x = torch.eye(columns)[picked].to(DEVICE, dtype)
+    ids = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % len(bits)
+    routing = Tokens(ids, torch.ones(tokens, device=DEVICE), 1)
+    if tokens > FEW_TOKENS:
+        routing.order, routing.counts = layer._sort(routing)
+    schedule = schedule_few(tokens) if tokens <= FEW_TOKENS else schedule_many(tokens, len(bits))
+    out = torch.full((1, tokens, rows), float("nan"), device=DEVICE)
+    layer.project(layer.down, x, sums_of(x, layer.down), routing, schedule, out)
+    expected = torch.stack([dense(packed, int(ids[t]))[:, picked[t]] for t in range(tokens)])
+    assert torch.equal(out[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 65])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_agrees_with_float64(tokens: int, group_size: int, dtype: torch.dtype) -> None:
+    packed = random_layer(BIT_WIDTHS, 256, 128, group_size, device=DEVICE)
+    found, expected = run(packed, dtype, *random_routing(tokens, len(BIT_WIDTHS), 2))
+    assert found.dtype == dtype
+    assert difference(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "bits", [*([width] * 3 for width in BIT_WIDTHS), [2, 3, 3], [1, 2, 3, 3], [4, 3], [2, 4, 8]], ids=str
+)
+@pytest.mark.parametrize("tokens", [2, 33])
+def test_every_width_and_mix(bits: list[int], tokens: int) -> None:
+    packed = random_layer(bits, 128, 128, 128, device=DEVICE)
+    found, expected = run(packed, torch.float16, *random_routing(tokens, len(bits), 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "offset", "intermediate"), [(128, 64, 192), (128, 96, 160), (64, 32, 96), (-1, 0, 96)]
+)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_slices_of_tensor_parallelism(group_size: int, offset: int, intermediate: int, tokens: int) -> None:
+    packed = random_layer([3, 1, 8, 2], 128, intermediate, group_size, offset, device=DEVICE)
+    found, expected = run(packed, torch.float16, *random_routing(tokens, 4, 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("routing", ["one expert", "padding rows", "nothing local", "half local"])
+def test_edge_routing(tokens: int, routing: str) -> None:
+    packed = random_layer([1, 3, 2, 3], 128, 64, 64, device=DEVICE)
+    weights, ids = random_routing(tokens, 4, 2)
+    if routing == "one expert":
+        weights, ids = weights[:, :1], torch.full_like(ids[:, :1], 2)
+    elif routing == "padding rows":
+        ids[tokens // 2 :] = -1
+    elif routing == "nothing local":
+        ids[:] = -1
+    else:
+        ids[ids >= 2] = -1
+    found, expected = run(packed, torch.float16, weights, ids)
+    skipped = (ids < 0).all(1)
+    assert not found[skipped.to(DEVICE)].any()
+    assert found.isfinite().all()
+    if not skipped.all():
+        assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+def test_no_tokens() -> None:
+    layer = TritonLayer(random_layer([1, 3], 128, 64, 64, device=DEVICE))
+    x = torch.empty((0, 128), dtype=torch.float16, device=DEVICE)
+    empty = torch.empty((0, 2), device=DEVICE)
+    assert layer(x, empty, empty.int()).shape == (0, 128)
+
+
+@pytest.mark.parametrize("schedule", [*FEW, *MANY], ids=str)
+def test_every_schedule(schedule: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of tokens a schedule is meant for, it is right for any."""
+    import vllm_moeq.kernels.triton.layer as module
+
+    monkeypatch.setattr(module, "schedule_few", lambda _: schedule)
+    monkeypatch.setattr(module, "schedule_many", lambda *_: schedule)
+    packed = random_layer([3, 2, 8, 1], 128, 128, 128, device=DEVICE)
+    found, expected = run(packed, torch.float16, *random_routing(7 if schedule in FEW else 90, 4, 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_splitting_the_input_dimension(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_layer([8, 1, 3, 2], 128, 640, 128, device=DEVICE)
+    monkeypatch.setattr(TritonLayer, "_splits", lambda *_: splits)
+    found, expected = run(packed, torch.float16, *random_routing(4, 4, 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+def test_float32_scales() -> None:
+    """Scales that float16 cannot hold arrive as float32."""
+    packed = random_layer([3, 1, 2], 128, 64, 64, device=DEVICE)
+    tiny = [
+        PackedMatrices(m.matrices, m.words, m.scales.float() * 2e-6, m.zeros.float())
+        for m in (packed.gate_up, packed.down)
+    ]
+    found, expected = run(PackedExperts(*tiny), torch.bfloat16, *random_routing(4, 3, 2))
+    assert difference(found, expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_agrees_with_the_reference_kernel() -> None:
+    packed = random_layer([3, 2, 1, 3], 128, 128, 128, device=DEVICE)
+    weights, ids = (tensor.to(DEVICE) for tensor in random_routing(9, 4, 2))
+    x = torch.randn((9, 128), generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    parts: Sequence[PackedMatrices] = (packed.gate_up, packed.down)
+    first, second = ((m.words, m.scales, m.zeros) for m in parts)
+    expected = moe_reference(x, weights, ids, packed.gate_up.matrices, first, packed.down.matrices, second)
+    assert difference(TritonLayer(packed)(x, weights, ids), expected.double()) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("lanes", [16, 32])
+def test_repacked_size_is_the_format_s(lanes: int) -> None:
+    """No bit is added where the shape needs no padding."""
+    packed = random_matrices([1, 2, 3, 4, 8], 128, 1024, 128)
+    repacked = repack(packed, gated=False, lanes=lanes)
+    assert repacked.words.nbytes == packed.words.nbytes
+    assert repacked.scales.nbytes == packed.scales.nbytes + packed.zeros.nbytes
+
+
+def test_warm_up_covers_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = TritonLayer(random_layer([2, 3], 128, 64, 64, device=DEVICE))
+    seen = []
+    monkeypatch.setattr(TritonLayer, "project", lambda *arguments, **_: seen.append(arguments[5]))
+    layer.warm_up(torch.float16, 2)
+    assert set(seen) == {*FEW, *MANY}
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_graph_replays_with_new_routing(tokens: int) -> None:
+    packed = random_layer([3, 2, 1, 3], 256, 128, 128, device=DEVICE)
+    layer = TritonLayer(packed)
+    layer.warm_up(torch.bfloat16, 2)
+    x = torch.zeros((tokens, 256), dtype=torch.bfloat16, device=DEVICE)
+    weights, ids = (tensor.to(DEVICE) for tensor in random_routing(tokens, 4, 2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x, weights, ids)
+    for seed in range(1, 4):
+        new_weights, new_ids = random_routing(tokens, 4, 2, seed=seed)
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        weights.copy_(new_weights)
+        ids.copy_(new_ids)
+        graph.replay()
+        assert difference(out, exact(packed, x, weights, ids)) < TOLERANCE[torch.bfloat16]

@@ -1,0 +1,1 @@
+"""The fused backend: every expert of a layer, whatever its width, in one launch per projection."""

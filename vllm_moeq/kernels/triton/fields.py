@@ -1,0 +1,140 @@
+"""Codes out of 16-bit words, as exact floats, without an integer-to-float conversion.
+
+A word holds 16 / b codes, least significant first. Three-bit codes take three words: five in each, and the
+sixteenth in the three top bits. OR-ing a code into the mantissa of 2^m gives 2^m plus the code; a fused
+multiply-add subtracts 2^m again, exactly. A code that already lies within the mantissa needs no shift: the
+multiply-add divides by its place value. Eight bits exceed bfloat16's mantissa and are put together from two halves.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+MANTISSA = {"bf16": 7, "fp16": 10}
+ONE = {"bf16": 0x4300, "fp16": 0x6400}
+"""Bit pattern of 2^mantissa."""
+
+CODES = 16
+"""Codes in ``b`` words."""
+
+
+def pattern(value: float, dtype: str) -> int:
+    """Return the 16 bits of a value that ``dtype`` holds exactly."""
+    if dtype == "fp16":
+        return int.from_bytes(struct.pack("<e", value), "little")
+    return int.from_bytes(struct.pack("<f", value), "little") >> 16
+
+
+def _pair(bits: int) -> str:
+    return f"0x{bits * 0x10001:08x}"
+
+
+@triton.constexpr_function
+def _place(code, width, dtype):
+    per_word = 5 if width == 3 else CODES // width
+    fitting = MANTISSA[str(dtype)] // width
+    index = code % per_word
+    return code // per_word, index // fitting * fitting * width, index % fitting * width
+
+
+def code_ptx(code: int, width: int, dtype: str) -> str:
+    """Return PTX from ``width`` registers, $1 …, to $0: two words or two floats in each.
+
+    Every instruction serves both. Bits that a shift carries from one word into the other lie above the masks.
+    """
+    mantissa, one = MANTISSA[dtype], _pair(ONE[dtype])
+    lines = ["{ .reg .b32 t, u, f, g;"]
+
+    def take(target: str, word: int, shift: int, mask: int, base: str) -> None:
+        lines.append(f"shr.b32 t, ${1 + word}, {shift};")
+        lines.append(f"lop3.b32 {target}, t, {_pair(mask)}, {base}, 0xEA;")  # (t & mask) | base
+
+    def scale(target: str, source: str, factor: float, term: float | str) -> None:
+        lines.append(f"mov.b32 f, {_pair(pattern(factor, dtype))};")
+        lines.append(f"mov.b32 g, {term if isinstance(term, str) else _pair(pattern(term, dtype))};")
+        lines.append(f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} {target}, {source}, f, g;")
+
+    if width > mantissa:
+        take("u", code // 2, code % 2 * 8, 15, one)
+        scale("u", "u", 1, -(2.0**mantissa))
+        take("t", code // 2, code % 2 * 8 + 4, 15, one)
+        scale("t", "t", 16, -(2.0 ** (mantissa + 4)))
+        scale("$0", "u", 1, "t")
+    elif width == 3 and code == 15:
+        for word in range(3):
+            take("u", word, 15 - word, 1 << word, one if word == 0 else "u")
+        scale("$0", "u", 1, -(2.0**mantissa))
+    else:
+        word, shift, place = _place.fn(code, width, dtype)
+        take("u", word, shift, (2**width - 1) << place, one)
+        scale("$0", "u", 2.0**-place, -(2.0 ** (mantissa - place)))
+    return "\n".join([*lines, "}"])
+
+
+PTX = {
+    (code, width, dtype): code_ptx(code, width, dtype)
+    for code in range(CODES)
+    for width in (1, 2, 3, 4, 8)
+    for dtype in ONE
+}
+
+
+@triton.constexpr_function
+def _ptx(code, width, dtype):
+    return PTX[code, width, str(dtype)]
+
+
+@triton.constexpr_function
+def _constraints(width):
+    return ",".join(["=r"] + ["r"] * width)
+
+
+@triton.constexpr_function
+def _dtypes(dtype):
+    return (dtype,)
+
+
+@triton.constexpr_function
+def _mantissa(dtype):
+    return MANTISSA[str(dtype)]
+
+
+@triton.constexpr_function
+def _one(dtype):
+    return ONE[str(dtype)]
+
+
+@triton.jit
+def _float(bits, PLACE: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+    """Turn codes at ``PLACE`` of int16 words, other bits zero, into floats."""
+    value = (bits | _one(DTYPE)).to(tl.int16).to(DTYPE, bitcast=True)
+    if MODE == "float32":
+        value = value.to(tl.float32)
+    scale: tl.constexpr = 2.0**-PLACE
+    return value * scale - (2.0 ** _mantissa(DTYPE)) * scale
+
+
+@triton.jit
+def code_of(words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+    """Return code CODE of ``WIDTH`` tensors of int16 words, exact in DTYPE.
+
+    Args:
+        MODE: "ptx"; "plain" for GPUs without PTX; "float32" for the interpreter, whose bfloat16 has no arithmetic.
+    """
+    if MODE == "ptx":
+        return tl.inline_asm_elementwise(
+            _ptx(CODE, WIDTH, DTYPE), _constraints(WIDTH), words, dtype=_dtypes(DTYPE), is_pure=True, pack=2
+        )[0]
+    elif WIDTH > _mantissa(DTYPE):
+        word = words[CODE // 2] >> (CODE % 2 * 8)
+        return _float(word & 15, 0, DTYPE, MODE) + _float((word >> 4) & 15, 0, DTYPE, MODE) * 16
+    elif WIDTH == 3 and CODE == 15:
+        bits = ((words[0] >> 15) & 1) | ((words[1] >> 14) & 2) | ((words[2] >> 13) & 4)
+        return _float(bits, 0, DTYPE, MODE)
+    else:
+        PLACE: tl.constexpr = _place(CODE, WIDTH, DTYPE)
+        MASK: tl.constexpr = (2**WIDTH - 1) << PLACE[2]
+        return _float((words[PLACE[0]] >> PLACE[1]) & MASK, PLACE[2], DTYPE, MODE)

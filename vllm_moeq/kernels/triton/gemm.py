@@ -1,0 +1,117 @@
+"""The two launches of a layer: gate and up with SiLU·mul, down with the routing weight."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_moeq.kernels.triton.tile import expert_tile, store_hidden, store_weighted
+
+
+@triton.jit
+def _matches(ids, pairs, pair, expert, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
+    """Return the pairs that use ``expert`` [TOKENS], how many, and whether ``pair`` is the first of them."""
+    index = tl.arange(0, PAIRS)
+    same = tl.load(ids + index, mask=index < pairs, other=-1) == expert
+    rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
+    slot = tl.arange(0, TOKENS)
+    chosen = same[None, :] & (rank[None, :] == slot[:, None])
+    found = tl.sum(tl.where(chosen, index[None, :], 0), axis=1)
+    count = tl.sum(same.to(tl.int32), axis=0)
+    first = tl.min(tl.where(same, index, PAIRS), axis=0)
+    return found, slot < count, first == pair
+
+
+@triton.jit
+def _sorted_block(order, counts, block, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return expert, pairs [TOKENS] and validity of a block of the sorted pairs; expert EXPERTS: past the end."""
+    index = tl.arange(0, EXPERTS)
+    count = tl.load(counts + index)
+    blocks = tl.cdiv(count, TOKENS)
+    expert = tl.sum((tl.cumsum(blocks, axis=0) <= block).to(tl.int32), axis=0)
+    before = index < expert
+    start = tl.sum(tl.where(before, count, 0), axis=0)
+    inside = (block - tl.sum(tl.where(before, blocks, 0), axis=0)) * TOKENS + tl.arange(0, TOKENS)
+    valid = inside < tl.sum(tl.where(index == expert, count, 0), axis=0)
+    return expert, tl.load(order + start + inside, mask=valid, other=0), valid
+
+
+@triton.jit
+def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows, sum_columns,
+            ROWS: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    if GATED:
+        store_hidden(total, out, out_sums, pair, valid, tile, rows // 2, sum_columns, ROWS, TOKENS)
+    else:
+        store_weighted(total, out + split.to(tl.int64) * pairs * rows, weights, pair, valid, tile, rows, ROWS)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def few_tokens(
+    x, sums, ids, weights, words, scales, widths, offsets, splits, out, out_sums,
+    pairs, rows, columns, sum_columns,
+    SHARE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr,
+    LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
+    STAGES: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Up to TOKENS tokens, without sorting: the first pair of an expert works for all of its pairs.
+
+    Grid: (tiles of ROWS, pairs, splits of the input dimension).
+
+    Args:
+        x: [pairs / SHARE, columns].
+        sums: float32 [pairs / SHARE, …], sums of x over SUM columns.
+        ids: [pairs] local experts, negative to skip.
+        weights: [pairs] routing weights (down only).
+        words, scales, widths, offsets: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
+        splits: [E] parts into which an expert's input dimension is split.
+        out: gated: [pairs, rows / 2]; else [splits, pairs, rows].
+        out_sums: gated: float32 [pairs, sum_columns], sums of ``out`` over 32 columns.
+    """
+    tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(ids + pair)
+    if expert < 0:
+        return
+    parts = tl.load(splits + expert)
+    if split >= parts:
+        return
+    found, valid, first = _matches(ids, pairs, pair, expert, TOKENS, PAIRS)
+    if not first:
+        return
+    total = expert_tile(
+        x, sums, words, scales, widths, offsets, expert, tile, split, parts, found // SHARE, valid, columns,
+        tl.cdiv(rows, 64), ROWS, TOKENS, WIDTHS, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+    )  # fmt: skip
+    _finish(total, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks"])
+def many_tokens(
+    x, sums, order, counts, weights, words, scales, widths, offsets, out, out_sums,
+    pairs, blocks, rows, columns, sum_columns,
+    SHARE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr,
+    LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
+    STAGES: tl.constexpr, MODE: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Any number of tokens, sorted by expert. Grid: (blocks of TOKENS pairs · tiles of ROWS).
+
+    ``TOGETHER`` blocks run through the tiles side by side, so that weights and activations are met again in the L2.
+
+    Args:
+        order: [pairs] pairs sorted by expert.
+        counts: [EXPERTS] pairs per expert, zero behind the last.
+        blocks: upper bound of blocks; those past the end return.
+    """
+    tiles = tl.cdiv(rows, ROWS)
+    program = tl.program_id(0)
+    batch = program // (TOGETHER * tiles)
+    height = tl.minimum(blocks - batch * TOGETHER, TOGETHER)
+    block = batch * TOGETHER + program % (TOGETHER * tiles) % height
+    tile = program % (TOGETHER * tiles) // height
+    expert, pair, valid = _sorted_block(order, counts, block, TOKENS, EXPERTS)
+    if expert >= EXPERTS:
+        return
+    total = expert_tile(
+        x, sums, words, scales, widths, offsets, expert, tile, 0, 1, pair // SHARE, valid, columns,
+        tl.cdiv(rows, 64), ROWS, TOKENS, WIDTHS, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+    )  # fmt: skip
+    _finish(total, out, out_sums, weights, pair, valid, tile, tile * 0, pairs, rows, sum_columns, ROWS, TOKENS, GATED)

@@ -1,0 +1,212 @@
+"""A layer's weights, repacked, and the launches that run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from vllm_moeq.kernels.layer import PackedExperts
+from vllm_moeq.kernels.triton.around import column_sums, reduce_pairs, sort_pairs
+from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
+from vllm_moeq.kernels.triton.repack import Repacked, repack
+from vllm_moeq.kernels.triton.schedule import (
+    FEW,
+    FEW_TOKENS,
+    MANY,
+    SPLIT_CHOICES,
+    Schedule,
+    schedule_few,
+    schedule_many,
+    splits_for,
+    weighted_splits,
+)
+
+CHUNK = 32
+"""Columns per sum of the hidden activations: what one tile of gate and up covers."""
+
+PROGRAMS = 132 * 4
+"""Programs that keep a GPU busy while it streams weights; fewer, and the input dimension of down is split."""
+
+SORT_CHUNK = 1024
+REDUCE_BLOCK = 1024
+
+
+def interpreted() -> bool:
+    """Say whether Triton's interpreter runs the kernels, on any device."""
+    return isinstance(few_tokens, InterpretedFunction)
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """Return how codes become floats here: see :func:`vllm_moeq.kernels.triton.fields.code_of`."""
+    if interpreted():
+        return "float32" if dtype == torch.bfloat16 else "plain"
+    return "plain" if torch.version.hip else "ptx"
+
+
+@dataclass
+class Tokens:
+    """One call's routing.
+
+    Attributes:
+        ids: int32 [pairs].
+        weights: float32 [pairs].
+        top_k: pairs per token.
+        order: pairs sorted by expert, None for few tokens.
+        counts: pairs per expert, None for few tokens.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    top_k: int
+    order: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Tokens times top-k."""
+        return self.ids.numel()
+
+
+class TritonLayer:
+    """Every expert of a layer in one launch for gate and up and one for down.
+
+    Args:
+        packed: the layer as loaded; not kept.
+    """
+
+    name = "triton"
+
+    def __init__(self, packed: PackedExperts) -> None:
+        self.gate_up = repack(packed.gate_up, gated=True)
+        self.down = repack(packed.down, gated=False)
+        self.bits = list(packed.bits)
+        self.hidden = packed.hidden
+        self.intermediate = packed.intermediate
+        self.widths = sum(1 << width for width in set(self.bits))
+        device = packed.gate_up.words.device
+        self.experts = triton.next_power_of_2(max(len(self.bits), 2))
+        self.splits = {
+            most: torch.tensor(weighted_splits(self.bits, most), dtype=torch.int32, device=device)
+            for most in SPLIT_CHOICES
+        }
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.layer.LayerKernel`."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        if not x.shape[0]:
+            return out
+        ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+        tokens = Tokens(ids.flatten(), weights.flatten(), topk_ids.shape[1])
+        few = x.shape[0] <= FEW_TOKENS
+        if few:
+            schedule, splits = schedule_few(x.shape[0]), self._splits(tokens)
+        else:
+            schedule, splits = schedule_many(tokens.pairs, len(self.bits)), 1
+            tokens.order, tokens.counts = self._sort(tokens)
+        x_sums = sums_of(x, self.gate_up)
+        hidden, hidden_sums = self._gate_up(x, x_sums, tokens, schedule)
+        dtype = torch.float32 if few else x.dtype
+        parts = x.new_empty((splits, tokens.pairs, self.hidden), dtype=dtype)
+        self.project(self.down, hidden, hidden_sums, tokens, schedule, parts, splits=splits)
+        grid = (x.shape[0], triton.cdiv(self.hidden, REDUCE_BLOCK))
+        reduce_pairs[grid](
+            parts, tokens.ids, self.splits[splits], out, tokens.pairs, self.hidden, tokens.top_k, splits, REDUCE_BLOCK
+        )
+        return out
+
+    def _splits(self, tokens: Tokens) -> int:
+        programs = min(tokens.pairs, len(self.bits)) * triton.cdiv(self.hidden, 64)
+        return splits_for(programs, self.down.blocks, PROGRAMS)
+
+    def _sort(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        order, counts = torch.empty_like(tokens.ids), tokens.ids.new_empty(self.experts)
+        sort_pairs[(self.experts,)](tokens.ids, order, counts, tokens.pairs, SORT_CHUNK)
+        return order, counts
+
+    def _gate_up(
+        self, x: torch.Tensor, x_sums: torch.Tensor, tokens: Tokens, schedule: Schedule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return silu(gate)·up [pairs, intermediate] and its sums as down's schedule wants them."""
+        hidden = x.new_empty((tokens.pairs, self.intermediate))
+        columns = self.down.blocks * self.down.block // CHUNK
+        padded = columns * CHUNK != self.intermediate
+        make = torch.zeros if padded else torch.empty
+        chunks = make((tokens.pairs, columns), dtype=torch.float32, device=x.device)
+        self.project(self.gate_up, x, x_sums, tokens, schedule, hidden, out_sums=chunks)
+        if tokens.order is not None and self.down.group_size > CHUNK:
+            chunks = chunks.view(tokens.pairs, -1, self.down.group_size // CHUNK).sum(-1)
+        return hidden, chunks
+
+    def project(
+        self,
+        matrices: Repacked,
+        x: torch.Tensor,
+        sums: torch.Tensor,
+        tokens: Tokens,
+        schedule: Schedule,
+        out: torch.Tensor,
+        *,
+        out_sums: torch.Tensor | None = None,
+        splits: int = 1,
+    ) -> None:
+        """Launch one projection; gated where ``out_sums`` is given.
+
+        Args:
+            matrices: gate and up, or down.
+            x: [tokens or pairs, columns].
+            sums: sums of x over equal parts of the padded columns.
+            tokens: the routing.
+            schedule: the variant.
+            out: written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
+            out_sums: written; sums of ``out`` over CHUNK columns.
+            splits: parts of the input dimension of the widest expert.
+        """
+        gated = out_sums is not None
+        per_block = sums.shape[1] // matrices.blocks
+        common = {
+            "SHARE": tokens.pairs // x.shape[0], "ROWS": schedule.rows, "TOKENS": schedule.tokens,
+            "WIDTHS": self.widths, "LANES": matrices.lanes, "GROUPS": matrices.groups,
+            "SUM": matrices.block // per_block, "EVEN": matrices.columns % matrices.block == 0, "GATED": gated,
+            "STAGES": schedule.stages, "MODE": arithmetic(x.dtype), "num_warps": schedule.warps,
+        }  # fmt: skip
+        weights = (matrices.words, matrices.scales, matrices.widths, matrices.offsets)
+        sizes = (matrices.rows, matrices.columns, out_sums.shape[1] if out_sums is not None else 0)
+        tiles = triton.cdiv(matrices.rows, schedule.rows)
+        if out_sums is None:
+            out_sums = sums
+        if tokens.order is None or tokens.counts is None:
+            few_tokens[(tiles, tokens.pairs, splits)](
+                x, sums, tokens.ids, tokens.weights, *weights, self.splits[splits], out, out_sums, tokens.pairs, *sizes,
+                PAIRS=triton.next_power_of_2(schedule.tokens * tokens.top_k), **common,
+            )  # fmt: skip
+            return
+        blocks = min(tokens.pairs, triton.cdiv(tokens.pairs, schedule.tokens) + len(self.bits))
+        many_tokens[(tiles * blocks,)](
+            x, sums, tokens.order, tokens.counts, tokens.weights, *weights, out, out_sums, tokens.pairs, blocks, *sizes,
+            EXPERTS=self.experts, TOGETHER=8, **common,
+        )  # fmt: skip
+
+    def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
+        """Compile every variant for one activation dtype."""
+        device = self.gate_up.words.device
+        sizes = [schedule.tokens for schedule in FEW]
+        sizes += [max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY]
+        for tokens in sizes:
+            ids = torch.arange(tokens * top_k, device=device, dtype=torch.int32).view(tokens, top_k) % len(self.bits)
+            weights = torch.ones((tokens, top_k), device=device)
+            self(torch.zeros((tokens, self.hidden), dtype=dtype, device=device), weights, ids)
+
+
+def sums_of(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:
+    """Return Σ x per group of the matrices' padded input dimension, float32 [rows, groups]."""
+    columns = matrices.blocks * (matrices.block // matrices.group_size)
+    sums = torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
+    chunks = min(16, triton.next_power_of_2(columns))
+    column_sums[(x.shape[0], triton.cdiv(columns, chunks))](
+        x, sums, x.shape[1], columns, SUM=matrices.group_size, CHUNKS=chunks
+    )
+    return sums

@@ -1,0 +1,145 @@
+"""A tile of output neurons times a few tokens, for one expert of any width."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_moeq.kernels.triton.fields import code_of
+
+TILE = tl.constexpr(64)
+"""Rows that lie together in memory."""
+
+
+@triton.jit
+def _load_words(pointers, WIDTH: tl.constexpr, PLANE: tl.constexpr):
+    words = (tl.load(pointers),)
+    for plane in tl.static_range(1, WIDTH):
+        words = words + (tl.load(pointers + plane * PLANE),)  # type: ignore[assignment]  # noqa: RUF005
+    return words
+
+
+@triton.jit
+def _load_scale_and_zero(pairs):
+    both = tl.load(pairs)
+    if both.dtype == tl.int32:
+        scale = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return scale, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scale = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        return scale, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _multiply(
+    words, scales, x, sums, lane, columns, begin, end,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Return Σ_k (q − z)·s·x over the blocks [begin, end), float32 [ROWS, TOKENS].
+
+    Applied per group as s·(Σ x·q − z·Σ x), so that the codes stay exact in the activation's dtype.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    PLANE: tl.constexpr = TILE * LANES
+    PARTS: tl.constexpr = GROUPS if GROUPS else 1
+    FIELDS: tl.constexpr = 16 // PARTS
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    total_x = tl.zeros((TOKENS,), tl.float32)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        planes = _load_words(words + block * (WIDTH * PLANE), WIDTH, PLANE)
+        start = block * (16 * LANES)
+        for group in tl.static_range(PARTS):
+            part = tl.zeros((ROWS, TOKENS), tl.float32)
+            for field in tl.static_range(FIELDS):
+                at = start + (group * FIELDS + field) * LANES
+                inputs = tl.load(x + at) if EVEN else tl.load(x + at, mask=lane + at < columns, other=0.0)
+                if MODE == "float32":
+                    inputs = inputs.to(tl.float32)
+                codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, MODE)
+                part = tl.dot(codes, inputs, part, input_precision="ieee")
+            part_x = tl.zeros((TOKENS,), tl.float32)
+            for index in tl.static_range(FIELDS * LANES // SUM):
+                part_x += tl.load(sums + (start + group * FIELDS * LANES) // SUM + index)
+            if GROUPS:
+                scale, zero = _load_scale_and_zero(scales + (block * GROUPS + group) * TILE)
+                total += scale[:, None] * (part - zero[:, None] * part_x[None, :])
+            else:
+                total += part
+                total_x += part_x
+    if not GROUPS:
+        scale, zero = _load_scale_and_zero(scales)
+        total = scale[:, None] * (total - zero[:, None] * total_x[None, :])
+    return total
+
+
+@triton.jit
+def expert_tile(
+    x, sums, words, scales, widths, offsets, expert, tile, split, splits, source, valid, columns, tiles,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Return rows [tile·ROWS, …) of one expert times the tokens ``source``, float32 [ROWS, TOKENS].
+
+    The width is branched on once; only the widths in ``WIDTHS`` (bit b: width b) are compiled.
+    """
+    width = tl.load(widths + expert)
+    blocks = tl.cdiv(columns, 16 * LANES)
+    begin, end = blocks * split // splits, blocks * (split + 1) // splits
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, LANES)
+    first = tile * (ROWS // TILE)
+    inner = row % TILE
+    groups = blocks * GROUPS if GROUPS else 1
+    meta = (expert.to(tl.int64) * tiles + first + row // TILE) * groups * TILE + inner
+    source = tl.where(valid, source, 0).to(tl.int64)
+    inputs = x + source[None, :] * columns + lane[:, None]
+    input_sums = sums + source * (blocks * (16 * LANES // SUM))
+    base = words + tl.load(offsets + expert).to(tl.int64) * (TILE * LANES)  # a product, so that its alignment is known
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for WIDTH in tl.static_range(1, 9):
+        if WIDTHS & (1 << WIDTH):
+            if width == WIDTH:
+                at = (first + row // TILE) * (blocks * WIDTH * TILE * LANES) + inner * LANES
+                total = _multiply(
+                    base + at[:, None] + lane[None, :], scales + meta, inputs, input_sums,
+                    lane[:, None], columns, begin, end,
+                    ROWS, TOKENS, WIDTH, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+                )  # fmt: skip
+    return total
+
+
+@triton.jit
+def store_hidden(
+    total, hidden, sums, pair, valid, tile, neurons, sum_columns, ROWS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Store silu(gate)·up as [pairs, neurons], and its sums over chunks of 32 neurons.
+
+    Rows alternate between eight of gate and eight of up.
+    """
+    HALF: tl.constexpr = ROWS // 2
+    halves = total.reshape(ROWS // 16, 2, 8, TOKENS).permute(0, 2, 3, 1)
+    gate, up = tl.split(halves)
+    value = (gate / (1 + tl.exp(-gate)) * up).reshape(HALF, TOKENS).to(hidden.dtype.element_ty)
+    neuron = tile * HALF + tl.arange(0, HALF)
+    target = hidden + pair.to(tl.int64)[None, :] * neurons + neuron[:, None]
+    inside = valid[None, :] & (neuron < neurons)[:, None]
+    tl.store(target, value, mask=inside)
+    exact = tl.where(inside, value.to(tl.float32), 0.0)
+    chunk = tl.arange(0, HALF // 32)
+    chunk_sums = tl.sum(exact.reshape(HALF // 32, 32, TOKENS), axis=1)
+    at = tile * (HALF // 32) + chunk
+    tl.store(
+        sums + pair[None, :] * sum_columns + at[:, None],
+        chunk_sums,
+        mask=valid[None, :] & (at < neurons // 32)[:, None],
+    )
+
+
+@triton.jit
+def store_weighted(total, out, weights, pair, valid, tile, rows, ROWS: tl.constexpr):
+    """Store the routing weight times the result as [pairs, rows]."""
+    weight = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    target = out + pair.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(target, (total * weight[None, :]).to(out.dtype.element_ty), mask=valid[None, :] & (row < rows)[:, None])
