@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, and the instructions of each width's loop.
 
-python benchmarks/kernel_static.py [--arch sm_90 …] [--widths 1,2,3 …] [--only 8 …] [--json]
+python benchmarks/kernel_static.py [--arch sm_90 …] [--widths 1,2,3 …] [--json]
 """
 
 from __future__ import annotations
@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["1,2,3", "1,2,3,4,8"])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16"])
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--only", type=int, nargs="+", help="tokens per program of the variants to compile")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = [
@@ -187,7 +186,6 @@ def main() -> None:
         for text in args.widths
         for dtype in args.dtype
         for variant in variants([int(width) for width in text.split(",")], dtype, args.group_size)
-        if not args.only or variant.schedule.tokens in args.only
     ]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

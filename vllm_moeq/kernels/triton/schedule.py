@@ -28,7 +28,7 @@ class Schedule:
 
 
 FEW = (Schedule(8, 64, 2, 3), Schedule(16, 64, 2, 3))
-MANY = (Schedule(16, 64, 2, 3), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
+MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
 
 
 def schedule_few(tokens: int) -> Schedule:
