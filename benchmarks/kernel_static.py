@@ -96,10 +96,13 @@ def compile_variant(variant: Variant, arch: str) -> Any:
             signature[name] = "constexpr"
             continue
         signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
-        if name not in ("pairs", "blocks"):  # not specialized on
+        if name not in ("pairs", "blocks", "ids", "weights"):  # not specialized on
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[arch], options={"num_warps": schedule.warps})
+    options = {"num_warps": schedule.warps}
+    if schedule.registers is not None and constants["MODE"] == "ptx":
+        options["maxnreg"] = schedule.registers
+    return triton.compile(source, target=TARGETS[arch], options=options)
 
 
 @dataclass(frozen=True)

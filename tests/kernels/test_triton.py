@@ -166,11 +166,20 @@ def test_repacked_size_is_the_format_s(lanes: int) -> None:
 
 
 def test_warm_up_covers_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = TritonLayer(random_layer([2, 3], 128, 64, 64, device=DEVICE))
+    layer = TritonLayer(random_layer([2, 3] * 4, 128, 64, 64, device=DEVICE))
     seen = []
     monkeypatch.setattr(TritonLayer, "project", lambda *arguments, **_: seen.append(arguments[5]))
     layer.warm_up(torch.float16, 2)
     assert set(seen) == {*FEW, *MANY}
+
+
+def test_warm_up_meets_every_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_moeq.kernels.triton.layer.PROGRAMS", 16)
+    layer = TritonLayer(random_layer([2, 3, 1, 3], 256, 1024, 64, device=DEVICE))
+    warm = {(schedule_few(size), layer._splits(2 * size)) for size in layer.warm_up_sizes(2) if size <= FEW_TOKENS}
+    needed = {(schedule_few(size), layer._splits(2 * size)) for size in range(1, FEW_TOKENS + 1)}
+    assert warm == needed
+    assert len({splits for _, splits in needed}) > 1
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")

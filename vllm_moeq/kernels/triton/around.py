@@ -16,7 +16,7 @@ def column_sums(x, sums, columns, sum_columns, SUM: tl.constexpr, CHUNKS: tl.con
     tl.store(sums + row * sum_columns + chunk, tl.sum(values, axis=1), mask=chunk < sum_columns)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids"])
 def sort_pairs(ids, order, counts, pairs, CHUNK: tl.constexpr):
     """Sort pairs by expert, stable, negative ids left out. Grid: (EXPERTS,); each program places one expert's pairs.
 
@@ -42,7 +42,7 @@ def sort_pairs(ids, order, counts, pairs, CHUNK: tl.constexpr):
     tl.store(counts + expert, place - first)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids"])
 def reduce_pairs(
     parts, ids, splits, out, pairs, columns, TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):

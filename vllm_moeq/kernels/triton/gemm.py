@@ -45,7 +45,8 @@ def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows
         store_weighted(total, out + split.to(tl.int64) * pairs * rows, weights, pair, valid, tile, rows, ROWS)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+# Compiled before graphs are captured: nothing that a call brings may ask for another variant.
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids", "weights"])
 def few_tokens(
     x, sums, ids, weights, words, scales, widths, offsets, splits, out, out_sums,
     pairs, rows, columns, sum_columns,
@@ -84,7 +85,7 @@ def few_tokens(
     _finish(total, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks"])
+@triton.jit(do_not_specialize=["pairs", "blocks"], do_not_specialize_on_alignment=["weights"])
 def many_tokens(
     x, sums, order, counts, weights, words, scales, widths, offsets, out, out_sums,
     pairs, blocks, rows, columns, sum_columns,

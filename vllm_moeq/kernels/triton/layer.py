@@ -13,7 +13,6 @@ from vllm_moeq.kernels.triton.around import column_sums, reduce_pairs, sort_pair
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.repack import Repacked, repack
 from vllm_moeq.kernels.triton.schedule import (
-    FEW,
     FEW_TOKENS,
     MANY,
     SPLIT_CHOICES,
@@ -103,7 +102,7 @@ class TritonLayer:
         tokens = Tokens(ids.flatten(), weights.flatten(), topk_ids.shape[1])
         few = x.shape[0] <= FEW_TOKENS
         if few:
-            schedule, splits = schedule_few(x.shape[0]), self._splits(tokens)
+            schedule, splits = schedule_few(x.shape[0]), self._splits(tokens.pairs)
         else:
             schedule, splits = schedule_many(tokens.pairs, len(self.bits)), 1
             tokens.order, tokens.counts = self._sort(tokens)
@@ -118,8 +117,8 @@ class TritonLayer:
         )
         return out
 
-    def _splits(self, tokens: Tokens) -> int:
-        programs = min(tokens.pairs, len(self.bits)) * triton.cdiv(self.hidden, 64)
+    def _splits(self, pairs: int) -> int:
+        programs = min(pairs, len(self.bits)) * triton.cdiv(self.hidden, 64)
         return splits_for(programs, self.down.blocks, PROGRAMS)
 
     def _sort(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,6 +172,8 @@ class TritonLayer:
             "SUM": matrices.block // per_block, "EVEN": matrices.columns % matrices.block == 0, "GATED": gated,
             "STAGES": schedule.stages, "MODE": arithmetic(x.dtype), "num_warps": schedule.warps,
         }  # fmt: skip
+        if schedule.registers is not None and common["MODE"] == "ptx":
+            common["maxnreg"] = schedule.registers
         weights = (matrices.words, matrices.scales, matrices.widths, matrices.offsets)
         sizes = (matrices.rows, matrices.columns, out_sums.shape[1] if out_sums is not None else 0)
         tiles = triton.cdiv(matrices.rows, schedule.rows)
@@ -191,14 +192,18 @@ class TritonLayer:
         )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Compile every variant for one activation dtype."""
+        """Compile every variant for one activation dtype, with the smallest call that needs it."""
         device = self.gate_up.words.device
-        sizes = [schedule.tokens for schedule in FEW]
-        sizes += [max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY]
-        for tokens in sizes:
+        for tokens in self.warm_up_sizes(top_k):
             ids = torch.arange(tokens * top_k, device=device, dtype=torch.int32).view(tokens, top_k) % len(self.bits)
             weights = torch.ones((tokens, top_k), device=device)
             self(torch.zeros((tokens, self.hidden), dtype=dtype, device=device), weights, ids)
+
+    def warm_up_sizes(self, top_k: int) -> list[int]:
+        """Return numbers of tokens that together meet every schedule and every number of splits."""
+        few = {(schedule_few(tokens), self._splits(tokens * top_k)): tokens for tokens in range(FEW_TOKENS, 0, -1)}
+        many = {max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY}
+        return sorted({*few.values(), *many})
 
 
 def sums_of(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:

@@ -19,15 +19,17 @@ class Schedule:
         rows: output neurons per program, a multiple of 64.
         warps: warps per program.
         stages: depth of the pipeline of loads.
+        registers: limit per thread, None: ptxas chooses, at times with a few bytes of spills for one more program.
     """
 
     tokens: int
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-FEW = (Schedule(8, 64, 2, 3), Schedule(16, 64, 2, 3))
+FEW = (Schedule(8, 64, 2, 3), Schedule(16, 64, 2, 3, registers=255))
 MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
 
 
