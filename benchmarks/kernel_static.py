@@ -13,7 +13,9 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +183,18 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["1,2,3", "1,2,3,4,8"])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16"])
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [
-        report(variant, arch)
+    work = [
+        (variant, arch)
         for arch in args.arch
         for text in args.widths
         for dtype in args.dtype
         for variant in variants([int(width) for width in text.split(",")], dtype, args.group_size)
     ]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(report, *zip(*work, strict=True)))
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
