@@ -14,9 +14,10 @@ from planner.checkpoint import SourceModel
 from planner.evaluation import perplexity, read_text
 from planner.models import read_layout
 from planner.options import PlanOptions
-from planner.pipeline import QuantizeSettings, default_linear, quantize
+from planner.pipeline import quantize
 from planner.planning import make_plan
 from planner.progress import Progress
+from planner.settings import QuantizeSettings, default_linear
 
 QUIET = Progress(quiet=True)
 

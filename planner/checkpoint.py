@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
-from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, ShardSet, UsageError, read_json
+from planner.files import atomic, reason, sync, write_json, write_tensors
+from planner.partial import PartialRun, check_output
+from vllm_moeq.format import CheckpointError, ConfigError, ShardSet, UsageError, read_json
+
+__all__ = ["CheckpointWriter", "SourceModel", "check_output", "check_space", "resolve_model"]
 
 COMPANIONS = (
     "tokenizer*",
@@ -103,48 +104,6 @@ class SourceModel:
         self.shards.close()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: sibling temporary file, fsync, rename, directory fsync."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` and put it in place when the block succeeds.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors creates its files with mode 0600
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot write ({_reason(error)})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)
-    return str(error)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class CheckpointWriter:
     """Writes an output folder so that it appears only when it is complete.
 
@@ -155,59 +114,26 @@ class CheckpointWriter:
 
     Args:
         output: the folder to create.
-        fingerprint: everything that decides the contents.
+        fingerprint: everything that decides the contents, under names that a message can show.
+        resume: continue an unfinished run; otherwise delete it.
 
     Raises:
-        UsageError: the output exists, its parent does not, another run writes it, or an unfinished
-            run had other settings.
+        UsageError: the output exists, its parent does not, another run writes it, an unfinished run
+            had another fingerprint, or the partial folder is none of ours.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
         self.output = output
-        self.partial = output.with_name(f"{output.name}.partial")
-        check_output(output)
-        self._fingerprint = json.loads(json.dumps(fingerprint))
-        try:
-            self.partial.mkdir(exist_ok=True)
-            self._lock = os.open(self.partial / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        except OSError as error:
-            raise UsageError(f"{self.partial}: cannot write ({_reason(error)})") from None
-        try:
-            self._claim()
-        except MoeqError:
-            os.close(self._lock)
-            raise
+        self._run = PartialRun(output, fingerprint, resume)
+        self.partial = self._run.folder
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
 
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{self.partial}: another run is writing this output") from None
-        for leftover in self.partial.glob(".*.tmp"):
-            leftover.unlink()  # of a run that was killed while it wrote
-        path = self.partial / "fingerprint.json"
-        if path.exists():
-            if read_json(path) != self._fingerprint:
-                raise UsageError(
-                    f"{self.partial}: an unfinished run with another model, plan or settings; "
-                    "delete that folder or choose another output"
-                )
-            return
-        try:
-            write_json(path, self._fingerprint)
-        except MoeqError:
-            self._remove_if_empty()
-            raise
-
     def has_shard(self, shard: str) -> bool:
-        """Tell whether a previous run finished this shard, and count its tensors if so."""
+        """Tell whether a whole shard is there, from this run or an earlier one, and count its tensors if so."""
         path = self.partial / shard
         if not path.is_file():
             return False
-        from safetensors import safe_open
-
         try:
             with safe_open(str(path), framework="pt") as handle:
                 names = list(handle.keys())
@@ -217,10 +143,9 @@ class CheckpointWriter:
         self._bytes += path.stat().st_size
         return True
 
-    def write_shard(self, shard: str, tensors: dict[str, torch.Tensor]) -> None:
+    def write_shard(self, shard: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one shard atomically."""
-        with atomic(self.partial / shard) as temporary:
-            save_file(tensors, str(temporary), metadata={"format": "pt"})
+        write_tensors(self.partial / shard, tensors)
         for name in tensors:
             self._weight_map[name] = shard
         self._bytes += (self.partial / shard).stat().st_size
@@ -242,32 +167,16 @@ class CheckpointWriter:
         try:
             self.partial.rename(self.output)
         except OSError as error:
-            raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({_reason(error)})") from None
+            raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({reason(error)})") from None
         # Only now: a run that fails before can still be continued.
         for path in (self.output / "fingerprint.json", self.output / ".lock", *self.output.glob("*.safetensors.json")):
             path.unlink()
-        _sync(self.output.parent)
-        os.close(self._lock)
+        sync(self.output.parent)
+        self._run.release()
 
     def abandon(self) -> None:
         """After an error: keep whole shards for a later run, remove everything else."""
-        self._remove_if_empty()
-        os.close(self._lock)
-
-    def _remove_if_empty(self) -> None:
-        if not any(self.partial.glob("*.safetensors")):
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output folder that exists or whose parent cannot be written."""
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"{output}: the output exists already; choose another or delete it")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{output}: expected the parent folder {parent} to exist")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{output}: the folder {parent} cannot be written")
+        self._run.abandon()
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -1,80 +1,27 @@
-"""plan → quantize → write, one decoder layer in memory at a time."""
+"""plan → quantize → write, decoder layer by decoder layer."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from planner.checkpoint import CheckpointWriter, SourceModel, check_output, check_space, write_json
+from planner.checkpoint import CheckpointWriter, SourceModel, check_output, check_space
 from planner.estimate import Sizes, estimate
-from planner.models import Layout, MoeLayer
+from planner.layer_task import Finished, LayerTask, merged_report, plan_tasks
+from planner.models import Layout
 from planner.plan import Plan
-from planner.progress import Progress
-from planner.quantizers import linear_group_size, quantize_linear, quantizer_for
-from vllm_moeq.format import (
-    CODES_PER_BLOCK,
-    PACKED,
-    SCALE,
-    WHOLE_ROW,
-    ZERO,
-    CheckpointError,
-    Linear,
-    MoeqConfig,
-    pack,
-    read_json,
-)
+from planner.progress import Progress, duration
+from planner.runners import KEPT, InlineRunner, Runner, Work
+from planner.settings import QuantizeSettings, check_sizes
+from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
 
-LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.")
 HEADROOM_BYTES = 4 << 20
 """Headers, index, config and tokenizer, in the check for free space."""
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """Everything besides the plan that decides the output."""
-
-    quantizer: str = "hqq"
-    one_bit: str = "sign"
-    group_size: int = 128
-    linear: Linear = field(default_factory=lambda: Linear(bits=4))
-
-
-def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:
-    """Return the linear format for a width, with a group size that tensor parallelism can split."""
-    sizes = [model.shards.info(name).shape[1] for name in layout.linears]
-    return Linear.model_validate({"bits": bits, "group_size": linear_group_size(sizes)})
-
-
-def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) -> None:
-    """Refuse input dimensions that cannot be packed, before any work.
-
-    Raises:
-        CheckpointError: naming the first tensor.
-    """
-    for layer in layout.layers:
-        for projection, (_, columns) in layer.shapes.items():
-            group = columns if settings.group_size == WHOLE_ROW else settings.group_size
-            _check_columns(model, layer.weight(0, projection), columns, group, "--group-size")
-    if settings.linear.bits != 16:
-        for name in layout.linears:
-            columns = model.shards.info(name).shape[1]
-            _check_columns(model, name, columns, settings.linear.group_size, "--linear-group-size")
-
-
-def _check_columns(model: SourceModel, name: str, columns: int, group: int, flag: str) -> None:
-    for divisor, why in ((CODES_PER_BLOCK, "the packing block"), (group, flag)):
-        if columns % divisor:
-            path = model.folder / model.shards.info(name).shard
-            raise CheckpointError(
-                f"{path}: tensor {name}: expected an input dimension that is a multiple of {divisor} ({why}), "
-                f"found {columns}"
-            )
 
 
 def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
@@ -95,6 +42,28 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
     )
 
 
+def with_fallbacks(config: MoeqConfig, report: Mapping[str, Any]) -> MoeqConfig:
+    """Add the experts that could not be quantized as asked for."""
+    found = {
+        layer["prefix"]: [entry["expert"] for entry in layer["experts"] if "fallback" in entry]
+        for layer in report["layers"]
+    }
+    found = {prefix: experts for prefix, experts in found.items() if experts}
+    return config.model_copy(update={"plan": config.plan.model_copy(update={"fallback": found or None})})
+
+
+def fingerprint(
+    model: SourceModel, plan: Plan, settings: QuantizeSettings, calibration: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return everything that decides the output, under names for people."""
+    return {
+        "model": model.fingerprint(),
+        "plan": plan.model_dump(mode="json", exclude={"cost"}),
+        "settings": settings.as_dict(),
+        "calibration": dict(calibration) if calibration else None,
+    }
+
+
 def quantize(
     model: SourceModel,
     layout: Layout,
@@ -102,8 +71,23 @@ def quantize(
     output: Path,
     settings: QuantizeSettings,
     progress: Progress,
+    *,
+    runner: Runner | None = None,
+    resume: bool = True,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Sizes:
     """Write the quantized checkpoint; the output folder appears only when it is complete.
+
+    Args:
+        model: the source.
+        layout: its layers.
+        plan: one width per expert.
+        output: folder to create.
+        settings: how to quantize.
+        progress: says how far the run is.
+        runner: does the layers; by default this process, one after the other.
+        resume: continue an unfinished run instead of deleting it.
+        calibration: what the report says of the text that the runner reads.
 
     Returns:
         The estimate that the free space was checked against.
@@ -118,144 +102,52 @@ def quantize(
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear)
     check_space(output, sizes.total_bytes + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
-    fingerprint = {"source": model.fingerprint(), "config": config.model_dump(mode="json"), "one_bit": settings.one_bit}
-    writer = CheckpointWriter(output, fingerprint)
+    writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
     try:
-        report = _write_shards(model, layout, plan, settings, writer, progress)
+        tasks = plan_tasks(model, layout, plan, settings, writer.partial)
+        _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         writer.copy_companions(model.folder)
+        report = merged_report(tasks, [read_json(task.entry) for task in tasks], settings)
+        if calibration:
+            report["calibration"] = dict(calibration)
+        config = with_fallbacks(config, report)
         quantization_config = config.model_dump(mode="json", exclude_none=True)
-        extra = {"plan.json": plan.model_dump(mode="json"), "quantization_report.json": report}
+        # Without the time that planning took: the same input makes the same bytes.
+        extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), "quantization_report.json": report}
         writer.finish({**model.config, "quantization_config": quantization_config}, extra)
-    except BaseException:
+    except BaseException as error:
         writer.abandon()
+        if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
+            progress.line(f"interrupted; {KEPT}")
         raise
     return sizes
 
 
-def _write_shards(
-    model: SourceModel,
-    layout: Layout,
-    plan: Plan,
-    settings: QuantizeSettings,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write one shard per decoder layer and one for the rest; return the report of all layers."""
-    moe = {layer.index: layer for layer in layout.layers}
-    parts = _parts(layout)
-    entries: list[Path] = []
-    for number, index in enumerate(progress.track(parts, "quantizing"), start=1):
-        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        entry = writer.partial / f"{shard}.json"
-        layer = moe.get(index) if index is not None else None
-        if not writer.has_shard(shard):
-            began = time.monotonic()
-            tensors: dict[str, torch.Tensor] = {}
-            errors = _quantize_experts(model, layer, plan, settings, tensors) if layer else []
-            _add_others(model, layout, index, settings, tensors)
-            facts = {"prefix": layer.prefix if layer else None, "experts": errors}
-            write_json(entry, {**facts, "seconds": round(time.monotonic() - began, 3)})
-            writer.write_shard(shard, tensors)
-            if layer:
-                _say(progress, layer, plan.experts[layer.prefix], errors, time.monotonic() - began)
-        elif layer:
-            progress.line(f"{layer.prefix}: done by an earlier run")
-        entries.append(entry)
-        # A mapped shard stays in resident memory; the next layer rarely needs the same one.
-        model.shards.close()
-    merged = [read_json(path) for path in entries]
-    return {
-        "quantizer": settings.quantizer,
-        "one_bit": settings.one_bit,
-        "layers": [entry for entry in merged if entry["prefix"]],
-    }
+def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progress: Progress) -> None:
+    """Have every task done, and register the shards."""
+    pending = tuple(task for task in tasks if not (task.entry.is_file() and writer.has_shard(task.shard.name)))
+    for task in tasks:
+        if task not in pending:
+            progress.line(f"{task.label}: done by an earlier run")
+    began = time.monotonic()
+    work = Work(tuple(tasks), pending)
+    with closing(runner.run(work)) as finished:
+        for count, done in enumerate(progress.track(finished, "quantizing", len(pending)), start=1):
+            if not writer.has_shard(done.task.shard.name):
+                raise CheckpointError(f"{done.task.shard}: expected a shard of another process, found none")
+            left = (time.monotonic() - began) / count * (len(pending) - count)
+            _say(progress, done, left)
 
 
-@dataclass(frozen=True)
-class ExpertReport:
-    """How well one expert survived."""
-
-    expert: int
-    bits: int
-    quantizer: str
-    relative_error: float
-    """‖W − Ŵ‖ / ‖W‖ over the three matrices."""
-
-
-def _quantize_experts(
-    model: SourceModel, layer: MoeLayer, plan: Plan, settings: QuantizeSettings, tensors: dict[str, torch.Tensor]
-) -> list[dict[str, Any]]:
-    reports = []
-    for expert, bits in enumerate(plan.experts[layer.prefix]):
-        quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit)
-        squared_error = squared_norm = 0.0
-        for projection in layer.projections.names():
-            name = layer.weight(expert, projection)
-            weight = model.shards.load(name)
-            try:
-                result = quantizer(weight, bits, settings.group_size)
-            except CheckpointError as error:
-                shard = model.shards.info(name).shard
-                raise CheckpointError(f"{model.folder / shard}: tensor {name}: {error}") from None
-            base = f"{layer.prefix}.{expert}.{projection}"
-            tensors[f"{base}.{PACKED}"] = pack(result.codes, bits)
-            tensors[f"{base}.{SCALE}"] = result.scales
-            tensors[f"{base}.{ZERO}"] = result.zeros
-            exact = weight.float()
-            squared_error += float((result.dequantize() - exact).square().sum())
-            squared_norm += float(exact.square().sum())
-        relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
-        name_of = settings.one_bit if bits == 1 else settings.quantizer
-        reports.append(asdict(ExpertReport(expert, bits, name_of, round(relative, 6))))
-    return reports
-
-
-def _add_others(
-    model: SourceModel,
-    layout: Layout,
-    index: int | None,
-    settings: QuantizeSettings,
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Add the tensors of one decoder layer (or of none) that are not routed experts."""
-    linears = set(layout.linears) if settings.linear.bits != 16 else set()
-    for name in _names_of(layout, index):
-        weight = model.shards.load(name)
-        if name not in linears:
-            tensors[name] = weight
-            continue
-        try:
-            packed = quantize_linear(weight, settings.linear)
-        except CheckpointError as error:
-            raise CheckpointError(f"{model.folder / model.shards.info(name).shard}: tensor {name}: {error}") from None
-        base = name.removesuffix(".weight")
-        tensors.update({f"{base}.{suffix}": value for suffix, value in packed.items()})
-
-
-def _layer_of(name: str) -> int | None:
-    match = LAYER_NAME.match(name)
-    return int(match.group(1)) if match else None
-
-
-def _parts(layout: Layout) -> list[int | None]:
-    """Return the decoder layers that have tensors, then None for the tensors outside any layer."""
-    found = {_layer_of(name) for name in (*layout.linears, *layout.kept)}
-    found.update(layer.index for layer in layout.layers)
-    return [*sorted(index for index in found if index is not None), None]
-
-
-def _names_of(layout: Layout, index: int | None) -> Iterator[str]:
-    for name in (*layout.linears, *layout.kept):
-        if _layer_of(name) == index:
-            yield name
-
-
-def _say(
-    progress: Progress, layer: MoeLayer, widths: Sequence[int], errors: list[dict[str, Any]], seconds: float
-) -> None:
+def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
+    if not done.experts:
+        return
+    widths = done.task.widths
     counts = ", ".join(f"{widths.count(bits)} × {bits} bit" for bits in sorted(set(widths), reverse=True))
-    worst = max(errors, key=lambda entry: entry["relative_error"])
+    worst = max(done.experts, key=lambda report: report.relative_error)
+    fallbacks = sum(report.fallback is not None for report in done.experts)
     progress.line(
-        f"{layer.prefix}: {counts}; largest relative error {worst['relative_error']:.3f} "
-        f"(expert {worst['expert']}, {worst['bits']} bit), {seconds:.1f} s"
+        f"{done.task.label}: {counts}; largest relative error {worst.relative_error:.3f} "
+        f"(expert {worst.expert}, {worst.bits} bit), {f'{fallbacks} fallbacks, ' if fallbacks else ''}"
+        f"{done.seconds:.1f} s; about {duration(seconds_left)} left, {done.memory_bytes / (1 << 30):.2f} GiB"
     )

@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
+
+import torch
 
 from planner.allocation import level_counts
 from planner.checkpoint import SourceModel
@@ -15,10 +17,14 @@ from planner.models import Layout, MoeLayer
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, Settings
 from planner.progress import Progress
+from planner.rows import open_threads
 from planner.sensitivity import max_variance, router_norm
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError
 
 NEAR_TIE = 1e-6
+
+READERS = 8
+"""Threads that score matrices: more would only keep more of the model in memory."""
 
 Slot = tuple[str, int]
 """An expert: its layer's prefix and its index."""
@@ -89,7 +95,7 @@ def _settings(method: Method, options: PlanOptions) -> Settings:
 def score_experts(
     model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
 ) -> dict[str, dict[str, list[float]]]:
-    """Compute the method's metrics, one matrix in memory at a time.
+    """Compute the method's metrics, one matrix per thread in memory at a time.
 
     Raises:
         MoeqError: an initial router that is missing or of another shape, or a score that is not finite.
@@ -97,18 +103,22 @@ def score_experts(
     if options.initial_model is not None and "router_norm" not in method.metrics and options.ranked:
         raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
     initial = ShardSet(options.initial_model) if options.initial_model is not None else None
+    gates = [layer.weight(e, layer.projections.gate) for layer in layout.layers for e in range(layer.num_experts)]
     scores: dict[str, dict[str, list[float]]] = {}
-    for layer in progress.track(layout.layers, "scoring experts"):
-        entry: dict[str, list[float]] = {}
-        if "router_norm" in method.metrics:
-            entry["router_norm"] = _router_norms(model, layer, initial)
-        if "max_var" in method.metrics:
-            names = [layer.weight(expert, layer.projections.gate) for expert in range(layer.num_experts)]
-            entry["max_var"] = [max_variance(model.shards.load(name)) for name in names]
-        for metric, values in entry.items():
-            if not all(math.isfinite(value) for value in values):
-                raise CheckpointError(f"{model.folder}: {layer.prefix}: {metric} is not finite: damaged weights")
-        scores[layer.prefix] = entry
+    with open_threads(min(torch.get_num_threads(), READERS)) as threads:
+        variances = threads.pool.map(
+            lambda name: max_variance(model.shards.map(name)), gates if "max_var" in method.metrics else ()
+        )
+        for layer in progress.track(layout.layers, "scoring experts"):
+            entry: dict[str, list[float]] = {}
+            if "router_norm" in method.metrics:
+                entry["router_norm"] = _router_norms(model, layer, initial)
+            if "max_var" in method.metrics:
+                entry["max_var"] = list(islice(variances, layer.num_experts))
+            for metric, values in entry.items():
+                if not all(math.isfinite(value) for value in values):
+                    raise CheckpointError(f"{model.folder}: {layer.prefix}: {metric} is not finite: damaged weights")
+            scores[layer.prefix] = entry
     return scores
 
 

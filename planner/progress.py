@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -29,10 +29,16 @@ class Progress:
         """Print one line."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def track(self, items: Sequence[T], what: str) -> Iterator[T]:
-        """Yield the items, showing count, elapsed and remaining time."""
+    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, showing count, elapsed and remaining time.
+
+        Args:
+            items: a sequence, or with ``total`` anything.
+            what: is being done.
+            total: number of items; quiet where lines are printed, since the caller prints its own.
+        """
         if self.quiet or not self.console.is_terminal:
-            yield from self._lines(items, what)
+            yield from items if total is not None else self._lines(items, what)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -42,7 +48,7 @@ class Progress:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=self.console, transient=True) as bar:
-            yield from bar.track(items, description=what)
+            yield from bar.track(items, total=total, description=what)
 
     def _lines(self, items: Iterable[T], what: str) -> Iterator[T]:
         sequence = list(items)
@@ -54,3 +60,10 @@ class Progress:
                 remaining = (now - began) / done * (len(sequence) - done)
                 self.line(f"{what}: {done}/{len(sequence)}, {now - began:.0f} s, about {remaining:.0f} s left")
                 last = now
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

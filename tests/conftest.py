@@ -113,9 +113,10 @@ def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factor
     """The tiny Mixtral with every width, group size 32; not to be changed."""
     from planner.checkpoint import SourceModel
     from planner.models import read_layout
-    from planner.pipeline import QuantizeSettings, default_linear, quantize
+    from planner.pipeline import quantize
     from planner.plan import read_plan
     from planner.progress import Progress
+    from planner.settings import QuantizeSettings, default_linear
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"
     with SourceModel(tiny_mixtral) as model:

@@ -165,3 +165,35 @@ def test_read_json_refuses_a_huge_file(tmp_path: Path) -> None:
         file.truncate((64 << 20) + 1)
     with pytest.raises(ConfigError, match="at most"):
         read_json(path)
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["aligned", "at an odd place"])
+def test_maps_and_rows_are_the_tensors(folder: Path, odd: bool) -> None:
+    if odd:
+        content = (folder / A).read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        (folder / A).write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+    with ShardSet(folder) as shards:
+        for name in ("one", "two", "three"):
+            expected = shards.load(name).clone()
+            assert torch.equal(shards.map(name), expected)
+            assert torch.equal(shards.read_rows(name, 0, len(expected)), expected)
+            assert torch.equal(shards.read_rows(name, 1, 2), expected[1:2])
+
+
+def test_a_map_outlives_its_shards_and_does_not_write(folder: Path) -> None:
+    before = (folder / A).read_bytes()
+    with ShardSet(folder) as shards:
+        two = shards.map("two")
+    two.fill_(7)
+    assert torch.equal(two, torch.full((4,), 7.0))
+    assert (folder / A).read_bytes() == before
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
+    with ShardSet(folder) as shards:
+        (folder / B).write_bytes((folder / B).read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match="cannot read tensor three"):
+            shards.read_rows("three", 0, 2)
+        with pytest.raises(CheckpointError, match="cannot read tensor three"):
+            shards.map("three")

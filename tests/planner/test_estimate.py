@@ -11,9 +11,10 @@ from planner.checkpoint import SourceModel
 from planner.estimate import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
 from planner.models import Layout, MoeLayer, read_layout
 from planner.options import PlanOptions
-from planner.pipeline import QuantizeSettings, quantize
+from planner.pipeline import quantize
 from planner.planning import make_plan
 from planner.progress import Progress
+from planner.settings import QuantizeSettings
 from vllm_moeq.format import Linear, Projections, ShardSet, UsageError, verify
 
 QUIET = Progress(quiet=True)

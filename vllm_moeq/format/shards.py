@@ -6,6 +6,9 @@ Only headers are read here; tensors come lazily from :meth:`ShardSet.load`, one 
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,11 +42,12 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """What a shard's header says of one tensor; ``offset`` is the place of its first byte in the file."""
 
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -105,6 +109,8 @@ class ShardSet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._handles: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
         index = folder / INDEX_NAME
         expected: dict[str, str] | None = None
         if index.exists():
@@ -135,14 +141,18 @@ class ShardSet:
 
     def _read_header(self, shard: str) -> None:
         handle = self._open(shard)
-        for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
+        # The reader has checked that tensors follow each other without holes, behind eight bytes and the header.
+        with (self.folder / shard).open("rb") as file:
+            offset = 8 + int.from_bytes(file.read(8), "little")
+        for name in handle.offset_keys():
             if name in self.tensors:
                 raise CheckpointError(f"{self.folder / shard}: tensor {name} is also in {self.tensors[name].shard}")
             view = handle.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
                 raise CheckpointError(f"{self.folder / shard}: tensor {name} has unsupported dtype {view.get_dtype()}")
-            self.tensors[name] = TensorInfo(shard, tuple(view.get_shape()), dtype)
+            self.tensors[name] = TensorInfo(shard, tuple(view.get_shape()), dtype, offset)
+            offset += self.tensors[name].nbytes
 
     def info(self, name: str) -> TensorInfo:
         """Return a tensor's header entry; raise CheckpointError when it is missing."""
@@ -163,9 +173,68 @@ class ShardSet:
             raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
         return tensor
 
+    def map(self, name: str) -> torch.Tensor:
+        """Return one tensor in a memory map of its own: unlike those of :meth:`load`, its pages leave memory with it.
+
+        Several threads may map at once. Writing to the tensor does not change the file.
+
+        Raises:
+            CheckpointError: the tensor is missing or cannot be read.
+        """
+        info = self.info(name)
+        begin = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        inside = info.offset - begin
+        if inside % info.dtype.itemsize or not info.nbytes:
+            return self.load(name).clone()
+        try:
+            file = self._descriptor(info.shard)
+            area = mmap.mmap(file, inside + info.nbytes, access=mmap.ACCESS_COPY, offset=begin)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
+        return torch.frombuffer(area, dtype=info.dtype, offset=inside, count=info.numel).view(info.shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return some rows of a matrix, copied from the file: unlike a map, they leave no pages behind.
+
+        Several threads may read at once.
+
+        Args:
+            name: a tensor [N, ...].
+            begin: first row.
+            end: one behind the last row.
+
+        Raises:
+            CheckpointError: the tensor is missing or cannot be read.
+        """
+        info = self.info(name)
+        shape = (end - begin, *info.shape[1:])
+        row_bytes = info.nbytes // max(1, info.shape[0])
+        size = row_bytes * (end - begin)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        try:
+            file = self._descriptor(info.shard)
+            while done < size:
+                count = os.preadv(file, [view[done:]], info.offset + begin * row_bytes + done)
+                if count == 0:
+                    raise OSError("the file ends before the tensor does")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
+        return buffer.view(info.dtype).view(shape)
+
+    def _descriptor(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.folder / shard, os.O_RDONLY)
+            return self._files[shard]
+
     def close(self) -> None:
-        """Release every shard's memory map."""
+        """Release every shard's memory map and file."""
         self._handles.clear()
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
 
     def __enter__(self) -> ShardSet:
         return self

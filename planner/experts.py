@@ -1,0 +1,129 @@
+"""From quantized matrices to what a shard holds: packed words, scales, zeros, and how well they fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from planner.models import MoeLayer
+from planner.quantizers import Quantized
+from vllm_moeq.format import PACKED, SCALE, ZERO, pack
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix, or some of its rows, as the file holds it, on the CPU.
+
+    Attributes:
+        words: int32 [N, K·b/32].
+        scales: float16 or bfloat16 [N, K / G].
+        zeros: same shape and dtype.
+        squared_error: ‖W − Ŵ‖².
+        squared_norm: ‖W‖².
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    squared_error: float
+    squared_norm: float
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """How well one expert survived.
+
+    Attributes:
+        expert: index within the layer.
+        bits: width of its codes.
+        quantizer: what found the codes.
+        relative_error: ‖W − Ŵ‖ / ‖W‖ over the three matrices.
+        fallback: why ``quantizer`` is not the one that was asked for.
+        tokens: calibration tokens that were routed to it.
+        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its outputs on them, weighted by the router.
+    """
+
+    expert: int
+    bits: int
+    quantizer: str
+    relative_error: float
+    fallback: str | None = None
+    tokens: int | None = None
+    output_error: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON that say something."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def pack_matrix(weight: torch.Tensor, result: Quantized) -> PackedMatrix:
+    """Pack one matrix, or rows of it, and measure its error.
+
+    Args:
+        weight: the exact values, float [N, K], on the device of ``result``.
+        result: its quantization.
+    """
+    exact = weight.float()
+    return PackedMatrix(
+        words=pack(result.codes, result.bits).cpu(),
+        scales=result.scales.contiguous().cpu(),
+        zeros=result.zeros.contiguous().cpu(),
+        squared_error=_squared(result.dequantize().sub_(exact)),
+        squared_norm=_squared(exact),
+    )
+
+
+def _squared(values: torch.Tensor) -> float:
+    """Return Σ v² of a matrix: by rows in float32, then exactly, so that threads do not change it."""
+    return math.fsum(values.square().sum(dim=1).tolist())
+
+
+def join_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    """Put consecutive rows together.
+
+    Raises:
+        ValueError: parts whose scales differ in dtype.
+    """
+    if len({part.scales.dtype for part in parts}) > 1:
+        raise ValueError("expected scales of one dtype")
+    return PackedMatrix(
+        words=torch.cat([part.words for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat([part.zeros for part in parts]),
+        squared_error=math.fsum(part.squared_error for part in parts),
+        squared_norm=math.fsum(part.squared_norm for part in parts),
+    )
+
+
+def pack_expert(
+    layer: MoeLayer,
+    expert: int,
+    bits: int,
+    matrices: Mapping[str, PackedMatrix],
+    quantizer: str,
+    fallback: str | None = None,
+) -> tuple[dict[str, torch.Tensor], ExpertReport]:
+    """Return one expert's tensors under their checkpoint names, and its report.
+
+    Args:
+        layer: where the expert lives.
+        expert: its index.
+        bits: its width.
+        matrices: projection → packed matrix, for every projection.
+        quantizer: name of what found the codes.
+        fallback: why it is not the quantizer that was asked for.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for projection, matrix in matrices.items():
+        base = f"{layer.prefix}.{expert}.{projection}"
+        tensors[f"{base}.{PACKED}"] = matrix.words
+        tensors[f"{base}.{SCALE}"] = matrix.scales
+        tensors[f"{base}.{ZERO}"] = matrix.zeros
+    error = math.fsum(matrix.squared_error for matrix in matrices.values())
+    norm = math.fsum(matrix.squared_norm for matrix in matrices.values())
+    relative = math.sqrt(error / norm) if norm else 0.0
+    return tensors, ExpertReport(expert, bits, quantizer, round(relative, 6), fallback)

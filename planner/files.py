@@ -1,0 +1,69 @@
+"""Files that are whole or not there: a sibling temporary file, fsync, rename, directory fsync."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from vllm_moeq.format import CheckpointError
+
+TEMPORARY = ".*tmp*"
+"""Glob of the temporary files that a killed run leaves: ours, and safetensors' own (``.tmpAbC123``)."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` and put it in place when the block succeeds.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors creates its files with mode 0600
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot write ({reason(error)})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors shard atomically."""
+    with atomic(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata={"format": "pt"})
+
+
+def reason(error: Exception) -> str:
+    """Return why a file operation failed, without the path."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return str(error)
+
+
+def sync(path: Path) -> None:
+    """Have a file's or folder's contents reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

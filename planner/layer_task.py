@@ -1,0 +1,181 @@
+"""One decoder layer's work from end to end: read, quantize, write its shard."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.experts import ExpertReport, pack_expert
+from planner.files import write_json, write_tensors
+from planner.memory import peak_bytes
+from planner.models import Layout, MoeLayer
+from planner.plan import Plan
+from planner.quantizers import quantizer_for
+from planner.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
+from planner.settings import QuantizeSettings
+
+LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What one shard needs, small and picklable.
+
+    Attributes:
+        source: folder of the model.
+        shard: file to write; ``entry`` stands beside it.
+        layer: the routed experts, or None where there are none.
+        widths: bits per expert.
+        linears: tensors to quantize in vLLM's own format.
+        kept: tensors to copy.
+        settings: see there.
+    """
+
+    source: Path
+    shard: Path
+    layer: MoeLayer | None
+    widths: tuple[int, ...]
+    linears: tuple[str, ...]
+    kept: tuple[str, ...]
+    settings: QuantizeSettings
+
+    @property
+    def entry(self) -> Path:
+        """The JSON file with the layer's part of the report."""
+        return self.shard.with_name(f"{self.shard.name}.json")
+
+    @property
+    def label(self) -> str:
+        """A name for people."""
+        if self.layer:
+            return self.layer.prefix
+        return f"layer without experts ({self.shard.name})" if self.linears else f"the rest ({self.shard.name})"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task whose shard and entry are written.
+
+    Attributes:
+        task: which one.
+        experts: how well each survived.
+        seconds: time that it took.
+        memory_bytes: peak resident memory of the process so far.
+    """
+
+    task: LayerTask
+    experts: tuple[ExpertReport, ...]
+    seconds: float
+    memory_bytes: int
+
+
+def plan_tasks(
+    model: SourceModel, layout: Layout, plan: Plan, settings: QuantizeSettings, partial: Path
+) -> list[LayerTask]:
+    """Return one task per decoder layer, then one for the tensors outside any layer."""
+    moe = {layer.index: layer for layer in layout.layers}
+    quantized = settings.linear.bits != 16
+    linears = _by_layer(layout.linears if quantized else ())
+    kept = _by_layer(layout.kept if quantized else (*layout.linears, *layout.kept))
+    indices = {*moe, *linears, *kept} - {None}
+    parts = [*sorted(index for index in indices if index is not None), None]
+    tasks = []
+    for number, index in enumerate(parts, start=1):
+        layer = moe.get(index) if index is not None else None
+        tasks.append(
+            LayerTask(
+                source=model.folder.absolute(),
+                shard=partial.absolute() / f"model-{number:05d}-of-{len(parts):05d}.safetensors",
+                layer=layer,
+                widths=tuple(plan.experts[layer.prefix]) if layer else (),
+                linears=tuple(linears.get(index, ())),
+                kept=tuple(kept.get(index, ())),
+                settings=settings,
+            )
+        )
+    return tasks
+
+
+def _by_layer(names: Sequence[str]) -> dict[int | None, list[str]]:
+    result: dict[int | None, list[str]] = {}
+    for name in names:
+        match = LAYER_NAME.match(name)
+        result.setdefault(int(match.group(1)) if match else None, []).append(name)
+    return result
+
+
+def run_task(task: LayerTask, threads: int, device: torch.device) -> Finished:
+    """Do a task's work.
+
+    Raises:
+        MoeqError: a damaged tensor, a full disk; the shard is not there then.
+    """
+    began = time.monotonic()
+    tensors: dict[str, torch.Tensor] = {}
+    reports: list[ExpertReport] = []
+    with SourceModel(task.source) as model, open_threads(threads, device) as pool:
+        for expert in range(len(task.widths)):
+            more, report = quantize_expert(task, model, expert, pool)
+            tensors.update(more)
+            reports.append(report)
+        tensors.update(other_tensors(task, model, pool))
+        return write_layer(task, tensors, reports, began)
+
+
+def quantize_expert(
+    task: LayerTask, model: SourceModel, expert: int, threads: Threads
+) -> tuple[dict[str, torch.Tensor], ExpertReport]:
+    """Quantize one expert without calibration; return its tensors and its report.
+
+    Raises:
+        CheckpointError: a tensor that cannot be read or quantized, by name.
+    """
+    layer, bits, settings = task.layer, task.widths[expert], task.settings
+    if layer is None:
+        raise ValueError(f"{task.label} has no experts")
+    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
+    matrices = {}
+    for projection in layer.projections.names():
+        name = layer.weight(expert, projection)
+        matrices[projection] = quantize_rows(threads, model, name, quantizer, bits, settings.group_size)
+    return pack_expert(layer, expert, bits, matrices, settings.quantizer_of(bits))
+
+
+def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict[str, torch.Tensor]:
+    """Return the tensors of a task that are not routed experts."""
+    tensors = {name: model.shards.load(name) for name in task.kept}
+    for name in task.linears:
+        packed = quantize_linear_rows(threads, model, name, task.settings.linear)
+        base = name.removesuffix(".weight")
+        tensors.update({f"{base}.{suffix}": value for suffix, value in packed.items()})
+    return tensors
+
+
+def write_layer(
+    task: LayerTask, tensors: dict[str, torch.Tensor], reports: Sequence[ExpertReport], began: float
+) -> Finished:
+    """Write a task's entry, then its shard: where the shard is, both are.
+
+    Args:
+        task: whose.
+        tensors: everything of the shard.
+        reports: one per expert, in order.
+        began: ``time.monotonic()`` of the task's begin.
+    """
+    prefix = task.layer.prefix if task.layer else None
+    write_json(task.entry, {"prefix": prefix, "experts": [report.as_dict() for report in reports]})
+    write_tensors(task.shard, tensors)
+    return Finished(task, tuple(reports), time.monotonic() - began, peak_bytes())
+
+
+def merged_report(tasks: Sequence[LayerTask], entries: Sequence[Any], settings: QuantizeSettings) -> dict[str, Any]:
+    """Return quantization_report.json: the settings, and the entries of layers that have experts."""
+    layers = [entry for task, entry in zip(tasks, entries, strict=True) if task.layer]
+    return {"quantizer": settings.quantizer, "one_bit": settings.one_bit, "layers": layers}

@@ -1,0 +1,107 @@
+"""Unfinished runs: a folder beside the output that one process at a time owns and a later one continues."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.files import TEMPORARY, reason, write_json
+from vllm_moeq.format import MoeqError, UsageError, read_json
+
+
+class PartialRun:
+    """``<output>.partial``, locked, with the fingerprint of the run that fills it.
+
+    Args:
+        output: what the run will create.
+        fingerprint: everything that decides its contents, under names that a message can show.
+        resume: continue an unfinished run; otherwise delete it.
+
+    Raises:
+        UsageError: the output exists, its parent does not, another run writes it, an unfinished run
+            had another fingerprint, or the partial folder is none of ours.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
+        self.folder = output.with_name(f"{output.name}.partial")
+        check_output(output)
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot write ({reason(error)})") from None
+        try:
+            self._claim(resume)
+        except MoeqError:
+            os.close(self._lock)
+            raise
+
+    def _claim(self, resume: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.folder}: another run is writing this output") from None
+        self._remove_temporary()  # of a run that was killed while it wrote
+        path = self.folder / "fingerprint.json"
+        if path.exists() and resume:
+            self._compare(read_json(path))
+            return
+        others = [entry for entry in sorted(self.folder.iterdir()) if entry.name != ".lock"]
+        if others and not path.exists():
+            raise UsageError(f"{self.folder}: expected an unfinished run, found {others[0].name} of something else")
+        for entry in sorted(others, key=lambda entry: entry == path):  # the fingerprint last: it marks them as ours
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        try:
+            write_json(path, self._fingerprint)
+        except MoeqError:
+            self._remove_if_empty()
+            raise
+
+    def _compare(self, found: Any) -> None:
+        """Refuse to continue a run with another fingerprint, naming what differs."""
+        if found == self._fingerprint:
+            return
+        before = found if isinstance(found, dict) else {}
+        differs = [name for name in self._fingerprint if before.get(name) != self._fingerprint[name]]
+        raise UsageError(
+            f"{self.folder}: an unfinished run with other {' and '.join(differs) or 'program version'}; "
+            "start anew with --no-resume, delete that folder or choose another output"
+        )
+
+    def abandon(self) -> None:
+        """After an error: keep what a later run can use, remove everything else."""
+        self._remove_temporary()
+        self._remove_if_empty()
+        self.release()
+
+    def release(self) -> None:
+        """Let others claim the folder."""
+        os.close(self._lock)
+
+    def _remove_temporary(self) -> None:
+        for leftover in self.folder.glob(TEMPORARY):
+            leftover.unlink(missing_ok=True)
+
+    def _remove_if_empty(self) -> None:
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that exists or whose parent cannot be written."""
+    if output.exists() or output.is_symlink():
+        raise UsageError(f"{output}: the output exists already; choose another or delete it")
+    parent = output.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"{output}: expected the parent folder {parent} to exist")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{output}: the folder {parent} cannot be written")

@@ -1,0 +1,93 @@
+"""Quantize a matrix some rows at a time, the parts on several threads.
+
+All quantizers without calibration treat output neurons independently, so the result is that of the whole matrix. A
+part and its float32 temporaries stay in the cache, and memory stays small. Each part is computed by one thread alone:
+how many threads there are changes nothing, and they never wait for each other inside an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.experts import PackedMatrix, join_rows, pack_matrix
+from planner.quantizers import Quantizer, quantize_linear
+from planner.quantizers.hqq import BLOCK_WEIGHTS
+from vllm_moeq.format import CheckpointError, Linear
+
+T = TypeVar("T")
+
+BLOCKS = 4
+"""Blocks of the hqq quantizer in one part: float32 temporaries of 2 MiB are reused by malloc, those of 4 MiB would be
+mapped anew each time (:mod:`planner.memory`)."""
+
+
+class Threads:
+    """A pool whose threads each compute alone, and the device that they compute on."""
+
+    def __init__(self, pool: ThreadPoolExecutor, device: torch.device) -> None:
+        self.pool = pool
+        self.device = device
+
+    def parts(self, function: Callable[[torch.Tensor], T], model: SourceModel, name: str) -> list[T]:
+        """Return ``function`` of consecutive rows of a matrix; on a GPU of all rows at once.
+
+        Raises:
+            CheckpointError: the matrix cannot be read, or what ``function`` raises, with file and tensor.
+        """
+        rows, columns = model.shards.info(name).shape
+        step = BLOCKS * max(1, BLOCK_WEIGHTS // columns) if self.device.type == "cpu" else rows
+
+        def part(begin: int) -> T:
+            weight = model.shards.read_rows(name, begin, min(begin + step, rows)).to(self.device)
+            try:
+                return function(weight)
+            except CheckpointError as error:
+                path = model.folder / model.shards.info(name).shard
+                raise CheckpointError(f"{path}: tensor {name}: {error}") from None
+
+        return list(self.pool.map(part, range(0, rows, step)))
+
+
+@contextmanager
+def open_threads(count: int, device: torch.device | None = None) -> Iterator[Threads]:
+    """Yield ``count`` threads; meanwhile torch itself uses one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield Threads(pool, device or torch.device("cpu"))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def quantize_rows(
+    threads: Threads, model: SourceModel, name: str, quantizer: Quantizer, bits: int, group_size: int
+) -> PackedMatrix:
+    """Quantize and pack a matrix [N, K] of a model.
+
+    Raises:
+        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+    """
+
+    def part(rows: torch.Tensor) -> PackedMatrix:
+        return pack_matrix(rows, quantizer(rows, bits, group_size))
+
+    parts = threads.parts(part, model, name)
+    if len({found.scales.dtype for found in parts}) > 1:
+        # Some rows need bfloat16 scales, and a matrix has one dtype.
+        return part(model.shards.load(name))
+    return join_rows(parts)
+
+
+def quantize_linear_rows(threads: Threads, model: SourceModel, name: str, spec: Linear) -> dict[str, torch.Tensor]:
+    """Return what :func:`planner.quantizers.quantize_linear` does, for a matrix of a model."""
+    parts = threads.parts(lambda rows: quantize_linear(rows, spec), model, name)
+    joined = {suffix: torch.cat([found[suffix].cpu() for found in parts]) for suffix in parts[0]}
+    return {**joined, "weight_shape": torch.tensor(model.shards.info(name).shape, dtype=torch.int64)}

@@ -1,0 +1,76 @@
+"""The one interface of everything that runs layer tasks, and how a task's end travels between processes."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from planner.layer_task import Finished, LayerTask, run_task
+from vllm_moeq.format import MoeqError
+
+KEPT = "finished layers are kept, and the same command continues behind them"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The layers of a run, in order.
+
+    Attributes:
+        tasks: all of them.
+        pending: those that no earlier run finished.
+    """
+
+    tasks: tuple[LayerTask, ...]
+    pending: tuple[LayerTask, ...]
+
+
+class Runner(Protocol):
+    """Does the pending tasks, wherever."""
+
+    def run(self, work: Work) -> Generator[Finished, None, None]:
+        """Yield each pending task once its shard is written, in any order.
+
+        Closing the generator stops what still runs.
+
+        Raises:
+            MoeqError: a task failed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task's error, as text: not every exception survives pickling."""
+
+    task: LayerTask
+    message: str
+    expected: bool
+
+    def error(self) -> Exception:
+        """Return what to raise for it."""
+        if self.expected:
+            return MoeqError(self.message)
+        return RuntimeError(f"{self.task.label}: unexpected error\n{self.message}")
+
+
+def attempt(task: LayerTask, threads: int, device: str) -> Finished | Failure:
+    """Run a task; return its error instead of raising it."""
+    try:
+        return run_task(task, threads, torch.device(device))
+    except MoeqError as error:
+        return Failure(task, str(error), expected=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        return Failure(task, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
+    except Exception:
+        return Failure(task, traceback.format_exc(), expected=False)
+
+
+def checked(outcome: Finished | Failure) -> Finished:
+    """Return a finished task; raise the error of one that failed."""
+    if isinstance(outcome, Failure):
+        raise outcome.error()
+    return outcome

@@ -1,0 +1,27 @@
+"""One layer after the other, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from planner.layer_task import Finished
+from planner.runners.base import Work, attempt, checked
+
+
+@dataclass(frozen=True)
+class InlineRunner:
+    """Runs tasks here, on one device.
+
+    Attributes:
+        threads: how many compute.
+        device: for torch.
+    """
+
+    threads: int
+    device: str = "cpu"
+
+    def run(self, work: Work) -> Generator[Finished, None, None]:
+        """See :class:`planner.runners.base.Runner`."""
+        for task in work.pending:
+            yield checked(attempt(task, self.threads, self.device))

@@ -1,0 +1,145 @@
+"""Several layers at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from planner.layer_task import Finished, LayerTask
+from planner.memory import return_large_blocks
+from planner.runners.base import KEPT, Failure, Work, attempt, checked
+from vllm_moeq.format import MoeqError
+
+SECONDS_TO_STOP = 5.0
+
+
+@dataclass(frozen=True)
+class ProcessRunner:
+    """Runs tasks in processes, one per entry of ``devices``.
+
+    Attributes:
+        threads: how many compute in each process.
+        devices: one for each process.
+        start_method: of multiprocessing; CUDA and threads survive only ``spawn``.
+    """
+
+    threads: int
+    devices: Sequence[str]
+    start_method: str = "spawn"
+
+    def run(self, work: Work) -> Generator[Finished, None, None]:
+        """See :class:`planner.runners.base.Runner`."""
+        waiting = deque(work.pending)
+        workers: list[_Worker] = []
+        try:
+            with _without_interrupts():
+                workers += [_Worker(self, device) for device in self.devices[: len(waiting)]]
+            for worker in workers:
+                worker.give(waiting.popleft())
+            while busy := {worker.pipe: worker for worker in workers if worker.task}:
+                for ready in wait(list(busy)):
+                    worker = busy[ready]  # type: ignore[index]
+                    outcome = worker.take()
+                    if waiting and isinstance(outcome, Finished):
+                        worker.give(waiting.popleft())
+                    yield checked(outcome)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+class _Worker:
+    """The parent's side of one process: its pipe, and the task that it works on."""
+
+    def __init__(self, runner: ProcessRunner, device: str) -> None:
+        context: Any = get_context(runner.start_method)  # typeshed knows no context that may be any
+        pipes: tuple[Connection, Connection] = context.Pipe()
+        self.pipe, theirs = pipes
+        arguments = (theirs, runner.threads, device)
+        self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+        self.task: LayerTask | None = None
+
+    def give(self, task: LayerTask) -> None:
+        self.task = task
+        try:
+            self.pipe.send(task)
+        except OSError:
+            raise MoeqError(self._death(task)) from None
+
+    def take(self) -> Finished | Failure:
+        """Return what became of the task; the process has something to say, or is dead."""
+        if self.task is None:
+            raise RuntimeError("expected a task")
+        task, self.task = self.task, None
+        try:
+            outcome: Finished | Failure = self.pipe.recv()
+        except (EOFError, OSError):
+            return Failure(task, self._death(task), expected=True)
+        return outcome
+
+    def _death(self, task: LayerTask) -> str:
+        self.process.join(SECONDS_TO_STOP)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+            how += " (out of memory? fewer --jobs take less)" if code == -signal.SIGKILL else ""
+        else:
+            how = f"ended with status {code}"
+        return f"{task.label}: its process {how}; {KEPT}"
+
+    def stop(self) -> None:
+        """End the process at once: shards are written atomically."""
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join(SECONDS_TO_STOP)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Have processes that start meanwhile ignore Ctrl-C, which a terminal sends to all: the parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve(pipe: Connection, threads: int, device: str) -> None:
+    """Do tasks until the pipe ends."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    return_large_blocks()
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(attempt(task, threads, device))
+
+
+def _follow_parent() -> None:
+    """Die with the parent: a task must not write into a folder that another run has claimed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

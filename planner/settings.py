@@ -1,0 +1,77 @@
+"""What decides the output besides model and plan, and the checks that it fits the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from planner.checkpoint import SourceModel
+from planner.models import Layout
+from planner.quantizers import ZeroPoints, linear_group_size
+from planner.quantizers.gptq import GptqSettings
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Everything besides the plan that decides the output.
+
+    Attributes:
+        quantizer: for two bits and more.
+        one_bit: for one bit, without calibration.
+        group_size: expert weights per scale, or −1.
+        linear: format of the linears that are not experts.
+        zero_points: of experts with two bits and more.
+        gptq: how GPTQ works, where it is the quantizer.
+        min_tokens: experts that saw fewer calibration tokens are quantized without them.
+
+    A new field needs nothing else to take part in the fingerprint of a run.
+    """
+
+    quantizer: str = "hqq"
+    one_bit: str = "sign"
+    group_size: int = 128
+    linear: Linear = field(default_factory=lambda: Linear(bits=4))
+    zero_points: ZeroPoints = "float"
+    gptq: GptqSettings | None = None
+    min_tokens: int = 64
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {**asdict(self), "linear": self.linear.model_dump(mode="json")}
+
+    def quantizer_of(self, bits: int) -> str:
+        """Return the name of the quantizer that a width asks for."""
+        return self.one_bit if bits == 1 else self.quantizer
+
+
+def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:
+    """Return the linear format for a width, with a group size that tensor parallelism can split."""
+    sizes = [model.shards.info(name).shape[1] for name in layout.linears]
+    return Linear.model_validate({"bits": bits, "group_size": linear_group_size(sizes)})
+
+
+def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) -> None:
+    """Refuse input dimensions that cannot be packed, before any work.
+
+    Raises:
+        CheckpointError: naming the first tensor.
+    """
+    for layer in layout.layers:
+        for projection, (_, columns) in layer.shapes.items():
+            group = columns if settings.group_size == WHOLE_ROW else settings.group_size
+            _check_columns(model, layer.weight(0, projection), columns, group, "--group-size")
+    if settings.linear.bits != 16:
+        for name in layout.linears:
+            columns = model.shards.info(name).shape[1]
+            _check_columns(model, name, columns, settings.linear.group_size, "--linear-group-size")
+
+
+def _check_columns(model: SourceModel, name: str, columns: int, group: int, flag: str) -> None:
+    for divisor, why in ((CODES_PER_BLOCK, "the packing block"), (group, flag)):
+        if columns % divisor:
+            path = model.folder / model.shards.info(name).shard
+            raise CheckpointError(
+                f"{path}: tensor {name}: expected an input dimension that is a multiple of {divisor} ({why}), "
+                f"found {columns}"
+            )

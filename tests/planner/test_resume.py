@@ -1,0 +1,150 @@
+"""Runs that are killed at any moment continue to the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.models import read_layout
+from planner.options import PlanOptions
+from planner.pipeline import quantize
+from planner.planning import make_plan
+from planner.progress import Progress
+from planner.runners import InlineRunner, ProcessRunner, Runner
+from planner.settings import QuantizeSettings, default_linear
+from vllm_moeq.format import UsageError, verify
+
+SOURCE = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+KILLS = 10
+
+Moeq = Callable[..., Any]
+
+
+def write(output: Path, runner: Runner) -> None:
+    torch.set_num_threads(1)
+    with SourceModel(SOURCE) as model:
+        layout = read_layout(model)
+        made = make_plan(model, layout, PlanOptions(Fraction("2.5"), (1, 2, 3)), Progress(quiet=True))
+        settings = QuantizeSettings(quantizer="rtn", linear=default_linear(model, layout, 4))
+        quantize(model, layout, made, output, settings, Progress(quiet=True), runner=runner)
+
+
+def continue_(output: Path, runner: Runner) -> None:
+    """Write again, once the killed run's own processes have died with it."""
+    for _ in range(500):
+        try:
+            return write(output, runner)
+        except UsageError as error:
+            if "another run is writing this output" not in str(error):
+                raise
+        time.sleep(0.01)
+    raise AssertionError(f"{output} is still locked")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of OpenMP do not survive the fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("runner", [InlineRunner(1), ProcessRunner(1, ["cpu", "cpu"], "fork")], ids=["inline", "jobs"])
+def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
+    context = multiprocessing.get_context("fork")
+    generator = random.Random(4)
+    write(tmp_path / "warm-up", runner)
+    began = time.monotonic()
+    write(tmp_path / "whole", runner)
+    whole, expected = time.monotonic() - began, contents(tmp_path / "whole")
+    killed = 0
+    for number in range(KILLS):
+        output = tmp_path / str(number)
+        process = context.Process(target=write, args=(output, runner))
+        process.start()
+        process.join(generator.uniform(0, whole))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert output.exists() == (process.exitcode == 0)
+        if not output.exists():
+            continue_(output, runner)
+        assert contents(output) == expected
+    assert killed > KILLS // 2
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """The name of an output whose run got SIGINT, with all its processes, behind the first shard."""
+    command = [
+        str(Path(sys.executable).with_name("moeq")),
+        "quantize",
+        str(SOURCE),
+        "--quantizer",
+        "rtn",
+        "--jobs",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("out.partial/*.safetensors")):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted; finished layers are kept")
+    assert "Traceback" not in errors
+    return tmp_path / "out"
+
+
+def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
+    partial = interrupted.with_name("out.partial")
+    assert not list(partial.glob(".*.tmp"))
+    inodes = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
+    assert inodes
+
+    other = moeq("quantize", SOURCE, "--quantizer", "rtn", "--one-bit", "rtn", "-o", interrupted)
+    assert other.code == 2
+    assert "an unfinished run with other settings; start anew with --no-resume" in other.err
+
+    arguments = ("quantize", SOURCE, "--quantizer", "rtn", "-o", interrupted)
+    assert moeq(*arguments, "--resume").code == 0
+    assert inodes.items() <= {path.name: path.stat().st_ino for path in interrupted.iterdir()}.items()
+
+    interrupted.rename(partial)  # as if unfinished
+    (partial / "fingerprint.json").write_text("{}")
+    assert moeq(*arguments).code == 2
+    assert moeq(*arguments, "--no-resume").code == 0
+    assert verify(interrupted).experts == 32
+    assert not inodes.items() & {path.name: path.stat().st_ino for path in interrupted.iterdir()}.items()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--no-resume"])
+def test_a_folder_of_something_else_is_left_alone(moeq: Moeq, tmp_path: Path, flag: str) -> None:
+    stranger = tmp_path / "out.partial" / "thesis.txt"
+    stranger.parent.mkdir()
+    stranger.write_text("mine")
+    outcome = moeq("quantize", SOURCE, "-o", tmp_path / "out", flag)
+    assert outcome.code == 2
+    assert "expected an unfinished run, found thesis.txt of something else" in outcome.err
+    assert stranger.read_text() == "mine"
