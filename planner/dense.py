@@ -32,7 +32,11 @@ def dequantize_expert(shards: ShardSet, matrix: ExpertMatrix) -> torch.Tensor:
 
 def dequantize_linear(shards: ShardSet, base: str, bits: int) -> torch.Tensor:
     """Return one packed linear that is not an expert, float32 [N, K]."""
-    words, scales = shards.load(f"{base}.{PACKED}"), shards.load(f"{base}.{SCALE}")
+    return linear_values(shards.load(f"{base}.{PACKED}"), shards.load(f"{base}.{SCALE}"), bits)
+
+
+def linear_values(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return what a packed linear stands for, float32 [N, K], from words [N, K·b/32] and scales [N, K / G]."""
     codes = unpack(words, bits, words.shape[1] * 32 // bits)
     return dequantize(codes, scales, torch.full_like(scales, 2 ** (bits - 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -38,6 +39,10 @@ class Quantized:
         return dequantize(self.codes, self.scales, self.zeros)
 
 
+ZeroPoints = Literal["float", "integer"]
+"""Any number, or a whole code 0 … 2^b − 1, which formats such as GPTQ's need; integer zero points reach groups on one
+side of 0 only by widening their range to 0."""
+
 Quantizer = Callable[[torch.Tensor, int, int], Quantized]
 """(weight [N, K], bits, group size or −1) → Quantized."""
 
@@ -58,6 +63,15 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError("expected finite weights, found NaN or infinity")
     return weight.float().reshape(weight.shape[0], -1, size)
+
+
+def group_range(groups: torch.Tensor, zero_points: ZeroPoints) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the largest weight of each group [N, K / G, G] as [N, K / G].
+
+    With integer zero points the range includes 0: −min·(2^b − 1)/(max − min), rounded, is then a code.
+    """
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    return (low.clamp_max(0), high.clamp_min(0)) if zero_points == "integer" else (low, high)
 
 
 def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Quantized:
@@ -81,7 +95,7 @@ def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits
     flat = ~(scales * largest_zero >= groups.abs().amax(dim=-1)) | (scales == 0) | ~torch.isfinite(zeros)
     size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
     scales = torch.where(flat, size, scales)
-    zeros = torch.where(flat, (mean < 0).float(), zeros)
+    zeros = torch.where(flat, (mean < 0).float(), zeros) + 0.0  # never -0: files compare bit by bit
 
     scales = scales.clamp_min(torch.finfo(torch.bfloat16).tiny)
     dtype = _storage(scales)

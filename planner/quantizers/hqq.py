@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import Quantized, finish, to_groups
+from planner.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
 
 NORM = 0.7
 BETA = 10.0
@@ -13,30 +13,32 @@ BLOCK_WEIGHTS = 1 << 17
 """Weights optimized at a time: their float32 temporaries stay in the cache."""
 
 
-def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
+def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int, zero_points: ZeroPoints = "float") -> Quantized:
     """Quantize [N, K] without calibration, a block of rows at a time.
 
     Alternates between the shrunken residual W_e = shrink(W − W_r) and the zero point that fits
     W − W_e, at a fixed scale (max − min)/(2^b − 1), and stops when mean|W − W_r| of the block no longer
-    falls.
+    falls. Integer zero points are rounded after every step.
 
     Raises:
         CheckpointError: see :func:`planner.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, group_size)
     rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
-    fitted = [_fit(block, 2**bits - 1, round_zero=bits == 4) for block in groups.split(rows)]
+    fitted = [_fit(block, 2**bits - 1, bits == 4, zero_points) for block in groups.split(rows)]
     scales, zeros = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     return finish(groups, scales, zeros, bits)
 
 
-def _fit(groups: torch.Tensor, steps: int, *, round_zero: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit(
+    groups: torch.Tensor, steps: int, round_first: bool, zero_points: ZeroPoints
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zeros [rows, groups] of one block [rows, groups, G]."""
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    low, high = (edge[..., None] for edge in group_range(groups, zero_points))
     scales = (high - low) / steps
     inverse = torch.where(scales == 0, torch.ones_like(scales), 1 / scales)
     zeros = -low * inverse
-    if round_zero:
+    if round_first or zero_points == "integer":
         zeros = torch.round(zeros)  # as the reference implementation does at this width
     scaled = groups * inverse
     best, lowest = zeros, float("inf")
@@ -49,6 +51,8 @@ def _fit(groups: torch.Tensor, steps: int, *, round_zero: bool) -> tuple[torch.T
         lowest, best = error, zeros
         # mean(codes − (W − W_e) / s), with the block's own W / s at hand.
         zeros = (codes.sub_(scaled) + _shrink_(residual).mul_(inverse)).mean(dim=-1, keepdim=True)
+        if zero_points == "integer":
+            zeros = zeros.round_().clamp_(0, steps)
     return scales[..., 0], best[..., 0]
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import Quantized, finish, to_groups
+from planner.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
 
 
-def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
+def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, zero_points: ZeroPoints = "float") -> Quantized:
     """Quantize [N, K] without calibration.
 
     Δ = (max − min)/(2^b − 1), zero = −round(min/Δ); with codes counted from 0 instead of −2^(b−1) this
-    is eq. 2.
+    is eq. 2. The zero point is rounded in any case; ``zero_points`` "integer" also makes it a code.
 
     Raises:
         CheckpointError: see :func:`planner.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, group_size)
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    low, high = group_range(groups, zero_points)
     scales = (high - low) / (2**bits - 1)
     zeros = -torch.round(low / torch.where(scales == 0, torch.ones_like(scales), scales))
     return finish(groups, scales, zeros, bits)

@@ -183,7 +183,9 @@ def test_the_installed_command_makes_a_checkpoint(moeq_process: Moeq, tiny_mixtr
     assert json.loads(outcome.out)["output"] == str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("command", [(), ("plan",), ("quantize",), ("verify",), ("inspect",), ("export",), ("eval",)])
+@pytest.mark.parametrize(
+    "command", [(), ("plan",), ("quantize",), ("verify",), ("inspect",), ("export",), ("import",), ("eval",)]
+)
 def test_help_stands_alone(moeq: Moeq, command: tuple[str, ...]) -> None:
     outcome = moeq(*command, "--help")
     assert outcome.code == 0

@@ -1,0 +1,147 @@
+"""Decide what becomes of the linears of a GPTQ checkpoint: experts, packed linears, dequantized ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from planner.autogptq.read import GptqCheckpoint, Module
+from planner.models import KEPT
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that vLLM loads as one, and that must be stored alike."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a checkpoint.
+
+    Attributes:
+        widths: experts prefix → one width per expert.
+        group_size: weights per scale, or −1.
+        modules: our names of their matrices.
+        average: bits per expert weight.
+    """
+
+    widths: dict[str, list[int]]
+    group_size: int
+    modules: set[str]
+    average: float
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The other quantized linears: format of the packed ones, and the names of those that are dequantized."""
+
+    spec: Linear
+    packed: set[str]
+    dequantized: dict[str, str]
+    """Our name → why."""
+
+
+def assign_experts(checkpoint: GptqCheckpoint) -> Experts:
+    """Find every expert of every MoE layer.
+
+    Raises:
+        CheckpointError: an expert that is missing, not quantized or of several widths, experts with different
+            group sizes, tensors that belong to no expert.
+    """
+    model, row = checkpoint.model, checkpoint.row
+    names = row.projections.names()
+    widths: dict[str, list[int]] = {}
+    found: dict[str, Module] = {}
+    for index in range(model.integer("num_hidden_layers")):
+        prefix = row.prefix(index)
+        if not any(name.startswith(f"{prefix}.") for name in (*checkpoint.modules, *checkpoint.others)):
+            continue
+        widths[prefix] = []
+        for expert in range(model.integer(*row.expert_count)):
+            parts = {f"{prefix}.{expert}.{name}": _module(checkpoint, f"{prefix}.{expert}.{name}") for name in names}
+            bits = {module.bits for module in parts.values()}
+            if len(bits) > 1:
+                each = ", ".join(f"{name} {module.bits}" for name, module in zip(names, parts.values(), strict=True))
+                raise CheckpointError(f"{model.folder}: {prefix}.{expert}: expected one width, found {each} bits")
+            widths[prefix].append(bits.pop())
+            found.update(parts)
+        _refuse_strays(checkpoint, prefix, set(found))
+    if not found:
+        raise CheckpointError(f"{model.folder}: expected quantized experts such as {row.prefix(0)}.0, found none")
+    weights = sum(module.rows * module.columns for module in found.values())
+    average = sum(module.rows * module.columns * module.bits for module in found.values()) / weights
+    return Experts(widths, _group_size(checkpoint, found), set(found), average)
+
+
+def _module(checkpoint: GptqCheckpoint, name: str) -> Module:
+    module = checkpoint.modules.get(name)
+    if module is None:
+        what = "an unquantized one" if f"{name}.weight" in checkpoint.others else "none"
+        raise CheckpointError(f"{checkpoint.model.folder}: {name}: expected a quantized matrix, found {what}")
+    return module
+
+
+def _refuse_strays(checkpoint: GptqCheckpoint, prefix: str, known: set[str]) -> None:
+    for name in (*checkpoint.modules, *checkpoint.others):
+        if name.startswith(f"{prefix}.") and name not in known:
+            raise CheckpointError(f"{checkpoint.model.folder}: {name} belongs to no expert of the config")
+
+
+def _group_size(checkpoint: GptqCheckpoint, modules: dict[str, Module]) -> int:
+    """Return the one group size of all experts."""
+    sizes = {module.group_size for module in modules.values()}
+    if all(module.groups == 1 for module in modules.values()) and (checkpoint.whole_rows or len(sizes) > 1):
+        return WHOLE_ROW
+    size = next(iter(modules.values())).group_size
+    for module in modules.values():
+        if module.group_size != size or size % CODES_PER_BLOCK:
+            raise CheckpointError(
+                f"{checkpoint.model.folder}: {module.base}: expected experts with one group size, a multiple of "
+                f"{CODES_PER_BLOCK}, found {module.group_size}"
+                + (f" after {size}" if module.group_size != size else "")
+            )
+    return size
+
+
+def assign_linears(checkpoint: GptqCheckpoint, experts: Experts) -> Linears:
+    """Keep symmetric linears of 4 or 8 bits packed, if they share one format; the others get dequantized.
+
+    Where formats differ, the one of most linears stays.
+    """
+    rest = {name: module for name, module in checkpoint.modules.items() if name not in experts.modules}
+    reasons = {name: _unfit(checkpoint, name, module) for name, module in rest.items()}
+    formats = Counter((rest[name].bits, rest[name].group_size) for name, reason in reasons.items() if reason is None)
+    spec = Linear(bits=16)
+    if formats:
+        bits, group = formats.most_common(1)[0][0]
+        spec = Linear.model_validate({"bits": bits, "group_size": group})
+    for name, module in rest.items():
+        if reasons[name] is None and (module.bits, module.group_size) != (spec.bits, spec.group_size):
+            reasons[name] = f"others have {spec.bits} bits in groups of {spec.group_size}"
+    alone = {name for name in rest if reasons[name] is None and not _companions_fit(checkpoint, name, reasons)}
+    reasons.update(dict.fromkeys(alone, "vLLM joins it with a linear that is not packed"))
+    packed = {name for name, reason in reasons.items() if reason is None}
+    dequantized = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Linears(spec if packed else Linear(bits=16), packed, dequantized)
+
+
+def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
+    """Return why a linear has no packed form of ours, or None."""
+    if f"{name}.weight".endswith(KEPT):
+        return "embeddings and lm_head are not packed"
+    if module.bits not in (4, 8):
+        return f"linears of {module.bits} bits are not packed"
+    if module.group_size % CODES_PER_BLOCK:
+        return f"its group size is {module.group_size}"
+    if not bool((checkpoint.zeros(module) == 2 ** (module.bits - 1)).all()):
+        return "it is not symmetric"
+    return None
+
+
+def _companions_fit(checkpoint: GptqCheckpoint, name: str, reasons: dict[str, str | None]) -> bool:
+    """Tell whether all linears that vLLM joins with this one are packed."""
+    parent, _, leaf = name.rpartition(".")
+    for names in FUSED:
+        for other in (f"{parent}.{sibling}" for sibling in names if leaf in names):
+            if reasons.get(other) is not None or f"{other}.weight" in checkpoint.others:
+                return False
+    return True

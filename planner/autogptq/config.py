@@ -1,0 +1,57 @@
+"""The quantization_config that GPTQModel reads, with one rule per layer and width."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from planner.autogptq.layout import FORMATS, Version
+from planner.autogptq.names import module_name
+from planner.models import Architecture
+from vllm_moeq.format import MoeqConfig
+
+PRODUCER = "vllm-moeq:0.1.0"
+
+
+def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetric: bool) -> dict[str, Any]:
+    """Return the equivalent of our configuration.
+
+    Args:
+        config: ours, without experts of one bit.
+        row: the architecture, for names.
+        version: how zero points are stored.
+        symmetric: every zero point of every linear is 2^(b−1).
+    """
+    counts = Counter(bits for widths in config.experts.values() for bits in widths)
+    base = {"bits": counts.most_common(1)[0][0], "group_size": config.group_size}
+    if config.linear.bits != 16:
+        base = {"bits": config.linear.bits, "group_size": config.linear.group_size}
+    rules: dict[str, dict[str, int]] = {}
+    routers = {row.router_name(index).removesuffix(".weight") for index in range(_layers(config))}
+    plain = [name for name in config.unquantized if name not in routers and name != "lm_head"]
+    if plain:
+        rules[f"-:^(?:{'|'.join(re.escape(module_name(row, name)) for name in plain)})$"] = {}
+    for prefix, widths in config.experts.items():
+        for bits in sorted(set(widths)):
+            rule = {"bits": bits, "group_size": config.group_size}
+            if rule != base:
+                experts = "|".join(str(expert) for expert, width in enumerate(widths) if width == bits)
+                rules[rf"+:^{re.escape(module_name(row, prefix))}\.(?:{experts})\."] = rule
+    name = next(key for key, value in FORMATS.items() if value == version)
+    return {
+        **base,
+        "dynamic": rules,
+        "desc_act": False,
+        "sym": symmetric,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": name,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [PRODUCER]},
+    }
+
+
+def _layers(config: MoeqConfig) -> int:
+    """Return a number above the index of every MoE layer."""
+    return 1 + max(int(prefix.split(".")[2]) for prefix in config.experts)

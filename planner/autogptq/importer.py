@@ -1,0 +1,126 @@
+"""Turn a GPTQ checkpoint into ours: the same codes, scales and zero points in other places."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from planner.autogptq.assign import Experts, Linears, assign_experts, assign_linears
+from planner.autogptq.layout import QWEIGHT, SCALES, decode
+from planner.autogptq.read import GptqCheckpoint, Module, read_gptq
+from planner.checkpoint import CheckpointWriter, SourceModel, check_output
+from planner.progress import Progress
+from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
+
+
+def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
+    """Write ``output``, a checkpoint of ours, shard by shard.
+
+    Linears outside the experts that have no packed form of ours are dequantized; a line says which and why.
+
+    Raises:
+        MoeqError: before anything is written for whatever the input is to blame for; later for a full disk.
+    """
+    check_output(output)
+    with SourceModel(folder) as model:
+        checkpoint = read_gptq(model)
+        experts = assign_experts(checkpoint)
+        linears = assign_linears(checkpoint, experts)
+        _say(linears, progress)
+        config = _config(checkpoint, experts, linears)
+        writer = CheckpointWriter(output, {"source": model.fingerprint(), "settings": {"import": "gptq"}})
+        try:
+            for shard in progress.track(sorted({info.shard for info in model.shards.tensors.values()}), "importing"):
+                if not writer.has_shard(shard):
+                    tensors = _shard(checkpoint, shard, experts, linears)
+                    if tensors:
+                        writer.write_shard(shard, tensors)
+            writer.copy_companions(folder)
+            writer.finish(
+                {**model.config, "quantization_config": config.model_dump(mode="json", exclude_none=True)}, {}
+            )
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def _say(linears: Linears, progress: Progress) -> None:
+    """Name the linears that get dequantized, one line per reason."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in linears.dequantized.items():
+        names[reason].append(name)
+    for reason, members in names.items():
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        progress.line(f"{members[0]}{more}: dequantized, since {reason}")
+
+
+def _config(checkpoint: GptqCheckpoint, experts: Experts, linears: Linears) -> MoeqConfig:
+    row, shards = checkpoint.row, checkpoint.model.shards
+    plain = {
+        name.removesuffix(".weight")
+        for name, source in checkpoint.others.items()
+        if name.endswith(".weight") and len(shards.info(source).shape) == 2 and not name.endswith("embed_tokens.weight")
+    }
+    plain |= {name for name in linears.dequantized if not name.endswith("embed_tokens")}
+    layers = range(checkpoint.model.integer("num_hidden_layers"))
+    routers = [row.router_name(index).removesuffix(".weight") for index in layers]
+    first = [name for name in (*routers, "lm_head") if name in plain]
+    plan = {
+        "method": "imported",
+        "avg_bits": experts.average,
+        "achieved_avg_bits": experts.average,
+        "bit_choices": sorted({bits for widths in experts.widths.values() for bits in widths}),
+        "quantizer": "gptq",
+    }
+    config = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "group_size": experts.group_size,
+        "projections": row.projections.model_dump(),
+        "experts": experts.widths,
+        "linear": linears.spec.model_dump(),
+        "unquantized": [*first, *sorted(plain - set(first))],
+        "plan": plan,
+    }
+    return parse_config(config, str(checkpoint.model.folder))
+
+
+def _shard(checkpoint: GptqCheckpoint, shard: str, experts: Experts, linears: Linears) -> dict[str, torch.Tensor]:
+    """Return our tensors for one shard: those of the linears whose ``qweight`` is in it, and the others in it."""
+    shards = checkpoint.model.shards
+    result: dict[str, torch.Tensor] = {}
+    for name, module in checkpoint.modules.items():
+        if shards.info(module.name(QWEIGHT)).shard != shard:
+            continue
+        if name in experts.modules:
+            tensors = decode(
+                checkpoint.load(module, QWEIGHT), checkpoint.load(module, SCALES), checkpoint.zeros(module)
+            )
+        elif name in linears.packed:
+            tensors = _packed_linear(checkpoint, module)
+        else:
+            tensors = {"weight": checkpoint.dequantize(module).to(_dtype(checkpoint))}
+        result.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    for name, source in checkpoint.others.items():
+        if shards.info(source).shard == shard:
+            result[name] = shards.load(source)
+    return result
+
+
+def _packed_linear(checkpoint: GptqCheckpoint, module: Module) -> dict[str, torch.Tensor]:
+    """Return a symmetric linear in compressed-tensors' form; scales in the model's dtype where that is exact."""
+    scales = checkpoint.load(module, SCALES).T.contiguous()
+    rounded = scales.to(_dtype(checkpoint))
+    return {
+        PACKED: checkpoint.load(module, QWEIGHT).T.contiguous(),
+        SCALE: rounded if torch.equal(rounded.float(), scales.float()) else scales,
+        "weight_shape": torch.tensor([module.rows, module.columns], dtype=torch.int64),
+    }
+
+
+def _dtype(checkpoint: GptqCheckpoint) -> torch.dtype:
+    """Return the half precision of the model's other tensors."""
+    config = checkpoint.model.config
+    return torch.float16 if config.get("dtype", config.get("torch_dtype")) == "float16" else torch.bfloat16

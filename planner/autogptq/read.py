@@ -1,0 +1,217 @@
+"""Open a checkpoint in AutoGPTQ's format and check all of it before anything is written.
+
+Widths come from the tensors' shapes. The ``dynamic`` entry of the config, regular expressions over module names, is
+never looked at: files are not trusted to bring programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from planner.autogptq.layout import (
+    FORMATS,
+    G_IDX,
+    QWEIGHT,
+    QZEROS,
+    SCALES,
+    SUFFIXES,
+    WIDTHS,
+    Version,
+    decode_zeros,
+    group_index,
+)
+from planner.autogptq.names import checkpoint_name
+from planner.checkpoint import SourceModel
+from planner.models import Architecture, architecture_of
+from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, ShardSet, UsageError, read_json, unpack
+from vllm_moeq.format import dequantize as dequantize_codes
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One quantized linear [rows, columns]; ``base`` is its name in the file."""
+
+    base: str
+    bits: int
+    rows: int
+    columns: int
+    groups: int
+
+    @property
+    def group_size(self) -> int:
+        """Weights per scale."""
+        return self.columns // self.groups
+
+    def name(self, suffix: str) -> str:
+        """Return the name of one of its tensors."""
+        return f"{self.base}.{suffix}"
+
+
+@dataclass(frozen=True)
+class GptqCheckpoint:
+    """A checked checkpoint.
+
+    Attributes:
+        model: the folder.
+        row: its architecture.
+        version: how zero points are stored.
+        whole_rows: the config says that a group is a whole row.
+        modules: our name → quantized linear.
+        others: our name → name in the file, of every other tensor.
+    """
+
+    model: SourceModel
+    row: Architecture
+    version: Version
+    whole_rows: bool
+    modules: dict[str, Module]
+    others: dict[str, str]
+
+    def load(self, module: Module, suffix: str) -> torch.Tensor:
+        """Return one tensor of a linear."""
+        return self.model.shards.load(module.name(suffix))
+
+    def zeros(self, module: Module) -> torch.Tensor:
+        """Return the zero points of a linear, uint8 [N, K/G].
+
+        Raises:
+            CheckpointError: they cannot be told.
+        """
+        try:
+            return decode_zeros(self.load(module, QZEROS), module.bits, module.rows, self.version)
+        except ValueError as error:
+            _refuse(
+                self.model.shards,
+                module.name(QZEROS),
+                "zero points of 1 or more, since programs disagree how checkpoint_format gptq stores 0",
+                f"{error}; save the model with checkpoint_format gptq_v2",
+            )
+
+    def dequantize(self, module: Module) -> torch.Tensor:
+        """Return the weights of a linear, float32 [N, K]."""
+        codes = unpack(self.load(module, QWEIGHT).T.contiguous(), module.bits, module.columns)
+        scales = self.load(module, SCALES).T.contiguous()
+        return dequantize_codes(codes, scales, self.zeros(module).to(scales.dtype))
+
+
+def read_gptq(model: SourceModel) -> GptqCheckpoint:
+    """Check config, headers, group indices, scales and zero points of a folder.
+
+    Raises:
+        MoeqError: the first thing that is not as it has to be, naming file and tensor.
+    """
+    config = _quantization_config(model)
+    version = _version(model, config)
+    row = architecture_of(model)
+    shards = model.shards
+    modules: dict[str, Module] = {}
+    others: dict[str, str] = {}
+    for name in shards.tensors:
+        base, _, suffix = name.rpartition(".")
+        if suffix == QWEIGHT:
+            if base.endswith("embed_tokens"):
+                _refuse(shards, name, "embeddings that are not quantized", "quantized ones")
+            _add(shards, modules, checkpoint_name(row, base), _read_module(shards, base), name)
+        elif suffix in SUFFIXES:
+            if f"{base}.{QWEIGHT}" not in shards.tensors:
+                _refuse(shards, name, f"a tensor {base}.{QWEIGHT} beside it", "none")
+        else:
+            _add(shards, others, checkpoint_name(row, name), name, name)
+    if not modules:
+        raise CheckpointError(f"{model.folder}: expected quantized linears (tensors *.{QWEIGHT}), found none")
+    checkpoint = GptqCheckpoint(model, row, version, config.get("group_size") == -1, modules, others)
+    for module in modules.values():
+        _check_values(checkpoint, module)
+    return checkpoint
+
+
+def _refuse(shards: ShardSet, name: str, expected: str, found: object) -> NoReturn:
+    path = shards.folder / shards.info(name).shard
+    raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {found}")
+
+
+def _add(shards: ShardSet, known: dict[str, Any], key: str, value: object, name: str) -> None:
+    if key in known:
+        _refuse(shards, name, f"one tensor that means {key}", "another")
+    known[key] = value
+
+
+def _quantization_config(model: SourceModel) -> Mapping[str, Any]:
+    """Return the quantization settings, from config.json or, as AutoGPTQ did, from a file of their own."""
+    path = model.folder / "config.json"
+    config = model.config.get("quantization_config")
+    if config is None and (model.folder / "quantize_config.json").exists():
+        path = model.folder / "quantize_config.json"
+        config = read_json(path)
+        config = {"quant_method": "gptq", **config} if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected the quantization_config of a GPTQ checkpoint, found {config!r:.80}")
+    if config.get("quant_method") != "gptq":
+        raise UsageError(f"{path}: expected quant_method 'gptq', found {config.get('quant_method')!r:.80}")
+    return config
+
+
+def _version(model: SourceModel, config: Mapping[str, Any]) -> Version:
+    """Return how zero points are stored; files without ``checkpoint_format`` are AutoGPTQ's, version 1."""
+    where = model.folder / "config.json"
+    given = [config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None] or ["gptq"]
+    for value in given:
+        if not isinstance(value, str) or value not in FORMATS or value != given[0]:
+            raise ConfigError(f"{where}: checkpoint_format: expected {' or '.join(FORMATS)}, found {value!r:.80}")
+    if config.get("pack_dtype", "int32") != "int32":
+        raise ConfigError(f"{where}: pack_dtype: expected int32, found {config['pack_dtype']!r:.80}")
+    return FORMATS[given[0]]
+
+
+def _read_module(shards: ShardSet, base: str) -> Module:
+    """Check the headers of one linear against each other; its width is what they say."""
+    qweight, g_idx = shards.info(f"{base}.{QWEIGHT}"), shards.info(f"{base}.{G_IDX}")
+    scales, qzeros = shards.info(f"{base}.{SCALES}"), shards.info(f"{base}.{QZEROS}")
+    if g_idx.dtype != torch.int32 or len(g_idx.shape) != 1 or 0 in g_idx.shape:
+        _refuse(shards, f"{base}.{G_IDX}", "a 1-D int32 tensor", f"{g_idx.dtype} {list(g_idx.shape)}")
+    columns = g_idx.shape[0]
+    if columns % CODES_PER_BLOCK:
+        _refuse(shards, f"{base}.{G_IDX}", f"a multiple of {CODES_PER_BLOCK} inputs", columns)
+    if qweight.dtype != torch.int32 or len(qweight.shape) != 2:
+        _refuse(shards, f"{base}.{QWEIGHT}", "a 2-D int32 tensor", f"{qweight.dtype} {list(qweight.shape)}")
+    words, rows = qweight.shape
+    bits, remainder = divmod(words * 32, columns)
+    if remainder or bits not in WIDTHS:
+        _refuse(
+            shards, f"{base}.{QWEIGHT}",
+            f"{' or '.join(str(columns * width // 32) for width in WIDTHS)} rows, that is 2, 3, 4 or 8 bits "
+            f"for {columns} inputs",
+            f"{words} ({words * 32 / columns:g} bits)",
+        )  # fmt: skip
+    if rows == 0 or rows % CODES_PER_BLOCK:
+        _refuse(shards, f"{base}.{QWEIGHT}", f"a multiple of {CODES_PER_BLOCK} outputs", rows)
+    if scales.dtype not in SCALE_DTYPES or len(scales.shape) != 2 or scales.shape[1] != rows or scales.shape[0] == 0:
+        _refuse(shards, f"{base}.{SCALES}", f"float16 [groups, {rows}]", f"{scales.dtype} {list(scales.shape)}")
+    groups = scales.shape[0]
+    if columns % groups:
+        _refuse(shards, f"{base}.{SCALES}", f"groups of equal size of {columns} inputs", f"{groups} groups")
+    expected = (groups, rows * bits // 32)
+    if qzeros.dtype != torch.int32 or qzeros.shape != expected:
+        _refuse(shards, f"{base}.{QZEROS}", f"int32 {list(expected)}", f"{qzeros.dtype} {list(qzeros.shape)}")
+    return Module(base, bits, rows, columns, groups)
+
+
+def _check_values(checkpoint: GptqCheckpoint, module: Module) -> None:
+    shards = checkpoint.model.shards
+    if not torch.equal(checkpoint.load(module, G_IDX), group_index(module.columns, module.groups)):
+        _refuse(
+            shards,
+            module.name(G_IDX),
+            f"input k in group k // {module.group_size}",
+            "another order (desc_act across groups); quantize with desc_act false",
+        )
+    scales = checkpoint.load(module, SCALES)
+    if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
+        _refuse(shards, module.name(SCALES), "finite scales that are not 0", "others")
+    checkpoint.zeros(module)

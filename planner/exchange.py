@@ -1,0 +1,72 @@
+"""The commands that turn checkpoints into other formats, and back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.checkpoint import check_output, resolve_model
+from planner.dense import export_dense
+from planner.flags import Folder
+from planner.progress import Progress
+from vllm_moeq.format import UsageError
+
+
+class Format(StrEnum):
+    """Formats to export to."""
+
+    bf16 = "bf16"
+    gptq = "gptq"
+
+
+class StoredZeros(StrEnum):
+    """How AutoGPTQ's format stores zero points."""
+
+    v1 = "v1"
+    v2 = "v2"
+
+
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")]
+
+
+def export(
+    folder: Folder,
+    output: Output,
+    format_: Annotated[
+        Format, typer.Option("--format", help="bf16: dense, for any server; gptq: packed, for GPTQModel.")
+    ] = Format.bf16,
+    zero_points: Annotated[
+        StoredZeros | None,
+        typer.Option("--zero-points", help="For gptq: stored as they are (v2, the default) or less one (v1)."),
+    ] = None,
+) -> None:
+    """Write the checkpoint in another format, with exactly the quantized values.
+
+    Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
+    """
+    check_output(output)
+    if format_ is Format.bf16:
+        if zero_points is not None:
+            raise UsageError("--zero-points: expected --format gptq with it, found --format bf16")
+        export_dense(folder, output, Progress())
+        return
+    from planner.autogptq import export_gptq
+
+    export_gptq(folder, output, (zero_points or StoredZeros.v2).value, Progress())
+
+
+def import_checkpoint(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="GPTQ checkpoint: folder or Hub name (owner/name).")],
+    output: Output,
+) -> None:
+    """Turn a GPTQ checkpoint, with one width per expert or one for all, into one to serve, without requantizing.
+
+    Example: moeq import Mixtral-8x7B-gptq -o Mixtral-8x7B-imported
+    """
+    from planner.autogptq import import_gptq
+
+    check_output(output)
+    import_gptq(resolve_model(model), output, Progress())
