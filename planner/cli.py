@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from planner import show
-from planner.checkpoint import SourceModel, check_output, resolve_model
-from planner.dense import export_dense
+from planner.calibration.command import calibrate
+from planner.checkpoint import SourceModel, resolve_model
 from planner.estimate import estimate
+from planner.exchange import export, import_checkpoint
 from planner.flags import (
     AvgBits,
     Bits,
@@ -29,11 +29,9 @@ from planner.flags import (
     LinearGroup,
     MethodName,
     Model,
-    OneBit,
     Overrides,
     Promotion,
     PromotionFlag,
-    QuantizerName,
     Ranking,
     RankingFlag,
     Seed,
@@ -42,13 +40,11 @@ from planner.flags import (
     linear_format,
     plan_options,
 )
-from planner.memory import return_large_blocks
 from planner.models import read_layout
-from planner.options import PlanOptions
-from planner.pipeline import QuantizeSettings, check_sizes, quantize
-from planner.plan import Plan, read_plan
 from planner.planning import make_plan
 from planner.progress import Progress
+from planner.quantize_command import quantize_command
+from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 
 app = typer.Typer(
@@ -60,15 +56,6 @@ app = typer.Typer(
 )
 
 
-def _emit(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _announce(options: PlanOptions, progress: Progress) -> None:
-    if options.method == "auto":
-        progress.line(f"method auto: no calibration given, so {options.resolved_method}, the paper's rule")
-
-
 @app.command()
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show a model's MoE layers, sizes and router norms, from headers and routers alone.
@@ -78,7 +65,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     with SourceModel(resolve_model(model)) as source:
         facts = show.inspect_facts(source, read_layout(source))
     if as_json:
-        _emit(facts)
+        show.emit(facts)
     else:
         show.print_inspection(facts)
 
@@ -117,97 +104,19 @@ def plan(
             initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value, counts=counts.value,
             ranking=ranking.value, seed=seed,
         )  # fmt: skip
-        _announce(options, progress)
+        show.announce(options, progress)
         made = make_plan(source, layout, options, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
     if output is not None:
         made.write(output)
     if as_json:
-        _emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
+        show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
     else:
         show.print_plan(made, sizes)
 
 
-@app.command("quantize")
-def quantize_command(
-    model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")],
-    plan_file: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="Use this plan.json instead of making one.")
-    ] = None,
-    avg_bits: AvgBits = None,
-    bits: Bits = "1,2,3",
-    method: MethodName = "auto",
-    zeta: Zeta = 3.0,
-    promotion: PromotionFlag = Promotion.official,
-    counts: CountsFlag = Counts.paper,
-    ranking: RankingFlag = Ranking.layer,
-    initial_model: Initial = None,
-    budget_gib: Budget = None,
-    overrides: Overrides = None,
-    seed: Seed = 0,
-    quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="For two bits and more.")] = QuantizerName.hqq,
-    one_bit: Annotated[OneBit, typer.Option("--one-bit", help="For one bit.")] = OneBit.sign,
-    group_size: GroupSize = 128,
-    linear_bits: LinearBits = 4,
-    linear_group_size: LinearGroup = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, print sizes and memory from the headers, write nothing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
-
-    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 -o Mixtral-8x7B-2.5bit
-    """
-    progress = Progress()
-    with SourceModel(resolve_model(model)) as source:
-        layout = read_layout(source)
-        linear = linear_format(source, layout, linear_bits, linear_group_size)
-        settings = QuantizeSettings(quantizer.value, one_bit.value, checked_group_size(group_size), linear)
-        check_output(output)
-        check_sizes(source, layout, settings)
-        if plan_file is not None:
-            given = {"--avg-bits": avg_bits, "--budget-gib": budget_gib, "--overrides": overrides}
-            _refuse_with_plan({**given, "--initial-model": initial_model})
-            made = read_plan(plan_file)
-            made.check_against(layout, str(plan_file))
-            if made.source.get("fingerprint", source.fingerprint()) != source.fingerprint():
-                progress.line(f"note: {plan_file} was made from other weights than {model}")
-        else:
-            options = plan_options(
-                source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
-                initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value,
-                counts=counts.value, ranking=ranking.value, seed=seed, ranked=not dry_run,
-            )  # fmt: skip
-            _announce(options, progress)
-            made = make_plan(source, layout, options, progress)
-        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
-        if not dry_run:
-            return_large_blocks()
-            quantize(source, layout, made, output, settings, progress)
-    _report(made, None if dry_run else output, sizes.as_dict(), as_json)
-
-
-def _refuse_with_plan(flags: dict[str, object]) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            raise UsageError(f"--plan and {flag}: expected one of them, found both")
-
-
-def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool) -> None:
-    """Print the result; without an output the widths are counts only, not yet given to experts."""
-    if as_json:
-        facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
-        if output is not None:
-            facts.update({"output": str(output), "experts": made.experts})
-        _emit(facts)
-        return
-    if output is not None:
-        show.print_widths(made.experts)
-    show.print_sizes(sizes)
-    if output is not None:
-        Console().print(f"wrote {output}; serve it with: moeq serve {output}", soft_wrap=True)
+app.command("quantize")(quantize_command)
+app.command()(calibrate)
 
 
 @app.command("verify")
@@ -218,22 +127,13 @@ def verify_command(folder: Folder, as_json: Json = False) -> None:
     """
     summary = verify(folder)
     if as_json:
-        _emit({**vars(summary), "total_bytes": summary.total_bytes})
+        show.emit({**vars(summary), "total_bytes": summary.total_bytes})
     else:
         show.print_summary(summary)
 
 
-@app.command()
-def export(
-    folder: Folder,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")],
-) -> None:
-    """Write an ordinary bfloat16 checkpoint with the quantized values, for servers without this plugin.
-
-    Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
-    """
-    check_output(output)
-    export_dense(folder, output, Progress())
+app.command()(export)
+app.command("import")(import_checkpoint)
 
 
 @app.command("eval")
@@ -252,7 +152,7 @@ def eval_command(
 
     value = perplexity(resolve_model(model), read_text(data), Progress(), window, max_tokens)
     if as_json:
-        _emit({"model": model, "data": str(data), "window": window, "perplexity": value})
+        show.emit({"model": model, "data": str(data), "window": window, "perplexity": value})
     else:
         print(f"perplexity {value:.4f}")
 

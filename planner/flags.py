@@ -13,7 +13,7 @@ from planner.checkpoint import SourceModel
 from planner.estimate import average_for_budget
 from planner.models import Layout
 from planner.options import PlanOptions, check_choices, read_overrides
-from planner.pipeline import QuantizeSettings, default_linear
+from planner.settings import QuantizeSettings, default_linear
 from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError
 
 
@@ -43,6 +43,14 @@ class QuantizerName(StrEnum):
 
     hqq = "hqq"
     rtn = "rtn"
+    gptq = "gptq"
+
+
+class ZeroPointsName(StrEnum):
+    """Zero points of experts."""
+
+    float = "float"
+    integer = "integer"
 
 
 class OneBit(StrEnum):
@@ -89,6 +97,14 @@ LinearBits = Annotated[
 LinearGroup = Annotated[
     int | None,
     typer.Option("--linear-group-size", help="Weights per scale there [128, or what K / 4 is a multiple of]."),
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Layers at a time, a process each [one per device].")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="LIST", help="Where quantizers compute: cpu, cuda or cuda:0,cuda:1.")
+]
+OnRay = Annotated[bool, typer.Option("--ray", help="Layers on a Ray cluster (RAY_ADDRESS) with a shared file system.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run, or delete it and start anew.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

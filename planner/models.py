@@ -11,12 +11,16 @@ from vllm_moeq.format import CheckpointError, Projections, TensorInfo, UsageErro
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: names relative to ``model.layers.N``."""
+    """One row: names relative to ``model.layers.N``.
+
+    ``block`` names the MoE block in the checkpoint where transformers calls it ``mlp``.
+    """
 
     router: str
     experts: str
     projections: Projections
     expert_count: tuple[str, ...]
+    block: str = "mlp"
 
     def router_name(self, layer: int) -> str:
         """Checkpoint name of a layer's router weight."""
@@ -26,6 +30,15 @@ class Architecture:
         """Checkpoint prefix of a layer's experts."""
         return f"model.layers.{layer}.{self.experts}"
 
+    def module_name(self, name: str) -> str:
+        """Name in transformers of a module or parameter within a layer of the checkpoint."""
+        return f"mlp.{name.removeprefix(self.block + '.')}" if name.startswith(f"{self.block}.") else name
+
+    def checkpoint_name(self, layer: int, name: str) -> str:
+        """Checkpoint name of a parameter that transformers calls ``name`` within a MoE layer."""
+        inside = f"{self.block}.{name.removeprefix('mlp.')}" if name.startswith("mlp.") else name
+        return f"model.layers.{layer}.{inside}"
+
 
 # transformers 5 writes num_local_experts for either model.
 _COUNT_KEYS = ("num_local_experts", "num_experts")
@@ -33,7 +46,9 @@ _W123 = Projections(gate="w1", up="w3", down="w2")
 _GATE_UP_DOWN = Projections(gate="gate_proj", up="up_proj", down="down_proj")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "mixtral": Architecture("block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, _COUNT_KEYS),
+    "mixtral": Architecture(
+        "block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, _COUNT_KEYS, block="block_sparse_moe"
+    ),
     "qwen3_moe": Architecture("mlp.gate.weight", "mlp.experts", _GATE_UP_DOWN, _COUNT_KEYS),
 }
 """``model_type`` of config.json → row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,26 @@ from rich.text import Text
 from planner.checkpoint import SourceModel
 from planner.estimate import GIB, Sizes
 from planner.models import Layout
+from planner.options import PlanOptions
 from planner.plan import Plan
+from planner.progress import Progress
 from planner.sensitivity import router_norm
 from vllm_moeq.format import Summary
 
 COLOURS = {1: "white on red3", 2: "black on orange1", 3: "black on green3", 4: "white on blue3", 8: "white on purple4"}
 MAX_LAYERS_SHOWN = 64
 MAX_EXPERTS_SHOWN = 64
+
+
+def emit(value: Any) -> None:
+    """Print JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def announce(options: PlanOptions, progress: Progress) -> None:
+    """Say what ``--method auto`` stands for."""
+    if options.method == "auto":
+        progress.line(f"method auto: no calibration given, so {options.resolved_method}, the paper's rule")
 
 
 def size(count: float) -> str:

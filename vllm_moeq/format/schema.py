@@ -92,6 +92,13 @@ class PlanSummary(Strict):
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     quantizer: Annotated[str, Field(max_length=64)] | None = None
+    fallback: (
+        Annotated[
+            dict[Name, Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(max_length=MAX_EXPERTS)]],
+            Field(max_length=MAX_LAYERS),
+        ]
+        | None
+    ) = None
 
 
 class MoeqConfig(Strict):

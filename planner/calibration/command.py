@@ -1,0 +1,69 @@
+"""``moeq calibrate``: statistics of every expert over a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from planner import show
+from planner.calibration.collect import collect
+from planner.calibration.flags import (
+    Data,
+    Samples,
+    SeqLen,
+    StatsFile,
+    calibration_facts,
+    expert_devices,
+    read_calibration,
+)
+from planner.calibration.runner import compute_dtype
+from planner.calibration.statistics import LayerStatistics, json_path
+from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.flags import Device, Json, Model, Resume, Seed
+from planner.memory import return_large_blocks
+from planner.models import read_layout
+from planner.progress import Progress
+
+
+def calibrate(
+    model: Model,
+    output: StatsFile,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    resume: Resume = True,
+    as_json: Json = False,
+) -> None:
+    """Run a model over a text and write what each expert saw. Continues a killed run.
+
+    Example: moeq calibrate mistralai/Mixtral-8x7B-v0.1 --data wikitext2 -o stats.safetensors
+    """
+    where = expert_devices(device, None, False)[0]
+    check_output(output)
+    with SourceModel(resolve_model(model)) as source:
+        layout = read_layout(source)
+        text = read_calibration(source, data, samples, seq_len, seed)
+        facts = calibration_facts(text, where)
+        return_large_blocks()
+        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume)
+    if as_json:
+        coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
+        show.emit({"output": str(output), "calibration": facts, "tokens": coverage})
+    else:
+        print_coverage(found)
+        Console().print(f"wrote {output} and {json_path(output)}", soft_wrap=True)
+
+
+def print_coverage(found: Mapping[str, LayerStatistics]) -> None:
+    """Print how many calibration tokens reach the experts of each layer."""
+    table = Table("MoE layer", "experts", "least", "median", "most", "without", title="calibration tokens per expert")
+    for prefix, layer in found.items():
+        tokens = layer.tokens
+        numbers = (tokens.min(), tokens.median(), tokens.max())
+        texts = (f"{int(number):,}" for number in numbers)
+        table.add_row(prefix, str(tokens.numel()), *texts, str(int((tokens == 0).sum())))
+    Console().print(table)

@@ -1,0 +1,173 @@
+"""A transformers model whose decoder layers get their weights one at a time, from the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.models import Layout, architecture_of
+from vllm_moeq.format import CheckpointError, ConfigError, UsageError
+
+LayerCall = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states [sequences, length, hidden] → the next layer's."""
+
+
+class _StopError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+class _Recorder(torch.nn.Module):
+    """Stands for a decoder layer and remembers what it was called with."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.hidden = torch.empty(0)
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Return the input."""
+        self.hidden, self.arguments = hidden, arguments
+        if self.last:
+            raise _StopError
+        return hidden
+
+
+class Decoder:
+    """The skeleton of a causal language model: parameters without storage, modules of transformers.
+
+    Args:
+        model: the checkpoint.
+        layout: where its experts are.
+        device: where layers run.
+        dtype: of weights and hidden states.
+
+    Raises:
+        MoeqError: transformers does not know the model, or lays it out in another way.
+    """
+
+    def __init__(self, model: SourceModel, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        try:
+            from accelerate import init_empty_weights
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ModuleNotFoundError as error:
+            raise UsageError(f"calibration needs {error.name}: pip install 'vllm-moeq[calibrate]'") from None
+        try:
+            self.config = AutoConfig.from_pretrained(model.folder)
+            with init_empty_weights(include_buffers=False):
+                skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
+        self.model, self.device, self.dtype = model, device, dtype
+        self.row = architecture_of(model)
+        self.moe = {layer.index: layer for layer in layout.layers}
+        self.base = skeleton.eval().base_model
+        self.layers: torch.nn.ModuleList = self.base.layers
+        self.activation = _activation(self.config)
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self.base.rotary_emb.to(device)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @torch.inference_mode()
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the first layer's input [sequences, length, hidden] for tokens of that shape.
+
+        What the model passes to each of its layers besides (rotary embeddings, masks) is kept for
+        :meth:`layer`; it depends only on the shape.
+        """
+        recorders = [_Recorder(last=index + 1 == len(self)) for index in range(len(self))]
+        embedding = self.base.get_input_embeddings()
+        names = {id(module): name for name, module in self.base.named_modules()}
+        prefix = f"model.{names[id(embedding)]}"
+        self._fill(embedding, lambda name: f"{prefix}.{name}", {})
+        self.base.layers = torch.nn.ModuleList(recorders)
+        try:
+            self.base(input_ids=tokens.to(self.device), use_cache=False)
+        except _StopError:
+            pass
+        finally:
+            self.base.layers = self.layers
+            embedding.to("meta")
+        self._arguments[tokens.shape[0]] = [recorder.arguments for recorder in recorders]
+        return recorders[0].hidden
+
+    @contextmanager
+    def layer(
+        self, index: int, experts: torch.nn.Module | None = None, replaced: Mapping[str, torch.Tensor] | None = None
+    ) -> Iterator[LayerCall]:
+        """Load one layer but for its routed experts, and yield a function that runs it.
+
+        Args:
+            index: of the decoder layer.
+            experts: stands for the routed experts: called with hidden states [tokens, hidden], expert
+                ids [tokens, k] and weights [tokens, k].
+            replaced: other weights for some of the layer's tensors, by checkpoint name.
+
+        Raises:
+            CheckpointError: a tensor that transformers expects is missing or has another shape.
+        """
+        layer = self.layers[index]
+        path = self.row.module_name(self.row.experts) if index in self.moe else None
+        if path is not None:
+            if experts is None:
+                raise ValueError(f"layer {index} has routed experts")
+            original = layer.get_submodule(path)
+            layer.set_submodule(path, experts)
+        skip = set() if experts is None else {id(parameter) for parameter in experts.parameters()}
+        try:
+            self._fill(layer, lambda name: self.row.checkpoint_name(index, name), replaced or {}, skip)
+
+            def call(hidden: torch.Tensor) -> torch.Tensor:
+                arguments = self._arguments[hidden.shape[0]][index]
+                result = layer(hidden.to(self.device, self.dtype), **arguments)
+                states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+                return states
+
+            with torch.inference_mode():
+                yield call
+        finally:
+            if path is not None:
+                layer.set_submodule(path, original)
+            layer.to("meta")
+
+    def router(self, index: int) -> torch.nn.Module:
+        """Return the module of a layer's router."""
+        return self.layers[index].get_submodule(self.row.module_name(self.row.router).removesuffix(".weight"))
+
+    def _fill(
+        self,
+        module: torch.nn.Module,
+        checkpoint_name: Callable[[str], str],
+        replaced: Mapping[str, torch.Tensor],
+        skip: set[int] | None = None,
+    ) -> None:
+        """Give the parameters and persistent buffers of a module their weights."""
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if skip and id(tensor) in skip:
+                continue
+            source = checkpoint_name(name)
+            value = replaced[source] if source in replaced else self.model.shards.map(source)
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{self.model.folder}: tensor {source}: expected {list(tensor.shape)}, found {list(value.shape)}"
+                )
+            owner, _, leaf = name.rpartition(".")
+            place = module.get_submodule(owner)
+            value = value.to(self.device, self.dtype if value.dtype.is_floating_point else None)
+            if isinstance(tensor, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=False)
+            setattr(place, leaf, value)
+
+
+def _activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the experts' activation function; the kernels know SiLU."""
+    name = getattr(config, "hidden_act", "silu")
+    if name not in ("silu", "swish"):
+        raise ConfigError(f"expected experts with the activation silu, found {name}")
+    return torch.nn.functional.silu

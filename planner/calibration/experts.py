@@ -1,0 +1,44 @@
+"""One expert's matrices and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.models import MoeLayer
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """down(activation(gate(x)) · up(x)).
+
+    Attributes:
+        gate: [intermediate, hidden].
+        up: same shape.
+        down: [hidden, intermediate].
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return gate, up, down."""
+        return self.gate, self.up, self.down
+
+    def inner(self, inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return the input of the down projection [n, intermediate]."""
+        return activation(inputs @ self.gate.mT) * (inputs @ self.up.mT)
+
+
+def load_expert(
+    model: SourceModel, layer: MoeLayer, expert: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Expert:
+    """Read an expert's three matrices."""
+    names = (layer.weight(expert, projection) for projection in layer.projections.names())
+    return Expert(*(model.shards.map(name).to(device, dtype) for name in names))

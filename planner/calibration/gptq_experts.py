@@ -1,0 +1,163 @@
+"""GPTQ of some experts of a layer, each by the tokens that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.experts import Expert, load_expert
+from planner.calibration.routed import Routed
+from planner.experts import PackedMatrix, pack_matrix
+from planner.models import MoeLayer
+from planner.quantizers import Quantized, quantizer_for
+from planner.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantizers.hessian import NotPositiveDefiniteError
+from planner.settings import QuantizeSettings
+from vllm_moeq.format import CheckpointError
+
+FALLBACK = "hqq"
+"""Quantizer of experts that calibration says too little about."""
+
+
+class UnusableError(Exception):
+    """Second moments that GPTQ cannot work with; the message says why."""
+
+
+@dataclass(frozen=True)
+class CalibratedExpert:
+    """One expert, quantized.
+
+    Attributes:
+        matrices: projection → packed.
+        outputs: (tokens [n], weighted outputs [n, hidden]) of the quantized expert.
+        tokens: calibration tokens that were routed to it.
+        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its weighted outputs on them; None without tokens.
+        fallback: why it was quantized without calibration, if so.
+    """
+
+    matrices: dict[str, PackedMatrix]
+    outputs: list[tuple[torch.Tensor, torch.Tensor]]
+    tokens: int
+    output_error: float | None
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer and what they see.
+
+    Attributes:
+        decoder: the model.
+        layer: which one.
+        routed: inputs, and which expert they go to.
+        settings: how to quantize.
+    """
+
+    decoder: Decoder
+    layer: MoeLayer
+    routed: Routed
+    settings: QuantizeSettings
+
+    def calibrated(self, batch: list[int], bits: int, device: torch.device) -> list[tuple[int, CalibratedExpert]]:
+        """Quantize experts of one width together; gate and up first, then down on what the quantized ones produce.
+
+        Raises:
+            UnusableError: some of them saw what GPTQ cannot use.
+            CheckpointError: a weight that is not finite.
+        """
+        experts = [self._load(expert, device) for expert in batch]
+        rows = experts[0].gate.shape[0]
+        both = torch.stack([torch.cat((expert.gate, expert.up)) for expert in experts])
+        moments = torch.stack([_moments(x for x, _, _ in self.routed.chunks(expert, device)) for expert in batch])
+        first = self._solve(both, moments, bits)
+        gates, ups = ([_rows(q, part) for q in first] for part in (slice(0, rows), slice(rows, None)))
+        halves = [Expert(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)]
+        moments = torch.stack(
+            [_moments(self._inner(half, expert, device)) for half, expert in zip(halves, batch, strict=True)]
+        )
+        downs = self._solve(torch.stack([expert.down for expert in experts]), moments, bits)
+        found = zip(batch, experts, gates, ups, downs, strict=True)
+        return [(name, self._result(name, exact, (g, u, d), device)) for name, exact, g, u, d in found]
+
+    def uncalibrated(self, expert: int, bits: int, device: torch.device, reason: str) -> CalibratedExpert:
+        """Quantize an expert by its weights alone.
+
+        Raises:
+            CheckpointError: a weight that is not finite.
+        """
+        quantizer = quantizer_for(bits, FALLBACK, self.settings.one_bit, self.settings.zero_points)
+        exact = self._load(expert, device)
+        gate, up, down = (quantizer(weight, bits, self.settings.group_size) for weight in exact.matrices())
+        return self._result(expert, exact, (gate, up, down), device, reason)
+
+    def _load(self, expert: int, device: torch.device) -> Expert:
+        found = load_expert(self.decoder.model, self.layer, expert, device, torch.float32)
+        for projection, weight in zip(self.layer.projections.names(), found.matrices(), strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                name = self.layer.weight(expert, projection)
+                path = self.decoder.model.folder / self.decoder.model.shards.info(name).shard
+                raise CheckpointError(f"{path}: tensor {name}: expected finite weights, found NaN or infinity")
+        return found
+
+    def _inner(self, half: Expert, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield the inputs of an expert's down projection."""
+        for inputs, _, _ in self.routed.chunks(expert, device):
+            yield half.inner(inputs.float(), self.decoder.activation)
+
+    def _solve(self, weights: torch.Tensor, moments: torch.Tensor, bits: int) -> list[Quantized]:
+        settings = self.settings
+        if not bool(torch.isfinite(moments).all()):
+            raise UnusableError("activations that are not finite")
+        try:
+            return quantize_gptq(
+                weights, moments, bits, settings.group_size, settings.gptq or GptqSettings(), settings.zero_points
+            )
+        except NotPositiveDefiniteError as error:
+            raise UnusableError(str(error)) from None
+
+    def _result(
+        self,
+        expert: int,
+        exact: Expert,
+        matrices: tuple[Quantized, Quantized, Quantized],
+        device: torch.device,
+        fallback: str | None = None,
+    ) -> CalibratedExpert:
+        """Run the quantized expert on its tokens, and the exact one beside it."""
+        quantized = Expert(*(matrix.dequantize() for matrix in matrices))
+        activation = self.decoder.activation
+        outputs, tokens, difference, size = [], 0, 0.0, 0.0
+        for inputs, weights, places in self.routed.chunks(expert, device):
+            x = inputs.float()
+            output = (quantized.inner(x, activation) @ quantized.down.mT).mul_(weights[:, None])
+            wanted = (exact.inner(x, activation) @ exact.down.mT).mul_(weights[:, None])
+            outputs.append((places, output.cpu()))
+            tokens += places.numel()
+            size += float(wanted.square().sum(dtype=torch.float64))
+            difference += float(wanted.sub_(output).square_().sum(dtype=torch.float64))
+        packed = {
+            projection: pack_matrix(weight, matrix)
+            for projection, weight, matrix in zip(
+                self.layer.projections.names(), exact.matrices(), matrices, strict=True
+            )
+        }
+        return CalibratedExpert(packed, outputs, tokens, (difference / size) ** 0.5 if size else None, fallback)
+
+
+def _moments(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of x·xᵀ [K, K] over the rows of all parts [n, K]."""
+    total, rows = None, 0
+    for part in parts:
+        exact = part.float()
+        total = exact.mT @ exact if total is None else total.addmm_(exact.mT, exact)
+        rows += part.shape[0]
+    if total is None:
+        raise ValueError("no inputs")
+    return total.div_(rows)
+
+
+def _rows(matrix: Quantized, rows: slice) -> Quantized:
+    return Quantized(matrix.codes[rows], matrix.scales[rows], matrix.zeros[rows], matrix.bits)

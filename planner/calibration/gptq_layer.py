@@ -1,0 +1,108 @@
+"""Quantize the experts of one layer with GPTQ: which go together, which go without, and on which device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.gptq_experts import CalibratedExpert, Experts, UnusableError
+from planner.calibration.routed import Routed
+from planner.models import MoeLayer
+from planner.settings import QuantizeSettings
+
+Work = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
+
+BATCH_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+"""Hessians that are factored at a time, by kind of device: their copies take some three times as much."""
+
+
+def quantize_layer(
+    decoder: Decoder,
+    layer: MoeLayer,
+    widths: Sequence[int],
+    routed: Routed,
+    settings: QuantizeSettings,
+    devices: Sequence[torch.device],
+) -> Iterator[tuple[int, CalibratedExpert]]:
+    """Quantize all experts of a layer and add the outputs of the quantized experts to ``routed``.
+
+    Experts of one width go in batches, one batch per device at a time; results are taken in a fixed order, so
+    that the sums do not depend on which is first.
+
+    Args:
+        decoder: the model.
+        layer: which one.
+        widths: bits per expert.
+        routed: what the experts see.
+        settings: how to quantize.
+        devices: where; one thread for each, and one may stand there several times.
+
+    Yields:
+        (expert, result), not in the order of the experts.
+
+    Raises:
+        CheckpointError: a weight that cannot be read or is not finite, by name.
+    """
+    counts = [int((routed.ids == expert).sum()) for expert in range(layer.num_experts)]
+    batches: deque[list[int]] = deque([expert] for expert, tokens in enumerate(counts) if tokens < settings.min_tokens)
+    batches.extend(_batches(layer, widths, counts, settings.min_tokens, devices[0]))
+    math = Experts(decoder, layer, routed, settings)
+
+    def work(batch: list[int], device: torch.device) -> list[tuple[int, CalibratedExpert]]:
+        bits = widths[batch[0]]
+        if counts[batch[0]] < settings.min_tokens:
+            reason = f"{counts[batch[0]]} calibration tokens, fewer than {settings.min_tokens}"
+            return [(batch[0], math.uncalibrated(batch[0], bits, device, reason))]
+        try:
+            return math.calibrated(batch, bits, device)
+        except UnusableError as error:
+            if len(batch) == 1:
+                return [(batch[0], math.uncalibrated(batch[0], bits, device, str(error)))]
+            return [result for expert in batch for result in work([expert], device)]  # find out whose they are
+
+    for results in _in_order(work, batches, devices):
+        for expert, result in results:
+            for places, values in result.outputs:
+                routed.add(places, values)
+            result.outputs.clear()
+            yield expert, result
+
+
+def _batches(
+    layer: MoeLayer, widths: Sequence[int], counts: Sequence[int], least: int, device: torch.device
+) -> Iterator[list[int]]:
+    """Yield experts of one width each, as many as fit."""
+    largest = 4 * max(columns for _, columns in layer.shapes.values()) ** 2
+    size = max(1, BATCH_BYTES[device.type] // largest)
+    for bits in sorted(set(widths)):
+        experts = [e for e in range(layer.num_experts) if widths[e] == bits and counts[e] >= least]
+        for begin in range(0, len(experts), size):
+            yield experts[begin : begin + size]
+
+
+def _in_order(
+    work: Work, batches: deque[list[int]], devices: Sequence[torch.device]
+) -> Iterator[list[tuple[int, CalibratedExpert]]]:
+    """Yield the results of all batches in their order, as many at a time as there are devices."""
+    if len(devices) == 1:
+        for batch in batches:
+            yield work(batch, devices[0])
+        return
+    threads = max(1, torch.get_num_threads() // len(devices))
+    pools = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) for _ in devices]
+    running: deque[Future[list[tuple[int, CalibratedExpert]]]] = deque()
+    try:
+        for number, batch in enumerate(batches):
+            turn = number % len(devices)
+            running.append(pools[turn].submit(work, batch, devices[turn]))
+            if len(running) == len(devices):
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)

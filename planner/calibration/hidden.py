@@ -1,0 +1,101 @@
+"""Hidden states between layers, in files: they may exceed memory, and a killed run continues from them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from planner.files import write_json
+from vllm_moeq.format import CheckpointError, read_json
+
+
+def file_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor whose storage is a file, created or extended to its size; the system pages it in and out.
+
+    Raises:
+        CheckpointError: the file cannot be written, or the disk is too small.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    try:
+        with path.open("ab") as file:
+            if count:
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write ({os.strerror(error.errno or 0)})") from None
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(shape)
+
+
+class HiddenStates:
+    """The input of one decoder layer after another, in a folder.
+
+    At any moment the folder holds the complete input of at least one layer, and ``position.json`` says of which
+    layers. A layer's own input is deleted only when the next one's is complete and :meth:`advance` was called.
+
+    Args:
+        folder: created if missing.
+        shape: [sequences, length, hidden].
+        dtype: of the states.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.folder, self.shape, self.dtype = folder, shape, dtype
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, layer: int) -> bool:
+        """Tell whether the input of a layer is complete."""
+        return self._path(layer).with_suffix(".json").is_file()
+
+    def load(self, layer: int) -> torch.Tensor:
+        """Return the input of a layer, mapped from its file.
+
+        Raises:
+            CheckpointError: the file is not of the size that its description names.
+        """
+        path = self._path(layer)
+        expected = torch.Size(self.shape).numel() * self.dtype.itemsize
+        found = path.stat().st_size if path.is_file() else 0
+        if read_json(path.with_suffix(".json")) != self._facts() or found != expected:
+            raise CheckpointError(f"{path}: expected {expected:,} bytes of {self._facts()}, found {found:,}")
+        return file_tensor(path, self.shape, self.dtype)
+
+    def create(self, layer: int) -> torch.Tensor:
+        """Return room for the input of a layer, not yet complete."""
+        path = self._path(layer)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        return file_tensor(path, self.shape, self.dtype)
+
+    def complete(self, layer: int) -> None:
+        """Say that the input of a layer is all there, after it has reached the disk."""
+        descriptor = os.open(self._path(layer), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        write_json(self._path(layer).with_suffix(".json"), self._facts())
+
+    def drop(self, layer: int) -> None:
+        """Delete the input of a layer that is done."""
+        self._path(layer).with_suffix(".json").unlink(missing_ok=True)
+        self._path(layer).unlink(missing_ok=True)
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a zeroed tensor in a file of that name, for the time of one layer."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        return file_tensor(path, shape, dtype)
+
+    def remove(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"hidden-{layer:05d}.bin"
+
+    def _facts(self) -> dict[str, object]:
+        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}

@@ -1,0 +1,178 @@
+"""What the experts of one layer see: the tokens routed to each, in whatever order the experts are visited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.hidden import HiddenStates
+
+ROWS = 8192
+"""Tokens that pass through a layer, or an expert, at a time."""
+
+
+@dataclass
+class Routed:
+    """The MoE block's inputs for all calibration tokens, and room for its experts' outputs.
+
+    Attributes:
+        inputs: [tokens, hidden], in a file.
+        outputs: float32 [tokens, hidden], in a file: the weighted sum over experts, filled by :meth:`add`.
+        ids: expert of each slot, int64 [tokens, k]; −1 where the input is not finite.
+        weights: routing weight of each slot, float32 [tokens, k].
+        probabilities: softmax over all experts at each slot, float32 [tokens, k].
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    probabilities: torch.Tensor
+
+    @property
+    def dropped(self) -> int:
+        """Tokens whose hidden state is not finite: no expert learns from them."""
+        return int((self.ids < 0).all(dim=1).sum())
+
+    def slots(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens routed to an expert and the slots they use, int64 [n] each, tokens ascending."""
+        tokens, slots = (self.ids == expert).nonzero(as_tuple=True)
+        return tokens, slots
+
+    def chunks(self, expert: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield (inputs [n, hidden], weights [n], tokens [n]) of an expert, some thousand tokens at a time."""
+        tokens, slots = self.slots(expert)
+        for part, places in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
+            if part.numel():
+                yield self.inputs[part].to(device), self.weights[part, places].to(device), part
+
+    def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
+        """Add an expert's weighted outputs [n, hidden] to those of its tokens."""
+        self.outputs.index_add_(0, tokens, values.to("cpu", torch.float32))
+
+
+class _Recording(torch.nn.Module):
+    """Stands for the experts in the first pass: notes what they would see, returns zeros."""
+
+    def __init__(self, inputs: torch.Tensor) -> None:
+        super().__init__()
+        self.inputs, self.next = inputs, 0
+        self.logits = torch.empty(0)
+        self.slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def note_logits(self, _router: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        """Keep the router's logits [tokens, experts]: its hook, called just before :meth:`forward`."""
+        self.logits = output[0]
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """See :meth:`planner.calibration.decoder.Decoder.layer`."""
+        place = slice(self.next, self.next + hidden.shape[0])
+        self.next = place.stop
+        self.inputs[place] = hidden.to(self.inputs.device)
+        probabilities = self.logits.float().softmax(dim=-1).gather(1, ids.long())
+        usable = torch.isfinite(hidden).all(dim=1)[:, None]
+        kept = torch.where(usable, ids.long(), -1)
+        self.slots.append((kept.cpu(), weights.float().cpu(), probabilities.cpu()))
+        return torch.zeros_like(hidden)
+
+
+class _Replaying(torch.nn.Module):
+    """Stands for the experts in the second pass: returns what was computed for these tokens."""
+
+    def __init__(self, outputs: torch.Tensor) -> None:
+        super().__init__()
+        self.outputs, self.next = outputs, 0
+
+    def forward(self, hidden: torch.Tensor, _ids: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:
+        """See :class:`planner.calibration.decoder.Decoder`."""
+        place = slice(self.next, self.next + hidden.shape[0])
+        self.next = place.stop
+        return self.outputs[place].to(hidden)
+
+
+def route(
+    decoder: Decoder,
+    index: int,
+    hidden: torch.Tensor,
+    store: HiddenStates,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> Routed:
+    """Run a layer up to its experts on all sequences.
+
+    Args:
+        decoder: the model.
+        index: of a MoE layer.
+        hidden: the layer's input [sequences, length, hidden].
+        store: where the tensors go.
+        replaced: see :meth:`Decoder.layer`.
+    """
+    tokens, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+    inputs = store.scratch("inputs.bin", (tokens, size), hidden.dtype)
+    recording = _Recording(inputs)
+    hook = decoder.router(index).register_forward_hook(recording.note_logits)
+    try:
+        with decoder.layer(index, recording, replaced) as call:
+            for _, part in batches(hidden):
+                call(part)
+    finally:
+        hook.remove()
+    ids, weights, probabilities = (torch.cat(parts) for parts in zip(*recording.slots, strict=True))
+    outputs = store.scratch("outputs.bin", (tokens, size), torch.float32)
+    return Routed(inputs, outputs, ids, weights, probabilities)
+
+
+def finish(
+    decoder: Decoder,
+    index: int,
+    hidden: torch.Tensor,
+    result: torch.Tensor,
+    outputs: torch.Tensor | None = None,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Run a whole layer, its experts' outputs (if it has any) being known, and write the next layer's input.
+
+    Args:
+        decoder: the model.
+        index: of the layer.
+        hidden: its input [sequences, length, hidden].
+        result: its output, same shape; filled.
+        outputs: of the routed experts [tokens, hidden].
+        replaced: see :meth:`Decoder.layer`.
+    """
+    experts = None if outputs is None else _Replaying(outputs)
+    with decoder.layer(index, experts, replaced) as call:
+        for begin, part in batches(hidden):
+            result[begin : begin + part.shape[0]] = call(part).to(result.device)
+
+
+def batches(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first sequence, sequences) with some thousand tokens at a time."""
+    size = max(1, ROWS // hidden.shape[1])
+    for begin in range(0, hidden.shape[0], size):
+        yield begin, hidden[begin : begin + size]
+
+
+def first_hidden(decoder: Decoder, tokens: torch.Tensor, parent: Path) -> HiddenStates:
+    """Return the folder of hidden states in ``parent``, with at least the first layer's input or a later one's.
+
+    Args:
+        decoder: the model; learns what its layers are called with.
+        tokens: int64 [sequences, length].
+        parent: where the folder is, or will be.
+    """
+    shape = (*tokens.shape, decoder.config.hidden_size)
+    store = HiddenStates(parent / "hidden", (shape[0], shape[1], shape[2]), decoder.dtype)
+    if any(store.has(index) for index in range(len(decoder))):
+        sizes = {part.shape[0]: part for _, part in batches(tokens)}
+        for part in sizes.values():
+            decoder.embed(part)
+        return store
+    hidden = store.create(0)
+    for begin, part in batches(tokens):
+        hidden[begin : begin + part.shape[0]] = decoder.embed(part).to(hidden.device)
+    store.complete(0)
+    return store

@@ -1,0 +1,96 @@
+"""Runs layer tasks with GPTQ: one after the other, each fed with what the quantized layers before it produce."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.gptq_experts import FALLBACK
+from planner.calibration.gptq_layer import quantize_layer
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.routed import finish, first_hidden, route
+from planner.calibration.text import CalibrationText
+from planner.checkpoint import SourceModel
+from planner.dense import linear_values
+from planner.experts import ExpertReport, pack_expert
+from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
+from planner.models import read_layout
+from planner.rows import open_threads
+from planner.runners.base import Work
+from vllm_moeq.format import PACKED, SCALE, CheckpointError
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which a model reads calibration text: float32 where it costs little."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class GptqRunner:
+    """Quantizes the experts of a model with GPTQ.
+
+    Attributes:
+        text: what the model reads.
+        threads: how many compute what needs no calibration.
+        devices: where experts are quantized, one batch on each at a time; on the first, the model reads.
+        dtype: of weights and hidden states while the model reads.
+    """
+
+    text: CalibrationText
+    threads: int
+    devices: tuple[torch.device, ...]
+    dtype: torch.dtype
+
+    def run(self, work: Work) -> Generator[Finished, None, None]:
+        """See :class:`planner.runners.base.Runner`; layers come in order."""
+        *layers, rest = work.tasks
+        with SourceModel(rest.source) as model:
+            decoder = Decoder(model, read_layout(model), self.devices[0], self.dtype)
+            store = first_hidden(decoder, self.text.tokens, rest.shard.parent)
+            for index, task in enumerate(layers):
+                if task not in work.pending:
+                    continue
+                if not store.has(index):
+                    raise CheckpointError(
+                        f"{store.folder}: expected the input of layer {index}, found none; --no-resume starts anew"
+                    )
+                yield self._layer(decoder, store, index, task, last=index + 1 == len(layers))
+                store.drop(index)
+        if rest in work.pending:
+            yield run_task(rest, self.threads, self.devices[0])
+        store.remove()
+
+    def _layer(self, decoder: Decoder, store: HiddenStates, index: int, task: LayerTask, last: bool) -> Finished:
+        """Quantize one layer, run it, and write the next one's input before its own shard."""
+        began = time.monotonic()
+        with open_threads(self.threads, self.devices[0]) as threads:
+            tensors = other_tensors(task, decoder.model, threads)
+        replaced = {}
+        for name in task.linears:
+            base = name.removesuffix(".weight")
+            words, scales = tensors[f"{base}.{PACKED}"], tensors[f"{base}.{SCALE}"]
+            replaced[name] = linear_values(words, scales, task.settings.linear.bits)
+        hidden = store.load(index)
+        reports: dict[int, ExpertReport] = {}
+        outputs = None
+        if task.layer is not None:
+            routed = route(decoder, index, hidden, store, replaced)
+            found = quantize_layer(decoder, task.layer, task.widths, routed, task.settings, self.devices)
+            for expert, result in found:
+                bits = task.widths[expert]
+                name = task.settings.quantizer if result.fallback is None else FALLBACK
+                if result.fallback is not None and bits == 1:
+                    name = task.settings.one_bit
+                more, report = pack_expert(task.layer, expert, bits, result.matrices, name, result.fallback)
+                tensors.update(more)
+                error = None if result.output_error is None else round(result.output_error, 6)
+                reports[expert] = replace(report, tokens=result.tokens, output_error=error)
+            outputs = routed.outputs
+        if not last:
+            finish(decoder, index, hidden, store.create(index + 1), outputs, replaced)
+            store.complete(index + 1)
+        return write_layer(task, tensors, [reports[expert] for expert in sorted(reports)], began)

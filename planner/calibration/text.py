@@ -1,0 +1,175 @@
+"""Calibration text: files or a named dataset, cut into token sequences of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_moeq.format import ConfigError, UsageError
+
+BYTES_PER_TOKEN = 16
+"""How much text is read for each token wanted: several times what tokenizers need."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a dataset on the Hub, at a fixed commit."""
+
+    path: str
+    config: str | None
+    split: str
+    column: str
+    revision: str
+
+
+DATASETS = {
+    "wikitext2": Dataset(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "b08601e04326c79dfdd32d625aee71d232d685c3"
+    ),
+    "c4": Dataset("allenai/c4", "en", "train", "text", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
+}
+"""Names that ``--data`` knows; any other dataset is ``owner/name[:config]@commit``."""
+
+NAMED = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token sequences and where they came from.
+
+    Attributes:
+        tokens: int64 [sequences, length].
+        source: what was asked for: file name or dataset, commit, seed.
+    """
+
+    tokens: torch.Tensor
+    source: dict[str, Any]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the tokens and their shape."""
+        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def calibration_text(folder: Path, data: str, sequences: int, length: int, seed: int) -> CalibrationText:
+    """Tokenize text with a model's tokenizer and draw sequences that do not overlap.
+
+    Documents follow each other, separated by the end-of-text token where the model has one.
+
+    Args:
+        folder: model folder with a tokenizer.
+        data: a text file, a JSON-lines file with a ``text`` field, a name in :data:`DATASETS`, or
+            ``owner/name[:config]@commit``.
+        sequences: how many; fewer where the text is short.
+        length: tokens of each.
+        seed: which of the possible sequences.
+
+    Raises:
+        MoeqError: no such file, not text, no tokenizer, or less text than one sequence.
+    """
+    tokenizer = _tokenizer(folder)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    budget = sequences * length * BYTES_PER_TOKEN
+    ids: list[int] = []
+    for document in _limited(documents(data, budget), budget):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    available = len(ids) // length
+    if available == 0:
+        raise UsageError(f"--data {data}: expected at least {length} tokens (--seq-len), found {len(ids)}")
+    windows = torch.tensor(ids[: available * length], dtype=torch.int64).reshape(available, length)
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:sequences].sort().values
+    name = Path(data).name if Path(data).exists() else data
+    return CalibrationText(windows[chosen], {"data": name, "seed": seed})
+
+
+def documents(data: str, characters: int) -> Iterator[str]:
+    """Yield the documents of a file or a dataset; a plain text is one document, read as far as needed.
+
+    Raises:
+        MoeqError: neither is there, or not what its name says.
+    """
+    path = Path(data)
+    if path.is_file():
+        return _json_lines(path) if path.suffix in (".jsonl", ".ndjson") else _plain(path, characters)
+    named = NAMED.fullmatch(data)
+    if data in DATASETS:
+        return _dataset(DATASETS[data])
+    if named is not None:
+        return _dataset(Dataset(named[1], named[2], "train", "text", named[3]))
+    known = ", ".join(DATASETS)
+    raise UsageError(
+        f"--data: expected a text or JSON-lines file, one of {known}, or owner/name[:config]@<40-digit commit>, "
+        f"found {data}"
+    )
+
+
+def _plain(path: Path, characters: int) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield file.read(characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a UTF-8 text file ({error})") from None
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(line, f"{path}: line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a UTF-8 JSON-lines file ({error})") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{where}: expected a JSON object with a text field, found no JSON") from None
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: expected a JSON object with a text field, found {line.strip()[:60]!r}")
+    return text
+
+
+def _dataset(dataset: Dataset) -> Iterator[str]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UsageError("--data: a named dataset needs the package datasets: pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(
+            dataset.path, dataset.config, split=dataset.split, revision=dataset.revision, streaming=True
+        )
+        for row in rows:
+            if row[dataset.column].strip():
+                yield row[dataset.column]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"--data {dataset.path}@{dataset.revision[:8]}: cannot be read ({reason})") from None
+
+
+def _limited(texts: Iterable[str], budget: int) -> Iterator[str]:
+    """Yield texts until ``budget`` characters have been given."""
+    for text in texts:
+        if budget <= 0:
+            return
+        yield text[:budget]
+        budget -= len(text)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load its tokenizer ({error})") from None

@@ -1,0 +1,194 @@
+"""``moeq quantize``: plan, quantize, write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from planner import show
+from planner.calibration.flags import (
+    ActOrder,
+    ActOrderFlag,
+    Compat,
+    Damping,
+    Data,
+    MinTokens,
+    Samples,
+    Search,
+    SearchFlag,
+    SeqLen,
+    StaticGroups,
+    Symmetric,
+    calibration_facts,
+    expert_devices,
+    gptq_settings,
+    read_calibration,
+)
+from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.estimate import estimate
+from planner.flags import (
+    AvgBits,
+    Bits,
+    Budget,
+    Counts,
+    CountsFlag,
+    Device,
+    GroupSize,
+    Initial,
+    Jobs,
+    Json,
+    LinearBits,
+    LinearGroup,
+    MethodName,
+    Model,
+    OneBit,
+    OnRay,
+    Overrides,
+    Promotion,
+    PromotionFlag,
+    QuantizerName,
+    Ranking,
+    RankingFlag,
+    Resume,
+    Seed,
+    ZeroPointsName,
+    Zeta,
+    checked_group_size,
+    linear_format,
+    plan_options,
+)
+from planner.memory import return_large_blocks
+from planner.models import read_layout
+from planner.pipeline import quantize
+from planner.plan import Plan, read_plan
+from planner.planning import make_plan
+from planner.progress import Progress
+from planner.quantizers.gptq import GptqSettings
+from planner.runners import Runner, choose_runner
+from planner.settings import QuantizeSettings, check_sizes
+from vllm_moeq.format import UsageError
+
+
+def quantize_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Use this plan.json instead of making one.")
+    ] = None,
+    avg_bits: AvgBits = None,
+    bits: Bits = "1,2,3",
+    method: MethodName = "auto",
+    zeta: Zeta = 3.0,
+    promotion: PromotionFlag = Promotion.official,
+    counts: CountsFlag = Counts.paper,
+    ranking: RankingFlag = Ranking.layer,
+    initial_model: Initial = None,
+    budget_gib: Budget = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    quantizer: Annotated[
+        QuantizerName | None, typer.Option("--quantizer", help="For two bits and more [gptq with --data, else hqq].")
+    ] = None,
+    one_bit: Annotated[OneBit, typer.Option("--one-bit", help="For one bit.")] = OneBit.sign,
+    zero_points: Annotated[
+        ZeroPointsName, typer.Option("--zero-points", help="Of experts; other formats need integer ones.")
+    ] = ZeroPointsName.float,
+    group_size: GroupSize = 128,
+    linear_bits: LinearBits = 4,
+    linear_group_size: LinearGroup = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    min_tokens: MinTokens = 64,
+    damping: Damping = 0.01,
+    act_order: ActOrderFlag = ActOrder.group,
+    static_groups: StaticGroups = False,
+    symmetric: Symmetric = False,
+    scale_search: SearchFlag = Search.mse,
+    compat: Compat = False,
+    jobs: Jobs = None,
+    device: Device = "cpu",
+    ray: OnRay = False,
+    resume: Resume = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, print sizes and memory from the headers, write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
+
+    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 -o Mixtral-8x7B-2.5bit
+    """
+    progress = Progress()
+    if quantizer is None:
+        quantizer = QuantizerName.hqq if data is None else QuantizerName.gptq
+    calibrated = quantizer is QuantizerName.gptq
+    gptq = gptq_settings(
+        damping=damping, act_order=act_order.value, static_groups=static_groups, symmetric=symmetric,
+        search=scale_search.value, compat=compat,
+    )  # fmt: skip
+    if not calibrated and (data is not None or gptq != GptqSettings()):
+        flag = "--data" if data is not None else "the flags of GPTQ"
+        raise UsageError(f"{flag}: the quantizer {quantizer.value} does not calibrate; expected --quantizer gptq")
+    runner: Runner = choose_runner(1 if calibrated else jobs, device, ray and not calibrated)
+    with SourceModel(resolve_model(model)) as source:
+        layout = read_layout(source)
+        linear = linear_format(source, layout, linear_bits, linear_group_size)
+        settings = QuantizeSettings(
+            quantizer.value, one_bit.value, checked_group_size(group_size), linear, zero_points.value,
+            gptq if calibrated else None, min_tokens,
+        )  # fmt: skip
+        check_output(output)
+        check_sizes(source, layout, settings)
+        facts = None
+        if calibrated:
+            where = expert_devices(device, jobs, ray)
+            text = read_calibration(source, data, samples, seq_len, seed)
+            facts = calibration_facts(text, where[0])
+            runner = GptqRunner(text, torch.get_num_threads(), where, compute_dtype(where[0]))
+        if plan_file is not None:
+            given = {"--avg-bits": avg_bits, "--budget-gib": budget_gib, "--overrides": overrides}
+            _refuse_with_plan({**given, "--initial-model": initial_model})
+            made = read_plan(plan_file)
+            made.check_against(layout, str(plan_file))
+            if made.source.get("fingerprint", source.fingerprint()) != source.fingerprint():
+                progress.line(f"note: {plan_file} was made from other weights than {model}")
+        else:
+            options = plan_options(
+                source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
+                initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value,
+                counts=counts.value, ranking=ranking.value, seed=seed, ranked=not dry_run,
+            )  # fmt: skip
+            show.announce(options, progress)
+            made = make_plan(source, layout, options, progress)
+        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
+        if not dry_run:
+            return_large_blocks()
+            quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
+    _report(made, None if dry_run else output, sizes.as_dict(), as_json)
+
+
+def _refuse_with_plan(flags: dict[str, object]) -> None:
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(f"--plan and {flag}: expected one of them, found both")
+
+
+def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool) -> None:
+    """Print the result; without an output the widths are counts only, not yet given to experts."""
+    if as_json:
+        facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
+        if output is not None:
+            facts.update({"output": str(output), "experts": made.experts})
+        show.emit(facts)
+        return
+    if output is not None:
+        show.print_widths(made.experts)
+    show.print_sizes(sizes)
+    if output is not None:
+        Console().print(f"wrote {output}; serve it with: moeq serve {output}", soft_wrap=True)

@@ -1,0 +1,198 @@
+"""GPTQ (Frantar et al., 2023): round column by column, and let the columns that follow make up for the error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from planner.quantizers.base import Quantized, ZeroPoints
+from planner.quantizers.grid import Grid, Search, fit_group
+from planner.quantizers.hessian import ActOrder, Factor, column_order, factorize
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
+
+LEAF = 16
+"""Columns rounded one after the other; wider ranges pass their errors on by matrix products."""
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """Everything that decides the codes, besides weights and Hessian.
+
+    Attributes:
+        damping: added to the Hessian's diagonal, relative to its mean.
+        act_order: order of the columns.
+        static_groups: scales from the weights as they were, not as errors have changed them.
+        symmetric: zero points in the middle of the codes.
+        search: how a group's scale is chosen.
+    """
+
+    damping: float = 0.01
+    act_order: ActOrder = "group"
+    static_groups: bool = False
+    symmetric: bool = False
+    search: Search = "mse"
+
+    def grid(self, bits: int, zero_points: ZeroPoints) -> Grid:
+        """Return the levels for a width."""
+        return Grid(bits, self.symmetric, zero_points, self.search)
+
+
+PUBLISHED = GptqSettings(act_order="none", search="published")
+"""The variant behind the paper's results."""
+
+
+def quantize_gptq(
+    weights: torch.Tensor,
+    hessians: torch.Tensor,
+    bits: int,
+    group_size: int,
+    settings: GptqSettings,
+    zero_points: ZeroPoints = "float",
+) -> list[Quantized]:
+    """Quantize several matrices of one shape, each with the second moments of its own inputs.
+
+    Args:
+        weights: float [B, N, K].
+        hessians: mean of x·xᵀ over the inputs, float32 [B, K, K]; destroyed.
+        bits: width of the codes; one bit is the sign times the mean magnitude.
+        group_size: weights per scale along K, or −1.
+        settings: see :class:`GptqSettings`.
+        zero_points: see :data:`planner.quantizers.base.ZeroPoints`.
+
+    Returns:
+        One result per matrix, on the device of the weights.
+
+    Raises:
+        CheckpointError: weights that are not finite, K no multiple of 32 and of the group.
+        NotPositiveDefiniteError: Hessians that no damping makes usable.
+        ValueError: ``act_order`` full without static groups.
+    """
+    batch, _, columns = weights.shape
+    size = columns if group_size == WHOLE_ROW else group_size
+    if columns % CODES_PER_BLOCK or columns % size:
+        raise CheckpointError(
+            f"expected an input dimension that is a multiple of {CODES_PER_BLOCK} and of the group size {size}, "
+            f"found {columns}"
+        )
+    if settings.act_order == "full" and not settings.static_groups:
+        raise ValueError("act_order full needs static_groups: its groups are not contiguous")
+    if not bool(torch.isfinite(weights).all()):
+        raise CheckpointError("expected finite weights, found NaN or infinity")
+    order = column_order(hessians.diagonal(dim1=1, dim2=2), size, settings.act_order)
+    if settings.act_order != "none":
+        index = order[:, :, None].expand(batch, columns, columns)
+        hessians = hessians.gather(1, index).gather(2, index.mT)
+    factor = factorize(hessians, settings.damping)
+    return _Solver(weights, order, factor, settings.grid(bits, zero_points), size, settings.static_groups).solve()
+
+
+class _Solver:
+    """State of one batch. Columns come first, [B, K, N], so that a column is contiguous."""
+
+    def __init__(
+        self, weights: torch.Tensor, order: torch.Tensor, factor: Factor, grid: Grid, size: int, static: bool
+    ) -> None:
+        self.size, self.grid, self.factor, self.order = size, grid, factor, order
+        original = weights.float().mT.contiguous()
+        self.dtype = _storage(original, size, grid)
+        batch, columns, rows = original.shape
+        groups = columns // size
+        self.scales = original.new_empty(batch, groups, rows)
+        self.zeros = torch.empty_like(self.scales)
+        # Which group a position belongs to: its own, or, with scales beforehand, that of the column.
+        self.group_of = order // size if static else None
+        if static:
+            costs = torch.empty_like(factor.cost).scatter_(1, order, factor.cost)
+            for group in range(groups):
+                inside = slice(group * size, (group + 1) * size)
+                fitted = fit_group(original[:, inside], costs[:, inside], grid, self.dtype)
+                self.scales[:, group], self.zeros[:, group] = fitted
+        index = order[:, :, None].expand_as(original)
+        self.errors = original.gather(1, index)  # weights, until a column's error replaces them
+        self.adjusted = self.errors.clone()
+        self.codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
+
+    def solve(self) -> list[Quantized]:
+        """Round all columns; return codes and parameters in the order of the input."""
+        self._groups(0, self.errors.shape[1] // self.size)
+        codes = torch.empty_like(self.codes).scatter_(1, self.order[:, :, None].expand_as(self.codes), self.codes)
+        if self.group_of is None:
+            place = (self.order[:, :: self.size] // self.size)[:, :, None].expand_as(self.scales)
+            self.scales = torch.empty_like(self.scales).scatter_(1, place, self.scales)
+            self.zeros = torch.empty_like(self.zeros).scatter_(1, place, self.zeros)
+        return [
+            Quantized(c.mT.contiguous(), s.mT.to(self.dtype), z.mT.to(self.dtype), self.grid.bits)
+            for c, s, z in zip(codes, self.scales, self.zeros, strict=True)
+        ]
+
+    def _groups(self, first: int, last: int) -> None:
+        """Quantize a range of groups: one half, its errors passed on, the other half."""
+        if last - first > 1:
+            middle = (first + last) // 2
+            self._groups(first, middle)
+            self._pass_on(first * self.size, middle * self.size, last * self.size)
+            self._groups(middle, last)
+            return
+        begin, end = first * self.size, last * self.size
+        if self.group_of is None:
+            block, cost = self._expected(begin, end), self.factor.cost[:, begin:end]
+            self.scales[:, first], self.zeros[:, first] = fit_group(block, cost, self.grid, self.dtype)
+        self._columns(begin, end)
+
+    def _expected(self, begin: int, end: int) -> torch.Tensor:
+        """Return the values [B, G, N] that would be rounded in a group if its own rounding made no errors.
+
+        ``adjusted`` holds what the columns before have left to do; doing it in one column changes the next
+        ones, which is a triangular system.
+        """
+        original = self.errors[:, begin:end]
+        if begin == 0:
+            return original
+        unit = self.factor.feedback[:, begin:end, begin:end].mT
+        due = self.adjusted[:, begin:end] - original
+        own: torch.Tensor = torch.linalg.solve_triangular(unit, due, upper=False, unitriangular=True)
+        return own.add_(original)
+
+    def _columns(self, begin: int, end: int) -> None:
+        """Quantize a range of columns within one group."""
+        if end - begin > LEAF:
+            middle = begin + (end - begin) // (2 * LEAF) * LEAF if end - begin > 2 * LEAF else begin + LEAF
+            self._columns(begin, middle)
+            self._pass_on(begin, middle, end)
+            self._columns(middle, end)
+            return
+        feedback = self.factor.feedback
+        for column in range(begin, end):
+            scale, zero = self._parameters(column)
+            code = torch.addcdiv(zero, self.adjusted[:, column], scale).round_().clamp_(0, self.grid.steps)
+            self.codes[:, column] = code
+            error = self.errors[:, column].addcmul_(code.sub_(zero), scale, value=-1)
+            if column + 1 < end:
+                rest = self.adjusted[:, column + 1 : end]
+                rest.baddbmm_(feedback[:, column, column + 1 : end, None], error[:, None])
+
+    def _pass_on(self, begin: int, middle: int, end: int) -> None:
+        """Add what the errors of the columns before ``middle`` mean for those behind it."""
+        feedback = self.factor.feedback[:, begin:middle, middle:end]
+        self.adjusted[:, middle:end].baddbmm_(feedback.mT, self.errors[:, begin:middle])
+
+    def _parameters(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and zero [B, N] of a column."""
+        if self.group_of is None:
+            group = column // self.size
+            return self.scales[:, group], self.zeros[:, group]
+        index = self.group_of[:, column, None, None].expand(-1, 1, self.scales.shape[2])
+        return self.scales.gather(1, index)[:, 0], self.zeros.gather(1, index)[:, 0]
+
+
+def _storage(original: torch.Tensor, size: int, grid: Grid) -> torch.dtype:
+    """Half precision, unless a scale may leave its normal range by what errors add to the weights; else bfloat16."""
+    groups = original.unflatten(1, (-1, size))
+    scale = (groups.amax(dim=2) - groups.amin(dim=2)) / grid.steps
+    used = scale[scale > 0]
+    if used.numel() == 0:
+        return torch.float16
+    info, margin = torch.finfo(torch.float16), 2
+    fits = float(used.min()) >= info.tiny * margin and float(used.max()) * margin <= info.max
+    return torch.float16 if fits else torch.bfloat16

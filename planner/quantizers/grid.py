@@ -1,0 +1,138 @@
+"""The scale and zero point of one group of weights, given what an error in each column costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from planner.quantizers.base import MAX_ZERO, NARROWEST, ZeroPoints
+
+Search = Literal["range", "mse", "published"]
+"""The group's range as it is; the least weighted squared error; the paper's published grid."""
+
+SHRINK = tuple(1 - 0.04 * step for step in range(16))
+"""Fractions of the range that ``mse`` tries, before it fits scale and zero to the codes."""
+REFITS = 2
+
+PUBLISHED = tuple(0.9 + 0.002 * step for step in range(101))
+PUBLISHED_POWER = 2.4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the levels of a group are chosen.
+
+    Attributes:
+        bits: width of the codes.
+        symmetric: zero is 2^(b−1), and the range symmetric about it.
+        zero_points: ``integer`` ones are codes, and the range includes 0.
+        search: see :data:`Search`.
+    """
+
+    bits: int
+    symmetric: bool = False
+    zero_points: ZeroPoints = "float"
+    search: Search = "mse"
+
+    @property
+    def steps(self) -> int:
+        """Largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the zero point follows from the range alone."""
+        return self.symmetric or self.zero_points == "integer" or self.search == "published"
+
+
+def fit_group(block: torch.Tensor, cost: torch.Tensor, grid: Grid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return scale and zero of every row, float32 [B, N] each, rounded as ``dtype`` stores them.
+
+    Args:
+        block: weights, float32 [B, G, N]: columns of the input dimension first.
+        cost: weight of a squared error in each column, float32 [B, G].
+        grid: how to choose; one bit is ±mean|w|, whatever else it says.
+        dtype: float16 or bfloat16.
+    """
+    if grid.bits == 1:
+        scale = 2 * block.abs().mean(dim=1)
+        return _storable(block, scale, torch.full_like(scale, 0.5), grid, dtype)
+    low, high = block.amin(dim=1), block.amax(dim=1)
+    if grid.fixed:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        scale, zero = 2 * high / grid.steps, torch.full_like(high, (grid.steps + 1) / 2)
+    else:
+        scale = (high - low) / grid.steps
+        zero = -low / torch.where(scale == 0, torch.ones_like(scale), scale)
+        zero = zero.round() if grid.zero_points == "integer" else zero
+    if grid.search != "range":
+        scale, zero = _search(block, cost, scale, zero, grid)
+    return _storable(block, scale, zero, grid, dtype)
+
+
+def _search(
+    block: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale, of some fractions of the range's, that costs least; then fit both to the codes."""
+    published = grid.search == "published"
+    best, best_scale, best_zero = torch.full_like(scale, float("inf")), scale, zero
+    for ratio in PUBLISHED if published else SHRINK:
+        candidate = scale * ratio
+        _, error = _round(block, candidate, zero, grid.steps)
+        if published:
+            loss = error.abs_().pow_(PUBLISHED_POWER).sum(dim=1)
+        else:
+            loss = torch.bmm(cost[:, None], error.square_())[:, 0]
+        better = loss < best
+        best, best_scale = torch.where(better, loss, best), torch.where(better, candidate, best_scale)
+    if grid.fixed:
+        return best_scale, zero
+    for _ in range(REFITS):
+        codes, _ = _round(block, best_scale, best_zero, grid.steps)
+        candidate, shifted = _regress(block, codes, cost, best_scale, best_zero)
+        _, error = _round(block, candidate, shifted, grid.steps)
+        loss = torch.bmm(cost[:, None], error.square_())[:, 0]
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale, best_zero = torch.where(better, candidate, best_scale), torch.where(better, shifted, best_zero)
+    return best_scale, best_zero
+
+
+def _round(
+    block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and errors [B, G, N]."""
+    inverse = torch.where(scale == 0, torch.ones_like(scale), 1 / scale)[:, None]
+    codes = torch.addcmul(zero[:, None], block, inverse).round_().clamp_(0, steps)
+    return codes, torch.addcmul(block, codes - zero[:, None], scale[:, None], value=-1)
+
+
+def _regress(
+    block: torch.Tensor, codes: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the line through (code, weight) of least weighted squared error, or the old one of equal codes."""
+    share = (cost / cost.sum(dim=1, keepdim=True))[:, None]
+    mean_code, mean_weight = torch.bmm(share, codes), torch.bmm(share, block)
+    centred = codes - mean_code
+    variance = torch.bmm(share, centred.square())[:, 0]
+    slope = torch.bmm(share, centred.mul_(block - mean_weight))[:, 0] / variance
+    usable = (variance > 0) & (slope > 0)
+    slope = torch.where(usable, slope, scale)
+    return slope, torch.where(usable, mean_code[:, 0] - mean_weight[:, 0] / slope, zero)
+
+
+def _storable(
+    block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to the stored dtype; groups too narrow for their distance from 0 get the scale |mean| instead."""
+    mean = block.mean(dim=1)
+    largest_zero = min(grid.steps / NARROWEST, MAX_ZERO)
+    flat = ~(scale * largest_zero >= block.abs().amax(dim=1)) | (scale == 0) | ~torch.isfinite(zero)
+    size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
+    scale, zero = torch.where(flat, size, scale), torch.where(flat, (mean < 0).float(), zero) + 0.0  # never -0
+    info = torch.finfo(dtype)
+    return scale.clamp(info.tiny, info.max).to(dtype).float(), zero.to(dtype).float()
