@@ -102,8 +102,9 @@ def compile_variant(variant: Variant, arch: str) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": schedule.warps}
-    if schedule.registers is not None and constants["MODE"] == "ptx":
-        options["maxnreg"] = schedule.registers
+    limit = schedule.register_limit(len(variant.widths))
+    if limit is not None and constants["MODE"] == "ptx":
+        options["maxnreg"] = limit
     return triton.compile(source, target=TARGETS[arch], options=options)
 
 

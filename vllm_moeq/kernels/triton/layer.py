@@ -172,8 +172,9 @@ class TritonLayer:
             "SUM": matrices.block // per_block, "EVEN": matrices.columns % matrices.block == 0, "GATED": gated,
             "STAGES": schedule.stages, "MODE": arithmetic(x.dtype), "num_warps": schedule.warps,
         }  # fmt: skip
-        if schedule.registers is not None and common["MODE"] == "ptx":
-            common["maxnreg"] = schedule.registers
+        limit = schedule.register_limit(self.widths.bit_count())
+        if limit is not None and common["MODE"] == "ptx":
+            common["maxnreg"] = limit
         weights = (matrices.words, matrices.scales, matrices.widths, matrices.offsets)
         sizes = (matrices.rows, matrices.columns, out_sums.shape[1] if out_sums is not None else 0)
         tiles = triton.cdiv(matrices.rows, schedule.rows)

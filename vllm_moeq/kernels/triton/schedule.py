@@ -20,6 +20,7 @@ class Schedule:
         warps: warps per program.
         stages: depth of the pipeline of loads.
         registers: limit per thread, None: ptxas chooses, at times with a few bytes of spills for one more program.
+        registers_for_many: the same for more than FEW_WIDTHS widths: their buffers admit fewer programs anyway.
     """
 
     tokens: int
@@ -27,9 +28,16 @@ class Schedule:
     warps: int
     stages: int
     registers: int | None = None
+    registers_for_many: int | None = None
+
+    def register_limit(self, widths: int) -> int | None:
+        """Return the limit per thread for that many widths compiled in."""
+        return self.registers_for_many if widths > FEW_WIDTHS and self.registers_for_many else self.registers
 
 
-FEW = (Schedule(8, 64, 2, 3), Schedule(16, 64, 2, 3, registers=255))
+FEW_WIDTHS = 3
+
+FEW = (Schedule(8, 64, 2, 3, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
 MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
 
 
