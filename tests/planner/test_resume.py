@@ -117,11 +117,16 @@ def interrupted(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """Inodes alone are used again."""
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
 def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
     partial = interrupted.with_name("out.partial")
     assert not list(partial.glob(".*.tmp"))
-    inodes = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
-    assert inodes
+    files = {path.name: identity(path) for path in partial.glob("*.safetensors")}
+    assert files
 
     other = moeq("quantize", SOURCE, "--quantizer", "rtn", "--one-bit", "rtn", "-o", interrupted)
     assert other.code == 2
@@ -129,14 +134,14 @@ def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
 
     arguments = ("quantize", SOURCE, "--quantizer", "rtn", "-o", interrupted)
     assert moeq(*arguments, "--resume").code == 0
-    assert inodes.items() <= {path.name: path.stat().st_ino for path in interrupted.iterdir()}.items()
+    assert files.items() <= {path.name: identity(path) for path in interrupted.iterdir()}.items()
 
     interrupted.rename(partial)  # as if unfinished
     (partial / "fingerprint.json").write_text("{}")
     assert moeq(*arguments).code == 2
     assert moeq(*arguments, "--no-resume").code == 0
     assert verify(interrupted).experts == 32
-    assert not inodes.items() & {path.name: path.stat().st_ino for path in interrupted.iterdir()}.items()
+    assert not files.items() & {path.name: identity(path) for path in interrupted.iterdir()}.items()
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--no-resume"])
