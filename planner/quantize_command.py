@@ -135,7 +135,7 @@ def quantize_command(
     if not calibrated and (data is not None or gptq != GptqSettings()):
         flag = "--data" if data is not None else "the flags of GPTQ"
         raise UsageError(f"{flag}: the quantizer {quantizer.value} does not calibrate; expected --quantizer gptq")
-    runner: Runner = choose_runner(1 if calibrated else jobs, device, ray and not calibrated)
+    runner: Runner | None = None if calibrated else choose_runner(jobs, device, ray)
     with SourceModel(resolve_model(model)) as source:
         layout = read_layout(source)
         linear = linear_format(source, layout, linear_bits, linear_group_size)

@@ -30,6 +30,16 @@ def file_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(shape)
 
 
+def hidden_folder(parent: Path) -> Path:
+    """Return where the hidden states of a run are."""
+    return parent / "hidden"
+
+
+def remove_hidden(parent: Path) -> None:
+    """Delete the hidden states of a run, from whichever process."""
+    shutil.rmtree(hidden_folder(parent), ignore_errors=True)
+
+
 class HiddenStates:
     """The input of one decoder layer after another, in a folder.
 
@@ -89,10 +99,6 @@ class HiddenStates:
         path = self.folder / name
         path.unlink(missing_ok=True)
         return file_tensor(path, shape, dtype)
-
-    def remove(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"hidden-{layer:05d}.bin"

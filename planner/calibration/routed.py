@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from planner.calibration.decoder import Decoder
-from planner.calibration.hidden import HiddenStates
+from planner.calibration.hidden import HiddenStates, hidden_folder
 
 ROWS = 8192
 """Tokens that pass through a layer, or an expert, at a time."""
@@ -165,7 +165,7 @@ def first_hidden(decoder: Decoder, tokens: torch.Tensor, parent: Path) -> Hidden
         parent: where the folder is, or will be.
     """
     shape = (*tokens.shape, decoder.config.hidden_size)
-    store = HiddenStates(parent / "hidden", (shape[0], shape[1], shape[2]), decoder.dtype)
+    store = HiddenStates(hidden_folder(parent), (shape[0], shape[1], shape[2]), decoder.dtype)
     if any(store.has(index) for index in range(len(decoder))):
         sizes = {part.shape[0]: part for _, part in batches(tokens)}
         for part in sizes.values():

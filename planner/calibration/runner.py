@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from planner.calibration.decoder import Decoder
 from planner.calibration.gptq_experts import FALLBACK
 from planner.calibration.gptq_layer import quantize_layer
-from planner.calibration.hidden import HiddenStates
+from planner.calibration.hidden import HiddenStates, remove_hidden
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
@@ -20,8 +21,8 @@ from planner.experts import ExpertReport, pack_expert
 from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
 from planner.models import read_layout
 from planner.rows import open_threads
-from planner.runners.base import Work
-from vllm_moeq.format import PACKED, SCALE, CheckpointError
+from planner.runners.base import KEPT, Work
+from vllm_moeq.format import PACKED, SCALE, CheckpointError, MoeqError
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -48,11 +49,25 @@ class GptqRunner:
     def run(self, work: Work) -> Generator[Finished, None, None]:
         """See :class:`planner.runners.base.Runner`; layers come in order."""
         *layers, rest = work.tasks
-        with SourceModel(rest.source) as model:
+        try:
+            if any(task in work.pending for task in layers):
+                yield from self._layers(layers, work.pending, rest.shard.parent)
+            if rest in work.pending:
+                yield run_task(rest, self.threads, self.devices[0])
+            remove_hidden(rest.shard.parent)
+        except (MemoryError, torch.OutOfMemoryError):
+            device = self.devices[0].type
+            raise MoeqError(f"not enough memory on {device}; {KEPT}; fewer --jobs take less") from None
+
+    def _layers(
+        self, layers: Sequence[LayerTask], pending: Sequence[LayerTask], folder: Path
+    ) -> Generator[Finished, None, None]:
+        """Do the decoder layers; hidden states are in ``folder`` until the last one is done."""
+        with SourceModel(layers[0].source) as model:
             decoder = Decoder(model, read_layout(model), self.devices[0], self.dtype)
-            store = first_hidden(decoder, self.text.tokens, rest.shard.parent)
+            store = first_hidden(decoder, self.text.tokens, folder)
             for index, task in enumerate(layers):
-                if task not in work.pending:
+                if task not in pending:
                     continue
                 if not store.has(index):
                     raise CheckpointError(
@@ -60,9 +75,6 @@ class GptqRunner:
                     )
                 yield self._layer(decoder, store, index, task, last=index + 1 == len(layers))
                 store.drop(index)
-        if rest in work.pending:
-            yield run_task(rest, self.threads, self.devices[0])
-        store.remove()
 
     def _layer(self, decoder: Decoder, store: HiddenStates, index: int, task: LayerTask, last: bool) -> Finished:
         """Quantize one layer, run it, and write the next one's input before its own shard."""

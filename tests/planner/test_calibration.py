@@ -206,7 +206,7 @@ class TestGptqRun:
 
     def test_experts_with_few_tokens_are_named(self, tmp_path: Path, moeq: Run) -> None:
         output = tmp_path / "out"
-        flags = ("--data", TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40)
+        flags = ("--data", TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40, "--jobs", 2)
         assert moeq("quantize", MODELS / "stdlib-mixtral", "-o", output, *flags).code == 0
         config = json.loads((output / "config.json").read_text())["quantization_config"]["plan"]
         report = json.loads((output / "quantization_report.json").read_text())
