@@ -35,6 +35,7 @@ from planner.flags import (
     Ranking,
     RankingFlag,
     Seed,
+    Stats,
     Zeta,
     checked_group_size,
     linear_format,
@@ -82,6 +83,7 @@ def plan(
     counts: CountsFlag = Counts.paper,
     ranking: RankingFlag = Ranking.layer,
     initial_model: Initial = None,
+    stats: Stats = None,
     budget_gib: Budget = None,
     overrides: Overrides = None,
     seed: Seed = 0,
@@ -101,8 +103,8 @@ def plan(
         settings = QuantizeSettings(group_size=checked_group_size(group_size), linear=linear)
         options = plan_options(
             source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
-            initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value, counts=counts.value,
-            ranking=ranking.value, seed=seed,
+            initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
+            counts=counts.value, ranking=ranking.value, seed=seed,
         )  # fmt: skip
         show.announce(options, progress)
         made = make_plan(source, layout, options, progress)

@@ -67,7 +67,9 @@ AvgBits = Annotated[str | None, typer.Option("--avg-bits", metavar="B", help="Av
 Bits = Annotated[str, typer.Option("--bits", metavar="LIST", help="Widths to choose from, of 1, 2, 3, 4, 8.")]
 MethodName = Annotated[
     str,
-    typer.Option("--method", help="auto, router-norm-maxvar, router-norm, max-var, random or uniform."),
+    typer.Option(
+        "--method", help="auto, router-norm-maxvar, router-norm, max-var, frequency, weight, random or uniform."
+    ),
 ]
 Zeta = Annotated[
     float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")
@@ -78,6 +80,9 @@ RankingFlag = Annotated[Ranking, typer.Option("--ranking", help="Rank experts wi
 Initial = Annotated[
     Path | None,
     typer.Option("--initial-model", metavar="DIR", help="Model before training: rank by the change of norm."),
+]
+Stats = Annotated[
+    Path | None, typer.Option("--stats", metavar="FILE", help="What moeq calibrate wrote, for methods that use it.")
 ]
 Budget = Annotated[
     float | None,

@@ -45,6 +45,14 @@ def _by_variance(scores: LayerScores, experts: int, options: OrderOptions) -> li
     return sorted(range(experts), key=lambda expert: -scores["max_var"][expert])
 
 
+def _by_tokens(scores: LayerScores, experts: int, options: OrderOptions) -> list[int]:
+    return sorted(range(experts), key=lambda expert: -scores["tokens"][expert])
+
+
+def _by_gate_probability(scores: LayerScores, experts: int, options: OrderOptions) -> list[int]:
+    return sorted(range(experts), key=lambda expert: -scores["gate_probability"][expert])
+
+
 def _shuffled(scores: LayerScores, experts: int, options: OrderOptions) -> list[int]:
     return random.Random(options.seed).sample(range(experts), experts)
 
@@ -53,6 +61,8 @@ METHODS: dict[str, Method] = {
     "router-norm-maxvar": Method(("router_norm", "max_var"), _by_norm_and_variance, promotes=True),
     "router-norm": Method(("router_norm",), _by_norm),
     "max-var": Method(("max_var",), _by_variance),
+    "frequency": Method(("tokens",), _by_tokens),
+    "weight": Method(("gate_probability",), _by_gate_probability),
     "random": Method((), _shuffled, random=True),
     "uniform": Method((), None),
 }

@@ -28,6 +28,7 @@ class PlanOptions:
     counts: str = "paper"
     ranking: str = "layer"
     initial_model: Path | None = None
+    stats: Path | None = None
     budget_gib: float | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0

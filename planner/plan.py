@@ -25,6 +25,7 @@ class Settings(Strict):
     ranking: Literal["layer", "global"] | None = None
     seed: int | None = None
     initial_model: str | None = None
+    stats: str | None = None
     budget_gib: float | None = None
     overrides: dict[str, Bits] = Field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from itertools import islice, pairwise
 import torch
 
 from planner.allocation import level_counts
+from planner.calibration.statistics import LayerStatistics, read_statistics
 from planner.checkpoint import SourceModel
 from planner.methods import METHODS, UNRANKED, Method, OrderOptions
 from planner.models import Layout, MoeLayer
@@ -28,6 +29,9 @@ READERS = 8
 
 Slot = tuple[str, int]
 """An expert: its layer's prefix and its index."""
+
+OBSERVED = ("tokens", "gate_probability")
+"""Metrics that a calibration run has counted."""
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """prefix → metric → one value per expert."""
@@ -85,6 +89,7 @@ def _settings(method: Method, options: PlanOptions) -> Settings:
             "counts": options.counts if method.order else None,
             "ranking": options.ranking if method.order else None,
             "seed": options.seed if method.random else None,
+            "stats": str(options.stats) if options.stats else None,
             "initial_model": str(options.initial_model) if options.initial_model else None,
             "budget_gib": options.budget_gib,
             "overrides": dict(options.overrides),
@@ -103,6 +108,7 @@ def score_experts(
     if options.initial_model is not None and "router_norm" not in method.metrics and options.ranked:
         raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
     initial = ShardSet(options.initial_model) if options.initial_model is not None else None
+    observed = _observed(model, layout, method, options, progress)
     gates = [layer.weight(e, layer.projections.gate) for layer in layout.layers for e in range(layer.num_experts)]
     scores: dict[str, dict[str, list[float]]] = {}
     with open_threads(min(torch.get_num_threads(), READERS)) as threads:
@@ -115,11 +121,36 @@ def score_experts(
                 entry["router_norm"] = _router_norms(model, layer, initial)
             if "max_var" in method.metrics:
                 entry["max_var"] = list(islice(variances, layer.num_experts))
+            for metric in set(method.metrics) & set(OBSERVED):
+                entry[metric] = getattr(observed[layer.prefix], metric).double().tolist()
             for metric, values in entry.items():
                 if not all(math.isfinite(value) for value in values):
                     raise CheckpointError(f"{model.folder}: {layer.prefix}: {metric} is not finite: damaged weights")
             scores[layer.prefix] = entry
     return scores
+
+
+def _observed(
+    model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of a calibration run, where the method uses them.
+
+    Raises:
+        MoeqError: none given, given in vain, or of another model.
+    """
+    needed = bool(set(method.metrics) & set(OBSERVED))
+    if options.stats is None:
+        if needed:
+            raise UsageError(
+                f"--method {options.resolved_method}: expected --stats FILE, which moeq calibrate writes, found none"
+            )
+        return {}
+    if not needed and options.ranked:
+        raise UsageError(f"--stats: the method {options.resolved_method} does not use it")
+    found, facts = read_statistics(options.stats, layout)
+    if facts.get("model") != model.fingerprint():
+        progress.line(f"note: {options.stats} was made from other files than {model.folder}")
+    return found
 
 
 def _router_norms(model: SourceModel, layer: MoeLayer, initial: ShardSet | None) -> list[float]:

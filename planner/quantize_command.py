@@ -56,6 +56,7 @@ from planner.flags import (
     RankingFlag,
     Resume,
     Seed,
+    Stats,
     ZeroPointsName,
     Zeta,
     checked_group_size,
@@ -88,6 +89,7 @@ def quantize_command(
     counts: CountsFlag = Counts.paper,
     ranking: RankingFlag = Ranking.layer,
     initial_model: Initial = None,
+    stats: Stats = None,
     budget_gib: Budget = None,
     overrides: Overrides = None,
     seed: Seed = 0,
@@ -153,7 +155,7 @@ def quantize_command(
             runner = GptqRunner(text, torch.get_num_threads(), where, compute_dtype(where[0]))
         if plan_file is not None:
             given = {"--avg-bits": avg_bits, "--budget-gib": budget_gib, "--overrides": overrides}
-            _refuse_with_plan({**given, "--initial-model": initial_model})
+            _refuse_with_plan({**given, "--initial-model": initial_model, "--stats": stats})
             made = read_plan(plan_file)
             made.check_against(layout, str(plan_file))
             if made.source.get("fingerprint", source.fingerprint()) != source.fingerprint():
@@ -161,7 +163,7 @@ def quantize_command(
         else:
             options = plan_options(
                 source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
-                initial_model=initial_model, method=method, zeta=zeta, promotion=promotion.value,
+                initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
                 counts=counts.value, ranking=ranking.value, seed=seed, ranked=not dry_run,
             )  # fmt: skip
             show.announce(options, progress)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from planner.calibration.collect import collect
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import load_expert
 from planner.calibration.gptq_layer import quantize_layer
@@ -334,3 +335,41 @@ def test_gptq_killed_at_random_moments_continues_to_the_same_bytes(tmp_path: Pat
         write_gptq(output)
     assert contents(output) == contents(tmp_path / "whole")
     assert not list(tmp_path.glob("*.partial"))
+
+
+class TestMethodsThatUseStatistics:
+    @pytest.fixture(scope="class")
+    def stats(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder, source = tmp_path_factory.mktemp("stats"), MODELS / "stdlib-mixtral"
+        text = calibration_text(source, str(TEXT), 4, 128, 0)
+        with SourceModel(source) as model:
+            layout = read_layout(model)
+            collect(model, layout, text, folder / "s.safetensors", {}, CPU, torch.float32, Progress(quiet=True))
+        return folder / "s.safetensors"
+
+    @pytest.mark.parametrize(("method", "metric"), [("frequency", "tokens"), ("weight", "gate_probability")])
+    def test_most_used_first(self, stats: Path, moeq: Run, method: str, metric: str) -> None:
+        flags = ("--method", method, "--stats", stats, "--avg-bits", 2.5, "--json")
+        found = moeq("plan", MODELS / "stdlib-mixtral", *flags)
+        assert found.code == 0, found.err
+        plan = json.loads(found.out)
+        for prefix, order in plan["order"].items():
+            values = plan["scores"][prefix][metric]
+            assert order == sorted(range(8), key=lambda expert: -values[expert])
+        assert "note:" not in found.err
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--method", "frequency"), "expected --stats FILE"),
+            (("--method", "max-var", "--stats", "STATS"), "does not use it"),
+            (("--method", "weight", "--stats", "nothing.safetensors"), "nothing.json"),
+        ],
+    )
+    def test_refusals(self, stats: Path, moeq: Run, flags: tuple[str, ...], message: str) -> None:
+        found = moeq("plan", MODELS / "stdlib-mixtral", *(str(stats) if flag == "STATS" else flag for flag in flags))
+        assert (found.code, message in found.err) == (2, True), found.err
+
+    def test_statistics_of_another_model_are_refused(self, stats: Path, moeq: Run) -> None:
+        found = moeq("plan", MODELS / "stdlib-qwen3-moe", "--method", "weight", "--stats", stats)
+        assert (found.code, "s.safetensors" in found.err) == (2, True), found.err
