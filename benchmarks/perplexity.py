@@ -1,4 +1,4 @@
-"""Held-out perplexity of uniform widths and of the paper's rule, as a Markdown table.
+"""Held-out perplexity of uniform widths, the paper's rule and other methods, as a Markdown table.
 
 python benchmarks/perplexity.py benchmarks/models/stdlib-mixtral
 """
@@ -10,6 +10,10 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
+from planner.calibration.collect import collect
+from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
 from planner.evaluation import perplexity, read_text
 from planner.models import read_layout
@@ -19,6 +23,7 @@ from planner.planning import make_plan
 from planner.progress import Progress
 from planner.settings import QuantizeSettings, default_linear
 
+TEXT = Path(__file__).parent / "models" / "calibration.jsonl"
 QUIET = Progress(quiet=True)
 
 
@@ -33,7 +38,16 @@ def measure(model: Path, text: str, options: PlanOptions, quantizer: str, linear
         return plan.achieved_avg_bits, perplexity(output, text, QUIET), sizes.total_bytes
 
 
-def cases(model: Path) -> list[tuple[str, PlanOptions]]:
+def calibrate(model: Path, output: Path) -> Path:
+    """Write the statistics of training text, 128 × 512 tokens, with the errors of every width that is chosen from."""
+    text = calibration_text(model, str(TEXT), 128, 512, 0)
+    with SourceModel(model) as source:
+        cpu = torch.device("cpu")
+        collect(source, read_layout(source), text, output, {}, cpu, torch.float32, QUIET, widths=(1, 2, 3))
+    return output
+
+
+def cases(model: Path, stats: Path) -> list[tuple[str, PlanOptions]]:
     """Return the rows of the table."""
     rows: list[tuple[str, PlanOptions]] = []
     for bits in (1, 2, 3, 4):
@@ -45,6 +59,8 @@ def cases(model: Path) -> list[tuple[str, PlanOptions]]:
             rows.append((f"router norm + MaxVar, {label}", PlanOptions(average, choices)))
             rows.append((f"router norm change + MaxVar, {label}", changed))
             rows.append((f"MaxVar only, {label}", PlanOptions(average, choices, method="max-var")))
+            for method, name in (("frequency", "frequency"), ("weight", "gate weight"), ("pmq", "PMQ")):
+                rows.append((f"{name}, {label}", PlanOptions(average, choices, method=method, stats=stats)))
             rows.append((f"random, {label}", PlanOptions(average, choices, method="random")))
     return rows
 
@@ -62,9 +78,11 @@ def main() -> None:
     print(
         f"| original (bfloat16) | 16 | {weights / 2**20:.2f} | {perplexity(args.model, text, QUIET):.3f} |", flush=True
     )
-    for name, options in cases(args.model):
-        average, value, size = measure(args.model, text, options, args.quantizer, args.linear_bits)
-        print(f"| {name} | {average:.3f} | {size / 2**20:.2f} | {value:.3f} |", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        stats = calibrate(args.model, Path(temporary) / "stats.safetensors")
+        for name, options in cases(args.model, stats):
+            average, value, size = measure(args.model, text, options, args.quantizer, args.linear_bits)
+            print(f"| {name} | {average:.3f} | {size / 2**20:.2f} | {value:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

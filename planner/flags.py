@@ -68,7 +68,7 @@ Bits = Annotated[str, typer.Option("--bits", metavar="LIST", help="Widths to cho
 MethodName = Annotated[
     str,
     typer.Option(
-        "--method", help="auto, router-norm-maxvar, router-norm, max-var, frequency, weight, random or uniform."
+        "--method", help="auto, router-norm-maxvar, router-norm, max-var, frequency, weight, pmq, random or uniform."
     ),
 ]
 Zeta = Annotated[
@@ -143,11 +143,16 @@ def _average(text: str) -> Fraction:
     raise UsageError(f"--avg-bits: expected a number between {low} and {high}, found {text!r}")
 
 
-def _choices(text: str) -> tuple[int, ...]:
+def read_choices(text: str, flag: str = "--bits") -> tuple[int, ...]:
+    """Return the widths in a list such as 1,2,3, ascending.
+
+    Raises:
+        UsageError: not such a list, a width that the format does not have, or twice the same.
+    """
     try:
-        return check_choices([int(part) for part in text.split(",")])
+        return check_choices([int(part) for part in text.split(",")], flag)
     except ValueError:
-        raise UsageError(f"--bits: expected widths such as 1,2,3, found {text!r}") from None
+        raise UsageError(f"{flag}: expected widths such as 1,2,3, found {text!r}") from None
 
 
 def plan_options(
@@ -167,7 +172,7 @@ def plan_options(
     Raises:
         MoeqError: a flag that is no number, names no file, or excludes another.
     """
-    choices = _choices(bits)
+    choices = read_choices(bits)
     if avg_bits is not None and budget_gib is not None:
         raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
     if budget_gib is not None:

@@ -40,7 +40,7 @@ class PlanOptions:
         return DEFAULT_METHOD if self.method == "auto" else self.method
 
 
-def check_choices(bit_choices: Sequence[int]) -> tuple[int, ...]:
+def check_choices(bit_choices: Sequence[int], flag: str = "--bits") -> tuple[int, ...]:
     """Return the widths, ascending.
 
     Raises:
@@ -48,9 +48,9 @@ def check_choices(bit_choices: Sequence[int]) -> tuple[int, ...]:
     """
     for bits in bit_choices:
         if bits not in BIT_WIDTHS:
-            raise UsageError(f"--bits: expected widths among {', '.join(map(str, BIT_WIDTHS))}, found {bits}")
+            raise UsageError(f"{flag}: expected widths among {', '.join(map(str, BIT_WIDTHS))}, found {bits}")
     if not bit_choices or len(set(bit_choices)) != len(bit_choices):
-        raise UsageError(f"--bits: expected distinct widths, found {list(bit_choices)}")
+        raise UsageError(f"{flag}: expected distinct widths, found {list(bit_choices)}")
     return tuple(sorted(bit_choices))
 
 

@@ -11,6 +11,7 @@ from itertools import islice, pairwise
 import torch
 
 from planner.allocation import level_counts
+from planner.budgeting import solve_group
 from planner.calibration.statistics import LayerStatistics, read_statistics
 from planner.checkpoint import SourceModel
 from planner.methods import METHODS, UNRANKED, Method, OrderOptions
@@ -52,8 +53,13 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
     promoted: dict[str, list[int]] = {}
     groups = ranking_groups(layout, options.ranking)
     for index, (slots, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
-        ranked = rank_slots(slots, method, scores, options, index)
-        for (prefix, expert), bits in assign(ranked, total_bits, options).items():
+        if method.costs is not None:
+            widths = solve_group(slots, total_bits, method, scores, options)
+            ranked = sorted(slots, key=lambda slot: -widths[slot])
+        else:
+            ranked = rank_slots(slots, method, scores, options, index)
+            widths = assign(ranked, total_bits, options)
+        for (prefix, expert), bits in widths.items():
             experts[prefix][expert] = bits
         for prefix, expert in ranked:
             order[prefix].append(expert)
@@ -87,7 +93,7 @@ def _settings(method: Method, options: PlanOptions) -> Settings:
             "zeta": options.zeta if method.promotes else None,
             "promotion": options.promotion if method.promotes else None,
             "counts": options.counts if method.order else None,
-            "ranking": options.ranking if method.order else None,
+            "ranking": options.ranking if method.order or method.costs else None,
             "seed": options.seed if method.random else None,
             "stats": str(options.stats) if options.stats else None,
             "initial_model": str(options.initial_model) if options.initial_model else None,
@@ -123,6 +129,9 @@ def score_experts(
                 entry["max_var"] = list(islice(variances, layer.num_experts))
             for metric in set(method.metrics) & set(OBSERVED):
                 entry[metric] = getattr(observed[layer.prefix], metric).double().tolist()
+            if method.costs is not None:
+                errors = observed[layer.prefix].errors
+                entry |= {f"error_{bits}": errors[bits].double().tolist() for bits in options.bit_choices}
             for metric, values in entry.items():
                 if not all(math.isfinite(value) for value in values):
                     raise CheckpointError(f"{model.folder}: {layer.prefix}: {metric} is not finite: damaged weights")
@@ -148,6 +157,13 @@ def _observed(
     if not needed and options.ranked:
         raise UsageError(f"--stats: the method {options.resolved_method} does not use it")
     found, facts = read_statistics(options.stats, layout)
+    missing = [bits for bits in options.bit_choices if any(bits not in layer.errors for layer in found.values())]
+    if method.costs is not None and missing:
+        wanted = ",".join(map(str, options.bit_choices))
+        raise UsageError(
+            f"--stats: {options.stats}: expected errors at widths {wanted}, found none for {missing}; "
+            f"make them with moeq calibrate --errors {wanted}"
+        )
     if facts.get("model") != model.fingerprint():
         progress.line(f"note: {options.stats} was made from other files than {model.folder}")
     return found

@@ -49,7 +49,8 @@ def solve_budget(
         rows.append(kron(ones, np.asarray([[float(width == bits) for width in widths]])))
         lower.append(float(count))
         upper.append(float(experts))
-    scale = float(np.abs(table).max()) or 1.0
+    # The solver stops within an absolute gap of 1e-6: large costs make that a small one.
+    scale = (float(np.abs(table).max()) or 1.0) / 1e6
     result = milp(
         (table / scale).ravel(),
         integrality=np.ones(table.size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from planner.calibration.decoder import Decoder
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.routed import finish, first_hidden, route
-from planner.calibration.statistics import NAMES, LayerStatistics, json_path, observe, write_statistics
+from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel, check_output
 from planner.files import write_tensors
@@ -32,6 +33,7 @@ def collect(
     dtype: torch.dtype,
     progress: Progress,
     resume: bool = True,
+    widths: Sequence[int] = (),
 ) -> dict[str, LayerStatistics]:
     """Write a statistics file; one layer of weights is in memory at a time. Continues a killed run.
 
@@ -45,6 +47,7 @@ def collect(
         dtype: of weights and hidden states.
         progress: says how far it is.
         resume: continue an unfinished run instead of deleting it.
+        widths: for which to measure each expert's error.
 
     Returns:
         Experts prefix → statistics.
@@ -53,14 +56,14 @@ def collect(
         MoeqError: an output that exists, a damaged tensor, a full disk.
     """
     check_output(json_path(output))
-    fingerprint = {"model": model.fingerprint(), "calibration": facts}
+    fingerprint = {"model": model.fingerprint(), "calibration": facts, "widths": list(widths)}
     run = PartialRun(output, fingerprint, resume)
     try:
         decoder = Decoder(model, layout, device, dtype)
         store = first_hidden(decoder, text.tokens, run.folder)
         found: dict[str, LayerStatistics] = {}
         for index in progress.track(range(len(decoder)), "calibrating"):
-            _layer(decoder, store, index, run.folder, found, progress)
+            _layer(decoder, store, index, run.folder, found, progress, widths)
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
         write_statistics(output, found, {"model": model.fingerprint(), "calibration": facts, "tokens": coverage})
     except BaseException:
@@ -78,6 +81,7 @@ def _layer(
     folder: Path,
     found: dict[str, LayerStatistics],
     progress: Progress,
+    widths: Sequence[int],
 ) -> None:
     """Run one layer, unless an earlier run did, and note its statistics."""
     path = folder / f"layer-{index:05d}.safetensors"
@@ -85,7 +89,7 @@ def _layer(
     if path.is_file():
         store.drop(index)  # if the earlier run was killed before it could
         if layer is not None:
-            found[layer.prefix] = LayerStatistics(**load_file(path))
+            found[layer.prefix] = LayerStatistics.of(load_file(path))
         return
     if not store.has(index):
         raise CheckpointError(
@@ -95,9 +99,9 @@ def _layer(
     outputs, tensors = None, {}
     if layer is not None:
         routed = route(decoder, index, hidden, store)
-        statistics = observe(decoder, layer, routed)
+        statistics = observe(decoder, layer, routed, hidden.shape[1], widths)
         found[layer.prefix], outputs = statistics, routed.outputs
-        tensors = {name: getattr(statistics, name) for name in NAMES}
+        tensors = statistics.tensors()
         least, seen = int(statistics.tokens.min()), int(statistics.tokens.sum())
         dropped = f", {routed.dropped} tokens not finite" if routed.dropped else ""
         progress.line(f"{layer.prefix}: {seen:,} token slots, at least {least:,} per expert{dropped}")

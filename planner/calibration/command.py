@@ -11,6 +11,7 @@ from planner import show
 from planner.calibration.collect import collect
 from planner.calibration.flags import (
     Data,
+    Errors,
     Samples,
     SeqLen,
     StatsFile,
@@ -21,7 +22,7 @@ from planner.calibration.flags import (
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.checkpoint import SourceModel, check_output, resolve_model
-from planner.flags import Device, Json, Model, Resume, Seed
+from planner.flags import Device, Json, Model, Resume, Seed, read_choices
 from planner.memory import return_large_blocks
 from planner.models import read_layout
 from planner.progress import Progress
@@ -35,6 +36,7 @@ def calibrate(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    errors: Errors = None,
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
@@ -42,6 +44,7 @@ def calibrate(
 
     Example: moeq calibrate mistralai/Mixtral-8x7B-v0.1 --data wikitext2 -o stats.safetensors
     """
+    widths = () if errors is None else read_choices(errors, "--errors")
     where = expert_devices(device, None, False)[0]
     check_output(output)
     with SourceModel(resolve_model(model)) as source:
@@ -49,7 +52,7 @@ def calibrate(
         text = read_calibration(source, data, samples, seq_len, seed)
         facts = calibration_facts(text, where)
         return_large_blocks()
-        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume)
+        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, widths)
     if as_json:
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
         show.emit({"output": str(output), "calibration": facts, "tokens": coverage})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.calibration.decoder import Decoder
-from planner.calibration.experts import load_expert
+from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed
 from planner.files import write_json, write_tensors
 from planner.models import Layout, MoeLayer
-from vllm_moeq.format import CheckpointError, read_json
+from planner.quantizers import quantizer_for
+from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, CheckpointError, read_json
 
 VERSION = 1
 
@@ -30,6 +32,8 @@ class LayerStatistics:
         input_square: mean square of each input channel of gate and up, float32 [E, H].
         inner_square: mean square of each input channel of down, float32 [E, I].
         output_square: Σ over tokens of ‖weighted output‖², float32 [E].
+        errors: width → Σ over sequences of the Frobenius norm of what quantizing this expert alone (rtn, groups of
+            128 or what divides the matrices) changes in the block's output, float32 [E]: ε of PMQ (MC-MoE).
     """
 
     tokens: torch.Tensor
@@ -38,13 +42,35 @@ class LayerStatistics:
     input_square: torch.Tensor
     inner_square: torch.Tensor
     output_square: torch.Tensor
+    errors: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return everything under the names of the file."""
+        found = {name: getattr(self, name) for name in NAMES}
+        return found | {f"{ERROR}{bits}": value for bits, value in self.errors.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> LayerStatistics:
+        """Undo :meth:`tensors`."""
+        errors = {int(name[len(ERROR) :]): value for name, value in tensors.items() if name.startswith(ERROR)}
+        return cls(**{name: tensors[name] for name in NAMES}, errors=errors)
 
 
-NAMES = tuple(field.name for field in fields(LayerStatistics))
+NAMES = ("tokens", "gate_probability", "routing_weight", "input_square", "inner_square", "output_square")
+ERROR = "error_"
 
 
-def observe(decoder: Decoder, layer: MoeLayer, routed: Routed) -> LayerStatistics:
+def observe(
+    decoder: Decoder, layer: MoeLayer, routed: Routed, sequence: int = 0, widths: Sequence[int] = ()
+) -> LayerStatistics:
     """Run the experts of a layer on their tokens, add their outputs to ``routed``, and return what they saw.
+
+    Args:
+        decoder: the model.
+        layer: which one.
+        routed: what its experts see.
+        sequence: tokens of a calibration sequence; needed with ``widths``.
+        widths: for which to measure errors.
 
     Raises:
         CheckpointError: a tensor that cannot be read.
@@ -57,6 +83,7 @@ def observe(decoder: Decoder, layer: MoeLayer, routed: Routed) -> LayerStatistic
         input_square=torch.zeros(layer.num_experts, columns),
         inner_square=torch.zeros(layer.num_experts, rows),
         output_square=torch.zeros(layer.num_experts),
+        errors={bits: torch.zeros(layer.num_experts) for bits in widths},
     )
     for expert in range(layer.num_experts):
         tokens, slots = routed.slots(expert)
@@ -66,21 +93,37 @@ def observe(decoder: Decoder, layer: MoeLayer, routed: Routed) -> LayerStatistic
         if not tokens.numel():
             continue
         weights = load_expert(decoder.model, layer, expert, decoder.device, decoder.dtype)
+        squares = {bits: torch.zeros(routed.ids.shape[0] // sequence) for bits in widths}
+        rounded = {bits: _rounded(weights, bits) for bits in widths}
         for inputs, share, places in routed.chunks(expert, decoder.device):
             inner = weights.inner(inputs, decoder.activation)
             output = (inner @ weights.down.mT).float() * share[:, None]
             routed.add(places, output)
+            for bits, other in rounded.items():
+                changed = (other.inner(inputs, decoder.activation) @ other.down.mT).float() * share[:, None]
+                difference = changed.sub_(output).square_().sum(dim=1).cpu()
+                squares[bits].index_add_(0, places // sequence, difference)
             found.input_square[expert] += inputs.float().square().sum(dim=0).cpu()
             found.inner_square[expert] += inner.float().square().sum(dim=0).cpu()
             found.output_square[expert] += output.square().sum().cpu()
         found.input_square[expert] /= tokens.numel()
         found.inner_square[expert] /= tokens.numel()
+        for bits, square in squares.items():
+            found.errors[bits][expert] = square.sqrt().sum()
     return found
+
+
+def _rounded(weights: Expert, bits: int) -> Expert:
+    """Return an expert as round-to-nearest leaves it; one bit is the sign."""
+    quantizer = quantizer_for(bits, "rtn", "sign")
+    columns = [matrix.shape[1] for matrix in weights.matrices()]
+    group = next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
+    return Expert(*(quantizer(matrix, bits, group).dequantize().to(matrix) for matrix in weights.matrices()))
 
 
 def write_statistics(path: Path, layers: dict[str, LayerStatistics], facts: dict[str, Any]) -> None:
     """Write ``path`` (tensors ``<experts prefix>.<name>``) and the JSON file beside it, each atomically."""
-    tensors = {f"{prefix}.{name}": getattr(layer, name) for prefix, layer in layers.items() for name in NAMES}
+    tensors = {f"{prefix}.{name}": value for prefix, layer in layers.items() for name, value in layer.tensors().items()}
     write_json(json_path(path), {"version": VERSION, **facts})
     write_tensors(path, tensors)
 
@@ -105,8 +148,11 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
     layers = {}
     try:
         with safe_open(str(path), framework="pt") as handle:
+            present = set(handle.keys())
             for layer in layout.layers:
-                layers[layer.prefix] = LayerStatistics(**{name: _read(handle, path, layer, name) for name in NAMES})
+                errors = [f"{ERROR}{bits}" for bits in BIT_WIDTHS if f"{layer.prefix}.{ERROR}{bits}" in present]
+                names = (*NAMES, *errors)
+                layers[layer.prefix] = LayerStatistics.of({name: _read(handle, path, layer, name) for name in names})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot read ({error})") from None
     return layers, facts
