@@ -29,6 +29,7 @@ from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
+from tests.planner.folders import contents
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
@@ -145,10 +146,6 @@ def write_gptq(output: Path, devices: int = 1) -> None:
         text = calibration_text(source, str(TEXT), 4, 128, 0)
         runner = GptqRunner(text, 1, (CPU,) * devices, torch.float32)
         quantize(model, layout, plan, output, chosen, Progress(quiet=True), runner=runner)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("one_thread")

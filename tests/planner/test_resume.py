@@ -25,6 +25,7 @@ from planner.planning import make_plan
 from planner.progress import Progress
 from planner.runners import InlineRunner, ProcessRunner, Runner
 from planner.settings import QuantizeSettings, default_linear
+from tests.planner.folders import contents
 from vllm_moeq.format import UsageError, verify
 
 SOURCE = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
@@ -52,10 +53,6 @@ def continue_(output: Path, runner: Runner) -> None:
                 raise
         time.sleep(0.01)
     raise AssertionError(f"{output} is still locked")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
