@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+from planner.allocation.knapsack import MAX_CELLS, cells, solve_exactly
 
 
 def solve_budget(
@@ -15,7 +18,9 @@ def solve_budget(
 ) -> list[int]:
     """Choose one width per expert so that the summed cost is least and the summed bits <= ``total_bits``.
 
-    An integer program solved by HiGHS with no optimality gap; the answer is checked in exact integers.
+    Exact, by dynamic programming, where that fits into memory. Larger problems (thousands of experts with one budget)
+    are integer programs solved by HiGHS, whose answer may cost some 1e-6 of the largest cost more; it is checked in
+    exact integers.
 
     Args:
         costs: [experts, widths], finite; the cost of giving an expert a width.
@@ -30,9 +35,6 @@ def solve_budget(
         ValueError: misshapen or infinite costs, an unknown width, or limits that nothing meets.
         RuntimeError: the solver failed or returned an answer that breaks a limit.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import kron, vstack
-
     table = np.asarray(costs, dtype=np.float64)
     widths = [int(bits) for bits in bit_choices]
     minimum = dict(minimum_counts or {})
@@ -40,6 +42,21 @@ def solve_budget(
         raise ValueError(f"costs must be finite [experts, {len(widths)}], got shape {table.shape}")
     if len(set(widths)) != len(widths) or not set(minimum) <= set(widths):
         raise ValueError(f"widths must be distinct and cover minimum_counts, got {widths} and {minimum}")
+    experts = table.shape[0]
+    if cells(experts, widths, total_bits, minimum) <= MAX_CELLS:
+        exact = solve_exactly(table, widths, total_bits, minimum)
+        if exact is None:
+            raise ValueError(_infeasible(widths, experts, total_bits, minimum))
+        return exact
+    return _solve_program(table, widths, total_bits, minimum)
+
+
+def _solve_program(
+    table: NDArray[np.float64], widths: list[int], total_bits: int, minimum: dict[int, int]
+) -> list[int]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import kron, vstack
+
     experts = table.shape[0]
     ones = np.ones((1, experts))
     one_each = kron(np.eye(experts), np.ones((1, len(widths))))
@@ -49,8 +66,7 @@ def solve_budget(
         rows.append(kron(ones, np.asarray([[float(width == bits) for width in widths]])))
         lower.append(float(count))
         upper.append(float(experts))
-    # The solver stops within an absolute gap of 1e-6: large costs make that a small one.
-    scale = (float(np.abs(table).max()) or 1.0) / 1e6
+    scale = float(np.abs(table).max()) or 1.0
     result = milp(
         (table / scale).ravel(),
         integrality=np.ones(table.size),
@@ -59,10 +75,14 @@ def solve_budget(
         options={"mip_rel_gap": 0.0},
     )
     if result.status == 2:
-        raise ValueError(f"no widths from {widths} keep {experts} experts within {total_bits} bits, minimum {minimum}")
+        raise ValueError(_infeasible(widths, experts, total_bits, minimum))
     if not result.success:
         raise RuntimeError(f"the integer program was not solved: {result.message}")
     chosen = [widths[int(column)] for column in result.x.reshape(table.shape).argmax(axis=1)]
     if sum(chosen) > total_bits or any(chosen.count(bits) < count for bits, count in minimum.items()):
         raise RuntimeError(f"the solver's answer breaks a limit: {sum(chosen)} bits of {total_bits}")
     return chosen
+
+
+def _infeasible(widths: list[int], experts: int, total_bits: int, minimum: dict[int, int]) -> str:
+    return f"no widths from {widths} keep {experts} experts within {total_bits} bits, minimum {minimum}"

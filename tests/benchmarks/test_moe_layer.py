@@ -162,7 +162,7 @@ def test_the_most_informative_points_come_first() -> None:
 
 
 def table() -> LayerStatistics:
-    loss = [[8.0 / (1 + expert), 2.0 / (1 + expert), 0.5] for expert in range(8)]
+    loss = [[8.0 / (1 + expert), 2.0 / (1 + expert), 0.2] for expert in range(8)]
     return LayerStatistics(SKEWED, [value / 3 for value in SKEWED], loss)
 
 

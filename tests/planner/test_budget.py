@@ -80,3 +80,12 @@ def test_repeated_widths_are_refused() -> None:
 def test_a_minimum_for_an_unknown_width_is_refused() -> None:
     with pytest.raises(ValueError, match="minimum_counts"):
         solve_budget([(1.0, 2.0, 3.0)], WIDTHS, 4, {4: 1})
+
+
+def test_problems_too_large_for_memory_are_solved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [(8.0 / (1 + expert), 2.0 / (1 + expert), 0.2) for expert in range(6)]
+    exact = solve_budget(costs, WIDTHS, 13, {3: 1, 2: 1})
+    monkeypatch.setattr("planner.allocation.budget.MAX_CELLS", 0)
+    assert solve_budget(costs, WIDTHS, 13, {3: 1, 2: 1}) == exact
+    with pytest.raises(ValueError, match="no widths"):
+        solve_budget(costs, WIDTHS, 5)
