@@ -172,3 +172,29 @@ def test_linears_become_a_compressed_tensors_configuration() -> None:
 def test_the_schema_forbids_unknown_keys_in_python_too() -> None:
     with pytest.raises(ValueError, match="surprise"):
         MoeqConfig.model_validate({**VALID, "surprise": 1})
+
+
+@pytest.mark.parametrize("threshold", [0, 0.0, 0.3, 1, 1.0])
+def test_thresholds_are_accepted(threshold: float) -> None:
+    assert parse_config(changed({PREFIX: threshold}, "odp"), "x").odp == {PREFIX: threshold}
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), float("inf"), "0.3", True, None, [0.3]])
+def test_impossible_thresholds_are_refused(threshold: object) -> None:
+    assert f"odp.{PREFIX}" in refusal(changed({PREFIX: threshold}, "odp"))
+
+
+@pytest.mark.parametrize("odp", [0.3, "0.3", [0.3], {"../x": 0.3}])
+def test_anything_but_thresholds_by_layer_is_refused(odp: object) -> None:
+    assert "here/config.json: odp" in refusal(changed(odp, "odp"))
+
+
+def test_a_threshold_of_no_layer_is_refused() -> None:
+    message = refusal(changed({PREFIX: 0.3, "model.layers.1.mlp.experts": 0.3}, "odp"))
+    assert "odp: model.layers.1.mlp.experts is not among experts" in message
+
+
+def test_thresholds_survive_the_round_trip_and_none_leaves_no_key() -> None:
+    config = parse_config(changed({PREFIX: 0.3}, "odp"), "x")
+    assert parse_config(json.loads(config.model_dump_json(exclude_none=True)), "x") == config
+    assert "odp" not in parse_config(VALID, "x").model_dump(mode="json", exclude_none=True)

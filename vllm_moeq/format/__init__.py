@@ -5,6 +5,7 @@ Needs torch and safetensors; neither vLLM nor a GPU.
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, dequantize, pack, packed_words, unpack
+from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -50,6 +51,7 @@ __all__ = [
     "TensorInfo",
     "UsageError",
     "dequantize",
+    "drop_weak",
     "expert_matrices",
     "first_problem",
     "load_config",

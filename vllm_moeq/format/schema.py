@@ -32,6 +32,8 @@ GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
 ]
 """Weights per scale along the input dimension; −1 is one group per row."""
+Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""Experts with less than this share of a token's largest routing weight are skipped; 0 skips none."""
 
 
 class Strict(BaseModel):
@@ -115,6 +117,7 @@ class MoeqConfig(Strict):
     linear: Linear
     unquantized: Annotated[list[Name], Field(max_length=MAX_NAMES)]
     plan: PlanSummary
+    odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
 
     @model_validator(mode="after")
     def _widths_are_among_the_choices(self) -> MoeqConfig:
@@ -125,6 +128,13 @@ class MoeqConfig(Strict):
                     raise ValueError(
                         f"{prefix}: expert {expert} has {bits} bits, which is not among bit_choices {sorted(choices)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_belong_to_layers(self) -> MoeqConfig:
+        for prefix in self.odp or {}:
+            if prefix not in self.experts:
+                raise ValueError(f"odp: {prefix} is not among experts")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,33 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.moeq")  # below "vllm": other names are not configured
 
+OVERRIDE = "moeq_odp"
+
+
+def parse_thresholds(value: Any, prefixes: Collection[str]) -> dict[str, float]:
+    """Return the threshold of each layer that ``--hf-overrides '{"moeq_odp": …}'`` names.
+
+    Args:
+        value: the parsed JSON value: a number for all layers, or an object from prefixes to numbers.
+        prefixes: of the checkpoint's ``experts``.
+
+    Raises:
+        UsageError: any other value, a number outside 0 … 1, or a prefix that is not among ``prefixes``.
+    """
+    numbers = value if isinstance(value, dict) else dict.fromkeys(prefixes, value)
+    for prefix, number in numbers.items():
+        if prefix not in prefixes:
+            raise UsageError(
+                f"--hf-overrides: {OVERRIDE}: expected prefixes of quantization_config.experts "
+                f"such as {next(iter(prefixes))}, found {prefix!r:.80}"
+            )
+        if type(number) not in (int, float) or not 0 <= number <= 1:
+            raise UsageError(
+                f"--hf-overrides: {OVERRIDE}: expected a number from 0 to 1, "
+                f"or an object from experts prefixes to such numbers, found {value!r:.80}"
+            )
+    return {prefix: float(number) for prefix, number in numbers.items()}
+
 
 class MoeqQuantizationConfig(QuantizationConfig):
     """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels.
@@ -33,6 +61,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.moeq = config
         self.widths: dict[str, list[int]] = {prefix: list(bits) for prefix, bits in config.experts.items()}
+        self.odp: dict[str, float] = dict(config.odp or {})
         self._linear: CompressedTensorsConfig | None = None
         if config.linear.bits != 16:
             if config.linear.bits == 8 and current_platform.is_cpu():
@@ -71,7 +100,17 @@ class MoeqQuantizationConfig(QuantizationConfig):
         return cls(parse_config(config, "config.json"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Check the headers of a local checkpoint before anything is allocated."""
+        """Take the user's thresholds, and check the headers of a local checkpoint before anything is allocated.
+
+        vLLM calls it before it builds the model. ``hf_config`` carries what ``--hf-overrides`` adds, so
+        vLLM's cache of compiled graphs knows it too.
+
+        Raises:
+            MoeqError: an override that is not thresholds, or a damaged checkpoint.
+        """
+        if hasattr(hf_config, OVERRIDE):
+            self.odp = parse_thresholds(getattr(hf_config, OVERRIDE), self.moeq.experts)
+        self._log_odp()
         folder = Path(model_name)
         if folder.is_dir():
             summary = verify(folder, values=False)
@@ -85,9 +124,22 @@ class MoeqQuantizationConfig(QuantizationConfig):
                 summary.expert_bytes / 2**30,
             )
 
+    def _log_odp(self) -> None:
+        active = [threshold for threshold in self.odp.values() if threshold > 0]
+        if active:
+            logger.info_once(
+                "moeq: ODP in %d of %d MoE layers, thresholds %g to %g: "
+                "experts with a smaller share of their token's largest routing weight are skipped",
+                len(active),
+                len(self.widths),
+                min(active),
+                max(active),
+            )
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename layers as the model class does."""
         self.widths = hf_to_vllm_mapper.apply_dict(self.widths)
+        self.odp = hf_to_vllm_mapper.apply_dict(self.odp)
         if self._linear is not None:
             self._linear.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -97,7 +149,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
             widths = self.widths.get(prefix)
             if widths is None:
                 raise ConfigError(f"config.json: quantization_config.experts has no widths for {prefix}")
-            return MoeqMoEMethod(layer.moe_config, self.moeq, prefix, widths)
+            return MoeqMoEMethod(layer.moe_config, self.moeq, prefix, widths, self.odp.get(prefix, 0.0))
         if isinstance(layer, LinearBase):
             if self._linear is None:
                 return UnquantizedLinearMethod()

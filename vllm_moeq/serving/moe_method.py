@@ -10,7 +10,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 
-from vllm_moeq.format import MoeqConfig, UsageError
+from vllm_moeq.format import MoeqConfig, UsageError, drop_weak
 from vllm_moeq.kernels import (
     VARIABLE,
     LayerKernel,
@@ -36,13 +36,23 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         config: the checkpoint's configuration.
         prefix: the layer's name in the checkpoint.
         widths: one width per global expert.
+        threshold: experts with less than this share of a token's largest routing weight are skipped;
+            0 skips none.
     """
 
-    def __init__(self, moe_config: FusedMoEConfig, config: MoeqConfig, prefix: str, widths: list[int]) -> None:
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        config: MoeqConfig,
+        prefix: str,
+        widths: list[int],
+        threshold: float = 0.0,
+    ) -> None:
         super().__init__(moe_config)
         self.config = config
         self.prefix = prefix
         self.widths = widths
+        self.threshold = threshold
         self._loader: ExpertLoader | None = None
         self._kernel: LayerKernel | None = None
 
@@ -151,6 +161,9 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         **_: Any,
     ) -> torch.Tensor:
         """Return this rank's sum over the routed experts [tokens, hidden]; vLLM reduces it over ranks."""
+        if self.threshold > 0:
+            # Before the map: a token's largest weight may be that of another rank's expert.
+            topk_ids, topk_weights = drop_weak(topk_ids, topk_weights, self.threshold)
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0)]
             topk_ids = torch.where(topk_ids < 0, topk_ids, local)
