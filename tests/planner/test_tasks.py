@@ -1,0 +1,205 @@
+"""Tasks of lm-eval: the right accuracy, of quantized models too, and one line for what cannot be run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from planner.dense import export_dense
+from planner.evaluation.tasks import PAPER_SUITE, TaskScore, run_tasks
+from planner.progress import Progress
+from vllm_moeq.format import ConfigError, UsageError
+
+MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+GROUP = """\
+group: both_halves
+task: [next_line, again]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+
+
+def code_documents(count: int, width: int) -> list[dict[str, Any]]:
+    """Return questions which line follows: the true one, it backwards, or one from further down; lines cut to width.
+
+    The third choice makes some answers wrong, so that agreement of accuracies means something.
+    """
+    lines = [line[:width] for line in (MODEL / "held_out.txt").read_text().splitlines()]
+    lines = [line for line in lines if len(line.strip()) > 8]
+    documents = []
+    for index in range(count):
+        start = 30 * index
+        true, other = lines[start + 3], lines[start + 20]
+        choices = ["\n" + choice for choice in (true, true[::-1], other)]
+        turn = index % 3
+        documents.append(
+            {
+                "context": "\n".join(line.rstrip() for line in lines[start : start + 3]),
+                "choices": choices[turn:] + choices[:turn],
+                "answer": -turn % 3,
+            }
+        )
+    return documents
+
+
+def write_task(folder: Path, documents: list[dict[str, Any]], name: str = "next_line") -> Path:
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    path = folder / f"{name}.yaml"
+    path.write_text(TASK.format(name=name, data=data, cache=folder / "cache"))
+    return path
+
+
+@torch.inference_mode()
+def accuracies(model: Path, documents: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how often the true choice is likeliest: as a whole, and per character."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    right = {"acc": 0, "acc_norm": 0}
+    for document in documents:
+        known = tokenizer(document["context"])["input_ids"]
+        scores = []
+        for choice in document["choices"]:
+            ids = tokenizer(document["context"] + choice)["input_ids"]
+            assert ids[: len(known)] == known
+            log_probabilities = network(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(log_probabilities[at - 1, ids[at]]) for at in range(len(known), len(ids))))
+        per_character = [score / len(choice) for score, choice in zip(scores, document["choices"], strict=True)]
+        right["acc"] += scores.index(max(scores)) == document["answer"]
+        right["acc_norm"] += per_character.index(max(per_character)) == document["answer"]
+    return {metric: count / len(documents) for metric, count in right.items()}
+
+
+def values(scores: list[TaskScore]) -> dict[str, float]:
+    return {score.metric: score.value for score in scores}
+
+
+@pytest.fixture
+def documents() -> list[dict[str, Any]]:
+    return code_documents(20, 80)
+
+
+@pytest.fixture
+def speaking_copy(quantized_copy: Path) -> Path:
+    """The quantized tiny Mixtral with a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0]).save_pretrained(quantized_copy)
+    return quantized_copy
+
+
+class TestScores:
+    def test_are_those_of_transformers(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        expected = accuracies(MODEL, documents)
+        scores = run_tasks(MODEL, [str(path)])
+        assert values(scores) == pytest.approx(expected)
+        assert 0.5 < expected["acc"] < 1
+        for score in scores:
+            assert (score.task, score.samples) == ("next_line", 20)
+            assert score.stderr == pytest.approx((score.value * (1 - score.value) / 19) ** 0.5)
+
+    def test_of_the_first_documents(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        scores = run_tasks(MODEL, ["next_line"], include=path.parent, limit=7, batch_size=3)
+        assert values(scores) == pytest.approx(accuracies(MODEL, documents[:7]))
+        assert {score.samples for score in scores} == {7}
+
+    def test_of_a_group(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
+        write_task(tmp_path, documents[:5])
+        write_task(tmp_path, documents[5:], "again")
+        group = tmp_path / "both.yaml"
+        group.write_text(GROUP)
+        (score,) = run_tasks(MODEL, [str(group)])
+        assert (score.task, score.metric, score.samples) == ("both_halves", "acc", 20)
+        assert score.value == pytest.approx(accuracies(MODEL, documents)["acc"])
+
+    def test_of_a_quantized_folder(self, speaking_copy: Path, tmp_path: Path) -> None:
+        documents = code_documents(20, 14)
+        export_dense(speaking_copy, tmp_path / "dense", Progress(quiet=True))
+        scores = run_tasks(speaking_copy, [str(write_task(tmp_path / "tasks", documents))])
+        assert values(scores) == pytest.approx(accuracies(tmp_path / "dense", documents))
+
+
+class TestRefused:
+    def test_unknown_tasks(self) -> None:
+        """lm-eval knows all of the paper's tasks, so only the misspelt ones are named."""
+        with pytest.raises(UsageError) as raised:
+            run_tasks(MODEL, [*PAPER_SUITE, "arc_eazy", "hellaswagg"])
+        message = str(raised.value)
+        assert "YAML files, found 'arc_eazy', 'hellaswagg' (close: arc_easy," in message
+        assert "hellaswag" in message.split("close:")[1]
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"none\.yaml: expected a task file of lm-eval, found no such file"):
+            run_tasks(MODEL, [str(tmp_path / "none.yaml")])
+
+    def test_a_dataset_that_is_not_there(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        path.with_suffix(".jsonl").unlink()
+        with pytest.raises(UsageError, match=r"task next_line: expected its dataset json, found .*next_line\.jsonl"):
+            run_tasks(MODEL, [str(path)])
+
+    def test_a_broken_task(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        path.write_text(path.read_text().replace("{{answer}}", "{{anser}}"))
+        with pytest.raises(UsageError, match=r"task next_line: expected a task .* found: .*'anser' is undefined"):
+            run_tasks(MODEL, [str(path)])
+
+    def test_no_documents(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        with pytest.raises(UsageError, match="expected tasks that lm-eval can run, found"):
+            run_tasks(MODEL, [str(path)], limit=0)
+
+    def test_no_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(UsageError, match=r"expected the package lm-eval, .*pip install 'vllm-moeq\[eval\]'"):
+            run_tasks(MODEL, ["piqa"])
+
+    @pytest.mark.parametrize(("tasks", "device"), [([], "cpu"), (["piqa"], "tpu"), (["piqa"], "cpu,cpu")])
+    def test_no_task_or_device(self, tasks: list[str], device: str) -> None:
+        with pytest.raises(UsageError, match="expected"):
+            run_tasks(MODEL, tasks, device=device)
+
+    def test_no_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"config\.json: expected a JSON file"):
+            run_tasks(tmp_path, ["piqa"])
+
+    def test_no_tokenizer(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
+        path = write_task(tmp_path / "tasks", documents)
+        shutil.copy(MODEL / "config.json", tmp_path)
+        with pytest.raises(ConfigError, match="transformers cannot load it"):
+            run_tasks(tmp_path, [str(path)])
