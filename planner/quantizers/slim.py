@@ -1,0 +1,148 @@
+"""Slim-LLM (Huang et al., ICML 2025): some groups of a matrix get a bit more and as many others a bit less.
+
+For comparisons only, through dequantized weights: the checkpoint format has one width per expert and cannot carry a
+width per group, so nothing here returns codes. The method's search for scales weighted by salience is left out; at its
+published weight of 1 it changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+from planner.quantizers.base import to_groups
+from planner.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantizers.grid import Grid, fit_group
+from planner.quantizers.hessian import Factor, column_order, factorize
+from vllm_moeq.format import WHOLE_ROW
+
+WIDEST = 8
+
+TOKENS = 1024
+"""Inputs whose outputs are held at a time."""
+
+
+def quantize_slim(
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    inputs: torch.Tensor,
+    bits: int,
+    group_size: int,
+    settings: GptqSettings,
+) -> tuple[torch.Tensor, list[int]]:
+    """Quantize one matrix by GPTQ with a width per group, ``bits`` on average.
+
+    Args:
+        weight: float [N, K].
+        moments: mean of x·xᵀ over the inputs, float [K, K].
+        inputs: some of them, float [n, K], by which the number of groups that change their width is chosen; without
+            any (n = 0), or at 1 and 8 bits, none do.
+        bits: average width, 1 … 8.
+        group_size: a multiple of 32 that divides K, or −1: then there is but one group, of ``bits``.
+        settings: as for :func:`planner.quantizers.gptq.quantize_gptq`, but each group's scale is fitted in its turn.
+
+    Returns:
+        The dequantized weights, float32 [N, K], and the width of each group in the order of the columns.
+
+    Raises:
+        CheckpointError: weights that are not finite, K no multiple of 32 and of the group.
+        NotPositiveDefiniteError: moments that no damping makes usable.
+        ValueError: no such width, static groups, or inputs that are not finite.
+    """
+    if not 1 <= bits <= WIDEST:
+        raise ValueError(f"expected 1 to {WIDEST} bits, got {bits}")
+    if settings.static_groups or settings.act_order == "full":
+        raise ValueError("widths per group need groups that are contiguous and not static")
+    size = to_groups(weight, group_size).shape[2]
+    order = column_order(moments.diagonal()[None], size, settings.act_order)[0]
+    factor = factorize(moments.float()[order][:, order][None], settings.damping)
+    ordered = weight.float()[:, order]
+    widths = _choose_widths(ordered, factor.cost[0], inputs[:, order], bits, size, settings)
+    result = torch.empty_like(ordered)
+    result[:, order] = _solve(ordered, factor, widths, size, settings)
+    width_of = dict(zip((order[::size] // size).tolist(), widths, strict=True))
+    return result, [width_of[group] for group in range(len(widths))]
+
+
+def group_salience(weight: torch.Tensor, cost: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the salience [K / G] of each group of ``size`` columns, from weights [N, K] and costs [K], float32.
+
+    That is Σ W² / diag(R)² with R the upper Cholesky factor of the damped Hessian's inverse. In the terms of
+    :class:`planner.quantizers.hessian.Factor` R = d^(−1/2) · (I + U)⁻¹, so that diag(R)⁻² is its ``cost``.
+    """
+    return (weight.square().sum(dim=0) * cost).reshape(-1, size).sum(dim=1)
+
+
+def _choose_widths(
+    weight: torch.Tensor, cost: torch.Tensor, inputs: torch.Tensor, bits: int, size: int, settings: GptqSettings
+) -> list[int]:
+    """Return the width of each group: one more for the k most salient, one less for the k least."""
+    ranking = group_salience(weight, cost, size).argsort(descending=True, stable=True)
+    widths = torch.full_like(ranking, bits)
+    if 1 < bits < WIDEST and len(ranking) > 1:
+        grids = [settings.grid(width, "float") for width in (bits - 1, bits, bits + 1)]
+        chosen = int(_divergences(weight, cost.reshape(-1, size), inputs, ranking, grids).argmin())
+        widths[ranking[:chosen]] += 1
+        widths[ranking.flip(0)[:chosen]] -= 1
+    return [int(width) for width in widths]
+
+
+def _divergences(
+    weight: torch.Tensor, costs: torch.Tensor, inputs: torch.Tensor, ranking: torch.Tensor, grids: list[Grid]
+) -> torch.Tensor:
+    """Return KL(softmax(Y_q) ‖ softmax(Y)), summed over the inputs, for k = 0 … groups // 2, float64.
+
+    Each weight is rounded by itself, but on the grids that GPTQ will use: on plain ranges two bits look far worse than
+    they then are. From one k to the next two groups change, and the outputs by what these contribute.
+    """
+    groups, pairs = len(ranking), len(ranking) // 2
+    blocks = weight.mT.reshape(groups, -1, weight.shape[0])
+    more, less = ranking[:pairs], ranking.flip(0)[:pairs]
+    same = _nearest(blocks, costs, grids[1])
+    wider = _nearest(blocks[more], costs[more], grids[2]).sub_(same[more])
+    narrower = _nearest(blocks[less], costs[less], grids[0]).sub_(same[less])
+    result = torch.zeros(pairs + 1, dtype=torch.float64, device=weight.device)
+    for part in inputs.split(TOKENS):
+        x = part.float()
+        exact, output = log_softmax(x @ weight.mT, dim=1), x @ same.flatten(0, 1)
+        grouped = x.unflatten(1, (groups, -1))
+        for k in range(pairs + 1):
+            if k:
+                output.addmm_(grouped[:, more[k - 1]], wider[k - 1]).addmm_(grouped[:, less[k - 1]], narrower[k - 1])
+            result[k] += kl_div(exact, log_softmax(output, dim=1), reduction="sum", log_target=True)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError("expected finite inputs, found NaN or infinity")
+    return result
+
+
+def _nearest(blocks: torch.Tensor, cost: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return groups [B, G, N] rounded each weight by itself, with scales and zeros not rounded for storage."""
+    scale, zero = (found[:, None] for found in fit_group(blocks, cost, grid, torch.float32))
+    codes = torch.addcdiv(zero, blocks, scale).round_().clamp_(0, grid.steps)
+    return codes.sub_(zero).mul_(scale)
+
+
+def _solve(weight: torch.Tensor, factor: Factor, widths: list[int], size: int, settings: GptqSettings) -> torch.Tensor:
+    """Quantize [N, K] group by group, passing errors on; return the dequantized weights.
+
+    Each group is a problem of its own for GPTQ: its Hessian is what the factor's diagonal block multiplies out to, and
+    its weights those whose rounding column by column adds, up to rounding, what the groups before left to do.
+    """
+    alone = replace(settings, act_order="none", damping=0.0)  # already in order, already damped
+    feedback, cost = factor.feedback[0], factor.cost[0]
+    result, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for group, width in enumerate(widths):
+        begin = group * size
+        inside = slice(begin, begin + size)
+        unit = feedback[inside, inside].triu(1)
+        unit.diagonal().fill_(1)
+        due = errors[:, :begin] @ feedback[:begin, inside]
+        # What is due for one column passes on to the next ones when that column does it: a triangular system.
+        own = torch.linalg.solve_triangular(unit, due, upper=True, left=False, unitriangular=True)
+        hessian = (unit * cost[inside]) @ unit.mT
+        target = weight[:, inside] + own
+        result[:, inside] = quantize_gptq(target[None], hessian[None], width, WHOLE_ROW, alone)[0].dequantize()
+        errors[:, inside] = weight[:, inside] - result[:, inside]
+    return result
