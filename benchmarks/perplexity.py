@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.collect import collect
+from planner.calibration.collect import Wanted, collect
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
 from planner.evaluation import perplexity, read_text
@@ -43,7 +43,8 @@ def calibrate(model: Path, output: Path) -> Path:
     text = calibration_text(model, str(TEXT), 128, 512, 0)
     with SourceModel(model) as source:
         cpu = torch.device("cpu")
-        collect(source, read_layout(source), text, output, {}, cpu, torch.float32, QUIET, widths=(1, 2, 3))
+        wanted = Wanted(("error",), (1, 2, 3))
+        collect(source, read_layout(source), text, output, {}, cpu, torch.float32, QUIET, wanted=wanted)
     return output
 
 

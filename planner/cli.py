@@ -12,7 +12,12 @@ from rich.console import Console
 
 from planner import show
 from planner.calibration.command import calibrate
+from planner.calibration.flags import Data, Samples, SeqLen, expert_devices, read_calibration
+from planner.calibration.for_plan import with_statistics
 from planner.checkpoint import SourceModel, resolve_model
+from planner.comparison.command import compare_command
+from planner.config_show import report_dry_run
+from planner.config_sizes import open_model
 from planner.estimate import estimate
 from planner.exchange import export, import_checkpoint
 from planner.flags import (
@@ -21,6 +26,7 @@ from planner.flags import (
     Budget,
     Counts,
     CountsFlag,
+    Device,
     Folder,
     GroupSize,
     Initial,
@@ -32,7 +38,6 @@ from planner.flags import (
     Overrides,
     Promotion,
     PromotionFlag,
-    Ranking,
     RankingFlag,
     Seed,
     Stats,
@@ -44,7 +49,7 @@ from planner.flags import (
 from planner.models import read_layout
 from planner.planning import make_plan
 from planner.progress import Progress
-from planner.quantize_command import quantize_command
+from planner.quantize_command import quantize_command, uses_text
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 
@@ -81,33 +86,50 @@ def plan(
     zeta: Zeta = 3.0,
     promotion: PromotionFlag = Promotion.official,
     counts: CountsFlag = Counts.paper,
-    ranking: RankingFlag = Ranking.layer,
+    ranking: RankingFlag = None,
     initial_model: Initial = None,
     stats: Stats = None,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    device: Device = "cpu",
     budget_gib: Budget = None,
     overrides: Overrides = None,
     seed: Seed = 0,
     group_size: GroupSize = 128,
     linear_bits: LinearBits = 4,
     linear_group_size: LinearGroup = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes from the headers, or from config.json alone; plan nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Choose a width for every expert and write plan.json.
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --bits 1,2,3 -o plan.json
     """
-    progress = Progress()
-    with SourceModel(resolve_model(model)) as source:
+    progress, where = Progress(), expert_devices(device, None, False)[0]
+    if dry_run and output is not None:
+        raise UsageError("-o and --dry-run: expected one of them, found both")
+    with open_model(resolve_model(model), dry_run) as source:
         layout = read_layout(source)
         linear = linear_format(source, layout, linear_bits, linear_group_size)
         settings = QuantizeSettings(group_size=checked_group_size(group_size), linear=linear)
         options = plan_options(
             source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
             initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
-            counts=counts.value, ranking=ranking.value, seed=seed,
+            counts=counts.value, ranking=ranking and ranking.value, seed=seed, ranked=not dry_run,
+            calibrated=data is not None,
         )  # fmt: skip
         show.announce(options, progress)
-        made = make_plan(source, layout, options, progress)
+        if data is not None and not uses_text(method, None):
+            raise UsageError(f"--data: the method {method} does not read a text")
+        text = None if data is None else read_calibration(source, data, samples, seq_len, seed)
+        with with_statistics(source, layout, options, text, where, None, progress) as known:
+            made = make_plan(source, layout, known, progress)
+        if dry_run:
+            report_dry_run(source, layout, made, settings, as_json)
+            return
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
     if output is not None:
         made.write(output)
@@ -119,6 +141,7 @@ def plan(
 
 app.command("quantize")(quantize_command)
 app.command()(calibrate)
+app.command("compare")(compare_command)
 
 
 @app.command("verify")

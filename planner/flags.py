@@ -11,6 +11,7 @@ import typer
 
 from planner.checkpoint import SourceModel
 from planner.estimate import average_for_budget
+from planner.methods import METHODS
 from planner.models import Layout
 from planner.options import PlanOptions, check_choices, read_overrides
 from planner.settings import QuantizeSettings, default_linear
@@ -32,7 +33,7 @@ class Counts(StrEnum):
 
 
 class Ranking(StrEnum):
-    """Which experts compete."""
+    """Which experts compete; by default what the method does."""
 
     layer = "layer"
     global_ = "global"
@@ -68,7 +69,8 @@ Bits = Annotated[str, typer.Option("--bits", metavar="LIST", help="Widths to cho
 MethodName = Annotated[
     str,
     typer.Option(
-        "--method", help="auto, router-norm-maxvar, router-norm, max-var, frequency, weight, pmq, random or uniform."
+        "--method",
+        help=f"auto (kl with a text or statistics, else the paper's router-norm-maxvar), {', '.join(METHODS)}.",
     ),
 ]
 Zeta = Annotated[
@@ -76,7 +78,9 @@ Zeta = Annotated[
 ]
 PromotionFlag = Annotated[Promotion, typer.Option("--promotion", help="Order among several promoted experts.")]
 CountsFlag = Annotated[Counts, typer.Option("--counts", help="Experts per width: the paper's rule or its code's.")]
-RankingFlag = Annotated[Ranking, typer.Option("--ranking", help="Rank experts within each layer, or all together.")]
+RankingFlag = Annotated[
+    Ranking | None, typer.Option("--ranking", help="Experts compete within each layer, or all together [the method's].")
+]
 Initial = Annotated[
     Path | None,
     typer.Option("--initial-model", metavar="DIR", help="Model before training: rank by the change of norm."),
@@ -132,7 +136,7 @@ def checked_group_size(value: int) -> int:
     return value
 
 
-def _average(text: str) -> Fraction:
+def checked_average(text: str) -> Fraction:
     """Return the exact decimal; out-of-range values are refused here, before they become huge integers."""
     low, high = min(BIT_WIDTHS), max(BIT_WIDTHS)
     try:
@@ -180,7 +184,7 @@ def plan_options(
         if rest.get("method") == "uniform":
             average = Fraction(max(width for width in choices if width <= average))
     else:
-        average = _average("2.5" if avg_bits is None else avg_bits)
+        average = checked_average("2.5" if avg_bits is None else avg_bits)
     if initial_model is not None and not initial_model.is_dir():
         raise UsageError(f"--initial-model: {initial_model}: expected a folder, found none")
     return PlanOptions(

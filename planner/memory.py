@@ -35,3 +35,19 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) << 10
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest << 10
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now, or its peak where the system does not tell."""
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        return int(statistics.read_text().split()[1]) * resource.getpagesize()
+    return peak_bytes()
+
+
+def reset_peak() -> None:
+    """Have :func:`peak_bytes` start again from what is resident now, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system: the peak stays that of the whole process
+        return

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from planner.methods import DEFAULT_METHOD, METHODS
+from planner.methods import METHODS, OURS, PAPER
 from planner.models import Layout
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
@@ -17,7 +17,8 @@ from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 class PlanOptions:
     """The plan flags, checked by :func:`check_options`.
 
-    ``ranked`` False skips scores and order: widths by index, for estimates from headers alone.
+    ``ranked`` False skips scores and order: widths by index, for estimates from headers alone. ``ranking`` None is the
+    method's own. ``calibrated``: a text is given, so that statistics will be.
     """
 
     avg_bits: Fraction
@@ -26,18 +27,22 @@ class PlanOptions:
     zeta: float = 3.0
     promotion: str = "official"
     counts: str = "paper"
-    ranking: str = "layer"
+    ranking: str | None = None
     initial_model: Path | None = None
     stats: Path | None = None
+    temporary_stats: bool = False
     budget_gib: float | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     ranked: bool = True
+    calibrated: bool = False
 
     @property
     def resolved_method(self) -> str:
         """The method's name, with ``auto`` replaced by what it stands for."""
-        return DEFAULT_METHOD if self.method == "auto" else self.method
+        if self.method != "auto":
+            return self.method
+        return OURS if self.stats is not None or self.calibrated else PAPER
 
 
 def check_choices(bit_choices: Sequence[int], flag: str = "--bits") -> tuple[int, ...]:

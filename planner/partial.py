@@ -13,6 +13,9 @@ from typing import Any
 from planner.files import TEMPORARY, reason, write_json
 from vllm_moeq.format import MoeqError, UsageError, read_json
 
+WORTH_KEEPING = ("*.safetensors", "result-*.json")
+"""Globs of what a later run can use."""
+
 
 class PartialRun:
     """``<output>.partial``, locked, with the fingerprint of the run that fills it.
@@ -92,7 +95,7 @@ class PartialRun:
             leftover.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
-        if not any(self.folder.glob("*.safetensors")):
+        if not any(found for pattern in WORTH_KEEPING for found in self.folder.glob(pattern)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

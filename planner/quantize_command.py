@@ -28,6 +28,7 @@ from planner.calibration.flags import (
     gptq_settings,
     read_calibration,
 )
+from planner.calibration.for_plan import with_statistics
 from planner.calibration.runner import GptqRunner, compute_dtype
 from planner.checkpoint import SourceModel, check_output, resolve_model
 from planner.estimate import estimate
@@ -52,7 +53,6 @@ from planner.flags import (
     Promotion,
     PromotionFlag,
     QuantizerName,
-    Ranking,
     RankingFlag,
     Resume,
     Seed,
@@ -64,6 +64,7 @@ from planner.flags import (
     plan_options,
 )
 from planner.memory import return_large_blocks
+from planner.methods import METHODS
 from planner.models import read_layout
 from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
@@ -87,7 +88,7 @@ def quantize_command(
     zeta: Zeta = 3.0,
     promotion: PromotionFlag = Promotion.official,
     counts: CountsFlag = Counts.paper,
-    ranking: RankingFlag = Ranking.layer,
+    ranking: RankingFlag = None,
     initial_model: Initial = None,
     stats: Stats = None,
     budget_gib: Budget = None,
@@ -134,9 +135,10 @@ def quantize_command(
         damping=damping, act_order=act_order.value, static_groups=static_groups, symmetric=symmetric,
         search=scale_search.value, compat=compat,
     )  # fmt: skip
-    if not calibrated and (data is not None or gptq != GptqSettings()):
-        flag = "--data" if data is not None else "the flags of GPTQ"
-        raise UsageError(f"{flag}: the quantizer {quantizer.value} does not calibrate; expected --quantizer gptq")
+    if not calibrated and gptq != GptqSettings():
+        raise UsageError(f"the flags of GPTQ: expected --quantizer gptq, found {quantizer.value}")
+    if not calibrated and data is not None and not uses_text(method, plan_file):
+        raise UsageError(f"--data: neither the method {method} nor the quantizer {quantizer.value} reads a text")
     runner: Runner | None = None if calibrated else choose_runner(jobs, device, ray)
     with SourceModel(resolve_model(model)) as source:
         layout = read_layout(source)
@@ -147,11 +149,11 @@ def quantize_command(
         )  # fmt: skip
         check_output(output)
         check_sizes(source, layout, settings)
-        facts = None
-        if calibrated:
-            where = expert_devices(device, jobs, ray)
+        text, facts, where = None, None, expert_devices(device, jobs if calibrated else None, calibrated and ray)
+        if calibrated or data is not None:
             text = read_calibration(source, data, samples, seq_len, seed)
             facts = calibration_facts(text, where[0])
+        if calibrated and text is not None:
             runner = GptqRunner(text, torch.get_num_threads(), where, compute_dtype(where[0]))
         if plan_file is not None:
             given = {"--avg-bits": avg_bits, "--budget-gib": budget_gib, "--overrides": overrides}
@@ -164,15 +166,23 @@ def quantize_command(
             options = plan_options(
                 source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
                 initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
-                counts=counts.value, ranking=ranking.value, seed=seed, ranked=not dry_run,
+                counts=counts.value, ranking=ranking and ranking.value, seed=seed, ranked=not dry_run,
+                calibrated=text is not None,
             )  # fmt: skip
             show.announce(options, progress)
-            made = make_plan(source, layout, options, progress)
+            return_large_blocks()
+            with with_statistics(source, layout, options, text, where[0], output, progress, resume) as known:
+                made = make_plan(source, layout, known, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
         if not dry_run:
             return_large_blocks()
             quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
     _report(made, None if dry_run else output, sizes.as_dict(), as_json)
+
+
+def uses_text(method: str, plan_file: Path | None) -> bool:
+    """Tell whether making the plan needs calibration."""
+    return plan_file is None and (method == "auto" or (method in METHODS and METHODS[method].calibrated))
 
 
 def _refuse_with_plan(flags: dict[str, object]) -> None:

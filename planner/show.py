@@ -13,6 +13,7 @@ from rich.text import Text
 
 from planner.checkpoint import SourceModel
 from planner.estimate import GIB, Sizes
+from planner.methods import PAPER
 from planner.models import Layout
 from planner.options import PlanOptions
 from planner.plan import Plan
@@ -32,8 +33,14 @@ def emit(value: Any) -> None:
 
 def announce(options: PlanOptions, progress: Progress) -> None:
     """Say what ``--method auto`` stands for."""
-    if options.method == "auto":
-        progress.line(f"method auto: no calibration given, so {options.resolved_method}, the paper's rule")
+    if options.method != "auto":
+        return
+    if options.resolved_method == PAPER:
+        progress.line(f"method auto: no calibration given, so {PAPER}, the paper's rule; --data TEXT chooses better")
+    else:
+        progress.line(
+            f"method auto: calibration given, so {options.resolved_method}; the paper's rule is --method {PAPER}"
+        )
 
 
 def size(count: float) -> str:

@@ -15,6 +15,7 @@ def solve_budget(
     bit_choices: Sequence[int],
     total_bits: int,
     minimum_counts: Mapping[int, int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[int]:
     """Choose one width per expert so that the summed cost is least and the summed bits <= ``total_bits``.
 
@@ -23,10 +24,11 @@ def solve_budget(
     exact integers.
 
     Args:
-        costs: [experts, widths], finite; the cost of giving an expert a width.
+        costs: [experts, widths], finite; the cost of giving an expert (or a layer) a width.
         bit_choices: the widths, in the order of the columns.
         total_bits: upper limit of the sum of widths.
         minimum_counts: width → at least so many experts with it.
+        sizes: how often each expert's bits count; by default once.
 
     Returns:
         One width per expert.
@@ -43,16 +45,19 @@ def solve_budget(
     if len(set(widths)) != len(widths) or not set(minimum) <= set(widths):
         raise ValueError(f"widths must be distinct and cover minimum_counts, got {widths} and {minimum}")
     experts = table.shape[0]
-    if cells(experts, widths, total_bits, minimum) <= MAX_CELLS:
-        exact = solve_exactly(table, widths, total_bits, minimum)
+    weights = [1] * experts if sizes is None else [int(size) for size in sizes]
+    if len(weights) != experts or min(weights) < 1:
+        raise ValueError(f"sizes must be {experts} positive integers, got {weights}")
+    if cells(weights, widths, total_bits, minimum) <= MAX_CELLS:
+        exact = solve_exactly(table, widths, total_bits, minimum, weights)
         if exact is None:
             raise ValueError(_infeasible(widths, experts, total_bits, minimum))
         return exact
-    return _solve_program(table, widths, total_bits, minimum)
+    return _solve_program(table, widths, total_bits, minimum, weights)
 
 
 def _solve_program(
-    table: NDArray[np.float64], widths: list[int], total_bits: int, minimum: dict[int, int]
+    table: NDArray[np.float64], widths: list[int], total_bits: int, minimum: dict[int, int], sizes: list[int]
 ) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import kron, vstack
@@ -60,7 +65,7 @@ def _solve_program(
     experts = table.shape[0]
     ones = np.ones((1, experts))
     one_each = kron(np.eye(experts), np.ones((1, len(widths))))
-    bits_used = kron(ones, np.asarray([widths]))
+    bits_used = kron(np.asarray([sizes]), np.asarray([widths]))
     rows, lower, upper = [one_each, bits_used], [1.0] * experts + [0.0], [1.0] * experts + [float(total_bits)]
     for bits, count in minimum.items():
         rows.append(kron(ones, np.asarray([[float(width == bits) for width in widths]])))
@@ -79,8 +84,9 @@ def _solve_program(
     if not result.success:
         raise RuntimeError(f"the integer program was not solved: {result.message}")
     chosen = [widths[int(column)] for column in result.x.reshape(table.shape).argmax(axis=1)]
-    if sum(chosen) > total_bits or any(chosen.count(bits) < count for bits, count in minimum.items()):
-        raise RuntimeError(f"the solver's answer breaks a limit: {sum(chosen)} bits of {total_bits}")
+    spent = sum(bits * size for bits, size in zip(chosen, sizes, strict=True))
+    if spent > total_bits or any(chosen.count(bits) < count for bits, count in minimum.items()):
+        raise RuntimeError(f"the solver's answer breaks a limit: {spent} bits of {total_bits}")
     return chosen
 
 

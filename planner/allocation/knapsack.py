@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -14,15 +15,17 @@ MAX_CELLS = 20_000_000
 Table = NDArray[np.float64]
 
 
-def cells(experts: int, widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> int:
+def cells(sizes: Sequence[int], widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> int:
     """Return the size of the dynamic program."""
-    states = max(0, total_bits - min(widths) * experts) + 1
+    states = max(0, total_bits - min(widths) * sum(sizes)) // math.gcd(*sizes) + 1
     for count in minimum.values():
         states *= count + 1
-    return experts * states
+    return len(sizes) * states
 
 
-def solve_exactly(costs: Table, widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> list[int] | None:
+def solve_exactly(
+    costs: Table, widths: Sequence[int], total_bits: int, minimum: Mapping[int, int], sizes: Sequence[int]
+) -> list[int] | None:
     """Return the widths of least summed cost, or None where nothing meets the limits.
 
     Args:
@@ -30,20 +33,23 @@ def solve_exactly(costs: Table, widths: Sequence[int], total_bits: int, minimum:
         widths: of the columns, distinct.
         total_bits: upper limit of the sum of widths.
         minimum: width → at least so many experts with it.
+        sizes: how often each expert's bits count, at least once.
     """
     low, counted = min(widths), list(minimum)
-    spare = total_bits - low * len(costs)
+    unit = math.gcd(*sizes)
+    spare = (total_bits - low * sum(sizes)) // unit
     if spare < 0:
         return None
+    steps = [size // unit for size in sizes]
     # values[i][spent beyond the lowest width, experts so far at each counted width]: least cost of the first i experts.
     shape = (spare + 1, *(minimum[width] + 1 for width in counted))
     start = np.full(shape, np.inf)
     start[(0,) * len(shape)] = 0.0
     values = [start]
-    for row in costs:
+    for row, step in zip(costs, steps, strict=True):
         after = np.full(shape, np.inf)
         for cost, width in zip(row, widths, strict=True):
-            more = width - low
+            more = (width - low) * step
             if more > spare:
                 continue
             moved = _count(values[-1], counted.index(width) + 1) if width in minimum else values[-1]
@@ -53,7 +59,7 @@ def solve_exactly(costs: Table, widths: Sequence[int], total_bits: int, minimum:
     last = values[-1].reshape(spare + 1, -1)[:, -1]  # enough at every counted width
     if not np.isfinite(last).any():
         return None
-    return _trace(values, costs, widths, counted, (int(last.argmin()), *full))
+    return _trace(values, costs, widths, counted, steps, (int(last.argmin()), *full))
 
 
 def _count(values: Table, axis: int) -> Table:
@@ -72,15 +78,20 @@ def _count(values: Table, axis: int) -> Table:
 
 
 def _trace(
-    values: Sequence[Table], costs: Table, widths: Sequence[int], counted: Sequence[int], state: tuple[int, ...]
+    values: Sequence[Table],
+    costs: Table,
+    widths: Sequence[int],
+    counted: Sequence[int],
+    steps: Sequence[int],
+    state: tuple[int, ...],
 ) -> list[int]:
     """Return the widths that lead to a state, from the last expert to the first."""
     low, chosen = min(widths), []
     full = tuple(size - 1 for size in values[0].shape[1:])
-    for before, row in zip(values[-2::-1], costs[::-1], strict=True):
+    for before, row, step in zip(values[-2::-1], costs[::-1], steps[::-1], strict=True):
         best, best_width, best_state = np.inf, widths[0], state
         for cost, width in zip(row, widths, strict=True):
-            spent = state[0] - (width - low)
+            spent = state[0] - (width - low) * step
             if spent < 0:
                 continue
             for counts in _before(state[1:], full, counted.index(width) if width in counted else None):

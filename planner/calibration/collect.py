@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.decoder import Decoder
 from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import finish, first_hidden, route
+from planner.calibration.measures import MEASURES, Measure, Run
+from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel, check_output
 from planner.files import write_tensors
+from planner.memory import peak_bytes, reset_peak, resident_bytes
 from planner.models import Layout
 from planner.partial import PartialRun
 from planner.progress import Progress
 from vllm_moeq.format import CheckpointError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find out besides counts.
+
+    Attributes:
+        measures: rows of :data:`planner.calibration.measures.MEASURES`.
+        widths: to round experts to, for those measures that do.
+        seed: of whatever they draw.
+    """
+
+    measures: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for the description and for fingerprints."""
+        return {"measures": list(self.measures), "widths": list(self.widths), "seed": self.seed}
+
+    @property
+    def states(self) -> bool:
+        """Whether the hidden states between all layers are needed when the model has read the text."""
+        return any(MEASURES[name].states for name in self.measures)
+
+
+@dataclass
+class _Collection:
+    """A run of :func:`collect`."""
+
+    decoder: Decoder
+    store: HiddenStates
+    folder: Path
+    wanted: Wanted
+    progress: Progress
+    found: dict[str, LayerStatistics] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def collect(
@@ -33,7 +75,7 @@ def collect(
     dtype: torch.dtype,
     progress: Progress,
     resume: bool = True,
-    widths: Sequence[int] = (),
+    wanted: Wanted | None = None,
 ) -> dict[str, LayerStatistics]:
     """Write a statistics file; one layer of weights is in memory at a time. Continues a killed run.
 
@@ -47,7 +89,7 @@ def collect(
         dtype: of weights and hidden states.
         progress: says how far it is.
         resume: continue an unfinished run instead of deleting it.
-        widths: for which to measure each expert's error.
+        wanted: what to find out besides counts.
 
     Returns:
         Experts prefix → statistics.
@@ -56,57 +98,101 @@ def collect(
         MoeqError: an output that exists, a damaged tensor, a full disk.
     """
     check_output(json_path(output))
-    fingerprint = {"model": model.fingerprint(), "calibration": facts, "widths": list(widths)}
-    run = PartialRun(output, fingerprint, resume)
+    wanted = wanted or Wanted()
+    names = wanted.as_dict()
+    partial = PartialRun(output, {"model": model.fingerprint(), "calibration": facts, **names}, resume)
     try:
         decoder = Decoder(model, layout, device, dtype)
-        store = first_hidden(decoder, text.tokens, run.folder)
-        found: dict[str, LayerStatistics] = {}
-        for index in progress.track(range(len(decoder)), "calibrating"):
-            _layer(decoder, store, index, run.folder, found, progress, widths)
-        coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
-        write_statistics(output, found, {"model": model.fingerprint(), "calibration": facts, "tokens": coverage})
+        store = first_hidden(decoder, text.tokens, partial.folder)
+        run = _Collection(decoder, store, partial.folder, wanted, progress)
+        _forward(run)
+        for name in wanted.measures:
+            _measure(run, name, MEASURES[name], text.tokens)
+        coverage = {prefix: layer.tokens.tolist() for prefix, layer in run.found.items()}
+        told = {"model": model.fingerprint(), "calibration": facts, **names, "cost": run.cost, "tokens": coverage}
+        write_statistics(output, run.found, told)
     except BaseException:
-        run.abandon()
+        partial.abandon()
         raise
-    shutil.rmtree(run.folder, ignore_errors=True)
-    run.release()
-    return found
+    shutil.rmtree(partial.folder, ignore_errors=True)
+    partial.release()
+    return run.found
 
 
-def _layer(
-    decoder: Decoder,
-    store: HiddenStates,
-    index: int,
-    folder: Path,
-    found: dict[str, LayerStatistics],
-    progress: Progress,
-    widths: Sequence[int],
-) -> None:
+def _forward(run: _Collection) -> None:
+    """Have the model read the text."""
+    began, idle = time.monotonic(), resident_bytes()
+    reset_peak()
+    for index in run.progress.track(range(len(run.decoder)), "calibrating"):
+        _layer(run, index)
+    run.cost["forward"] = _cost(began, idle)
+
+
+def _cost(began: float, idle: int) -> dict[str, float]:
+    """Return what a part of the run took; ``added_bytes`` is its peak memory beyond what was there before."""
+    peak = peak_bytes()
+    seconds = round(time.monotonic() - began, 3)
+    return {"seconds": seconds, "peak_bytes": peak, "added_bytes": max(0, peak - idle)}
+
+
+def _layer(run: _Collection, index: int) -> None:
     """Run one layer, unless an earlier run did, and note its statistics."""
-    path = folder / f"layer-{index:05d}.safetensors"
-    layer = decoder.moe.get(index)
+    store, keep, last = run.store, run.wanted.states, index + 1 == len(run.decoder)
+    path = run.folder / f"layer-{index:05d}.safetensors"
+    layer = run.decoder.moe.get(index)
     if path.is_file():
-        store.drop(index)  # if the earlier run was killed before it could
+        if not keep:
+            store.drop(index)  # if the earlier run was killed before it could
         if layer is not None:
-            found[layer.prefix] = LayerStatistics.of(load_file(path))
+            run.found[layer.prefix] = LayerStatistics.of(load_file(path))
         return
     if not store.has(index):
         raise CheckpointError(
-            f"{folder}: expected the hidden states of layer {index}, found none; --no-resume starts anew"
+            f"{run.folder}: expected the hidden states of layer {index}, found none; --no-resume starts anew"
         )
     hidden = store.load(index)
     outputs, tensors = None, {}
     if layer is not None:
-        routed = route(decoder, index, hidden, store)
-        statistics = observe(decoder, layer, routed, hidden.shape[1], widths)
-        found[layer.prefix], outputs = statistics, routed.outputs
+        routed = route(run.decoder, index, hidden, store)
+        widths: Sequence[int] = run.wanted.widths if "error" in run.wanted.measures else ()
+        statistics = observe(run.decoder, layer, routed, hidden.shape[1], widths)
+        if "block" in run.wanted.measures:
+            statistics.measured.update(_block(routed, layer.num_experts, run.wanted.seed))
+        run.found[layer.prefix], outputs = statistics, routed.outputs
         tensors = statistics.tensors()
         least, seen = int(statistics.tokens.min()), int(statistics.tokens.sum())
         dropped = f", {routed.dropped} tokens not finite" if routed.dropped else ""
-        progress.line(f"{layer.prefix}: {seen:,} token slots, at least {least:,} per expert{dropped}")
-    if index + 1 < len(decoder):
-        finish(decoder, index, hidden, store.create(index + 1), outputs)
+        run.progress.line(f"{layer.prefix}: {seen:,} token slots, at least {least:,} per expert{dropped}")
+    if not last or keep:
+        finish(run.decoder, index, hidden, store.create(index + 1), outputs)
         store.complete(index + 1)
     write_tensors(path, tensors)
-    store.drop(index)
+    if not keep:
+        store.drop(index)
+
+
+def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return BSP's scores of a layer, the same for all its experts."""
+    cosines = block_cosine(routed.inputs, routed.outputs)
+    predictor = train_predictor(routed.inputs, cosines, seed)
+    scores = {"block_cosine": float(cosines.nanmean()), "block_score": predictor.score(routed.inputs)}
+    return {name: torch.full((experts,), score) for name, score in scores.items()}
+
+
+def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) -> None:
+    """Find out what a row of the table stands for, unless an earlier run did."""
+    if row.run is None:
+        return
+    path = run.folder / f"measure-{name}.safetensors"
+    if not path.is_file():
+        began, idle = time.monotonic(), resident_bytes()
+        reset_peak()
+        values, facts = row.run(
+            Run(run.decoder, run.store, tokens, run.found, run.wanted.widths, run.wanted.seed, run.progress)
+        )
+        run.cost[name] = {**_cost(began, idle), **facts}
+        tensors = {f"{prefix}.{key}": v.float() for prefix, entry in values.items() for key, v in entry.items()}
+        write_tensors(path, tensors)
+    for key, value in load_file(path).items():
+        prefix, _, metric = key.rpartition(".")
+        run.found[prefix].measured[metric] = value

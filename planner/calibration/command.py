@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from planner import show
-from planner.calibration.collect import collect
+from planner.calibration.collect import Wanted, collect
 from planner.calibration.flags import (
     Data,
-    Errors,
+    For,
     Samples,
     SeqLen,
     StatsFile,
@@ -22,10 +22,12 @@ from planner.calibration.flags import (
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.checkpoint import SourceModel, check_output, resolve_model
-from planner.flags import Device, Json, Model, Resume, Seed, read_choices
+from planner.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.memory import return_large_blocks
+from planner.methods import METHODS, OURS
 from planner.models import read_layout
 from planner.progress import Progress
+from vllm_moeq.format import UsageError
 
 
 def calibrate(
@@ -36,7 +38,8 @@ def calibrate(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    errors: Errors = None,
+    methods: For = OURS,
+    bits: Bits = "1,2,3",
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +47,7 @@ def calibrate(
 
     Example: moeq calibrate mistralai/Mixtral-8x7B-v0.1 --data wikitext2 -o stats.safetensors
     """
-    widths = () if errors is None else read_choices(errors, "--errors")
+    wanted = Wanted(_measures(methods), read_choices(bits), seed)
     where = expert_devices(device, None, False)[0]
     check_output(output)
     with SourceModel(resolve_model(model)) as source:
@@ -52,13 +55,27 @@ def calibrate(
         text = read_calibration(source, data, samples, seq_len, seed)
         facts = calibration_facts(text, where)
         return_large_blocks()
-        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, widths)
+        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, wanted)
     if as_json:
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
         show.emit({"output": str(output), "calibration": facts, "tokens": coverage})
     else:
         print_coverage(found)
         Console().print(f"wrote {output} and {json_path(output)}", soft_wrap=True)
+
+
+def _measures(methods: str) -> tuple[str, ...]:
+    """Return what the methods of a list such as kl,pmq have measured.
+
+    Raises:
+        UsageError: a method that does not exist or needs no text.
+    """
+    known = [name for name, method in METHODS.items() if method.calibrated]
+    names = methods.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--for: expected methods that use a text ({', '.join(known)}), found {name!r}")
+    return tuple(dict.fromkeys(measure for name in names for measure in METHODS[name].measures))
 
 
 def print_coverage(found: Mapping[str, LayerStatistics]) -> None:

@@ -62,10 +62,11 @@ class Decoder:
                 skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
         self.row = architecture_of(model)
         self.moe = {layer.index: layer for layer in layout.layers}
         self.base = skeleton.eval().base_model
+        self.lm_head: torch.nn.Module = skeleton.get_output_embeddings()
         self.layers: torch.nn.ModuleList = self.base.layers
         self.activation = _activation(self.config)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
@@ -74,7 +75,7 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.layers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the first layer's input [sequences, length, hidden] for tokens of that shape.
 
@@ -99,7 +100,11 @@ class Decoder:
 
     @contextmanager
     def layer(
-        self, index: int, experts: torch.nn.Module | None = None, replaced: Mapping[str, torch.Tensor] | None = None
+        self,
+        index: int,
+        experts: torch.nn.Module | None = None,
+        replaced: Mapping[str, torch.Tensor] | None = None,
+        differentiable: bool = False,
     ) -> Iterator[LayerCall]:
         """Load one layer but for its routed experts, and yield a function that runs it.
 
@@ -108,6 +113,7 @@ class Decoder:
             experts: stands for the routed experts: called with hidden states [tokens, hidden], expert
                 ids [tokens, k] and weights [tokens, k].
             replaced: other weights for some of the layer's tensors, by checkpoint name.
+            differentiable: with respect to what the function is called with.
 
         Raises:
             CheckpointError: a tensor that transformers expects is missing or has another shape.
@@ -124,17 +130,37 @@ class Decoder:
             self._fill(layer, lambda name: self.row.checkpoint_name(index, name), replaced or {}, skip)
 
             def call(hidden: torch.Tensor) -> torch.Tensor:
+                if hidden.shape[0] not in self._arguments:
+                    self.embed(torch.zeros(hidden.shape[:2], dtype=torch.int64))
                 arguments = self._arguments[hidden.shape[0]][index]
                 result = layer(hidden.to(self.device, self.dtype), **arguments)
                 states: torch.Tensor = result[0] if isinstance(result, tuple) else result
                 return states
 
-            with torch.inference_mode():
+            with torch.enable_grad() if differentiable else torch.no_grad():
                 yield call
         finally:
             if path is not None:
                 layer.set_submodule(path, original)
             layer.to("meta")
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Load the last norm and the output projection, and yield a function from the last layer's output to logits.
+
+        Raises:
+            CheckpointError: a tensor that transformers expects is missing or has another shape.
+        """
+        embedding = next(name for name, found in self.base.named_modules() if found is self.base.get_input_embeddings())
+        tied = "lm_head.weight" not in self.model.shards.tensors
+        source = f"model.{embedding}.weight" if tied else "lm_head.weight"
+        try:
+            self._fill(self.base.norm, lambda name: f"model.norm.{name}", {})
+            self._fill(self.lm_head, lambda _: source, {})
+            yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float()
+        finally:
+            self.base.norm.to("meta")
+            self.lm_head.to("meta")
 
     def router(self, index: int) -> torch.nn.Module:
         """Return the module of a layer's router."""

@@ -45,9 +45,8 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration sequ
 SeqLen = Annotated[
     int | None, typer.Option("--seq-len", min=16, help=f"Tokens of each [{SEQUENCE}, or what the model can read].")
 ]
-Errors = Annotated[
-    str | None,
-    typer.Option("--errors", metavar="LIST", help="Widths for which to measure each expert's error, for --method pmq."),
+For = Annotated[
+    str, typer.Option("--for", metavar="LIST", help="Methods that will use the statistics, such as kl or pmq,gemq.")
 ]
 MinTokens = Annotated[
     int, typer.Option("--min-tokens", min=1, help="Experts that saw fewer are quantized with hqq, without calibration.")

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
+from planner.calibration.experts import load_expert
+from planner.calibration.rounding import rounded
 from planner.calibration.routed import Routed
 from planner.files import write_json, write_tensors
 from planner.models import Layout, MoeLayer
-from planner.quantizers import quantizer_for
-from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, CheckpointError, read_json
+from vllm_moeq.format import CheckpointError, read_json
 
 VERSION = 1
 
@@ -32,8 +32,9 @@ class LayerStatistics:
         input_square: mean square of each input channel of gate and up, float32 [E, H].
         inner_square: mean square of each input channel of down, float32 [E, I].
         output_square: Σ over tokens of ‖weighted output‖², float32 [E].
-        errors: width → Σ over sequences of the Frobenius norm of what quantizing this expert alone (rtn, groups of
-            128 or what divides the matrices) changes in the block's output, float32 [E]: ε of PMQ (MC-MoE).
+        measured: what was asked for besides, float32 [E] each (:mod:`planner.calibration.measures`). ``error_<bits>``
+            is Σ over sequences of the Frobenius norm of what rounding this expert alone changes in the block's output,
+            ε of PMQ (MC-MoE).
     """
 
     tokens: torch.Tensor
@@ -42,22 +43,20 @@ class LayerStatistics:
     input_square: torch.Tensor
     inner_square: torch.Tensor
     output_square: torch.Tensor
-    errors: dict[int, torch.Tensor] = field(default_factory=dict)
+    measured: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything under the names of the file."""
-        found = {name: getattr(self, name) for name in NAMES}
-        return found | {f"{ERROR}{bits}": value for bits, value in self.errors.items()}
+        return {name: getattr(self, name) for name in NAMES} | self.measured
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> LayerStatistics:
         """Undo :meth:`tensors`."""
-        errors = {int(name[len(ERROR) :]): value for name, value in tensors.items() if name.startswith(ERROR)}
-        return cls(**{name: tensors[name] for name in NAMES}, errors=errors)
+        measured = {name: value for name, value in tensors.items() if name not in NAMES}
+        return cls(**{name: tensors[name] for name in NAMES}, measured=measured)
 
 
 NAMES = ("tokens", "gate_probability", "routing_weight", "input_square", "inner_square", "output_square")
-ERROR = "error_"
 
 
 def observe(
@@ -83,7 +82,7 @@ def observe(
         input_square=torch.zeros(layer.num_experts, columns),
         inner_square=torch.zeros(layer.num_experts, rows),
         output_square=torch.zeros(layer.num_experts),
-        errors={bits: torch.zeros(layer.num_experts) for bits in widths},
+        measured={f"error_{bits}": torch.zeros(layer.num_experts) for bits in widths},
     )
     for expert in range(layer.num_experts):
         tokens, slots = routed.slots(expert)
@@ -94,12 +93,12 @@ def observe(
             continue
         weights = load_expert(decoder.model, layer, expert, decoder.device, decoder.dtype)
         squares = {bits: torch.zeros(routed.ids.shape[0] // sequence) for bits in widths}
-        rounded = {bits: _rounded(weights, bits) for bits in widths}
+        others = {bits: rounded(weights, bits) for bits in widths}
         for inputs, share, places in routed.chunks(expert, decoder.device):
             inner = weights.inner(inputs, decoder.activation)
             output = (inner @ weights.down.mT).float() * share[:, None]
             routed.add(places, output)
-            for bits, other in rounded.items():
+            for bits, other in others.items():
                 changed = (other.inner(inputs, decoder.activation) @ other.down.mT).float() * share[:, None]
                 difference = changed.sub_(output).square_().sum(dim=1).cpu()
                 squares[bits].index_add_(0, places // sequence, difference)
@@ -109,16 +108,8 @@ def observe(
         found.input_square[expert] /= tokens.numel()
         found.inner_square[expert] /= tokens.numel()
         for bits, square in squares.items():
-            found.errors[bits][expert] = square.sqrt().sum()
+            found.measured[f"error_{bits}"][expert] = square.sqrt().sum()
     return found
-
-
-def _rounded(weights: Expert, bits: int) -> Expert:
-    """Return an expert as round-to-nearest leaves it; one bit is the sign."""
-    quantizer = quantizer_for(bits, "rtn", "sign")
-    columns = [matrix.shape[1] for matrix in weights.matrices()]
-    group = next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
-    return Expert(*(quantizer(matrix, bits, group).dequantize().to(matrix) for matrix in weights.matrices()))
 
 
 def write_statistics(path: Path, layers: dict[str, LayerStatistics], facts: dict[str, Any]) -> None:
@@ -148,10 +139,12 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
     layers = {}
     try:
         with safe_open(str(path), framework="pt") as handle:
-            present = set(handle.keys())
+            present = list(handle.keys())
             for layer in layout.layers:
-                errors = [f"{ERROR}{bits}" for bits in BIT_WIDTHS if f"{layer.prefix}.{ERROR}{bits}" in present]
-                names = (*NAMES, *errors)
+                found = (
+                    name.removeprefix(f"{layer.prefix}.") for name in present if name.startswith(f"{layer.prefix}.")
+                )
+                names = (*NAMES, *sorted(set(found) - set(NAMES)))
                 layers[layer.prefix] = LayerStatistics.of({name: _read(handle, path, layer, name) for name in names})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot read ({error})") from None

@@ -180,12 +180,12 @@ class TestStatistics:
                         output = expert.inner(inputs, decoder.activation) @ expert.down.mT
                         routed.add(places, sign * output * share[:, None])
                 difference = (routed.outputs - before).reshape(3, -1).norm(dim=1).sum()
-                assert torch.allclose(found.errors[bits][busiest], difference, rtol=1e-3)
+                assert torch.allclose(found.measured[f"error_{bits}"][busiest], difference, rtol=1e-3)
 
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (("--data", TEXT, "--errors", "2,5"), "--errors: expected widths among"),
+            (("--data", TEXT, "--bits", "2,5"), "--bits: expected widths among"),
             ((), "--data: calibration needs a text"),
             (("--data", "missing.txt"), "--data: expected a text"),
             (("--data", TEXT, "--seq-len", 4096), "--seq-len: expected at most 1024"),

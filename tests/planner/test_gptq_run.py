@@ -78,8 +78,8 @@ class TestGptqRun:
         ("flags", "message"),
         [
             (("--quantizer", "gptq"), "--data"),
-            (("--quantizer", "rtn", "--data", TEXT), "does not calibrate"),
-            (("--symmetric",), "does not calibrate"),
+            (("--quantizer", "rtn", "--data", TEXT, "--method", "max-var"), "reads a text"),
+            (("--symmetric",), "expected --quantizer gptq"),
             (("--data", TEXT, "--act-order", "full"), "--static-groups"),
             (("--data", TEXT, "--compat", "--symmetric"), "--compat"),
             (("--data", TEXT, "--damping", 2), "--damping"),

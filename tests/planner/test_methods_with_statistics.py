@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planner.calibration.collect import collect
+from planner.calibration.collect import Wanted, collect
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
 from planner.models import read_layout
@@ -31,7 +31,7 @@ class TestMethodsThatUseStatistics:
         with SourceModel(source) as model:
             layout = read_layout(model)
             output, quiet = folder / "s.safetensors", Progress(quiet=True)
-            collect(model, layout, text, output, {}, CPU, torch.float32, quiet, widths=(1, 2, 3))
+            collect(model, layout, text, output, {}, CPU, torch.float32, quiet, wanted=Wanted(("error",), (1, 2, 3)))
         return folder / "s.safetensors"
 
     @pytest.mark.parametrize(("method", "metric"), [("frequency", "tokens"), ("weight", "gate_probability")])
@@ -82,7 +82,7 @@ class TestMethodsThatUseStatistics:
         ("flags", "message"),
         [
             (("--method", "frequency"), "expected --stats FILE"),
-            (("--method", "pmq", "--bits", "2,4", "--stats", "STATS"), "moeq calibrate --errors 2,4"),
+            (("--method", "pmq", "--bits", "2,4", "--stats", "STATS"), "moeq calibrate --for pmq --bits 2,4"),
             (("--method", "max-var", "--stats", "STATS"), "does not use it"),
             (("--method", "weight", "--stats", "nothing.safetensors"), "nothing.json"),
         ],

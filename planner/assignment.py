@@ -1,0 +1,137 @@
+"""From scores to widths: who competes for which bits, in what order, and what is solved for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from planner.allocation import level_counts, solve_budget
+from planner.methods import Method, OrderOptions, Scores
+from planner.methods.base import CostTable
+from planner.models import Layout
+from planner.options import PlanOptions
+from vllm_moeq.format import UsageError
+
+Slot = tuple[str, int]
+"""An expert: its layer's prefix and its index."""
+
+Widths = dict[Slot, int]
+
+
+def ranking_groups(layout: Layout, scope: str) -> list[list[Slot]]:
+    """Return the experts that compete with each other: those of a layer, or all of them."""
+    layers = [[(layer.prefix, expert) for expert in range(layer.num_experts)] for layer in layout.layers]
+    return layers if scope == "layer" else [[slot for layer in layers for slot in layer]]
+
+
+def group_budgets(groups: Sequence[Sequence[Slot]], options: PlanOptions) -> list[int]:
+    """Return each group's bits: the average times its size, fractions carried on to the next group.
+
+    The sum never exceeds the average over all experts, and layers differ by at most one bit.
+    """
+    budgets: list[int] = []
+    wanted = Fraction(0)
+    for group in groups:
+        wanted += options.avg_bits * len(group)
+        budgets.append(math.floor(wanted) - sum(budgets))
+    return budgets
+
+
+def rank_slots(slots: Sequence[Slot], method: Method, scores: Scores, options: PlanOptions, index: int) -> list[Slot]:
+    """Order one group's experts, highest precision first."""
+    if method.order is None:
+        return list(slots)
+    names = scores[slots[0][0]]
+    merged = {metric: [scores[prefix][metric][expert] for prefix, expert in slots] for metric in names}
+    flags = OrderOptions(options.zeta, options.promotion, options.seed + index)
+    return [slots[position] for position in method.order(merged, len(slots), flags)]
+
+
+def assign(ranked: Sequence[Slot], total_bits: int, options: PlanOptions) -> Widths:
+    """Give widths down the order; overridden experts keep theirs and the others share what is left.
+
+    Raises:
+        UsageError: overrides that leave less than the lowest width for the others.
+    """
+    if options.resolved_method == "uniform" and not options.overrides:
+        return dict.fromkeys(ranked, int(options.avg_bits))
+    fixed, free, left = _overridden(ranked, total_bits, options)
+    if free:
+        average = min(Fraction(left, len(free)), Fraction(options.bit_choices[-1]))
+        counts = level_counts(len(free), options.bit_choices, average, options.counts)
+        fixed.update(zip(free, _descending(counts), strict=True))
+    return fixed
+
+
+def solve(
+    slots: Sequence[Slot], total_bits: int, method: Method, tables: Mapping[str, CostTable], options: PlanOptions
+) -> Widths:
+    """Return the widths that cost least; overridden experts keep theirs.
+
+    The method's least counts per width hold as far as the budget allows.
+
+    Raises:
+        UsageError: overrides that leave less than the lowest width for the others.
+    """
+    choices = options.bit_choices
+    fixed, free, left = _overridden(slots, total_bits, options)
+    if not free:
+        return fixed
+    costs = [tables[prefix][expert] for prefix, expert in free]
+    least = dict.fromkeys(choices[-method.kept_widths :], 1) if method.kept_widths else {}
+    try:
+        found = solve_budget(costs, choices, left, least)
+    except ValueError:  # too few bits for one expert at each of those widths
+        found = solve_budget(costs, choices, left)
+    return fixed | dict(zip(free, found, strict=True))
+
+
+def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> tuple[list[str], Widths]:
+    """Return the layers in order, highest precision first, and one width for all experts of each.
+
+    Raises:
+        UsageError: overrides, or layers of different size under a method that ranks them.
+    """
+    if options.overrides:
+        raise UsageError(f"--overrides: expected a method for single experts, found {options.resolved_method}")
+    prefixes = [layer.prefix for layer in layout.layers]
+    sizes = [layer.num_experts for layer in layout.layers]
+    if method.costs is not None:
+        tables = method.costs(scores, options.bit_choices)
+        costs = [[sum(column) for column in zip(*tables[prefix], strict=True)] for prefix in prefixes]
+        budget = math.floor(options.avg_bits * sum(sizes))
+        widths = dict(zip(prefixes, solve_budget(costs, options.bit_choices, budget, sizes=sizes), strict=True))
+        ranked = sorted(prefixes, key=lambda prefix: -widths[prefix])
+    else:
+        if len(set(sizes)) > 1:
+            raise UsageError(f"--method {options.resolved_method}: expected layers of one size, found {sizes} experts")
+        firsts = rank_slots([(prefix, 0) for prefix in prefixes], method, scores, options, 0)
+        ranked = [prefix for prefix, _ in firsts]
+        counts = level_counts(len(ranked), options.bit_choices, options.avg_bits, options.counts)
+        widths = dict(zip(ranked, _descending(counts), strict=True))
+    return ranked, {
+        (layer.prefix, expert): widths[layer.prefix] for layer in layout.layers for expert in range(layer.num_experts)
+    }
+
+
+def _overridden(slots: Sequence[Slot], total_bits: int, options: PlanOptions) -> tuple[Widths, list[Slot], int]:
+    """Return the widths that are given, the other experts, and the bits that are left for these."""
+    fixed = {slot: options.overrides[_name(slot)] for slot in slots if _name(slot) in options.overrides}
+    free = [slot for slot in slots if slot not in fixed]
+    left = total_bits - sum(fixed.values())
+    low = options.bit_choices[0]
+    if left < low * len(free) or (not free and left < 0):
+        raise UsageError(
+            f"--overrides: the widths given for {slots[0][0]} leave {left} bits for {len(free)} experts, "
+            f"less than {low} each; raise --avg-bits or lower an override"
+        )
+    return fixed, free, left
+
+
+def _descending(counts: Mapping[int, int]) -> list[int]:
+    return [bits for bits in sorted(counts, reverse=True) for _ in range(counts[bits])]
+
+
+def _name(slot: Slot) -> str:
+    return f"{slot[0]}.{slot[1]}"

@@ -1,0 +1,91 @@
+"""The statistics that a plan asks for, made on the way when a text is given and they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from planner.calibration.collect import Wanted, collect
+from planner.calibration.flags import calibration_facts
+from planner.calibration.runner import compute_dtype
+from planner.calibration.statistics import json_path
+from planner.calibration.text import CalibrationText
+from planner.checkpoint import SourceModel
+from planner.methods import METHODS
+from planner.models import Layout
+from planner.options import PlanOptions, check_options
+from planner.progress import Progress
+from vllm_moeq.format import UsageError, read_json
+
+
+@contextmanager
+def with_statistics(
+    model: SourceModel,
+    layout: Layout,
+    options: PlanOptions,
+    text: CalibrationText | None,
+    device: torch.device,
+    output: Path | None,
+    progress: Progress,
+    resume: bool = True,
+) -> Iterator[PlanOptions]:
+    """Yield the options with statistics of a text, if their method needs some; those are removed when all went well.
+
+    Args:
+        model: the model.
+        layout: its layers.
+        options: without statistics.
+        text: what the model reads, if anything.
+        device: where it runs.
+        output: what the command writes; statistics lie beside it, and a killed run finds them there. None: nowhere.
+        progress: says how far it is.
+        resume: use what a killed run left.
+
+    Raises:
+        MoeqError: flags that cannot be met; statistics of another run.
+    """
+    check_options(options)
+    method = METHODS[options.resolved_method]
+    if not method.calibrated or options.stats is not None or not options.ranked or text is None:
+        yield options
+        return
+    facts = calibration_facts(text, device)
+    wanted = Wanted(method.measures, options.bit_choices, options.seed)
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "statistics.safetensors"
+        if output is not None:
+            path = output.with_name(f"{output.name}.statistics.safetensors")
+        if not _usable(path, model, facts, wanted, resume):
+            dtype = compute_dtype(device)
+            collect(model, layout, text, path, facts, device, dtype, progress, resume, wanted)
+        yield replace(options, stats=path, temporary_stats=True)
+        _remove(path)
+
+
+def _usable(path: Path, model: SourceModel, facts: Mapping[str, Any], wanted: Wanted, resume: bool) -> bool:
+    """Tell whether an earlier run left what this one needs.
+
+    Raises:
+        UsageError: it left something else.
+    """
+    if not path.exists():
+        return False
+    if not resume:
+        _remove(path)
+        return False
+    found = read_json(json_path(path))
+    expected = {"model": model.fingerprint(), "calibration": dict(facts), **wanted.as_dict()}
+    if not isinstance(found, dict) or any(found.get(key) != value for key, value in expected.items()):
+        raise UsageError(f"{path}: expected the statistics of this run, found others; --no-resume deletes them")
+    return True
+
+
+def _remove(path: Path) -> None:
+    json_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)

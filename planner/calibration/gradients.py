@@ -1,0 +1,122 @@
+"""Gradients of a loss with respect to every layer's experts, last layer first, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.exact import ExactExperts
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.routed import Routed, batches
+
+Labels = Literal["sampled", "text"]
+"""Next tokens: drawn from the model's own distribution, or those of the text."""
+
+LOGITS = 1 << 26
+"""Logits in memory at a time."""
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """What the loss, −Σ log p(next token) in nats, says of one MoE layer.
+
+    Attributes:
+        index: of the decoder layer.
+        routed: what its experts see; ``outputs`` are ∂loss / ∂(sum of the routed experts), float32 [tokens, hidden].
+    """
+
+    index: int
+    routed: Routed
+
+
+def backward(
+    decoder: Decoder, store: HiddenStates, tokens: torch.Tensor, labels: Labels, seed: int
+) -> Iterator[LayerGradient]:
+    """Yield the gradient of each MoE layer, last layer first.
+
+    Args:
+        decoder: the model.
+        store: holds the input of every layer for these sequences, or for more, and the last layer's output.
+        tokens: int64 [sequences, length]; the first sequences of the store.
+        labels: of the loss.
+        seed: of drawn labels.
+    """
+    shape = (*tokens.shape, decoder.config.hidden_size)
+    above = store.scratch("gradient-0.bin", shape, torch.float32)
+    below = store.scratch("gradient-1.bin", shape, torch.float32)
+    _head(decoder, store.load(len(decoder))[: len(tokens)], tokens, labels, seed, above)
+    for index in reversed(range(len(decoder))):
+        layer = decoder.moe.get(index)
+        experts = None if layer is None else ExactExperts(decoder, layer)
+        routed = _Parts(store, tokens.numel(), shape[2], decoder.dtype)
+        with decoder.layer(index, experts, differentiable=True) as call:
+            for begin, part in batches(store.load(index)[: len(tokens)]):
+                rows = slice(begin, begin + len(part))
+                inputs = part.to(decoder.device, decoder.dtype).requires_grad_()
+                output = call(inputs)
+                wanted = [inputs] if experts is None else [inputs, experts.outputs]
+                gradients = torch.autograd.grad(output, wanted, above[rows].to(output))
+                below[rows] = gradients[0].to(below)
+                if experts is not None:
+                    routed.append(experts, gradients[1])
+        if layer is not None:
+            yield LayerGradient(index, routed.joined())
+        above, below = below, above
+
+
+class _Parts:
+    """A :class:`Routed` in the making, batch by batch."""
+
+    def __init__(self, store: HiddenStates, tokens: int, size: int, dtype: torch.dtype) -> None:
+        self.inputs = store.scratch("gradient-inputs.bin", (tokens, size), dtype)
+        self.gradients = store.scratch("gradient-experts.bin", (tokens, size), torch.float32)
+        self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.next = 0
+
+    def append(self, experts: ExactExperts, gradient: torch.Tensor) -> None:
+        """Add what the experts saw in their last call, and the gradient of what they returned [tokens, hidden]."""
+        place = slice(self.next, self.next + len(gradient))
+        self.next = place.stop
+        self.inputs[place] = experts.inputs.to(self.inputs)
+        self.gradients[place] = gradient.to(self.gradients)
+        usable = torch.isfinite(experts.inputs).all(dim=1)[:, None]
+        self.slots.append((torch.where(usable, experts.ids.long(), -1).cpu(), experts.weights.float().cpu()))
+
+    def joined(self) -> Routed:
+        """Return all batches together."""
+        ids, weights = (torch.cat(parts) for parts in zip(*self.slots, strict=True))
+        return Routed(self.inputs, self.gradients, ids, weights, torch.empty(0))
+
+
+def _head(
+    decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, labels: Labels, seed: int, result: torch.Tensor
+) -> None:
+    """Fill the gradient with respect to the last layer's output [sequences, length, hidden]."""
+    flat, filled = hidden.flatten(0, 1), result.flatten(0, 1)
+    following = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), -1)), dim=1).flatten()
+    uniform = torch.rand(len(flat), generator=torch.Generator().manual_seed(seed))
+    with decoder.head() as logits:
+        for rows in torch.arange(len(flat)).split(head_rows(decoder)):
+            part = flat[rows].to(decoder.device, decoder.dtype).requires_grad_()
+            with torch.enable_grad():
+                likely = logits(part).log_softmax(dim=-1)
+                drawn = _draw(likely, uniform[rows]) if labels == "sampled" else following[rows].to(likely.device)
+                chosen = likely.gather(1, drawn.clamp_min(0)[:, None])[:, 0]
+                loss = -chosen[drawn >= 0].sum()
+            filled[rows] = torch.autograd.grad(loss, part)[0].to(filled)
+
+
+def head_rows(decoder: Decoder) -> int:
+    """Return how many tokens have their logits in memory at a time."""
+    return max(1, LOGITS // int(decoder.config.vocab_size))
+
+
+def _draw(likely: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Return one token [n] for each row of log-probabilities [n, vocabulary] and number in [0, 1) [n]."""
+    below = likely.detach().exp().cumsum(dim=-1)
+    place = torch.searchsorted(below, uniform.to(below)[:, None] * below[:, -1:])
+    return place[:, 0].clamp_max(likely.shape[1] - 1)

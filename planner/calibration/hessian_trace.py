@@ -1,0 +1,247 @@
+"""HAWQ-v2: how curved the loss is in the experts of each layer, and what rounding them costs by that measure.
+
+Source: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", 2020. A layer's cost at a
+width is Σ over its tensors of (trace of the Hessian / number of weights) · ‖Q(W) − W‖². Unlike everything else in this
+package, the traces need the whole model in memory, in float32, with its gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.experts import load_expert
+from planner.calibration.rounding import rounded
+from planner.checkpoint import SourceModel
+from planner.models import Layout, architecture_of
+from planner.progress import Progress
+from vllm_moeq.format import CheckpointError, ConfigError, UsageError
+
+PARTS = {"gate_up_proj": "gate_up", "down_proj": "down"}
+"""Parameter of transformers' experts module [experts, outputs, inputs] → our name of it."""
+
+EXPERT_COPIES = 3
+"""Of the experts' size, besides the model: the gradient, the probe and the Hessian's product with it."""
+
+CPU = torch.device("cpu")
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """Mean trace (trace / number of weights) of the Hessian in one layer's experts, in nats per squared weight.
+
+    Attributes:
+        mean: over all experts' weights of the layer.
+        error: standard error of ``mean`` over the probes; what another text would change is not in it.
+        parts: the same for the gate and up projections of all experts ("gate_up") and their down projections ("down").
+        part_errors: standard errors of ``parts``.
+    """
+
+    mean: float
+    error: float
+    parts: dict[str, float]
+    part_errors: dict[str, float]
+
+
+def layer_traces(
+    model: SourceModel,
+    layout: Layout,
+    tokens: torch.Tensor,
+    device: torch.device,
+    progress: Progress,
+    probes: int = 16,
+    seed: int = 0,
+    batch: int = 4,
+) -> dict[str, LayerTrace]:
+    """Estimate mean traces by Hutchinson's method: the mean of vᵀHv over vectors v of random signs.
+
+    H is the Hessian of the mean cross entropy per predicted token, in nats; which experts a token chooses has no
+    derivative. One v covers all layers: the part of vᵀ(Hv) that lies in a layer estimates the layer's trace, since
+    products of two different signs have mean zero. H is a sum over batches of text, and each has its own signs: as
+    unbiased as one v for all, and what batches have in common adds less noise. A batch's graph serves all probes.
+
+    Args:
+        model: the model, not quantized.
+        layout: its layers.
+        tokens: int64 [sequences, length].
+        device: where all of it runs.
+        progress: says how far it is.
+        probes: vectors of signs for each batch.
+        seed: of the signs; with another batch, or on another kind of device, it stands for others.
+        batch: sequences at a time; their activations take memory besides what :func:`check_memory` counts.
+
+    Returns:
+        Experts prefix → trace.
+
+    Raises:
+        ValueError: fewer than two probes, which have no standard error, or than two tokens, which predict nothing.
+        MoeqError: not enough memory, a model that transformers does not load as expected, a Hessian that is not finite.
+    """
+    if probes < 2 or tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"expected probes >= 2 and tokens [>= 1, >= 2], found {probes} and {list(tokens.shape)}")
+    check_memory(model, layout, device)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            network = load_network(model, device)
+            parameters = expert_parameters(network, model, layout)
+            samples = _samples(network, parameters, tokens.split(batch), progress, probes, seed)
+    except (MemoryError, torch.OutOfMemoryError):
+        size = f"the Hessian of {batch} sequences of {tokens.shape[1]} tokens"
+        raise UsageError(f"not enough memory on {device.type} for {size}; fewer or shorter ones take less") from None
+    if not bool(torch.isfinite(samples).all()):
+        raise CheckpointError(f"{model.folder}: expected a finite Hessian, found NaN or infinity")
+    sizes = torch.tensor([parameter.numel() for parameter in parameters]).reshape(-1, len(PARTS))
+    return {layer.prefix: _trace(samples[:, at], sizes[at]) for at, layer in enumerate(layout.layers)}
+
+
+def _trace(samples: torch.Tensor, sizes: torch.Tensor) -> LayerTrace:
+    """Turn traces of a layer's parts, float64 [probes, parts], and their numbers of weights [parts] into means."""
+    means = torch.cat([samples.sum(dim=1, keepdim=True) / sizes.sum(), samples / sizes], dim=1)
+    (mean, *parts), (error, *errors) = means.mean(dim=0).tolist(), (means.std(dim=0) / len(means) ** 0.5).tolist()
+    return LayerTrace(mean, error, *(dict(zip(PARTS.values(), each, strict=True)) for each in (parts, errors)))
+
+
+def _samples(
+    network: torch.nn.Module, parameters: Tensors, batches: Tensors, progress: Progress, probes: int, seed: int
+) -> torch.Tensor:
+    """Return the share of vᵀ(Hv) of each parameter: float64 [probes, layers, parts]."""
+    device = parameters[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    samples = torch.zeros(probes, len(parameters), dtype=torch.float64)
+    predicted = sum(tokens[:, 1:].numel() for tokens in batches)
+    steps = [(tokens, probe) for tokens in batches for probe in range(probes)]
+    gradients: Tensors = ()
+    for tokens, probe in progress.track(steps, "Hessian traces"):
+        if probe == 0:
+            gradients = ()  # two batches' graphs would take twice the memory
+            loss = summed_loss(network, tokens.to(device)) / predicted
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        signs = [torch.empty_like(each).bernoulli_(0.5, generator=generator).mul_(2).sub_(1) for each in parameters]
+        products = hessian_product(gradients, parameters, signs)
+        for index, (product, sign) in enumerate(zip(products, signs, strict=True)):
+            samples[probe, index] += product.mul_(sign).sum(dtype=torch.float64).cpu()
+    return samples.reshape(probes, -1, len(PARTS))
+
+
+def summed_loss(network: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy, in nats, of every token [sequences, length] given those before it, summed."""
+    logits = network(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def hessian_product(gradients: Tensors, parameters: Tensors, vectors: Tensors) -> Tensors:
+    """Return H·vectors, a tensor per parameter; ``gradients`` are made with ``create_graph``, which is kept."""
+    return torch.autograd.grad(gradients, parameters, vectors, retain_graph=True, materialize_grads=True)
+
+
+def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
+    """Load a causal language model in float32, without gradients; MoeqError if transformers does not load it whole."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise UsageError(f"Hessian traces need {error.name}: pip install 'vllm-moeq[calibrate]'") from None
+    logging.disable_progress_bar()
+    # Fused attention has no second derivative. Of the experts' products, only the plain loop has one wherever torch
+    # runs; the default has it in some versions, and the same values there.
+    plain = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        network, report = load(model.folder, **plain, device_map=device, output_loading_info=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
+    if report["missing_keys"]:  # transformers has drawn them at random
+        raise CheckpointError(f"{model.folder}: expected the weights {sorted(report['missing_keys'])}, found none")
+    made: torch.nn.Module = network.eval().requires_grad_(False)
+    return made
+
+
+def expert_parameters(network: torch.nn.Module, model: SourceModel, layout: Layout) -> list[torch.nn.Parameter]:
+    """Return the experts' parameters, :data:`PARTS` of each layer in turn, and have them require gradients.
+
+    Raises:
+        ConfigError: transformers keeps them in other parameters.
+    """
+    path = (row := architecture_of(model)).module_name(row.experts)
+    base: Any = network.base_model
+    found = []
+    for layer in layout.layers:
+        parameters = dict(base.layers[layer.index].get_submodule(path).named_parameters())
+        if set(parameters) != set(PARTS):
+            raise ConfigError(f"{layer.prefix}: expected transformers' {list(PARTS)}, found {list(parameters)}")
+        found += [parameters[name].requires_grad_() for name in PARTS]
+    return found
+
+
+def check_memory(model: SourceModel, layout: Layout, device: torch.device) -> None:
+    """Raise UsageError if a model's weights in float32, and three times those of its experts, cannot fit."""
+    weights = sum(math.prod(info.shape) for info in model.shards.tensors.values())
+    experts = sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers)
+    needed, available = 4 * (weights + EXPERT_COPIES * experts), available_bytes(device)
+    if needed > available:
+        raise UsageError(
+            f"{model.folder}: the Hessian's traces need the whole model in float32 and three copies of its experts, "
+            f"{needed / 2**30:.1f} GiB, and room for activations; {device.type} has {available / 2**30:.1f} GiB"
+        )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that this process can still take on a device, within its container's limit if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if meminfo.is_file():
+        found = int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) << 10
+    limit = container.read_text().strip() if container.is_file() else "max"
+    return min(found, int(limit)) if limit.isdigit() else found
+
+
+def perturbations(
+    model: SourceModel, layout: Layout, widths: Sequence[int], progress: Progress, device: torch.device = CPU
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Measure what rounding to nearest (one bit: the sign) changes, in groups of 128 or what divides the matrices.
+
+    One expert is in memory at a time, in float32.
+
+    Returns:
+        Experts prefix → width in bits → part → Σ over the layer's experts of ‖Q(W) − W‖².
+
+    Raises:
+        CheckpointError: a tensor that cannot be read or is not finite.
+    """
+    found = {layer.prefix: {bits: dict.fromkeys(PARTS.values(), 0.0) for bits in widths} for layer in layout.layers}
+    experts = [(layer, expert) for layer in layout.layers for expert in range(layer.num_experts)]
+    for layer, expert in progress.track(experts, "rounding experts"):
+        exact = load_expert(model, layer, expert, device, torch.float32)
+        for bits, sums in found[layer.prefix].items():
+            pairs = zip(rounded(exact, bits).matrices(), exact.matrices(), strict=True)
+            gate, up, down = (float((one - other).square_().sum(dtype=torch.float64)) for one, other in pairs)
+            sums["gate_up"] += gate + up
+            sums["down"] += down
+    return found
+
+
+def hessian_costs(
+    traces: Mapping[str, LayerTrace], changes: Mapping[str, Mapping[int, Mapping[str, float]]]
+) -> dict[str, dict[int, float]]:
+    """Return Ω of HAWQ-v2: experts prefix → width → Σ over parts of mean trace · ``changes`` (:func:`perturbations`).
+
+    A negative trace (from a loss that is not convex, or noise) counts as 0: it would reward the fewest bits.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for prefix, of_widths in changes.items():
+        weights = {part: max(trace, 0.0) for part, trace in traces[prefix].parts.items()}
+        found[prefix] = {
+            bits: sum(weights[part] * change for part, change in parts.items()) for bits, parts in of_widths.items()
+        }
+    return found

@@ -1,0 +1,127 @@
+"""What calibration can find out of experts besides counts, for the methods that ask for it: a table, one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.divergence import Effort, divergences
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.second_order import elementwise, second_order
+from planner.calibration.statistics import LayerStatistics
+from planner.progress import Progress
+
+Found = dict[str, dict[str, torch.Tensor]]
+"""Experts prefix → name → one value per expert."""
+
+Facts = dict[str, float]
+"""What the statistics' description says of a measure."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a measure has to work with, when the model has read the text.
+
+    Attributes:
+        decoder: the model.
+        store: the input of every layer and the last one's output, where :attr:`Measure.states` asks for them.
+        tokens: int64 [sequences, length].
+        found: counts and sums over all of them.
+        widths: to round experts to.
+        seed: of whatever is drawn.
+        progress: says how far it is.
+    """
+
+    decoder: Decoder
+    store: HiddenStates
+    tokens: torch.Tensor
+    found: Mapping[str, LayerStatistics]
+    widths: tuple[int, ...]
+    seed: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One row.
+
+    Attributes:
+        names: of its values, ``{bits}`` standing for each width.
+        run: finds them; None where they are gathered while the layers run.
+        states: it reads the hidden states between all layers.
+    """
+
+    names: tuple[str, ...]
+    run: Callable[[Run], tuple[Found, Facts]] | None = None
+    states: bool = False
+
+    def all_names(self, widths: Sequence[int]) -> list[str]:
+        """Return the names for some widths."""
+        return [name.format(bits=bits) for name in self.names for bits in (widths if "{bits}" in name else (0,))]
+
+
+ESTIMATED_SHARE = 6
+"""One in so many sequences has its gradient computed, which keeps the estimate within the cost of PMQ's errors."""
+
+SMALL = 1 << 30
+"""Weights of all routed experts of a model for which cost hardly matters."""
+
+
+def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found, Facts]:
+    tokens = run.tokens[: max(1, len(run.tokens) // share)]
+    scale = len(tokens) / len(run.tokens)
+    weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
+    found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
+    named = {prefix: {f"{name}_{bits}": value for bits, value in table.items()} for prefix, table in found.items()}
+    return named, {"measured": measured, "measured_tokens": effort.tokens, "estimated_tokens": tokens.numel()}
+
+
+def _measured(run: Run) -> tuple[Found, Facts]:
+    """Measure where the model is small, and estimate where it is not."""
+    if sum(layer.num_experts * layer.weights_per_expert for layer in run.decoder.layout.layers) > SMALL:
+        return _divergence(run, "kl", Effort(), ESTIMATED_SHARE)
+    return _divergence(run, "kl", Effort.like_pmq(run.tokens, run.decoder, run.widths), 1)
+
+
+def _estimated(run: Run) -> tuple[Found, Facts]:
+    return _divergence(run, "kl_estimated", Effort(), ESTIMATED_SHARE)
+
+
+def _gradient_error(run: Run) -> tuple[Found, Facts]:
+    terms = {"gemq": elementwise}
+    sums = second_order(run.decoder, run.store, run.tokens, run.widths, terms, "text", run.seed, run.progress)
+    names = [f"gemq_{bits}" for bits in run.widths]
+    return {prefix: {name: every[name] for name in names} for prefix, (every, _) in sums.items()}, {}
+
+
+def _hessian(run: Run) -> tuple[Found, Facts]:
+    from planner.calibration.hessian_trace import hessian_costs, layer_traces, perturbations
+
+    decoder, layout = run.decoder, run.decoder.layout
+    tokens = run.tokens[:HESSIAN_SEQUENCES]
+    traces = layer_traces(decoder.model, layout, tokens, decoder.device, run.progress, seed=run.seed)
+    costs = hessian_costs(traces, perturbations(decoder.model, layout, run.widths, run.progress))
+    found = {
+        layer.prefix: {
+            f"hessian_{bits}": torch.full((layer.num_experts,), cost / layer.num_experts)
+            for bits, cost in costs[layer.prefix].items()
+        }
+        for layer in layout.layers
+    }
+    return found, {"sequences": len(tokens)}
+
+
+HESSIAN_SEQUENCES = 16
+"""On which traces are estimated: double backward passes cost some fifty times a forward pass."""
+
+MEASURES: dict[str, Measure] = {
+    "error": Measure(("error_{bits}",)),
+    "block": Measure(("block_cosine", "block_score")),
+    "kl": Measure(("kl_{bits}",), _measured, states=True),
+    "kl-estimated": Measure(("kl_estimated_{bits}",), _estimated, states=True),
+    "gemq": Measure(("gemq_{bits}",), _gradient_error, states=True),
+    "hessian": Measure(("hessian_{bits}",), _hessian),
+}

@@ -1,0 +1,60 @@
+"""What rounding one expert changes in the output of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.experts import Expert, load_expert
+from planner.calibration.routed import Routed
+from planner.models import MoeLayer
+from planner.quantizers import quantizer_for
+from vllm_moeq.format import CODES_PER_BLOCK
+
+QUANTIZER, ONE_BIT = "rtn", "sign"
+"""Fast, and without calibration; experts keep their ranks under better quantizers."""
+
+
+def rounded(weights: Expert, bits: int) -> Expert:
+    """Return an expert as round-to-nearest leaves it, in groups of 128 or what divides its matrices."""
+    quantizer = quantizer_for(bits, QUANTIZER, ONE_BIT)
+    columns = [matrix.shape[1] for matrix in weights.matrices()]
+    group = next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
+    return Expert(*(quantizer(matrix, bits, group).dequantize().to(matrix) for matrix in weights.matrices()))
+
+
+def load_rounded(decoder: Decoder, layer: MoeLayer, expert: int, bits: int | None) -> Expert:
+    """Return an expert at some width, or as it is."""
+    exact = load_expert(decoder.model, layer, expert, decoder.device, decoder.dtype)
+    return exact if bits is None else rounded(exact, bits)
+
+
+def changes(
+    decoder: Decoder,
+    layer: MoeLayer,
+    expert: int,
+    routed: Routed,
+    widths: Sequence[int],
+    before: int | None = None,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (bits, tokens int64 [n], change float32 [n, hidden]) of an expert's weighted output, in parts.
+
+    Args:
+        decoder: the model.
+        layer: which one.
+        expert: its index.
+        routed: what the experts see.
+        widths: to round to.
+        before: width that it has already, if any.
+    """
+    if not bool((routed.ids == expert).any()):
+        return
+    present = load_rounded(decoder, layer, expert, before)
+    others = {bits: load_rounded(decoder, layer, expert, bits) for bits in widths}
+    for inputs, weights, tokens in routed.chunks(expert, decoder.device):
+        output = present.inner(inputs, decoder.activation) @ present.down.mT
+        for bits, other in others.items():
+            changed = other.inner(inputs, decoder.activation) @ other.down.mT
+            yield bits, tokens, (changed.float() - output.float()) * weights[:, None]

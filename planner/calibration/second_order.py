@@ -1,0 +1,93 @@
+"""What rounding an expert costs, from gradients: the second-order term of a loss, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.gradients import Labels, backward
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.rounding import changes
+from planner.calibration.routed import Routed
+from planner.progress import Progress
+
+Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(gradient [n, hidden], change [n, hidden]) → one number per token [n]."""
+
+Terms = dict[str, torch.Tensor]
+"""Name and width, ``<name>_<bits>``, → float64 [experts]. :data:`WEIGHT` besides."""
+
+WEIGHT = "weight"
+"""Σ of the router's weights over the tokens of an expert."""
+
+
+def projected(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """½ (g·Δ)²: with labels drawn from the model, its mean is the KL divergence to second order.
+
+    KL(p ‖ p') ≈ ½ Δzᵀ F Δz for a change Δz of the logits, F = E[s sᵀ] the Fisher information, s = ∂ log p(y) / ∂z with
+    y drawn from p. Terms between different tokens are left out: they have no sign of their own.
+    """
+    return (gradient * change).sum(dim=1).square() / 2
+
+
+def isotropic(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """½ ‖g‖²‖Δ‖²: the same but for a factor if changes had no direction; varies far less from token to token."""
+    return gradient.square().sum(dim=1) * change.square().sum(dim=1) / 2
+
+
+def elementwise(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Σ g²Δ² over the hidden dimension: the coefficient of GEMQ (arXiv 2605.23078), with the labels of the text."""
+    return (gradient.square() * change.square()).sum(dim=1)
+
+
+def second_order(
+    decoder: Decoder,
+    store: HiddenStates,
+    tokens: torch.Tensor,
+    widths: Sequence[int],
+    terms: Mapping[str, Term],
+    labels: Labels,
+    seed: int,
+    progress: Progress,
+    first: int | None = None,
+) -> dict[str, tuple[Terms, Terms]]:
+    """Return the sums of some terms over the tokens of each expert.
+
+    Args:
+        decoder: the model.
+        store: see :func:`planner.calibration.gradients.backward`.
+        tokens: int64 [sequences, length].
+        widths: to round to.
+        terms: name → what is summed.
+        labels: of the loss.
+        seed: of drawn labels.
+        progress: says how far it is.
+        first: sequences over which sums are returned as well.
+
+    Returns:
+        Experts prefix → (sums over all tokens, sums over the first sequences).
+    """
+    limit = (len(tokens) if first is None else first) * tokens.shape[1]
+    found: dict[str, tuple[Terms, Terms]] = {}
+    steps = backward(decoder, store, tokens, labels, seed)
+    for step in progress.track(steps, "gradients", len(decoder.moe)):
+        layer = decoder.moe[step.index]
+        names = [f"{name}_{bits}" for name in terms for bits in widths]
+        every, some = ({name: torch.zeros(layer.num_experts, dtype=torch.float64) for name in names} for _ in range(2))
+        for expert in range(layer.num_experts):
+            for bits, places, change in changes(decoder, layer, expert, step.routed, widths):
+                gradient = step.routed.outputs[places].to(change)
+                early = places < limit
+                for name, term in terms.items():
+                    values = term(gradient, change).double().cpu()
+                    every[f"{name}_{bits}"][expert] += values.sum()
+                    some[f"{name}_{bits}"][expert] += values[early].sum()
+        every[WEIGHT] = torch.tensor([_weight(step.routed, expert) for expert in range(layer.num_experts)])
+        found[layer.prefix] = (every, some)
+    return found
+
+
+def _weight(routed: Routed, expert: int) -> float:
+    return float(routed.weights[routed.ids == expert].sum())

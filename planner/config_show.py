@@ -1,0 +1,68 @@
+"""What a dry run of ``moeq plan`` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from planner import show
+from planner.checkpoint import SourceModel
+from planner.config_sizes import ConfigModel, config_sizes
+from planner.estimate import GIB
+from planner.models import Layout
+from planner.plan import Plan
+from planner.settings import QuantizeSettings, check_sizes
+
+
+def report_dry_run(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings, as_json: bool) -> None:
+    """Print sizes: from a checkpoint's headers, or from its config.json alone, then beside the paper's formula.
+
+    Raises:
+        CheckpointError: input dimensions that cannot be packed.
+    """
+    check_sizes(model, layout, settings)
+    facts = dry_run_facts(model, layout, made, settings)
+    if as_json:
+        show.emit(facts)
+        return
+    if isinstance(model, ConfigModel):
+        _print_table(facts)
+    show.print_sizes(facts["sizes"])
+
+
+def dry_run_facts(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings) -> dict[str, Any]:
+    """Return the result as JSON values: the average and bytes; without weights also counts, and the table's GiB."""
+    found = config_sizes(model, layout, made.experts, settings.group_size, settings.linear)
+    facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": found.ours.as_dict()}
+    if not isinstance(model, ConfigModel):
+        return facts
+    widths = Counter(bits for row in made.experts.values() for bits in row)
+    totals = {"bf16": found.bf16_bytes, "ours": found.ours.total_bytes, "paper": found.paper_bytes}
+    return {
+        "model": str(model.folder),
+        "model_type": layout.model_type,
+        "weights": {**asdict(found.counts), "total": found.counts.total},
+        "experts_per_width": {str(bits): widths[bits] for bits in made.bit_choices},
+        "gib": {name: count / GIB for name, count in totals.items()},
+        **facts,
+    }
+
+
+def _print_table(facts: Mapping[str, Any]) -> None:
+    weights, console = facts["weights"], Console()
+    share = weights["experts"] / weights["total"]
+    console.print(
+        f"{facts['model']}: {facts['model_type']}, config.json alone; {weights['total']:,} weights, {share:.1%} of "
+        "them in routed experts",
+        soft_wrap=True,
+    )
+    widths = facts["experts_per_width"]
+    table = Table(*(f"{bits} bit" for bits in widths), "average", "bf16, GiB", "moeq, GiB", "paper, GiB")
+    sizes = (f"{facts['gib'][name]:.2f}" for name in ("bf16", "ours", "paper"))
+    table.add_row(*map(str, widths.values()), f"{facts['achieved_avg_bits']:.4f}", *sizes)
+    console.print(table)

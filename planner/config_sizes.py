@@ -1,0 +1,237 @@
+"""Sizes from config.json alone: what a model weighs whose weights are not there, and what the paper's formula says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.estimate import Sizes, estimate
+from planner.models import KEPT, Architecture, Layout, architecture_of
+from vllm_moeq.format import CheckpointError, ConfigError, Linear, ShardSet, TensorInfo, UsageError, read_json
+from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
+
+CONFIG = "config.json"
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Fields that config.json has to name where transformers' class has them: its defaults are those of another model."""
+
+FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""transformers' tensors [experts, rows, columns] → the projections that lie in them, one below the other."""
+
+STORED_BITS = {3: Fraction(32, 10)}
+"""Bits that a code takes in the paper's files where it is more than its width: ten 3-bit codes in 32 bits."""
+
+PAPER_LINEAR_BITS = 4
+PAPER_GROUP_BITS = Fraction(16 + 16, 128)
+"""Bits per weight of a 16-bit scale and a 16-bit zero in groups of 128."""
+
+
+class _Headers(ShardSet):
+    """The tensors that a checkpoint would have; there are no files to read them from."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.tensors = dict(tensors)
+
+    def _open(self, shard: str) -> Any:
+        raise CheckpointError(f"{self.folder}: expected weights, found {shard} alone")
+
+    def _descriptor(self, shard: str) -> int:
+        raise CheckpointError(f"{self.folder}: expected weights, found {shard} alone")
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+
+class ConfigModel(SourceModel):
+    """A folder with a config.json and no weights: names, shapes and dtypes of the tensors that belong to it.
+
+    They are those of transformers' own model, built on the meta device (no memory, well below a second), under the
+    names of the checkpoint. Where the config names no dtype, weights are bfloat16.
+
+    Raises:
+        ConfigError: config.json is no JSON object, lacks a size, or is nothing that transformers can build.
+        UsageError: an unknown ``model_type``, or transformers is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / CONFIG)
+        if not isinstance(config, dict):
+            raise ConfigError(f"{folder / CONFIG}: expected an object, found {type(config).__name__}")
+        self.folder = folder
+        self.config = config
+        self.shards = _Headers(folder, {})
+        row = architecture_of(self)
+        self.shards = _Headers(folder, _tensors(_skeleton(self), row))
+
+    def fingerprint(self) -> str:
+        """Return a digest of the config, all there is."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+
+def open_model(folder: Path, dry_run: bool) -> SourceModel:
+    """Open a model; a dry run does with config.json where there are no weights.
+
+    Raises:
+        MoeqError: see :class:`SourceModel` and :class:`ConfigModel`.
+    """
+    if dry_run and not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
+        return ConfigModel(folder)
+    return SourceModel(folder)
+
+
+def _skeleton(model: SourceModel) -> torch.nn.Module:
+    """Build transformers' model without storage."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise UsageError(f"sizes from config.json alone need {error.name}: pip install 'vllm-moeq[eval]'") from None
+    try:
+        config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False, local_files_only=True)
+        for size in SIZES:
+            if hasattr(config, size):
+                model.integer(size)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        with torch.device("meta"):
+            skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ConfigError:
+        raise
+    except Exception as error:  # the config may hold anything, and transformers raises whatever it meets first
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{model.folder / CONFIG}: transformers cannot build the model ({reason})") from None
+    return skeleton
+
+
+def _tensors(skeleton: torch.nn.Module, row: Architecture) -> dict[str, TensorInfo]:
+    """Return checkpoint name → shape and dtype; tied weights once, as checkpoints store them."""
+    tensors: dict[str, TensorInfo] = {}
+    seen: set[int] = set()
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            for saved, shape in _saved_as(name, tuple(tensor.shape), row).items():
+                tensors[saved] = TensorInfo(CONFIG, shape, tensor.dtype, 0)
+    return tensors
+
+
+def _saved_as(name: str, shape: tuple[int, ...], row: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the checkpoint's tensors, name → shape, that transformers holds as one called ``name``."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if found is None:
+        return {name: shape}
+    layer, inside = int(found[1]), found[2]
+    owner, _, leaf = inside.rpartition(".")
+    if owner != row.module_name(row.experts) or leaf not in FUSED:
+        return {row.checkpoint_name(layer, inside): shape}
+    count, rows, columns = shape
+    projections = [getattr(row.projections, part) for part in FUSED[leaf]]
+    return {
+        f"{row.prefix(layer)}.{expert}.{projection}.weight": (rows // len(projections), columns)
+        for expert in range(count)
+        for projection in projections
+    }
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of weights.
+
+    Attributes:
+        experts: of all routed experts.
+        linears: of attention and other linears that are quantized.
+        embeddings: of the embedding and the head; once where they are tied.
+        rest: of routers, norms and biases.
+    """
+
+    experts: int
+    linears: int
+    embeddings: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return self.experts + self.linears + self.embeddings + self.rest
+
+
+def count_weights(model: SourceModel, layout: Layout) -> WeightCounts:
+    """Count a model's weights by what becomes of them."""
+    numbers = {name: info.numel for name, info in model.shards.tensors.items()}
+    embeddings = sum(numbers[name] for name in layout.kept if name.endswith(KEPT))
+    return WeightCounts(
+        experts=sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers),
+        linears=sum(numbers[name] for name in layout.linears),
+        embeddings=embeddings,
+        rest=sum(numbers[name] for name in layout.kept) - embeddings,
+    )
+
+
+def paper_bytes(layout: Layout, counts: WeightCounts, experts: Mapping[str, Sequence[int]]) -> int:
+    """Return the bytes by the formula that fits Table 1 of the paper (its "GB" are GiB).
+
+    P_exp·(b̃ + 0.25)/8 + P_attn·4.25/8 + 2·(P_embed + P_head), b̃ the experts' average with 3.2 bits for a 3-bit code.
+    It is always of the paper's settings: groups of 128, linears of 4 bits, routers and norms not counted. Widths of 4
+    and 8 bits, which the paper does not have, fill 32-bit words and count as they are.
+
+    Args:
+        layout: of the model.
+        counts: its numbers of weights.
+        experts: layer's prefix → width of each expert, bits.
+    """
+    bits = Fraction(0)
+    for layer in layout.layers:
+        stored = sum((STORED_BITS.get(width, Fraction(width)) for width in experts[layer.prefix]), Fraction(0))
+        bits += layer.weights_per_expert * (stored + PAPER_GROUP_BITS * layer.num_experts)
+    bits += counts.linears * (PAPER_LINEAR_BITS + PAPER_GROUP_BITS)
+    return round(bits / 8 + 2 * counts.embeddings)
+
+
+@dataclass(frozen=True)
+class ConfigSizes:
+    """A model's numbers of weights and its bytes: as it is in bfloat16, by us, and by the paper's formula."""
+
+    counts: WeightCounts
+    bf16_bytes: int
+    ours: Sizes
+    paper_bytes: int
+
+
+def config_sizes(
+    model: SourceModel, layout: Layout, experts: Mapping[str, Sequence[int]], group_size: int, linear: Linear
+) -> ConfigSizes:
+    """Return the sizes of a model whose experts have certain widths, from names and shapes alone.
+
+    Ours are those of :func:`planner.estimate.estimate`: N·K·b/8 bytes and 4 per group for an expert matrix, and
+    what ``linear`` takes for the others.
+
+    Args:
+        model: with weights or without.
+        layout: of the model.
+        experts: layer's prefix → width of each expert, bits.
+        group_size: expert weights per scale, or −1 for whole rows.
+        linear: format of the linears that are not experts.
+    """
+    counts = count_weights(model, layout)
+    return ConfigSizes(
+        counts=counts,
+        bf16_bytes=2 * counts.total,
+        ours=estimate(model, layout, experts, group_size, linear),
+        paper_bytes=paper_bytes(layout, counts, experts),
+    )

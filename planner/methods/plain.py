@@ -1,0 +1,13 @@
+"""Without looking: the same width for all, or a random order."""
+
+import random
+
+from planner.methods.base import LayerScores, Method, OrderOptions
+
+
+def _shuffled(_scores: LayerScores, experts: int, options: OrderOptions) -> list[int]:
+    return random.Random(options.seed).sample(range(experts), experts)
+
+
+UNIFORM = Method()
+RANDOM = Method(order=_shuffled, random=True)

@@ -1,0 +1,5 @@
+"""Slim-LLM (Huang et al., ICML 2025): widths per group of weights in every expert (``planner/quantizers/slim.py``)."""
+
+from planner.methods.base import Method
+
+METHOD = Method(only_compared="the format has one width per expert; moeq compare measures it on dequantized weights")

@@ -1,0 +1,152 @@
+"""The scores that a method asks for: computed from the weights, or read from a calibration run's statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import torch
+
+from planner.calibration.measures import MEASURES
+from planner.calibration.statistics import LayerStatistics, read_statistics
+from planner.checkpoint import SourceModel
+from planner.methods import Method
+from planner.models import Layout, MoeLayer
+from planner.options import PlanOptions
+from planner.progress import Progress
+from planner.rows import open_threads
+from planner.sensitivity import max_variance, router_norm, spectral_scores
+from planner.sensitivity.spectrum import MATRICES
+from vllm_moeq.format import CheckpointError, ShardSet, UsageError
+
+READERS = 8
+"""Threads that score matrices: more would only keep more of the model in memory."""
+
+LayerMetrics = dict[str, list[float]]
+Metric = Callable[[SourceModel, Layout, ShardSet | None, ThreadPoolExecutor], Iterator[LayerMetrics]]
+"""(model, layout, model before training, threads) → the scores of one layer after the other."""
+
+
+def _norms(
+    model: SourceModel, layout: Layout, initial: ShardSet | None, _pool: ThreadPoolExecutor
+) -> Iterator[LayerMetrics]:
+    for layer in layout.layers:
+        yield {"router_norm": _router_norms(model, layer, initial)}
+
+
+def _router_norms(model: SourceModel, layer: MoeLayer, initial: ShardSet | None) -> list[float]:
+    trained = model.shards.load(layer.router)
+    if initial is None:
+        return router_norm(trained)
+    before = initial.load(layer.router)
+    if before.shape != trained.shape:
+        raise CheckpointError(
+            f"{initial.folder}: tensor {layer.router}: expected {list(trained.shape)}, found {list(before.shape)}"
+        )
+    return router_norm(trained, before)
+
+
+def _variances(
+    model: SourceModel, layout: Layout, _initial: ShardSet | None, pool: ThreadPoolExecutor
+) -> Iterator[LayerMetrics]:
+    gates = [layer.weight(e, layer.projections.gate) for layer in layout.layers for e in range(layer.num_experts)]
+    variances = pool.map(lambda name: max_variance(model.shards.map(name)), gates)
+    for layer in layout.layers:
+        yield {"max_var": list(islice(variances, layer.num_experts))}
+
+
+def _spectra(
+    model: SourceModel, layout: Layout, _initial: ShardSet | None, pool: ThreadPoolExecutor
+) -> Iterator[LayerMetrics]:
+    for layer in layout.layers:
+        found: LayerMetrics = {}
+        for matrix, projection in zip(MATRICES, layer.projections.names(), strict=True):
+            names = [layer.weight(expert, projection) for expert in range(layer.num_experts)]
+            values = list(pool.map(lambda name: spectral_scores(model.shards.map(name)), names))
+            found[f"alpha_{matrix}"] = [alpha for alpha, _ in values]
+            found[f"variance_{matrix}"] = [variance for _, variance in values]
+            found[f"weights_{matrix}"] = [float(math.prod(layer.shapes[projection]))] * layer.num_experts
+        yield found
+
+
+METRICS: dict[str, Metric] = {"router_norm": _norms, "max_var": _variances, "spectrum": _spectra}
+"""Scores from weights alone; a new one is a file in ``planner/sensitivity`` and a row here."""
+
+
+def score_experts(
+    model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
+) -> tuple[dict[str, LayerMetrics], dict[str, float]]:
+    """Return the method's scores and what calibration cost; one matrix per thread is in memory at a time.
+
+    Raises:
+        MoeqError: an initial router that is missing or of another shape, statistics that are missing or of another
+            model, or a score that is not finite.
+    """
+    if options.initial_model is not None and "router_norm" not in method.metrics and options.ranked:
+        raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
+    initial = ShardSet(options.initial_model) if options.initial_model is not None else None
+    observed, cost = _observed(model, layout, method, options, progress)
+    scores: dict[str, LayerMetrics] = {}
+    with open_threads(min(torch.get_num_threads(), READERS)) as threads:
+        computed = [METRICS[name](model, layout, initial, threads.pool) for name in method.metrics]
+        for layer in progress.track(layout.layers, "scoring experts"):
+            entry: LayerMetrics = {}
+            for metric in computed:
+                entry |= next(metric)
+            entry |= _from_statistics(observed.get(layer.prefix), method, options)
+            for name, values in entry.items():
+                if not all(math.isfinite(value) for value in values):
+                    raise CheckpointError(f"{model.folder}: {layer.prefix}: {name} is not finite: damaged weights")
+            scores[layer.prefix] = entry
+    return scores, cost
+
+
+def _from_statistics(found: LayerStatistics | None, method: Method, options: PlanOptions) -> LayerMetrics:
+    if found is None:
+        return {}
+    entry = {name: getattr(found, name).double().tolist() for name in method.observed}
+    for measure in method.measures:
+        names = MEASURES[measure].all_names(options.bit_choices)
+        entry |= {name: found.measured[name].double().tolist() for name in names}
+    return entry
+
+
+def _observed(
+    model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
+) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
+    """Return the statistics of a calibration run, where the method uses them, and the seconds and bytes they took.
+
+    Raises:
+        MoeqError: none given, given in vain, or of another model.
+    """
+    if options.stats is None:
+        if method.calibrated:
+            raise UsageError(
+                f"--method {options.resolved_method}: expected --stats FILE, which moeq calibrate writes, found none"
+            )
+        return {}, {}
+    if not method.calibrated and options.ranked:
+        raise UsageError(f"--stats: the method {options.resolved_method} does not use it")
+    found, facts = read_statistics(options.stats, layout)
+    _require(found, method, options)
+    if facts.get("model") != model.fingerprint():
+        progress.line(f"note: {options.stats} was made from other files than {model.folder}")
+    parts = [part for name, part in facts.get("cost", {}).items() if name in ("forward", *method.measures)]
+    cost = {"calibration_seconds": sum(part["seconds"] for part in parts)}
+    for name in ("peak_bytes", "added_bytes"):
+        cost[f"calibration_{name}"] = max((part[name] for part in parts), default=0)
+    return found, cost
+
+
+def _require(found: dict[str, LayerStatistics], method: Method, options: PlanOptions) -> None:
+    """Refuse statistics that lack what the method needs, with the command that makes it."""
+    names = [name for measure in method.measures for name in MEASURES[measure].all_names(options.bit_choices)]
+    missing = sorted({name for name in names if any(name not in layer.measured for layer in found.values())})
+    if missing:
+        widths = ",".join(map(str, options.bit_choices))
+        raise UsageError(
+            f"--stats: {options.stats}: expected {', '.join(names)} for --method {options.resolved_method}, found no "
+            f"{', '.join(missing)}; make them with moeq calibrate --for {options.resolved_method} --bits {widths}"
+        )
