@@ -1,0 +1,111 @@
+"""Where a candidate's experts come from: rounded on the spot, or a folder that a quantizer has written."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.experts import Expert, load_expert
+from planner.dense import dequantize_expert
+from planner.models import MoeLayer
+from planner.quantizers import quantizer_for
+from vllm_moeq.format import SCALE, ExpertMatrix, MoeqConfig, ShardSet, load_config
+
+
+class Weights(Protocol):
+    """The experts of one candidate."""
+
+    def key(self, layer: MoeLayer, expert: int, /) -> Hashable:
+        """Return what decides an expert's matrices: candidates with equal keys share them."""
+
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+        """Return an expert's dequantized matrices, in the decoder's dtype and on its device."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Quantized without calibration when they are needed.
+
+    Attributes:
+        widths: experts prefix → bits per expert.
+        quantizer: for two bits and more.
+        one_bit: for one bit.
+        group_size: weights per scale.
+    """
+
+    widths: Mapping[str, Sequence[int]]
+    quantizer: str
+    one_bit: str
+    group_size: int
+
+    def key(self, layer: MoeLayer, expert: int) -> Hashable:
+        """See :class:`Weights`."""
+        return self.quantizer, self.one_bit, self.group_size, self.widths[layer.prefix][expert]
+
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+        """See :class:`Weights`."""
+        bits = self.widths[layer.prefix][expert]
+        quantizer = quantizer_for(bits, self.quantizer, self.one_bit)
+        exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
+        matrices = (quantizer(matrix, bits, self.group_size).dequantize() for matrix in exact.matrices())
+        return Expert(*(matrix.to(decoder.dtype) for matrix in matrices))
+
+
+class Quantized:
+    """A checkpoint that moeq wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: MoeqConfig = load_config(folder)
+        self.shards = ShardSet(folder)
+
+    def key(self, _layer: MoeLayer, _expert: int) -> Hashable:
+        """See :class:`Weights`."""
+        return self.folder
+
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+        """See :class:`Weights`."""
+        bits = self.config.experts[layer.prefix][expert]
+        matrices = []
+        for name in layer.projections.names():
+            groups = self.shards.info(f"{layer.prefix}.{expert}.{name}.{SCALE}").shape[1]
+            matrix = ExpertMatrix(layer.prefix, expert, name, bits, *layer.shapes[name], groups)
+            matrices.append(dequantize_expert(self.shards, matrix).to(decoder.device, decoder.dtype))
+        return Expert(*matrices)
+
+
+class Dense:
+    """Matrices that were dequantized when they were made (:mod:`planner.comparison.slim`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards = ShardSet(folder)
+
+    def key(self, _layer: MoeLayer, _expert: int) -> Hashable:
+        """See :class:`Weights`."""
+        return self.folder
+
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+        """See :class:`Weights`."""
+        names = (layer.weight(expert, projection) for projection in layer.projections.names())
+        return Expert(*(self.shards.load(name).to(decoder.device, decoder.dtype) for name in names))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to evaluate.
+
+    Attributes:
+        name: unique, good for file names.
+        weights: its experts.
+        odp: experts whose routing weight is below this share of a token's largest are skipped, if not 0.
+    """
+
+    name: str
+    weights: Weights
+    odp: float = 0.0

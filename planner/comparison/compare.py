@@ -1,0 +1,86 @@
+"""Every method's plan at every budget, quantized and evaluated side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.comparison.entries import Entry, entries
+from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
+from planner.comparison.wanted import Comparison, Run
+from planner.estimate import estimate
+from planner.models import Layout
+from planner.partial import PartialRun
+from planner.progress import Progress
+
+Row = dict[str, Any]
+"""method, average, seed, odp, achieved, bytes, cost, scores and, of tasks, [value, standard error]."""
+
+
+def compare(
+    model: SourceModel,
+    layout: Layout,
+    wanted: Comparison,
+    held_out: str,
+    output: Path,
+    device: torch.device,
+    progress: Progress,
+    resume: bool = True,
+) -> list[Row]:
+    """Return one row for the original, and one per method, average, seed and ODP threshold. Continues a killed run.
+
+    Args:
+        model: the original.
+        layout: its layers.
+        wanted: what to compare.
+        held_out: text on which the models are evaluated.
+        output: folder that the caller will write; unfinished results of an earlier run lie beside it.
+        device: where layers run.
+        progress: says how far it is.
+        resume: continue an unfinished run instead of deleting it.
+
+    Raises:
+        MoeqError: flags that cannot be met, damaged tensors, a full disk.
+    """
+    digest = hashlib.sha256(held_out.encode()).hexdigest()
+    fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest}
+    partial = PartialRun(output, fingerprint, resume)
+    run = Run(model, layout, wanted, partial.folder, device, progress)
+    try:
+        found = entries(run)
+        found += [replace(entry, odp=threshold) for threshold in wanted.odp for entry in found]
+        scores = evaluate(run, found, held_out)
+    except BaseException:
+        partial.abandon()
+        raise
+    shutil.rmtree(partial.folder, ignore_errors=True)
+    partial.release()
+    size = sum(info.nbytes for info in model.shards.tensors.values())
+    original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
+    return [original, *(_row(run, entry, scores[key_of(run, entry)]) for entry in found)]
+
+
+def _row(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
+    """Return one line of the table."""
+    settings = run.wanted.settings
+    same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}
+    experts: Mapping[str, Sequence[int]] = entry.plan.experts if entry.plan else same
+    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear)
+    return {
+        "method": entry.method,
+        "average": float(entry.average),
+        "seed": entry.seed,
+        "odp": entry.odp,
+        "achieved": entry.plan.achieved_avg_bits if entry.plan else float(entry.average),
+        "bytes": sizes.total_bytes,
+        "cost": entry.cost,
+        "model": key_of(run, entry),
+        **scores,
+    }

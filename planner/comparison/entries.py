@@ -1,0 +1,112 @@
+"""The plans that are compared, and what it took to make them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from planner.calibration.collect import Wanted, collect
+from planner.calibration.flags import calibration_facts
+from planner.calibration.runner import compute_dtype
+from planner.calibration.statistics import json_path
+from planner.comparison.wanted import Run
+from planner.memory import resident_bytes
+from planner.methods import METHODS
+from planner.options import PlanOptions
+from planner.plan import Plan, read_plan
+from planner.planning import make_plan
+from planner.progress import Progress
+from vllm_moeq.format import BIT_WIDTHS
+
+QUIET = Progress(quiet=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the comparison.
+
+    Attributes:
+        method: its name.
+        average: bits per expert weight that were asked for.
+        seed: of random orders and of the choice of calibration text.
+        plan: None for slim, whose widths no plan can hold.
+        cost: seconds and bytes that the choice took.
+        odp: see :class:`planner.comparison.candidates.Candidate`.
+    """
+
+    method: str
+    average: Fraction
+    seed: int
+    plan: Plan | None
+    cost: dict[str, float]
+    odp: float = 0.0
+
+
+def entries(run: Run) -> list[Entry]:
+    """Return what is compared, methods in turn; those of equal widths are not left out.
+
+    Raises:
+        MoeqError: flags that a method cannot meet.
+    """
+    found: list[Entry] = []
+    for name in run.wanted.methods:
+        averages = [average for average in run.wanted.averages if _possible(name, average)]
+        for average in run.wanted.averages:
+            if average not in averages:
+                run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
+        for seed in range(run.wanted.seeds if _varies(name) else 1):
+            found += _of_method(run, name, averages, seed)
+    return found
+
+
+def _varies(name: str) -> bool:
+    """Tell whether a method depends on the seed."""
+    return METHODS[name].random or METHODS[name].calibrated or bool(METHODS[name].only_compared)
+
+
+def _possible(name: str, average: Fraction) -> bool:
+    if name in ("uniform", "slim"):
+        return average.denominator == 1 and int(average) in BIT_WIDTHS
+    return True
+
+
+def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iterator[Entry]:
+    """Yield a method's plans for one seed; what calibration took counts for each of them."""
+    method = METHODS[name]
+    stats = _statistics(run, name, seed) if method.calibrated and averages else None
+    for average in averages:
+        if method.only_compared:
+            yield Entry(name, average, seed, None, {})
+            continue
+        choices = (int(average),) if name == "uniform" else run.wanted.bit_choices
+        options = PlanOptions(average, choices, method=name, stats=stats, seed=seed)
+        path = run.folder / f"plan-{name}-{float(average):g}-{seed}.json"
+        if not path.is_file():
+            idle = resident_bytes()
+            plan = make_plan(run.model, run.layout, options, QUIET)
+            plan.cost["added_bytes"] = max(0.0, plan.cost["peak_bytes"] - idle)
+            plan.write(path)
+        plan = read_plan(path)
+        cost = {
+            "seconds": plan.cost["seconds"] + plan.cost.get("calibration_seconds", 0.0),
+            "bytes": max(plan.cost["added_bytes"], plan.cost.get("calibration_added_bytes", 0.0)),
+            "forward_passes": float(method.calibrated),
+        }
+        yield Entry(name, average, seed, plan, cost)
+
+
+def _statistics(run: Run, name: str, seed: int) -> Path:
+    """Return a method's own statistics of a seed's calibration text: nobody else's measures are in its seconds."""
+    path = run.folder / f"statistics-{name}-{seed}.safetensors"
+    if not (path.is_file() and json_path(path).is_file()):
+        wanted = Wanted(METHODS[name].measures, run.wanted.bit_choices, seed)
+        text, facts = run.text(seed), calibration_facts(run.text(seed), run.device)
+        dtype = compute_dtype(run.device)
+        run.progress.line(f"{name}: calibrating, seed {seed}")
+        began = time.monotonic()
+        collect(run.model, run.layout, text, path, facts, run.device, dtype, QUIET, wanted=wanted)
+        run.progress.line(f"{name}: {time.monotonic() - began:.1f} s")
+    return path

@@ -1,0 +1,138 @@
+"""Quantize what is compared, have it read the held-out text, and score it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.exact import advance
+from planner.calibration.flags import calibration_facts
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.routed import first_hidden
+from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
+from planner.comparison.entries import Entry
+from planner.comparison.forward import read_text
+from planner.comparison.scores import score, windows
+from planner.comparison.slim import write_slim
+from planner.comparison.wanted import Run
+from planner.evaluation.tasks import run_tasks
+from planner.files import write_json
+from planner.pipeline import quantize
+from planner.progress import Progress
+from vllm_moeq.format import UsageError, read_json
+
+AT_A_TIME = 1 << 30
+"""Bytes of hidden states of all candidates that are evaluated together."""
+
+QUIET = Progress(quiet=True)
+ORIGINAL = "original"
+
+
+def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[str, Any]]:
+    """Return the scores of every distinct model by :func:`key_of`, and those of the original under :data:`ORIGINAL`.
+
+    Args:
+        run: what to work with.
+        found: what is compared.
+        held_out: the text.
+
+    Raises:
+        MoeqError: a damaged tensor, a full disk, a task that lm-eval does not know.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.model.folder)
+    ids = tokenizer(held_out, verbose=False)["input_ids"][: run.wanted.max_tokens]
+    if len(ids) < 2:
+        raise UsageError(f"--held-out: expected a text of at least two tokens, found {len(ids)}")
+    tokens, targets = windows(ids, run.wanted.window)
+    decoder = Decoder(run.model, run.layout, run.device, compute_dtype(run.device))
+    store = first_hidden(decoder, tokens, run.folder)
+    first, exact = store.load(0), _original(decoder, store)
+    if _known(run, ORIGINAL) is None:
+        original = score(decoder, exact, exact[None], targets)[0].as_dict()
+        _remember(run, ORIGINAL, original | _tasks(run, run.model.folder))
+    distinct = {key_of(run, entry): entry for entry in found}
+    missing = [(key, entry) for key, entry in distinct.items() if _known(run, key) is None]
+    size = max(1, AT_A_TIME // (first.numel() * first.dtype.itemsize))
+    for begin in range(0, len(missing), size):
+        group = missing[begin : begin + size]
+        run.progress.line(f"models {begin + 1} to {begin + len(group)} of {len(missing)}")
+        candidates = [Candidate(key, _weights(run, decoder, key, entry), entry.odp) for key, entry in group]
+        states = read_text(decoder, first, candidates, run.wanted.settings.linear, store, run.progress)
+        for (key, _), value in zip(group, score(decoder, exact, states, targets), strict=True):
+            folder = _folder(run, key)
+            more = _tasks(run, folder) if (folder / "config.json").is_file() else {}
+            _remember(run, key, value.as_dict() | more)
+            shutil.rmtree(folder, ignore_errors=True)
+    return {key: _known(run, key) or {} for key in (ORIGINAL, *distinct)}
+
+
+def key_of(run: Run, entry: Entry) -> str:
+    """Return a name of the model that an entry leads to; entries of one model share it."""
+    text = entry.seed if run.wanted.settings.quantizer == "gptq" or entry.plan is None else 0
+    widths = entry.plan.experts if entry.plan else f"{entry.method} at {entry.average}"
+    return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
+
+
+def _original(decoder: Decoder, store: HiddenStates) -> torch.Tensor:
+    """Return the last layer's output of the original model [sequences, length, hidden]."""
+    for index in range(len(decoder)):
+        if not store.has(index + 1):
+            advance(decoder, index, store.load(index), store.create(index + 1), store)
+            store.complete(index + 1)
+        if index:
+            store.drop(index)
+    return store.load(len(decoder))
+
+
+def _weights(run: Run, decoder: Decoder, key: str, entry: Entry) -> Weights:
+    """Return the experts of an entry, quantized in a folder first where that takes a text or tasks are to be run."""
+    settings, folder = run.wanted.settings, _folder(run, key)
+    if entry.plan is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        tokens, bits = run.text(entry.seed).tokens, int(entry.average)
+        write_slim(
+            decoder, tokens, bits, settings.group_size, settings.linear, settings.min_tokens, folder, run.progress
+        )
+        return Dense(folder)
+    if settings.quantizer != "gptq" and not run.wanted.tasks:
+        return Rounded(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
+    if not folder.exists():
+        run.progress.line(f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}: {settings.quantizer}")
+        if settings.quantizer == "gptq":
+            text = run.text(entry.seed)
+            runner = GptqRunner(text, torch.get_num_threads(), (run.device,), compute_dtype(run.device))
+            facts = calibration_facts(text, run.device)
+            quantize(run.model, run.layout, entry.plan, folder, settings, QUIET, runner=runner, calibration=facts)
+        else:
+            quantize(run.model, run.layout, entry.plan, folder, settings, QUIET)
+    return Quantized(folder)
+
+
+def _tasks(run: Run, folder: Path) -> dict[str, Any]:
+    """Return the scores of lm-eval tasks, if any are asked for."""
+    if not run.wanted.tasks:
+        return {}
+    found = run_tasks(folder, run.wanted.tasks, limit=run.wanted.limit, device=str(run.device))
+    return {"tasks": {f"{entry.task} {entry.metric}": [entry.value, entry.stderr] for entry in found}}
+
+
+def _folder(run: Run, key: str) -> Path:
+    return run.folder / f"model-{key}"
+
+
+def _known(run: Run, key: str) -> dict[str, Any] | None:
+    path = run.folder / f"result-{key}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _remember(run: Run, key: str, value: dict[str, Any]) -> None:
+    write_json(run.folder / f"result-{key}.json", value)

@@ -1,0 +1,102 @@
+"""Many candidates read a text at once, layer by layer; an expert's matrices are made once for all that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.routed import ROWS, Routed, finish, route
+from planner.comparison.candidates import Candidate
+from planner.dense import linear_values
+from planner.models import MoeLayer
+from planner.progress import Progress
+from planner.quantizers import quantize_linear
+from vllm_moeq.format import Linear, drop_weak
+
+
+def read_text(
+    decoder: Decoder,
+    first: torch.Tensor,
+    candidates: Sequence[Candidate],
+    linear: Linear,
+    store: HiddenStates,
+    progress: Progress,
+) -> torch.Tensor:
+    """Return the last layer's output of each candidate [candidates, sequences, length, hidden], in a file.
+
+    Args:
+        decoder: the original model.
+        first: the first layer's input [sequences, length, hidden].
+        candidates: whose experts replace the model's.
+        linear: format of its other linears, the same for all candidates.
+        store: where hidden states go.
+        progress: says how far it is.
+    """
+    shape = (len(candidates) * len(first), *first.shape[1:])
+    hidden, result = (store.scratch(f"candidates-{number}.bin", shape, store.dtype) for number in range(2))
+    hidden.view(len(candidates), *first.shape)[:] = first
+    for index in progress.track(range(len(decoder)), "evaluating"):
+        replaced = rounded_linears(decoder, index, linear)
+        layer, outputs = decoder.moe.get(index), None
+        if layer is not None:
+            routed = route(decoder, index, hidden, store, replaced)
+            routed = prune(routed, candidates)
+            add_experts(decoder, layer, routed, candidates)
+            outputs = routed.outputs
+        finish(decoder, index, hidden, result, outputs, replaced)
+        hidden, result = result, hidden
+    return hidden.view(len(candidates), *first.shape)
+
+
+def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, torch.Tensor]:
+    """Return what quantization makes of a layer's other linears, by checkpoint name."""
+    if linear.bits == 16:
+        return {}
+    found = {}
+    for name in decoder.layout.linears:
+        if name.startswith(f"model.layers.{index}."):
+            packed = quantize_linear(decoder.model.shards.load(name), linear)
+            found[name] = linear_values(packed["weight_packed"], packed["weight_scale"], linear.bits)
+    return found
+
+
+def prune(routed: Routed, candidates: Sequence[Candidate]) -> Routed:
+    """Skip the experts that a candidate's tokens hardly want, if it is to (``odp``)."""
+    if not any(candidate.odp for candidate in candidates):
+        return routed
+    ids, weights = routed.ids.clone(), routed.weights.clone()
+    span = len(ids) // len(candidates)
+    for number, candidate in enumerate(candidates):
+        rows = slice(number * span, (number + 1) * span)
+        if candidate.odp:
+            ids[rows], weights[rows] = drop_weak(ids[rows], weights[rows], candidate.odp)
+    return replace(routed, ids=ids, weights=weights)
+
+
+def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, candidates: Sequence[Candidate]) -> None:
+    """Add the outputs of every candidate's experts to ``routed.outputs``, one expert in memory at a time."""
+    span = len(routed.ids) // len(candidates)
+    for expert in range(layer.num_experts):
+        tokens, slots = routed.slots(expert)
+        owners = tokens // span
+        for members in _sharing(layer, expert, candidates).values():
+            mine = torch.isin(owners, torch.tensor(members))
+            if not bool(mine.any()):
+                continue
+            weights = candidates[members[0]].weights.load(decoder, layer, expert)
+            for places, columns in zip(tokens[mine].split(ROWS), slots[mine].split(ROWS), strict=True):
+                inputs = routed.inputs[places].to(decoder.device)
+                output = (weights.inner(inputs, decoder.activation) @ weights.down.mT).float()
+                routed.add(places, output * routed.weights[places, columns].to(output)[:, None])
+
+
+def _sharing(layer: MoeLayer, expert: int, candidates: Sequence[Candidate]) -> Mapping[Hashable, list[int]]:
+    """Return the candidates that share an expert's matrices."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, candidate in enumerate(candidates):
+        groups.setdefault(candidate.weights.key(layer, expert), []).append(number)
+    return groups

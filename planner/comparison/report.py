@@ -1,0 +1,191 @@
+"""The table of a comparison: Markdown, CSV, JSON, and the plot of quality against bits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from planner.comparison.compare import Row
+from planner.comparison.evaluate import ORIGINAL
+from planner.comparison.wanted import Comparison
+from planner.files import atomic, write_json
+
+Value = tuple[float, float]
+"""Mean over seeds, and its spread: over seeds where there are several, else the standard error over sequences."""
+
+COLUMNS = (
+    "method", "average", "achieved", "seed", "odp", "bytes", "perplexity", "perplexity_error", "kl", "kl_error",
+    "kl_median", "kl_99", "kl_max", "same_top", "tokens",
+)  # fmt: skip
+
+
+def cell(rows: Sequence[Row], name: str) -> Value:
+    """Return a score of the seeds of one method at one average."""
+    values = [row[name] for row in rows]
+    if len(values) > 1:
+        return statistics.mean(values), statistics.stdev(values)
+    return values[0], rows[0].get(f"{name}_error", 0.0)
+
+
+def task_cell(rows: Sequence[Row], task: str) -> Value:
+    """Return a task's score in the same way."""
+    values = [row["tasks"][task][0] for row in rows]
+    error = rows[0]["tasks"][task][1] or 0.0
+    return (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else (values[0], error)
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], dict[float, list[Row]]]:
+    """Return (method, ODP threshold) → average → rows of all seeds."""
+    found: dict[tuple[str, float], dict[float, list[Row]]] = {}
+    for row in rows:
+        if row["method"] != ORIGINAL:
+            found.setdefault((row["method"], row["odp"]), {}).setdefault(row["average"], []).append(row)
+    return found
+
+
+def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return (title, header, lines) of every table."""
+    original, groups = rows[0], grouped(rows)
+    averages = sorted({average for found in groups.values() for average in found})
+    header = ["method", *(f"{average:g} bits" for average in averages)]
+    scores: list[tuple[str, Callable[[Sequence[Row]], Value], int]] = [
+        (f"Perplexity (original {original['perplexity']:.3f})", lambda found: cell(found, "perplexity"), 3),
+        ("KL divergence to the original, nats per token", lambda found: cell(found, "kl"), 5),
+    ]
+    for task, (value, _) in original.get("tasks", {}).items():
+        scores.append((f"{task} (original {value:.4f})", lambda found, task=task: task_cell(found, task), 4))  # type: ignore[misc]
+    result = []
+    for title, score, digits in scores:
+        known = {
+            key: {average: score(of) for average, of in found.items() if "tasks" not in original or "tasks" in of[0]}
+            for key, found in groups.items()
+        }
+        lines = []
+        for key, found in known.items():
+            values = [f"{found[a][0]:.{digits}f} ± {found[a][1]:.{digits}f}" if a in found else "" for a in averages]
+            lines.append([_label(*key), *values])
+        result.append((title, header, lines))
+    return [*result, _cost_table(groups)]
+
+
+def _label(method: str, odp: float) -> str:
+    return f"{method}, ODP {odp:g}" if odp else method
+
+
+def _cost_table(
+    groups: dict[tuple[str, float], dict[float, list[Row]]],
+) -> tuple[str, list[str], list[list[str]]]:
+    """Return what it takes to choose the widths: the largest of a method's rows."""
+    lines = []
+    for (method, odp), found in groups.items():
+        costs = [row["cost"] for rows in found.values() for row in rows]
+        if odp or not all(costs):
+            continue
+        seconds, size = (max(cost[name] for cost in costs) for name in ("seconds", "bytes"))
+        lines.append([method, f"{seconds:.2f}", f"{size / 2**20:.0f}", "yes" if costs[0]["forward_passes"] else "no"])
+    return "Choosing the widths", ["method", "seconds", "MiB of memory", "reads a text"], lines
+
+
+def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
+    """Return all tables and what they were made with."""
+    settings = wanted.settings
+    lines = [
+        f"# {Path(model).name}: methods compared",
+        "",
+        f"Widths {', '.join(map(str, wanted.bit_choices))}; {settings.quantizer}, {settings.one_bit} at one bit, "
+        f"groups of {settings.group_size}, other linears at {settings.linear.bits} bits. "
+        f"{rows[0]['tokens']:,} held-out tokens, windows of {wanted.window}.",
+    ]
+    if wanted.data is not None:
+        lines.append(f"Calibration: {wanted.samples} × {wanted.length} tokens of {Path(wanted.data).name}.")
+    seeds = f"over {wanted.seeds} seeds where a method depends on one, else " if wanted.seeds > 1 else ""
+    lines.append(f"±: standard deviation {seeds}standard error over windows.")
+    for title, header, body in tables(rows):
+        lines += ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, body)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return one line per row."""
+    file = io.StringIO()
+    tasks = list(rows[0].get("tasks", {}))
+    writer = csv.DictWriter(
+        file, [*COLUMNS, "seconds", "added_bytes", *tasks], extrasaction="ignore", lineterminator="\n"
+    )
+    writer.writeheader()
+    for row in rows:
+        cost = row.get("cost", {})
+        more = {"seconds": cost.get("seconds"), "added_bytes": cost.get("bytes")}
+        writer.writerow({**row, **more, **{task: value for task, (value, _) in row.get("tasks", {}).items()}})
+    return file.getvalue()
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw KL and perplexity against average bits, a line per method.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    names = ("kl", "perplexity")
+    titles = ("KL divergence to the original (nats per token)", "perplexity")
+    for axes, name, title in zip(figure.subplots(1, 2), names, titles, strict=True):
+        for number, (key, found) in enumerate(grouped(rows).items()):
+            points = sorted((average, *cell(of, name)) for average, of in found.items())
+            x, y, error = zip(*points, strict=True)
+            ours = key[0] == "kl"
+            style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 9} if ours else {"linewidth": 1.2}
+            marker, line = "osD^vP*X<>hp"[number % 12], "--" if number >= 10 and not ours else "-"
+            axes.errorbar(x, y, yerr=error, label=_label(*key), marker=marker, linestyle=line, markersize=4, **style)
+        axes.set_yscale("log")
+        axes.set_xlabel("average bits per expert weight")
+        axes.set_ylabel(title)
+        axes.grid(visible=True, which="both", alpha=0.25)
+    if rows[0]["perplexity"]:
+        axes.axhline(rows[0]["perplexity"], color="grey", linestyle=":", label="original")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str) -> None:
+    """Write compare.md, compare.csv, compare.json and, where matplotlib is installed, compare.png into a new folder.
+
+    Raises:
+        CheckpointError: a full disk.
+    """
+    output.mkdir()
+    texts = {"compare.md": markdown(rows, wanted, model), "compare.csv": as_csv(rows)}
+    for name, text in texts.items():
+        with atomic(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    write_json(output / "compare.json", json.loads(json.dumps(rows)))
+    try:
+        with atomic(output / "compare.png") as temporary:
+            drawn = temporary.with_suffix(".png")
+            plot(rows, drawn)
+            drawn.replace(temporary)
+    except ModuleNotFoundError:
+        Console(stderr=True).print("no plot: it needs matplotlib, pip install 'vllm-moeq[bench]'")
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the tables."""
+    for title, header, lines in tables(rows):
+        table = Table(*header, title=title)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)

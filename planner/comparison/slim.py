@@ -1,0 +1,104 @@
+"""Slim-LLM's checkpoints: widths per group of weights, which only dequantized matrices can show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.experts import Expert, load_expert
+from planner.calibration.routed import Routed, finish, first_hidden, route
+from planner.comparison.forward import rounded_linears
+from planner.files import write_json, write_tensors
+from planner.models import MoeLayer
+from planner.progress import Progress
+from planner.quantizers import quantizer_for
+from planner.quantizers.gptq import GptqSettings
+from planner.quantizers.hessian import NotPositiveDefiniteError
+from planner.quantizers.slim import quantize_slim
+from vllm_moeq.format import Linear
+
+SAMPLE = 2048
+"""Tokens by which the groups that change their width are chosen."""
+
+
+def write_slim(
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    bits: int,
+    group_size: int,
+    linear: Linear,
+    min_tokens: int,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Write the dequantized experts of a model quantized by Slim-LLM, each layer fed by the quantized ones before it.
+
+    Args:
+        decoder: the original model.
+        tokens: calibration, int64 [sequences, length].
+        bits: of every expert on average.
+        group_size: weights per scale, and per width.
+        linear: format of the other linears.
+        min_tokens: experts that saw fewer are quantized with hqq, one width for all groups.
+        folder: created.
+        progress: says how far it is.
+
+    Raises:
+        MoeqError: a damaged tensor, a full disk.
+    """
+    folder.mkdir()
+    names: dict[str, str] = {}
+    with TemporaryDirectory() as temporary:
+        store = first_hidden(decoder, tokens, Path(temporary))
+        for index in progress.track(range(len(decoder)), "quantizing by Slim-LLM"):
+            hidden, layer, outputs = store.load(index), decoder.moe.get(index), None
+            replaced = rounded_linears(decoder, index, linear)
+            if layer is not None:
+                routed = route(decoder, index, hidden, store, replaced)
+                shard = f"layer-{index:05d}.safetensors"
+                tensors = _layer(decoder, layer, routed, bits, group_size, min_tokens)
+                write_tensors(folder / shard, tensors)
+                names.update(dict.fromkeys(tensors, shard))
+                outputs = routed.outputs
+            finish(decoder, index, hidden, store.create(index + 1), outputs, replaced)
+            store.complete(index + 1)
+            store.drop(index)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": names})
+
+
+def _layer(
+    decoder: Decoder, layer: MoeLayer, routed: Routed, bits: int, group_size: int, min_tokens: int
+) -> dict[str, torch.Tensor]:
+    """Return the dequantized matrices of a layer, and add what they compute to ``routed.outputs``."""
+    tensors = {}
+    for expert in range(layer.num_experts):
+        exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
+        tokens, _ = routed.slots(expert)
+        inputs = routed.inputs[tokens].to(decoder.device).float()
+        try:
+            found = _expert(decoder, exact, inputs, bits, group_size) if len(tokens) >= min_tokens else None
+        except NotPositiveDefiniteError:
+            found = None
+        if found is None:
+            quantizer = quantizer_for(bits, "hqq", "sign")
+            found = Expert(*(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices()))
+        for part, weights, places in routed.chunks(expert, decoder.device):
+            routed.add(places, (found.inner(part.float(), decoder.activation) @ found.down.mT) * weights[:, None])
+        for projection, matrix in zip(layer.projections.names(), found.matrices(), strict=True):
+            tensors[layer.weight(expert, projection)] = matrix.cpu().contiguous()
+    return tensors
+
+
+def _expert(decoder: Decoder, exact: Expert, inputs: torch.Tensor, bits: int, group_size: int) -> Expert:
+    settings = GptqSettings()
+    moments, sample = inputs.mT @ inputs / len(inputs), inputs[:SAMPLE]
+    gate, up = (
+        quantize_slim(matrix, moments, sample, bits, group_size, settings)[0] for matrix in (exact.gate, exact.up)
+    )
+    inner = Expert(gate, up, exact.down).inner(inputs, decoder.activation)
+    moments = inner.mT @ inner / len(inner)
+    down, _ = quantize_slim(exact.down, moments, inner[:SAMPLE], bits, group_size, settings)
+    return Expert(gate, up, down)

@@ -1,0 +1,81 @@
+"""What a comparison is asked for, and what it works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.text import CalibrationText, calibration_text
+from planner.checkpoint import SourceModel
+from planner.models import Layout
+from planner.progress import Progress
+from planner.settings import QuantizeSettings
+from vllm_moeq.format import UsageError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        methods: names, rows of ``METHODS``.
+        averages: bits per expert weight.
+        bit_choices: widths to choose from.
+        settings: how to quantize; seeds change the calibration text.
+        data: calibration text, as ``--data`` takes it; None where nothing needs one.
+        samples: sequences of it.
+        length: tokens of each.
+        seeds: how many.
+        window: tokens of context of the evaluation.
+        max_tokens: of the held-out text, if not all.
+        tasks: lm-eval tasks, or files of such.
+        limit: documents of each task.
+        odp: thresholds at which every plan is evaluated besides.
+    """
+
+    methods: tuple[str, ...]
+    averages: tuple[Fraction, ...]
+    bit_choices: tuple[int, ...]
+    settings: QuantizeSettings
+    data: str | None
+    samples: int = 128
+    length: int = 512
+    seeds: int = 1
+    window: int = 512
+    max_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    odp: tuple[float, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        found = {**vars(self), "averages": [str(average) for average in self.averages]}
+        return {**found, "settings": self.settings.as_dict()}
+
+
+@dataclass
+class Run:
+    """What the parts of a comparison share; ``folder`` holds what a killed run leaves."""
+
+    model: SourceModel
+    layout: Layout
+    wanted: Comparison
+    folder: Path
+    device: torch.device
+    progress: Progress
+    texts: dict[int, CalibrationText] = field(default_factory=dict)
+
+    def text(self, seed: int) -> CalibrationText:
+        """Return the calibration text of a seed."""
+        if self.wanted.data is None:
+            raise UsageError("--data: expected a calibration text for these methods, found none")
+        if seed not in self.texts:
+            wanted = self.wanted
+            self.texts[seed] = calibration_text(
+                self.model.folder, self.wanted.data, wanted.samples, wanted.length, seed
+            )
+        return self.texts[seed]
