@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench paper compare clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,16 @@ test-all: lint
 bench: setup
 	$(BIN)/python benchmarks/perplexity.py benchmarks/models/stdlib-mixtral
 	$(BIN)/python benchmarks/perplexity.py benchmarks/models/stdlib-qwen3-moe
+
+# The paper's tables and figures on both shipped models; continues where it was stopped.
+paper: setup
+	$(BIN)/python benchmarks/paper.py --output results-paper
+
+# All methods side by side on the shipped Mixtral.
+compare: setup
+	$(BIN)/moeq compare benchmarks/models/stdlib-mixtral --held-out benchmarks/models/stdlib-mixtral/held_out.txt \
+		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all --bits 1,2,3 \
+		--avg-bits 1.75,2,2.25,2.5,2.75 -o results-compare
 
 clean:
 	rm -rf $(VENV) .demo build *.egg-info

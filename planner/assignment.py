@@ -97,8 +97,9 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
         raise UsageError(f"--overrides: expected a method for single experts, found {options.resolved_method}")
     prefixes = [layer.prefix for layer in layout.layers]
     sizes = [layer.num_experts for layer in layout.layers]
-    if method.costs is not None:
-        tables = method.costs(scores, options.bit_choices)
+    method_costs = method.costs_for(options.quantizer)
+    if method_costs is not None:
+        tables = method_costs(scores, options.bit_choices)
         costs = [[sum(column) for column in zip(*tables[prefix], strict=True)] for prefix in prefixes]
         budget = math.floor(options.avg_bits * sum(sizes))
         widths = dict(zip(prefixes, solve_budget(costs, options.bit_choices, budget, sizes=sizes), strict=True))

@@ -28,6 +28,7 @@ from planner.flags import (
     CountsFlag,
     Device,
     Folder,
+    ForQuantizer,
     GroupSize,
     Initial,
     Json,
@@ -45,6 +46,7 @@ from planner.flags import (
     checked_group_size,
     linear_format,
     plan_options,
+    planned_quantizer,
 )
 from planner.models import read_layout
 from planner.planning import make_plan
@@ -81,7 +83,7 @@ def plan(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where plan.json goes.")] = None,
     avg_bits: AvgBits = None,
-    bits: Bits = "1,2,3",
+    bits: Bits = None,
     method: MethodName = "auto",
     zeta: Zeta = 3.0,
     promotion: PromotionFlag = Promotion.official,
@@ -89,6 +91,7 @@ def plan(
     ranking: RankingFlag = None,
     initial_model: Initial = None,
     stats: Stats = None,
+    quantizer: ForQuantizer = None,
     data: Data = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -119,9 +122,11 @@ def plan(
             source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
             initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
             counts=counts.value, ranking=ranking and ranking.value, seed=seed, ranked=not dry_run,
-            calibrated=data is not None,
+            calibrated=data is not None, quantizer=planned_quantizer(quantizer, data is not None),
         )  # fmt: skip
         show.announce(options, progress)
+        if data is not None and stats is not None:
+            raise UsageError("--data and --stats: expected one of them, found both")
         if data is not None and not uses_text(method, None):
             raise UsageError(f"--data: the method {method} does not read a text")
         text = None if data is None else read_calibration(source, data, samples, seq_len, seed)

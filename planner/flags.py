@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.calibration.statistics import json_path
 from planner.checkpoint import SourceModel
 from planner.estimate import average_for_budget
-from planner.methods import METHODS
+from planner.methods import METHODS, Method
 from planner.models import Layout
-from planner.options import PlanOptions, check_choices, read_overrides
+from planner.options import PlanOptions, check_choices, read_overrides, resolved_method
 from planner.settings import QuantizeSettings, default_linear
-from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError
+from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError, read_json
 
 
 class Promotion(StrEnum):
@@ -65,7 +67,10 @@ class OneBit(StrEnum):
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub name (owner/name).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint written by moeq quantize.")]
 AvgBits = Annotated[str | None, typer.Option("--avg-bits", metavar="B", help="Average bits per expert weight [2.5].")]
-Bits = Annotated[str, typer.Option("--bits", metavar="LIST", help="Widths to choose from, of 1, 2, 3, 4, 8.")]
+Bits = Annotated[
+    str | None,
+    typer.Option("--bits", metavar="LIST", help="Widths to choose from, of 1, 2, 3, 4, 8 [1,2,3; for kl 1,2,3,4]."),
+]
 MethodName = Annotated[
     str,
     typer.Option(
@@ -106,6 +111,12 @@ LinearBits = Annotated[
 LinearGroup = Annotated[
     int | None,
     typer.Option("--linear-group-size", help="Weights per scale there [128, or what K / 4 is a multiple of]."),
+]
+ForQuantizer = Annotated[
+    QuantizerName | None,
+    typer.Option(
+        "--quantizer", help="What will find the codes: some choices depend on it [gptq with --data, else hqq]."
+    ),
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Layers at a time, a process each [one per device].")]
 Device = Annotated[
@@ -159,13 +170,30 @@ def read_choices(text: str, flag: str = "--bits") -> tuple[int, ...]:
         raise UsageError(f"{flag}: expected widths such as 1,2,3, found {text!r}") from None
 
 
+def planned_quantizer(name: QuantizerName | None, text: bool) -> str:
+    """Return the quantizer of a plan: by default what ``moeq quantize`` would use with or without a text."""
+    return (name or (QuantizerName.gptq if text else QuantizerName.hqq)).value
+
+
+def _own_choices(flags: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the widths that a method chooses from, or those that its statistics have."""
+    stats: Path | None = flags.get("stats")
+    name = resolved_method(flags.get("method", "auto"), stats is not None or bool(flags.get("calibrated")))
+    own = METHODS[name].choices if name in METHODS else Method().choices
+    facts = read_json(json_path(stats)) if stats is not None and json_path(stats).is_file() else {}
+    known = facts.get("widths") if isinstance(facts, dict) else None
+    if not isinstance(known, list) or set(own) <= set(known) or name not in METHODS or not METHODS[name].measures:
+        return own
+    return check_choices(known, f"{stats}: widths") if known else own
+
+
 def plan_options(
     model: SourceModel,
     layout: Layout,
     settings: QuantizeSettings,
     *,
     avg_bits: str | None,
-    bits: str,
+    bits: str | None,
     budget_gib: float | None,
     overrides: Path | None,
     initial_model: Path | None,
@@ -176,7 +204,7 @@ def plan_options(
     Raises:
         MoeqError: a flag that is no number, names no file, or excludes another.
     """
-    choices = read_choices(bits)
+    choices = read_choices(bits) if bits is not None else _own_choices(rest)
     if avg_bits is not None and budget_gib is not None:
         raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
     if budget_gib is not None:

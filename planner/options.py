@@ -34,15 +34,19 @@ class PlanOptions:
     budget_gib: float | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    quantizer: str = "hqq"
     ranked: bool = True
     calibrated: bool = False
 
     @property
     def resolved_method(self) -> str:
         """The method's name, with ``auto`` replaced by what it stands for."""
-        if self.method != "auto":
-            return self.method
-        return OURS if self.stats is not None or self.calibrated else PAPER
+        return resolved_method(self.method, self.stats is not None or self.calibrated)
+
+
+def resolved_method(name: str, calibrated: bool) -> str:
+    """Return what ``auto`` stands for, with calibration or without; other names are themselves."""
+    return (OURS if calibrated else PAPER) if name == "auto" else name
 
 
 def check_choices(bit_choices: Sequence[int], flag: str = "--bits") -> tuple[int, ...]:

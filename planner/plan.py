@@ -26,6 +26,7 @@ class Settings(Strict):
     seed: int | None = None
     initial_model: str | None = None
     stats: str | None = None
+    quantizer: str | None = None
     budget_gib: float | None = None
     overrides: dict[str, Bits] = Field(default_factory=dict)
 

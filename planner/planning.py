@@ -87,7 +87,8 @@ def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions
     """Give every expert its width, group by group of those that compete."""
     found = _Choice(order={layer.prefix: [] for layer in layout.layers})
     groups = ranking_groups(layout, options.ranking or method.scope)
-    tables = method.costs(scores, options.bit_choices) if method.costs else {}
+    costs = method.costs_for(options.quantizer)
+    tables = costs(scores, options.bit_choices) if costs else {}
     for index, (slots, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
         if method.costs is not None:
             widths = solve(slots, total_bits, method, tables, options)
@@ -112,9 +113,10 @@ def _layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOpti
 
 def _objective(method: Method, scores: Scores, experts: Mapping[str, Sequence[int]], options: PlanOptions) -> float:
     """Return the sum of the method's costs over all experts."""
-    if method.costs is None:
+    costs = method.costs_for(options.quantizer)
+    if costs is None:
         raise ValueError("expected a method with costs")
-    tables = method.costs(scores, options.bit_choices)
+    tables = costs(scores, options.bit_choices)
     return math.fsum(
         tables[prefix][expert][options.bit_choices.index(bits)]
         for prefix, widths in experts.items()
@@ -131,6 +133,7 @@ def _settings(method: Method, options: PlanOptions) -> Settings:
             "counts": options.counts if method.order else None,
             "ranking": _scope(method, options),
             "seed": options.seed if method.random else None,
+            "quantizer": options.quantizer if method.gptq_costs else None,
             "stats": str(options.stats) if options.stats and not options.temporary_stats else None,
             "initial_model": str(options.initial_model) if options.initial_model else None,
             "budget_gib": options.budget_gib,

@@ -83,7 +83,7 @@ def quantize_command(
         Path | None, typer.Option("--plan", metavar="FILE", help="Use this plan.json instead of making one.")
     ] = None,
     avg_bits: AvgBits = None,
-    bits: Bits = "1,2,3",
+    bits: Bits = None,
     method: MethodName = "auto",
     zeta: Zeta = 3.0,
     promotion: PromotionFlag = Promotion.official,
@@ -162,12 +162,14 @@ def quantize_command(
             made.check_against(layout, str(plan_file))
             if made.source.get("fingerprint", source.fingerprint()) != source.fingerprint():
                 progress.line(f"note: {plan_file} was made from other weights than {model}")
+            if made.settings.quantizer not in (None, quantizer.value):
+                progress.line(f"note: {plan_file} was made for --quantizer {made.settings.quantizer}")
         else:
             options = plan_options(
                 source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
                 initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
                 counts=counts.value, ranking=ranking and ranking.value, seed=seed, ranked=not dry_run,
-                calibrated=text is not None,
+                calibrated=text is not None, quantizer=quantizer.value,
             )  # fmt: skip
             show.announce(options, progress)
             return_large_blocks()

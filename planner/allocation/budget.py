@@ -19,9 +19,8 @@ def solve_budget(
 ) -> list[int]:
     """Choose one width per expert so that the summed cost is least and the summed bits <= ``total_bits``.
 
-    Exact, by dynamic programming, where that fits into memory. Larger problems (thousands of experts with one budget)
-    are integer programs solved by HiGHS, whose answer may cost some 1e-6 of the largest cost more; it is checked in
-    exact integers.
+    Exact, by dynamic programming, up to some ten thousand experts. Larger problems are integer programs solved by
+    HiGHS, whose answer may cost some 1e-6 of the largest cost more; it is checked in exact integers.
 
     Args:
         costs: [experts, widths], finite; the cost of giving an expert (or a layer) a width.
@@ -60,11 +59,11 @@ def _solve_program(
     table: NDArray[np.float64], widths: list[int], total_bits: int, minimum: dict[int, int], sizes: list[int]
 ) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import kron, vstack
+    from scipy.sparse import identity, kron, vstack
 
     experts = table.shape[0]
     ones = np.ones((1, experts))
-    one_each = kron(np.eye(experts), np.ones((1, len(widths))))
+    one_each = kron(identity(experts), np.ones((1, len(widths))))
     bits_used = kron(np.asarray([sizes]), np.asarray([widths]))
     rows, lower, upper = [one_each, bits_used], [1.0] * experts + [0.0], [1.0] * experts + [float(total_bits)]
     for bits, count in minimum.items():

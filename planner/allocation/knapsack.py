@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_CELLS = 20_000_000
-"""Experts × states that are worth their memory, eight bytes each."""
+MAX_CELLS = 500_000_000
+"""Experts × states that are worth their memory, one byte each."""
 
 Table = NDArray[np.float64]
+Codes = NDArray[np.uint8]
 
 
 def cells(sizes: Sequence[int], widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> int:
@@ -41,74 +41,74 @@ def solve_exactly(
     if spare < 0:
         return None
     steps = [size // unit for size in sizes]
-    # values[i][spent beyond the lowest width, experts so far at each counted width]: least cost of the first i experts.
+    # values[spent beyond the lowest width, experts so far at each counted width]: least cost of the experts so far.
     shape = (spare + 1, *(minimum[width] + 1 for width in counted))
-    start = np.full(shape, np.inf)
-    start[(0,) * len(shape)] = 0.0
-    values = [start]
+    values = np.full(shape, np.inf)
+    values[(0,) * len(shape)] = 0.0
+    taken = []
     for row, step in zip(costs, steps, strict=True):
-        after = np.full(shape, np.inf)
-        for cost, width in zip(row, widths, strict=True):
+        after, how = np.full(shape, np.inf), np.zeros(shape, dtype=np.uint8)
+        for column, (cost, width) in enumerate(zip(row, widths, strict=True)):
             more = (width - low) * step
             if more > spare:
                 continue
-            moved = _count(values[-1], counted.index(width) + 1) if width in minimum else values[-1]
-            np.minimum(after[more:], moved[: spare + 1 - more] + cost, out=after[more:])
-        values.append(after)
+            moved, stayed = _count(values, counted.index(width) + 1) if width in minimum else (values, None)
+            found = moved[: spare + 1 - more] + cost
+            better = found < after[more:]
+            after[more:][better] = found[better]
+            code = np.full(shape, 2 * column, dtype=np.uint8) if stayed is None else 2 * column + stayed
+            how[more:][better] = code[: spare + 1 - more][better]
+        values = after
+        taken.append(how)
     full = tuple(minimum[width] for width in counted)
-    last = values[-1].reshape(spare + 1, -1)[:, -1]  # enough at every counted width
+    last = values.reshape(spare + 1, -1)[:, -1]  # enough at every counted width
     if not np.isfinite(last).any():
         return None
-    return _trace(values, costs, widths, counted, steps, (int(last.argmin()), *full))
+    return _trace(taken, widths, counted, steps, (int(last.argmin()), *full))
 
 
-def _count(values: Table, axis: int) -> Table:
-    """Return values after one more expert at the width of an axis; the last place of the axis means 'enough'."""
-    moved = np.full_like(values, np.inf)
+def _count(values: Table, axis: int) -> tuple[Table, Codes]:
+    """Return values after one more expert at the width of an axis; the last place of the axis means 'enough'.
+
+    Besides, where that was so already, 1, which :func:`_trace` needs to find its way back.
+    """
+    moved, stayed = np.full_like(values, np.inf), np.zeros(values.shape, dtype=np.uint8)
     size = values.shape[axis]
-    front = [slice(None)] * values.ndim
+    front: list[slice] = [slice(None)] * values.ndim
     front[axis] = slice(1, None)
-    back = [slice(None)] * values.ndim
+    back = list(front)
     back[axis] = slice(0, size - 1)
     moved[tuple(front)] = values[tuple(back)]
-    last = [slice(None)] * values.ndim
+    last = list(front)
     last[axis] = slice(size - 1, size)
+    stayed[tuple(last)] = values[tuple(last)] < moved[tuple(last)]
     moved[tuple(last)] = np.minimum(moved[tuple(last)], values[tuple(last)])
-    return moved
+    return moved, stayed
 
 
 def _trace(
-    values: Sequence[Table],
-    costs: Table,
+    taken: Sequence[Codes],
     widths: Sequence[int],
     counted: Sequence[int],
     steps: Sequence[int],
     state: tuple[int, ...],
 ) -> list[int]:
-    """Return the widths that lead to a state, from the last expert to the first."""
+    """Return the widths that lead to a state, from the last expert to the first.
+
+    Args:
+        taken: for each expert, 2 × the column of its width, + 1 where its counted width had enough before.
+        widths: of the columns.
+        counted: widths with least counts, in the order of the axes.
+        steps: of each expert's size.
+        state: the end.
+    """
     low, chosen = min(widths), []
-    full = tuple(size - 1 for size in values[0].shape[1:])
-    for before, row, step in zip(values[-2::-1], costs[::-1], steps[::-1], strict=True):
-        best, best_width, best_state = np.inf, widths[0], state
-        for cost, width in zip(row, widths, strict=True):
-            spent = state[0] - (width - low) * step
-            if spent < 0:
-                continue
-            for counts in _before(state[1:], full, counted.index(width) if width in counted else None):
-                value = float(before[(spent, *counts)]) + float(cost)
-                if value < best:
-                    best, best_width, best_state = value, width, (spent, *counts)
-        chosen.append(best_width)
-        state = best_state
+    for how, step in zip(reversed(taken), reversed(steps), strict=True):
+        column, stayed = divmod(int(how[state]), 2)
+        width = widths[column]
+        counts = list(state[1:])
+        if width in counted and not stayed:
+            counts[counted.index(width)] -= 1
+        state = (state[0] - (width - low) * step, *counts)
+        chosen.append(width)
     return chosen[::-1]
-
-
-def _before(counts: tuple[int, ...], full: tuple[int, ...], axis: int | None) -> list[tuple[int, ...]]:
-    """Return the counts from which one more expert leads to ``counts``."""
-    if axis is None:
-        return [counts]
-    places = [[count] for count in counts]
-    places[axis] = [counts[axis] - 1] if counts[axis] else []
-    if counts[axis] == full[axis]:
-        places[axis].append(counts[axis])
-    return list(product(*places))

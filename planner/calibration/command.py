@@ -39,7 +39,7 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "cpu",
     methods: For = OURS,
-    bits: Bits = "1,2,3",
+    bits: Bits = None,
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,9 @@ def calibrate(
 
     Example: moeq calibrate mistralai/Mixtral-8x7B-v0.1 --data wikitext2 -o stats.safetensors
     """
-    wanted = Wanted(_measures(methods), read_choices(bits), seed)
+    measures = _measures(methods)
+    own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
+    wanted = Wanted(measures, tuple(own) if bits is None else read_choices(bits), seed)
     where = expert_devices(device, None, False)[0]
     check_output(output)
     with SourceModel(resolve_model(model)) as source:

@@ -91,11 +91,16 @@ def read_calibration(
     """
     if data is None:
         raise UsageError("--data: calibration needs a text, found none; for example --data wikitext2")
-    longest = model.config.get("max_position_embeddings")
-    longest = longest if type(longest) is int and longest > 0 else SEQUENCE
+    longest = longest_text(model)
     if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len: expected at most {longest}, the model's longest text, found {seq_len}")
     return calibration_text(model.folder, data, samples, seq_len or min(SEQUENCE, longest), seed)
+
+
+def longest_text(model: SourceModel) -> int:
+    """Return how many tokens a model can read."""
+    longest = model.config.get("max_position_embeddings")
+    return longest if type(longest) is int and longest > 0 else SEQUENCE
 
 
 def calibration_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from planner.calibration.decoder import Decoder
 from planner.calibration.divergence import Effort, divergences
+from planner.calibration.gains import gptq_gains
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.second_order import elementwise, second_order
 from planner.calibration.statistics import LayerStatistics
@@ -75,7 +76,12 @@ def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found,
     scale = len(tokens) / len(run.tokens)
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
     found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
-    named = {prefix: {f"{name}_{bits}": value for bits, value in table.items()} for prefix, table in found.items()}
+    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths)
+    named = {
+        prefix: {f"{name}_{bits}": value for bits, value in table.items()}
+        | {f"{name}_gptq_{bits}": value * gains[prefix][bits] for bits, value in table.items()}
+        for prefix, table in found.items()
+    }
     return named, {"measured": measured, "measured_tokens": effort.tokens, "estimated_tokens": tokens.numel()}
 
 
@@ -120,8 +126,8 @@ HESSIAN_SEQUENCES = 16
 MEASURES: dict[str, Measure] = {
     "error": Measure(("error_{bits}",)),
     "block": Measure(("block_cosine", "block_score")),
-    "kl": Measure(("kl_{bits}",), _measured, states=True),
-    "kl-estimated": Measure(("kl_estimated_{bits}",), _estimated, states=True),
+    "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, states=True),
+    "kl-estimated": Measure(("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, states=True),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, states=True),
     "hessian": Measure(("hessian_{bits}",), _hessian),
 }

@@ -18,11 +18,15 @@ QUANTIZER, ONE_BIT = "rtn", "sign"
 
 
 def rounded(weights: Expert, bits: int) -> Expert:
-    """Return an expert as round-to-nearest leaves it, in groups of 128 or what divides its matrices."""
-    quantizer = quantizer_for(bits, QUANTIZER, ONE_BIT)
+    """Return an expert as round-to-nearest leaves it, in groups of :func:`group_size`."""
+    quantizer, size = quantizer_for(bits, QUANTIZER, ONE_BIT), group_size(weights)
+    return Expert(*(quantizer(matrix, bits, size).dequantize().to(matrix) for matrix in weights.matrices()))
+
+
+def group_size(weights: Expert) -> int:
+    """Return 128 weights per scale, or what divides an expert's matrices."""
     columns = [matrix.shape[1] for matrix in weights.matrices()]
-    group = next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
-    return Expert(*(quantizer(matrix, bits, group).dequantize().to(matrix) for matrix in weights.matrices()))
+    return next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
 
 
 def load_rounded(decoder: Decoder, layer: MoeLayer, expert: int, bits: int | None) -> Expert:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from planner import show
-from planner.calibration.flags import Data, MinTokens, Samples, expert_devices
+from planner.calibration.flags import Data, MinTokens, Samples, expert_devices, longest_text
 from planner.checkpoint import SourceModel, check_output, resolve_model
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
@@ -48,7 +48,7 @@ def compare_command(
     ],
     methods: Annotated[str, typer.Option("--methods", metavar="LIST", help="Methods, or all.")] = "all",
     avg_bits: Annotated[str, typer.Option("--avg-bits", metavar="LIST", help="Average bits, such as 2,2.5.")] = "2,2.5",
-    bits: Bits = "1,2,3",
+    bits: Bits = None,
     quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="For two bits and more.")] = QuantizerName.hqq,
     one_bit: Annotated[OneBit, typer.Option("--one-bit", help="For one bit.")] = OneBit.sign,
     data: Data = None,
@@ -90,10 +90,14 @@ def compare_command(
         if data is None and (needs or gptq):
             what = "--quantizer gptq" if gptq else f"--methods {','.join(needs)}"
             raise UsageError(f"{what}: expected --data TEXT to calibrate on, found none")
+        longest = longest_text(source)
+        for flag, value in (("--seq-len", seq_len), ("--window", window)):
+            if value > longest:
+                raise UsageError(f"{flag}: expected at most {longest}, the model's longest text, found {value}")
         wanted = Comparison(
             methods=names,
             averages=tuple(checked_average(part) for part in avg_bits.split(",")),
-            bit_choices=read_choices(bits),
+            bit_choices=None if bits is None else read_choices(bits),
             settings=settings,
             data=data,
             samples=samples,
@@ -106,8 +110,10 @@ def compare_command(
             odp=_thresholds(odp),
         )
         return_large_blocks()
-        rows = compare(source, layout, wanted, text, output, where, progress, resume)
-    write_report(output, rows, wanted, str(source.folder))
+        rows = compare(
+            source, layout, wanted, text, output, where, progress, resume,
+            lambda rows: write_report(output, rows, wanted, str(source.folder)),
+        )  # fmt: skip
     if as_json:
         show.emit(rows)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def compare(
     device: torch.device,
     progress: Progress,
     resume: bool = True,
+    write: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Return one row for the original, and one per method, average, seed and ODP threshold. Continues a killed run.
 
@@ -45,6 +46,7 @@ def compare(
         device: where layers run.
         progress: says how far it is.
         resume: continue an unfinished run instead of deleting it.
+        write: what to do with the rows before the results of the run are removed.
 
     Raises:
         MoeqError: flags that cannot be met, damaged tensors, a full disk.
@@ -56,18 +58,25 @@ def compare(
     try:
         found = entries(run)
         found += [replace(entry, odp=threshold) for threshold in wanted.odp for entry in found]
-        scores = evaluate(run, found, held_out)
+        rows = _rows(run, found, evaluate(run, found, held_out))
+        if write is not None:
+            write(rows)
     except BaseException:
         partial.abandon()
         raise
     shutil.rmtree(partial.folder, ignore_errors=True)
     partial.release()
-    size = sum(info.nbytes for info in model.shards.tensors.values())
+    return rows
+
+
+def _rows(run: Run, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """Return the original's row and those of the entries."""
+    size = sum(info.nbytes for info in run.model.shards.tensors.values())
     original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
-    return [original, *(_row(run, entry, scores[key_of(run, entry)]) for entry in found)]
+    return [original, *(row_of(run, entry, scores[key_of(run, entry)]) for entry in found)]
 
 
-def _row(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
+def row_of(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
     """Return one line of the table."""
     settings = run.wanted.settings
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}

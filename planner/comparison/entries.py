@@ -15,7 +15,7 @@ from planner.calibration.statistics import json_path
 from planner.comparison.wanted import Run
 from planner.memory import resident_bytes
 from planner.methods import METHODS
-from planner.options import PlanOptions
+from planner.options import PlanOptions, check_options
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
 from planner.progress import Progress
@@ -52,14 +52,25 @@ def entries(run: Run) -> list[Entry]:
         MoeqError: flags that a method cannot meet.
     """
     found: list[Entry] = []
+    possible: dict[str, list[Fraction]] = {}
     for name in run.wanted.methods:
         averages = [average for average in run.wanted.averages if _possible(name, average)]
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
+        for average in averages:  # before anything is calibrated
+            check_options(_options(run, name, average, 0, None))
+        possible[name] = averages
+    for name, averages in possible.items():
         for seed in range(run.wanted.seeds if _varies(name) else 1):
             found += _of_method(run, name, averages, seed)
     return found
+
+
+def _options(run: Run, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
+    choices = (int(average),) if name in ("uniform", "slim") else _choices(run, name)
+    quantizer = run.wanted.settings.quantizer
+    return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
 
 
 def _varies(name: str) -> bool:
@@ -81,8 +92,7 @@ def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iter
         if method.only_compared:
             yield Entry(name, average, seed, None, {})
             continue
-        choices = (int(average),) if name == "uniform" else run.wanted.bit_choices
-        options = PlanOptions(average, choices, method=name, stats=stats, seed=seed)
+        options = _options(run, name, average, seed, stats)
         path = run.folder / f"plan-{name}-{float(average):g}-{seed}.json"
         if not path.is_file():
             idle = resident_bytes()
@@ -98,11 +108,15 @@ def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iter
         yield Entry(name, average, seed, plan, cost)
 
 
+def _choices(run: Run, name: str) -> tuple[int, ...]:
+    return run.wanted.bit_choices or METHODS[name].choices
+
+
 def _statistics(run: Run, name: str, seed: int) -> Path:
     """Return a method's own statistics of a seed's calibration text: nobody else's measures are in its seconds."""
     path = run.folder / f"statistics-{name}-{seed}.safetensors"
     if not (path.is_file() and json_path(path).is_file()):
-        wanted = Wanted(METHODS[name].measures, run.wanted.bit_choices, seed)
+        wanted = Wanted(METHODS[name].measures, _choices(run, name), seed)
         text, facts = run.text(seed), calibration_facts(run.text(seed), run.device)
         dtype = compute_dtype(run.device)
         run.progress.line(f"{name}: calibrating, seed {seed}")

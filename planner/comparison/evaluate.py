@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,15 @@ def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[
     for begin in range(0, len(missing), size):
         group = missing[begin : begin + size]
         run.progress.line(f"models {begin + 1} to {begin + len(group)} of {len(missing)}")
-        candidates = [Candidate(key, _weights(run, decoder, key, entry), entry.odp) for key, entry in group]
+        candidates = [Candidate(key, _weights(run, decoder, entry), entry.odp) for key, entry in group]
         states = read_text(decoder, first, candidates, run.wanted.settings.linear, store, run.progress)
-        for (key, _), value in zip(group, score(decoder, exact, states, targets), strict=True):
-            folder = _folder(run, key)
+        for (key, entry), value in zip(group, score(decoder, exact, states, targets), strict=True):
+            folder = _folder(run, entry)
             more = _tasks(run, folder) if (folder / "config.json").is_file() else {}
             _remember(run, key, value.as_dict() | more)
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in {_folder(run, entry) for _, entry in group}:
+            if not any(_folder(run, entry) == folder for _, entry in missing[begin + size :]):
+                shutil.rmtree(folder, ignore_errors=True)
     return {key: _known(run, key) or {} for key in (ORIGINAL, *distinct)}
 
 
@@ -93,11 +96,13 @@ def _original(decoder: Decoder, store: HiddenStates) -> torch.Tensor:
     return store.load(len(decoder))
 
 
-def _weights(run: Run, decoder: Decoder, key: str, entry: Entry) -> Weights:
+def _weights(run: Run, decoder: Decoder, entry: Entry) -> Weights:
     """Return the experts of an entry, quantized in a folder first where that takes a text or tasks are to be run."""
-    settings, folder = run.wanted.settings, _folder(run, key)
+    settings, folder = run.wanted.settings, _folder(run, entry)
     if entry.plan is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if (folder / "model.safetensors.index.json").is_file():
+            return Dense(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         tokens, bits = run.text(entry.seed).tokens, int(entry.average)
         write_slim(
             decoder, tokens, bits, settings.group_size, settings.linear, settings.min_tokens, folder, run.progress
@@ -125,8 +130,9 @@ def _tasks(run: Run, folder: Path) -> dict[str, Any]:
     return {"tasks": {f"{entry.task} {entry.metric}": [entry.value, entry.stderr] for entry in found}}
 
 
-def _folder(run: Run, key: str) -> Path:
-    return run.folder / f"model-{key}"
+def _folder(run: Run, entry: Entry) -> Path:
+    """Return where an entry's experts are, which ODP does not change."""
+    return run.folder / f"model-{key_of(run, replace(entry, odp=0.0))}"
 
 
 def _known(run: Run, key: str) -> dict[str, Any] | None:

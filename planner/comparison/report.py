@@ -17,6 +17,7 @@ from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.wanted import Comparison
 from planner.files import atomic, write_json
+from planner.methods import METHODS
 
 Value = tuple[float, float]
 """Mean over seeds, and its spread: over seeds where there are several, else the standard error over sequences."""
@@ -100,17 +101,29 @@ def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
     lines = [
         f"# {Path(model).name}: methods compared",
         "",
-        f"Widths {', '.join(map(str, wanted.bit_choices))}; {settings.quantizer}, {settings.one_bit} at one bit, "
+        f"Widths {_widths(wanted)}; {settings.quantizer}, {settings.one_bit} at one bit, "
         f"groups of {settings.group_size}, other linears at {settings.linear.bits} bits. "
         f"{rows[0]['tokens']:,} held-out tokens, windows of {wanted.window}.",
     ]
     if wanted.data is not None:
         lines.append(f"Calibration: {wanted.samples} × {wanted.length} tokens of {Path(wanted.data).name}.")
-    seeds = f"over {wanted.seeds} seeds where a method depends on one, else " if wanted.seeds > 1 else ""
-    lines.append(f"±: standard deviation {seeds}standard error over windows.")
+    several = f"deviation over {wanted.seeds} seeds where a method depends on one, else standard "
+    lines.append(f"±: standard {several if wanted.seeds > 1 else ''}error over windows of the held-out text.")
     for title, header, body in tables(rows):
         lines += ["", f"## {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, body)]
     return "\n".join(lines) + "\n"
+
+
+def _widths(wanted: Comparison) -> str:
+    """Name the widths that the methods choose from."""
+    if wanted.bit_choices is not None:
+        return ", ".join(map(str, wanted.bit_choices))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in wanted.methods:
+        groups.setdefault(METHODS[name].choices, []).append(name)
+    parts = sorted(groups.items(), key=lambda group: len(group[1]))
+    texts = [f"{', '.join(map(str, widths))} for {', '.join(names)}" for widths, names in parts[:-1]]
+    return "; ".join([*texts, f"{', '.join(map(str, parts[-1][0]))}{' for the others' if texts else ''}"])
 
 
 def _line(values: Sequence[str]) -> str:
@@ -157,7 +170,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.grid(visible=True, which="both", alpha=0.25)
     if rows[0]["perplexity"]:
         axes.axhline(rows[0]["perplexity"], color="grey", linestyle=":", label="original")
-    axes.legend(fontsize=8, ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -24,7 +24,7 @@ class Comparison:
     Attributes:
         methods: names, rows of ``METHODS``.
         averages: bits per expert weight.
-        bit_choices: widths to choose from.
+        bit_choices: widths to choose from; None is each method's own.
         settings: how to quantize; seeds change the calibration text.
         data: calibration text, as ``--data`` takes it; None where nothing needs one.
         samples: sequences of it.
@@ -39,7 +39,7 @@ class Comparison:
 
     methods: tuple[str, ...]
     averages: tuple[Fraction, ...]
-    bit_choices: tuple[int, ...]
+    bit_choices: tuple[int, ...] | None
     settings: QuantizeSettings
     data: str | None
     samples: int = 128

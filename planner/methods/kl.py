@@ -2,5 +2,19 @@
 
 from planner.methods.base import Method, measured
 
-METHOD = Method(measures=("kl",), costs=measured("kl"), scope="global")
-ESTIMATED = Method(measures=("kl-estimated",), costs=measured("kl_estimated"), scope="global")
+CHOICES = (1, 2, 3, 4)
+"""Where experts differ much, four bits for some are worth one bit for others."""
+
+
+def _method(measure: str, name: str) -> Method:
+    return Method(
+        measures=(measure,),
+        costs=measured(name),
+        gptq_costs=measured(f"{name}_gptq"),
+        scope="global",
+        choices=CHOICES,
+    )
+
+
+METHOD = _method("kl", "kl")
+ESTIMATED = _method("kl-estimated", "kl_estimated")

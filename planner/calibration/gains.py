@@ -1,0 +1,86 @@
+"""How much less GPTQ changes than rounding to nearest, width by width: tried on the busiest experts of each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.calibration.decoder import Decoder
+from planner.calibration.experts import Expert, load_expert
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.rounding import group_size, rounded
+from planner.calibration.routed import Routed, route
+from planner.models import MoeLayer
+from planner.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantizers.hessian import NotPositiveDefiniteError
+
+TRIED = 2
+"""Experts of each layer."""
+
+LEAST, MOST = 256, 8192
+"""Tokens of an expert that is tried: half of them make the second moments, on the others errors are compared."""
+
+
+def gptq_gains(
+    decoder: Decoder, store: HiddenStates, sequences: int, widths: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², Δ the change of an expert's output.
+
+    GPTQ gains most where rounding to nearest is bad, so that costs measured by rounding rank widths wrongly for it. A
+    layer whose experts saw too little takes the mean of the others.
+
+    Args:
+        decoder: the model.
+        store: the input of every layer.
+        sequences: how many of the store's are read.
+        widths: to compare.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for index, layer in decoder.moe.items():
+        routed = route(decoder, index, store.load(index)[:sequences], store)
+        counts = torch.tensor([int((routed.ids == expert).sum()) for expert in range(layer.num_experts)])
+        busiest = [int(expert) for expert in counts.argsort(descending=True)[:TRIED] if counts[expert] >= LEAST]
+        errors = [error for expert in busiest if (error := _errors(decoder, layer, expert, routed, widths))]
+        if errors:
+            found[layer.prefix] = {
+                bits: sum(error[bits][0] for error in errors) / sum(error[bits][1] for error in errors)
+                for bits in widths
+            }
+    usual = {bits: sum(gains[bits] for gains in found.values()) / len(found) if found else 1.0 for bits in widths}
+    return {layer.prefix: found.get(layer.prefix, usual) for layer in decoder.moe.values()}
+
+
+def _errors(
+    decoder: Decoder, layer: MoeLayer, expert: int, routed: Routed, widths: tuple[int, ...]
+) -> dict[int, tuple[float, float]] | None:
+    """Return width → squared output errors of GPTQ and of rounding, or None where GPTQ cannot work."""
+    tokens, _ = routed.slots(expert)
+    inputs = routed.inputs[tokens[:MOST]].to(decoder.device).float()
+    fit, test = inputs[::2], inputs[1::2]
+    exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
+    wanted = exact.inner(test, decoder.activation) @ exact.down.mT
+    found = {}
+    for bits in widths:
+        try:
+            pair = _gptq(decoder, exact, fit, bits), rounded(exact, bits)
+        except NotPositiveDefiniteError:
+            return None
+        better, plain = (
+            float((other.inner(test, decoder.activation) @ other.down.mT - wanted).square().sum()) for other in pair
+        )
+        if not plain:
+            return None
+        found[bits] = (better, plain)
+    return found
+
+
+def _gptq(decoder: Decoder, exact: Expert, inputs: torch.Tensor, bits: int) -> Expert:
+    """Quantize one expert: gate and up first, then down on what the quantized ones produce."""
+    size, settings = group_size(exact), GptqSettings()
+
+    def solve(weight: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        moments = seen.mT @ seen / len(seen)
+        return quantize_gptq(weight[None], moments[None], bits, size, settings, "float")[0].dequantize()
+
+    gate, up = solve(torch.cat((exact.gate, exact.up)), inputs).split(len(exact.gate))
+    inner = Expert(gate, up, exact.down).inner(inputs, decoder.activation)
+    return Expert(gate, up, solve(exact.down, inner))
