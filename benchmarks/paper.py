@@ -28,9 +28,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(
-    0, str(ROOT)
-)  # a script's own folder is there instead of the repository, and the parts import each other
+sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there, and the parts import each other
 
 from benchmarks import paper_curves, paper_experts, paper_maxvar, paper_tables, train_model  # noqa: E402
 from benchmarks.paper_common import Asked, Bench, Result, markdown_table  # noqa: E402

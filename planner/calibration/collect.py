@@ -46,10 +46,9 @@ class Wanted:
         """Return the fields as JSON values, for the description and for fingerprints."""
         return {"measures": list(self.measures), "widths": list(self.widths), "seed": self.seed}
 
-    @property
-    def states(self) -> bool:
-        """Whether the hidden states between all layers are needed when the model has read the text."""
-        return any(MEASURES[name].states for name in self.measures)
+    def sequences(self, layout: Layout, total: int) -> int:
+        """Return of how many sequences hidden states between all layers are needed when the model has read the text."""
+        return max((MEASURES[name].sequences(layout, total) for name in self.measures), default=0)
 
 
 @dataclass
@@ -61,6 +60,7 @@ class _Collection:
     folder: Path
     wanted: Wanted
     progress: Progress
+    kept: HiddenStates | None
     found: dict[str, LayerStatistics] = field(default_factory=dict)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ def collect(
     try:
         decoder = Decoder(model, layout, device, dtype)
         store = first_hidden(decoder, text.tokens, partial.folder)
-        run = _Collection(decoder, store, partial.folder, wanted, progress)
+        run = _Collection(decoder, store, partial.folder, wanted, progress, _kept(store, wanted, layout))
         _forward(run)
         for name in wanted.measures:
             _measure(run, name, MEASURES[name], text.tokens)
@@ -117,6 +117,19 @@ def collect(
     shutil.rmtree(partial.folder, ignore_errors=True)
     partial.release()
     return run.found
+
+
+def _kept(store: HiddenStates, wanted: Wanted, layout: Layout) -> HiddenStates | None:
+    """Return where the hidden states stay that measures will read, if any do."""
+    count = wanted.sequences(layout, store.shape[0])
+    return HiddenStates(store.folder / "kept", (count, *store.shape[1:]), store.dtype) if count else None
+
+
+def _keep(run: _Collection, index: int, hidden: torch.Tensor) -> None:
+    """Keep the input of a layer for measures, as much of it as they read."""
+    if run.kept is not None:
+        run.kept.create(index)[:] = hidden[: run.kept.shape[0]]
+        run.kept.complete(index)
 
 
 def _forward(run: _Collection) -> None:
@@ -137,12 +150,11 @@ def _cost(began: float, idle: int) -> dict[str, float]:
 
 def _layer(run: _Collection, index: int) -> None:
     """Run one layer, unless an earlier run did, and note its statistics."""
-    store, keep, last = run.store, run.wanted.states, index + 1 == len(run.decoder)
+    store, last = run.store, index + 1 == len(run.decoder)
     path = run.folder / f"layer-{index:05d}.safetensors"
     layer = run.decoder.moe.get(index)
     if path.is_file():
-        if not keep:
-            store.drop(index)  # if the earlier run was killed before it could
+        store.drop(index)  # if the earlier run was killed before it could
         if layer is not None:
             run.found[layer.prefix] = LayerStatistics.of(load_file(path))
         return
@@ -151,6 +163,7 @@ def _layer(run: _Collection, index: int) -> None:
             f"{run.folder}: expected the hidden states of layer {index}, found none; --no-resume starts anew"
         )
     hidden = store.load(index)
+    _keep(run, index, hidden)
     outputs, tensors = None, {}
     if layer is not None:
         routed = route(run.decoder, index, hidden, store)
@@ -163,12 +176,14 @@ def _layer(run: _Collection, index: int) -> None:
         least, seen = int(statistics.tokens.min()), int(statistics.tokens.sum())
         dropped = f", {routed.dropped} tokens not finite" if routed.dropped else ""
         run.progress.line(f"{layer.prefix}: {seen:,} token slots, at least {least:,} per expert{dropped}")
-    if not last or keep:
-        finish(run.decoder, index, hidden, store.create(index + 1), outputs)
+    if not last or run.kept is not None:
+        following = store.create(index + 1)
+        finish(run.decoder, index, hidden, following, outputs)
         store.complete(index + 1)
+        if last:
+            _keep(run, index + 1, following)
     write_tensors(path, tensors)
-    if not keep:
-        store.drop(index)
+    store.drop(index)
 
 
 def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
@@ -188,7 +203,7 @@ def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) ->
         began, idle = time.monotonic(), resident_bytes()
         reset_peak()
         values, facts = row.run(
-            Run(run.decoder, run.store, tokens, run.found, run.wanted.widths, run.wanted.seed, run.progress)
+            Run(run.decoder, run.kept or run.store, tokens, run.found, run.wanted.widths, run.wanted.seed, run.progress)
         )
         run.cost[name] = {**_cost(began, idle), **facts}
         tensors = {f"{prefix}.{key}": v.float() for prefix, entry in values.items() for key, v in entry.items()}

@@ -13,6 +13,7 @@ from planner.calibration.gains import gptq_gains
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.second_order import elementwise, second_order
 from planner.calibration.statistics import LayerStatistics
+from planner.models import Layout
 from planner.progress import Progress
 
 Found = dict[str, dict[str, torch.Tensor]]
@@ -28,7 +29,7 @@ class Run:
 
     Attributes:
         decoder: the model.
-        store: the input of every layer and the last one's output, where :attr:`Measure.states` asks for them.
+        store: the input of every layer and the last one's output, for as many sequences as :attr:`Measure.share` says.
         tokens: int64 [sequences, length].
         found: counts and sums over all of them.
         widths: to round experts to.
@@ -52,12 +53,17 @@ class Measure:
     Attributes:
         names: of its values, ``{bits}`` standing for each width.
         run: finds them; None where they are gathered while the layers run.
-        states: it reads the hidden states between all layers.
+        share: of how many sequences one has its hidden states between all layers read, given the model's layout; None
+            where none are.
     """
 
     names: tuple[str, ...]
     run: Callable[[Run], tuple[Found, Facts]] | None = None
-    states: bool = False
+    share: Callable[[Layout], int] | None = None
+
+    def sequences(self, layout: Layout, total: int) -> int:
+        """Return of how many sequences the hidden states between all layers are read."""
+        return max(1, total // self.share(layout)) if self.share is not None else 0
 
     def all_names(self, widths: Sequence[int]) -> list[str]:
         """Return the names for some widths."""
@@ -69,6 +75,14 @@ ESTIMATED_SHARE = 6
 
 SMALL = 1 << 30
 """Weights of all routed experts of a model for which cost hardly matters."""
+
+
+def _is_small(layout: Layout) -> bool:
+    return sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers) <= SMALL
+
+
+def _share(layout: Layout) -> int:
+    return 1 if _is_small(layout) else ESTIMATED_SHARE
 
 
 def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found, Facts]:
@@ -87,9 +101,9 @@ def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found,
 
 def _measured(run: Run) -> tuple[Found, Facts]:
     """Measure where the model is small, and estimate where it is not."""
-    if sum(layer.num_experts * layer.weights_per_expert for layer in run.decoder.layout.layers) > SMALL:
-        return _divergence(run, "kl", Effort(), ESTIMATED_SHARE)
-    return _divergence(run, "kl", Effort.like_pmq(run.tokens, run.decoder, run.widths), 1)
+    small = _is_small(run.decoder.layout)
+    effort = Effort.like_pmq(run.tokens, run.decoder, run.widths) if small else Effort()
+    return _divergence(run, "kl", effort, _share(run.decoder.layout))
 
 
 def _estimated(run: Run) -> tuple[Found, Facts]:
@@ -126,8 +140,8 @@ HESSIAN_SEQUENCES = 16
 MEASURES: dict[str, Measure] = {
     "error": Measure(("error_{bits}",)),
     "block": Measure(("block_cosine", "block_score")),
-    "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, states=True),
-    "kl-estimated": Measure(("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, states=True),
-    "gemq": Measure(("gemq_{bits}",), _gradient_error, states=True),
+    "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, _share),
+    "kl-estimated": Measure(("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE),
+    "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1),
     "hessian": Measure(("hessian_{bits}",), _hessian),
 }
