@@ -152,6 +152,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     names = ("kl", "perplexity")
@@ -165,6 +166,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             marker, line = "osD^vP*X<>hp"[number % 12], "--" if number >= 10 and not ours else "-"
             axes.errorbar(x, y, yerr=error, label=_label(*key), marker=marker, linestyle=line, markersize=4, **style)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.set_xlabel("average bits per expert weight")
         axes.set_ylabel(title)
         axes.grid(visible=True, which="both", alpha=0.25)
