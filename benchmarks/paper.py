@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
 import io
-import platform
 import shlex
 import subprocess
 import sys
@@ -32,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there, and 
 
 from benchmarks import paper_curves, paper_experts, paper_maxvar, paper_tables, train_model  # noqa: E402
 from benchmarks.paper_common import Asked, Bench, Result, markdown_table  # noqa: E402
+from benchmarks.report import environment  # noqa: E402
 from planner.checkpoint import SourceModel  # noqa: E402
 from planner.files import atomic, write_json  # noqa: E402
 from planner.memory import return_large_blocks  # noqa: E402
@@ -59,7 +57,6 @@ VERSION = 1
 """Of what the parts compute: a change of it makes finished parts run again."""
 
 QUICK: dict[str, Any] = {"samples": 8, "length": 128, "window": 128, "max_tokens": 2048, "seeds": 2}
-PACKAGES = ("torch", "transformers", "vllm-moeq")
 
 
 def run_part(bench: Bench, name: str, command: str) -> bool:
@@ -84,26 +81,19 @@ def run_part(bench: Bench, name: str, command: str) -> bool:
     for suffix, content in ((".md", text), (".csv", as_csv(result.rows))):
         with atomic(path.with_suffix(suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    facts = {"fingerprint": asked, "part": name, "seconds": seconds, "command": command, **environment(bench.device)}
+    facts = {"fingerprint": asked, "part": name, "seconds": seconds, "command": command, **where(bench.device)}
     write_json(path, {**facts, **vars(result)})
     print(f"{bench.folder.name} {name}: {seconds} s", flush=True)
     return True
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def where(device: torch.device) -> dict[str, Any]:
     """Return what a number may depend on besides the flags."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = environment(device)
     git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     if git.returncode == 0:
-        versions["commit"] = git.stdout.strip()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"date": date, "device": where, "threads": torch.get_num_threads(), "versions": versions}
+        found["versions"]["commit"] = git.stdout.strip()
+    return {**found, "threads": torch.get_num_threads()}
 
 
 def body(lines: Sequence[str], images: Sequence[str], folder: Path) -> list[str]:

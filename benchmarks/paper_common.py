@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,12 +14,11 @@ import torch
 
 from planner.calibration.hidden import remove_hidden
 from planner.checkpoint import SourceModel
-from planner.comparison.compare import Row
+from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries
-from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
+from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
 from planner.comparison.wanted import Comparison, Run
-from planner.estimate import estimate
 from planner.evaluation.perplexity import read_text
 from planner.methods import METHODS
 from planner.models import read_layout
@@ -162,30 +161,8 @@ class Bench:
         shared = [replace(entry, seed=0) for entry in found]
         scores = evaluate(run, shared, self.held_out)
         remove_hidden(run.folder)
-        size = sum(info.nbytes for info in self.model.shards.tensors.values())
-        original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
-        rows = [original]
-        for entry, same in zip(found, shared, strict=True):
-            key = key_of(run, same)
-            rows.append({**self._facts(run, entry), "model": key, **scores[key]})
-        return rows
-
-    def _facts(self, run: Run, entry: Entry) -> Row:
-        settings = run.wanted.settings
-        widths: Mapping[str, Sequence[int]] = {
-            layer.prefix: [int(entry.average)] * layer.num_experts for layer in self.layout.layers
-        }
-        widths = entry.plan.experts if entry.plan else widths
-        sizes = estimate(self.model, self.layout, widths, settings.group_size, settings.linear)
-        return {
-            "method": entry.method,
-            "average": float(entry.average),
-            "seed": entry.seed,
-            "odp": entry.odp,
-            "achieved": entry.plan.achieved_avg_bits if entry.plan else float(entry.average),
-            "bytes": sizes.total_bytes,
-            "cost": entry.cost,
-        }
+        original, *rows = rows_of(run, shared, scores)
+        return [original, *({**row, "seed": entry.seed} for entry, row in zip(found, rows, strict=True))]
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:

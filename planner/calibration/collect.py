@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.decoder import Decoder
 from planner.calibration.hidden import HiddenStates
-from planner.calibration.measures import MEASURES, Measure, Run
+from planner.calibration.measures import MEASURES, Measure, Run, check_measures
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.calibration.text import CalibrationText
@@ -99,6 +99,7 @@ def collect(
     """
     check_output(json_path(output))
     wanted = wanted or Wanted()
+    check_measures(wanted.measures, model, layout, device)
     names = wanted.as_dict()
     partial = PartialRun(output, {"model": model.fingerprint(), "calibration": facts, **names}, resume)
     try:

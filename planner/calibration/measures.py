@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from planner.calibration.gains import gptq_gains
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.second_order import elementwise, second_order
 from planner.calibration.statistics import LayerStatistics
+from planner.checkpoint import SourceModel
 from planner.models import Layout
 from planner.progress import Progress
 
@@ -55,11 +56,13 @@ class Measure:
         run: finds them; None where they are gathered while the layers run.
         share: of how many sequences one has its hidden states between all layers read, given the model's layout; None
             where none are.
+        check: raises UsageError, before anything is computed, where it cannot be found on this machine.
     """
 
     names: tuple[str, ...]
     run: Callable[[Run], tuple[Found, Facts]] | None = None
     share: Callable[[Layout], int] | None = None
+    check: Callable[[SourceModel, Layout, torch.device], None] | None = None
 
     def sequences(self, layout: Layout, total: int) -> int:
         """Return of how many sequences the hidden states between all layers are read."""
@@ -117,6 +120,12 @@ def _gradient_error(run: Run) -> tuple[Found, Facts]:
     return {prefix: {name: every[name] for name in names} for prefix, (every, _) in sums.items()}, {}
 
 
+def _hessian_fits(model: SourceModel, layout: Layout, device: torch.device) -> None:
+    from planner.calibration.hessian_trace import check_memory
+
+    check_memory(model, layout, device)
+
+
 def _hessian(run: Run) -> tuple[Found, Facts]:
     from planner.calibration.hessian_trace import hessian_costs, layer_traces, perturbations
 
@@ -137,11 +146,24 @@ def _hessian(run: Run) -> tuple[Found, Facts]:
 HESSIAN_SEQUENCES = 16
 """On which traces are estimated: double backward passes cost some fifty times a forward pass."""
 
+
+def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, device: torch.device) -> None:
+    """Refuse measures that this machine is too small for, before hours of work.
+
+    Raises:
+        UsageError: naming what is missing.
+    """
+    for name in names:
+        check = MEASURES[name].check
+        if check is not None:
+            check(model, layout, device)
+
+
 MEASURES: dict[str, Measure] = {
     "error": Measure(("error_{bits}",)),
     "block": Measure(("block_cosine", "block_score")),
     "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, _share),
     "kl-estimated": Measure(("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1),
-    "hessian": Measure(("hessian_{bits}",), _hessian),
+    "hessian": Measure(("hessian_{bits}",), _hessian, check=_hessian_fits),
 }

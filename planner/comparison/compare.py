@@ -58,7 +58,7 @@ def compare(
     try:
         found = entries(run)
         found += [replace(entry, odp=threshold) for threshold in wanted.odp for entry in found]
-        rows = _rows(run, found, evaluate(run, found, held_out))
+        rows = rows_of(run, found, evaluate(run, found, held_out))
         if write is not None:
             write(rows)
     except BaseException:
@@ -69,14 +69,14 @@ def compare(
     return rows
 
 
-def _rows(run: Run, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
+def rows_of(run: Run, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
     """Return the original's row and those of the entries."""
     size = sum(info.nbytes for info in run.model.shards.tensors.values())
     original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
-    return [original, *(row_of(run, entry, scores[key_of(run, entry)]) for entry in found)]
+    return [original, *(_row(run, entry, scores[key_of(run, entry)]) for entry in found)]
 
 
-def row_of(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
+def _row(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
     """Return one line of the table."""
     settings = run.wanted.settings
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from planner.calibration.collect import Wanted, collect
 from planner.calibration.flags import calibration_facts
+from planner.calibration.measures import check_measures
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.comparison.wanted import Run
@@ -58,7 +59,9 @@ def entries(run: Run) -> list[Entry]:
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
-        for average in averages:  # before anything is calibrated
+        # All that can be refused, before anything is calibrated.
+        check_measures(METHODS[name].measures, run.model, run.layout, run.device)
+        for average in averages:
             check_options(_options(run, name, average, 0, None))
         possible[name] = averages
     for name, averages in possible.items():
@@ -93,7 +96,7 @@ def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iter
             yield Entry(name, average, seed, None, {})
             continue
         options = _options(run, name, average, seed, stats)
-        path = run.folder / f"plan-{name}-{float(average):g}-{seed}.json"
+        path = run.folder / f"plan-{name}-{''.join(map(str, options.bit_choices))}-{float(average):g}-{seed}.json"
         if not path.is_file():
             idle = resident_bytes()
             plan = make_plan(run.model, run.layout, options, QUIET)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Outcome
+from tests.conftest import Outcome, run_here
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 MIXTRAL, TEXT = MODELS / "stdlib-mixtral", MODELS / "calibration.jsonl"
@@ -24,17 +23,6 @@ EVALUATE = ("--held-out", HELD_OUT, "--max-tokens", TOKENS)
 SCORES = ("perplexity", "perplexity_error", "kl", "kl_error", "kl_median", "kl_99", "kl_max", "same_top", "tokens")
 Moeq = Callable[..., Outcome]
 Row = dict[str, Any]
-
-
-def run_here(*arguments: object) -> None:
-    """Run the command in this process, for fixtures of a whole module."""
-    from planner.cli import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["moeq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-    assert not exit_.value.code
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from planner.calibration.measures import MEASURES
 from planner.calibration.text import calibration_text
 from planner.methods import METHODS
 from planner.plan import read_plan
-from tests.conftest import Outcome
+from tests.conftest import Outcome, run_here
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 MIXTRAL, TEXT = MODELS / "stdlib-mixtral", MODELS / "calibration.jsonl"
@@ -28,17 +27,6 @@ LAYERWISE = [name for name, method in METHODS.items() if method.layerwise]
 PREFIXES = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(4)]
 Moeq = Callable[..., Outcome]
 MakePlan = Callable[..., dict[str, Any]]
-
-
-def run_here(*arguments: object) -> None:
-    """Run the command in this process, for fixtures of a whole module."""
-    from planner.cli import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["moeq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-    assert not exit_.value.code
 
 
 @pytest.fixture(scope="module")
