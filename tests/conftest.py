@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+if not torch.cuda.is_available():
+    # Triton's interpreter has to be asked for before anything imports triton, as some of the libraries do.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("vllm_moeq.kernels.triton.layer")
+    del os.environ["TRITON_INTERPRET"]  # servers that tests start must not inherit it
 
 WIDTHS = [8, 4, 3, 2, 1, 1, 2, 3]
 """Every width of the format, for the eight experts of the tiny Mixtral."""
