@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from planner.dense import export_dense
 from planner.evaluation.tasks import PAPER_SUITE, TaskScore, run_tasks
 from planner.progress import Progress
+from tests.conftest import Outcome
 from vllm_moeq.format import ConfigError, UsageError
 
 MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
@@ -203,3 +205,14 @@ class TestRefused:
         shutil.copy(MODEL / "config.json", tmp_path)
         with pytest.raises(ConfigError, match="transformers cannot load it"):
             run_tasks(tmp_path, [str(path)])
+
+
+def test_compare_runs_tasks_on_every_model(moeq: Callable[..., Outcome], tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", code_documents(6, 60))
+    flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", MODEL / "held_out.txt", "--max-tokens", 256)
+    found = moeq("compare", MODEL, *flags, "--tasks", task, "-o", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    original, uniform = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert original["tasks"]["next_line acc"][0] == pytest.approx(accuracies(MODEL, code_documents(6, 60))["acc"])
+    assert set(uniform["tasks"]) == {"next_line acc", "next_line acc_norm"}
+    assert "next_line acc (original" in (tmp_path / "out" / "compare.md").read_text()
