@@ -1,7 +1,7 @@
 """Scores of experts that need nothing but weights, one file per metric."""
 
-from planner.sensitivity.max_var import max_variance
+from planner.sensitivity.max_var import max_variance, max_variance_of_rows
 from planner.sensitivity.router_norm import router_norm
 from planner.sensitivity.spectrum import spectral_scores
 
-__all__ = ["max_variance", "router_norm", "spectral_scores"]
+__all__ = ["max_variance", "max_variance_of_rows", "router_norm", "spectral_scores"]

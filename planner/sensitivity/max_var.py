@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,27 +16,46 @@ UNDERFLOW = 1e-36
 BATCH = 8
 """Neurons whose variance is computed at a time."""
 
+BLOCK_WEIGHTS = 1 << 20
+"""Weights that are read at a time: 2 MiB of half precision stay in the cache, and calls hardly count."""
+
+ReadRows = Callable[[int, int], torch.Tensor]
+"""(first row, one behind the last) → those rows, until it is called again."""
+
 
 def max_variance(first_layer: torch.Tensor) -> float:
     """Return the largest variance of any neuron's input weights; NaN if a weight is not finite.
 
-    A neuron's mean square bounds its variance and takes one fast pass. Neurons are taken in the order of their bounds,
-    their variances computed in float64, until no bound reaches the largest one: mostly a handful.
-
     Args:
         first_layer: an expert's first-layer matrix [neurons, hidden]; for gated experts the gate (w1).
     """
-    if first_layer.dtype.itemsize == 1:
-        first_layer = first_layer.float()  # norms of eight bits are not implemented
-    norms = torch.linalg.vector_norm(first_layer, dim=1).double()
-    bounds = norms.mul_(1 + NORM_ERROR).square_().div_(first_layer.shape[1]).add_(UNDERFLOW)
+    rows, columns = first_layer.shape
+    return max_variance_of_rows(lambda begin, end: first_layer[begin:end], rows, columns)
+
+
+def max_variance_of_rows(read: ReadRows, rows: int, columns: int) -> float:
+    """Do what :func:`max_variance` does, reading a matrix [rows, columns] once, some rows at a time.
+
+    A neuron's mean square bounds its variance and takes one fast pass. Neurons are taken in the order of their bounds,
+    read again, their variances computed in float64, until no bound reaches the largest one: mostly a handful.
+    """
+    step = max(1, BLOCK_WEIGHTS // columns)
+    norms = torch.cat([_norms(read(begin, min(begin + step, rows))) for begin in range(0, rows, step)])
+    bounds = norms.double().mul_(1 + NORM_ERROR).square_().div_(columns).add_(UNDERFLOW)
     order = bounds.nan_to_num_(nan=math.inf).argsort(descending=True, stable=True)
     largest = 0.0
     while order.numel() and float(bounds[order[0]]) >= largest:
-        exact = first_layer[order[:BATCH]].double()
+        exact = torch.cat([read(row, row + 1).double() for row in order[:BATCH].tolist()])
         found = float((exact - exact.mean(dim=1, keepdim=True)).square_().mean(dim=1).max())
         if math.isnan(found):
             return found
         largest = max(largest, found)
         order = order[BATCH:]
     return largest
+
+
+def _norms(block: torch.Tensor) -> torch.Tensor:
+    if block.dtype.itemsize == 1:
+        block = block.float()  # norms of eight bits are not implemented
+    norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
+    return norms

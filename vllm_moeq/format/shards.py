@@ -193,7 +193,7 @@ class ShardSet:
             raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
         return torch.frombuffer(area, dtype=info.dtype, offset=inside, count=info.numel).view(info.shape)
 
-    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def read_rows(self, name: str, begin: int, end: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """Return some rows of a matrix, copied from the file: unlike a map, they leave no pages behind.
 
         Several threads may read at once.
@@ -202,6 +202,7 @@ class ShardSet:
             name: a tensor [N, ...].
             begin: first row.
             end: one behind the last row.
+            buffer: uint8, where the rows go if they fit: one that is used again costs no page faults.
 
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
@@ -210,8 +211,9 @@ class ShardSet:
         shape = (end - begin, *info.shape[1:])
         row_bytes = info.nbytes // max(1, info.shape[0])
         size = row_bytes * (end - begin)
-        buffer = torch.empty(size, dtype=torch.uint8)
-        view, done = buffer.numpy().data, 0
+        fits = buffer is not None and buffer.numel() >= size
+        target = buffer[:size] if buffer is not None and fits else torch.empty(size, dtype=torch.uint8)
+        view, done = target.numpy().data, 0
         try:
             file = self._descriptor(info.shard)
             while done < size:
@@ -221,7 +223,7 @@ class ShardSet:
                 done += count
         except OSError as error:
             raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
-        return buffer.view(info.dtype).view(shape)
+        return target.view(info.dtype).view(shape)
 
     def _descriptor(self, shard: str) -> int:
         with self._lock:
