@@ -21,7 +21,7 @@ from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
 from planner.dense import export_dense
 from planner.evaluation import perplexity, read_text
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.progress import Progress
 
 QUIET = Progress(quiet=True)

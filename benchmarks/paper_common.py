@@ -20,8 +20,8 @@ from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
 from planner.comparison.wanted import Comparison, Run
 from planner.evaluation.perplexity import read_text
+from planner.layout import read_layout
 from planner.methods import METHODS
-from planner.models import read_layout
 from planner.options import PlanOptions
 from planner.planning import make_plan
 from planner.progress import Progress

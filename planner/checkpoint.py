@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.files import atomic, reason, sync, write_json, write_tensors
+from planner.models import NESTED
 from planner.partial import PartialRun, check_output
+from planner.stored import SourceShards
 from vllm_moeq.format import CheckpointError, ConfigError, ShardSet, UsageError, read_json
 
 __all__ = ["CheckpointWriter", "SourceModel", "check_output", "check_space", "resolve_model"]
@@ -71,16 +73,23 @@ class SourceModel:
         if not isinstance(config, dict):
             raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
         self.config: dict[str, Any] = config
-        self.shards = ShardSet(folder)
+        self.shards: ShardSet = SourceShards(folder, config)
 
     def integer(self, *keys: str) -> int:
-        """Return the first of the config's ``keys`` that is there, a positive integer."""
-        for key in keys:
-            value = self.config.get(key)
-            if type(value) is int and 0 < value <= MAX_INTEGER:
-                return value
+        """Return the first of the config's ``keys`` that is there, a positive integer; also its language model's."""
+        for part in (self.config, self.config.get(NESTED)):
+            found = part if isinstance(part, dict) else {}
+            for key in keys:
+                value = found.get(key)
+                if type(value) is int and 0 < value <= MAX_INTEGER:
+                    return value
         path = self.folder / "config.json"
         raise ConfigError(f"{path}: expected a positive integer {' or '.join(keys)} of at most {MAX_INTEGER}")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(self.shards.stored_bytes(name) for name in self.shards.tensors)
 
     def fingerprint(self) -> str:
         """Return a digest of config and headers: names, shapes, dtypes, file sizes and times.

@@ -48,7 +48,7 @@ from planner.flags import (
     plan_options,
     planned_quantizer,
 )
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.planning import make_plan
 from planner.progress import Progress
 from planner.quantize_command import quantize_command, uses_text
@@ -116,6 +116,7 @@ def plan(
         raise UsageError("-o and --dry-run: expected one of them, found both")
     with open_model(resolve_model(model), dry_run) as source:
         layout = read_layout(source)
+        show.note_limits(source, layout, progress)
         linear = linear_format(source, layout, linear_bits, linear_group_size)
         settings = QuantizeSettings(group_size=checked_group_size(group_size), linear=linear)
         options = plan_options(

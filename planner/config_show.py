@@ -14,7 +14,7 @@ from planner import show
 from planner.checkpoint import SourceModel
 from planner.config_sizes import ConfigModel, config_sizes
 from planner.estimate import GIB
-from planner.models import Layout
+from planner.layout import Layout
 from planner.plan import Plan
 from planner.settings import QuantizeSettings, check_sizes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +14,9 @@ import torch
 
 from planner.checkpoint import SourceModel
 from planner.estimate import Sizes, estimate
-from planner.models import KEPT, Architecture, Layout, architecture_of
+from planner.layout import Layout, architecture_of
+from planner.models import EXPERT_COUNT, KEPT
+from planner.stored import SourceShards
 from vllm_moeq.format import CheckpointError, ConfigError, Linear, ShardSet, TensorInfo, UsageError, read_json
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
 
@@ -31,9 +32,6 @@ SIZES = (
     "vocab_size",
 )
 """Fields that config.json has to name where transformers' class has them: its defaults are those of another model."""
-
-FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""transformers' tensors [experts, rows, columns] → the projections that lie in them, one below the other."""
 
 STORED_BITS = {3: Fraction(32, 10)}
 """Bits that a code takes in the paper's files where it is more than its width: ten 3-bit codes in 32 bits."""
@@ -78,8 +76,9 @@ class ConfigModel(SourceModel):
         self.folder = folder
         self.config = config
         self.shards = _Headers(folder, {})
-        row = architecture_of(self)
-        self.shards = _Headers(folder, _tensors(_skeleton(self), row))
+        architecture_of(self)
+        self.integer(*EXPERT_COUNT)
+        self.shards = SourceShards(folder, config, _Headers(folder, _tensors(_skeleton(self))))
 
     def fingerprint(self) -> str:
         """Return a digest of the config, all there is."""
@@ -97,20 +96,31 @@ def open_model(folder: Path, dry_run: bool) -> SourceModel:
     return SourceModel(folder)
 
 
+def model_class(config: Any) -> Any:
+    """Return transformers' class of a config: the one that it names, or that of causal language models."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def _skeleton(model: SourceModel) -> torch.nn.Module:
     """Build transformers' model without storage."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     except ModuleNotFoundError as error:
         raise UsageError(f"sizes from config.json alone need {error.name}: pip install 'vllm-moeq[eval]'") from None
     try:
         config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False, local_files_only=True)
         for size in SIZES:
             if hasattr(config, size):
-                model.integer(size)
+                model.integer(config.attribute_map.get(size, size))
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         with torch.device("meta"):
-            skeleton: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            skeleton: torch.nn.Module = model_class(config)._from_config(config, dtype=dtype)
     except ConfigError:
         raise
     except Exception as error:  # the config may hold anything, and transformers raises whatever it meets first
@@ -119,34 +129,18 @@ def _skeleton(model: SourceModel) -> torch.nn.Module:
     return skeleton
 
 
-def _tensors(skeleton: torch.nn.Module, row: Architecture) -> dict[str, TensorInfo]:
+def _tensors(skeleton: torch.nn.Module) -> dict[str, TensorInfo]:
     """Return checkpoint name → shape and dtype; tied weights once, as checkpoints store them."""
-    tensors: dict[str, TensorInfo] = {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            for saved, shape in _saved_as(name, tuple(tensor.shape), row).items():
-                tensors[saved] = TensorInfo(CONFIG, shape, tensor.dtype, 0)
-    return tensors
-
-
-def _saved_as(name: str, shape: tuple[int, ...], row: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return the checkpoint's tensors, name → shape, that transformers holds as one called ``name``."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    if found is None:
-        return {name: shape}
-    layer, inside = int(found[1]), found[2]
-    owner, _, leaf = inside.rpartition(".")
-    if owner != row.module_name(row.experts) or leaf not in FUSED:
-        return {row.checkpoint_name(layer, inside): shape}
-    count, rows, columns = shape
-    projections = [getattr(row.projections, part) for part in FUSED[leaf]]
-    return {
-        f"{row.prefix(layer)}.{expert}.{projection}.weight": (rows // len(projections), columns)
-        for expert in range(count)
-        for projection in projections
-    }
+            state[name] = tensor.detach()
+    saved = revert_weight_conversion(skeleton, state)
+    return {name: TensorInfo(CONFIG, tuple(tensor.shape), tensor.dtype, 0) for name, tensor in saved.items()}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""Turn a moeq checkpoint back into an ordinary bfloat16 one, with the quantized values."""
+"""Turn a moeq checkpoint back into an ordinary one, with the quantized values."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from planner.checkpoint import CheckpointWriter
+from planner.models import Architecture, find_architecture
 from planner.progress import Progress
+from planner.stored import fuse
 from vllm_moeq.format import (
     PACKED,
     SCALE,
@@ -18,10 +22,14 @@ from vllm_moeq.format import (
     ShardSet,
     dequantize,
     expert_matrices,
+    linear_values,
     load_config,
     read_json,
     unpack,
 )
+
+BESIDE = (SCALE, ZERO, "weight_shape")
+"""What belongs to packed words; a bias, too, stands beside them, and stays."""
 
 
 def dequantize_expert(shards: ShardSet, matrix: ExpertMatrix) -> torch.Tensor:
@@ -35,50 +43,89 @@ def dequantize_linear(shards: ShardSet, base: str, bits: int) -> torch.Tensor:
     return linear_values(shards.load(f"{base}.{PACKED}"), shards.load(f"{base}.{SCALE}"), bits)
 
 
-def linear_values(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what a packed linear stands for, float32 [N, K], from words [N, K·b/32] and scales [N, K / G]."""
-    codes = unpack(words, bits, words.shape[1] * 32 // bits)
-    return dequantize(codes, scales, torch.full_like(scales, 2 ** (bits - 1)))
+def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``output``, a Hugging Face folder that any server loads, in the source's layout, shard by shard.
 
-
-def export_dense(folder: Path, output: Path, progress: Progress) -> None:
-    """Write ``output``, a bfloat16 Hugging Face folder that any server loads, shard by shard.
+    Args:
+        folder: the checkpoint.
+        output: the folder to create.
+        progress: says how far it is.
+        dtype: of all weights; quantized values are rounded to bfloat16 once, and not at all to float32.
 
     Raises:
         MoeqError: a damaged checkpoint, an output that exists, a full disk.
     """
     config = load_config(folder)
     source = read_json(folder / "config.json")
+    name = str(dtype).removeprefix("torch.")
     with ShardSet(folder) as shards:
         matrices = {matrix.name(PACKED): matrix for matrix in expert_matrices(shards, config)}
-        fingerprint = {"export": "bf16", "config": json.loads(config.model_dump_json())}
-        writer = CheckpointWriter(output, fingerprint)
+        dense = _Dense(shards, config, matrices, find_architecture(source), dtype)
+        writer = CheckpointWriter(output, {"export": name, "config": json.loads(config.model_dump_json())})
         try:
             for shard in progress.track(sorted({info.shard for info in shards.tensors.values()}), "exporting"):
                 if not writer.has_shard(shard):
-                    writer.write_shard(shard, _dense_shard(shards, shard, config, matrices))
+                    writer.write_shard(shard, dense.shard(shard))
             writer.copy_companions(folder)
             source.pop("quantization_config")
-            writer.finish({**source, "dtype": "bfloat16"}, {})
+            writer.finish({**source, "dtype": name}, {})
         except BaseException:
             writer.abandon()
             raise
 
 
-def _dense_shard(
-    shards: ShardSet, shard: str, config: MoeqConfig, matrices: dict[str, ExpertMatrix]
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of one shard, packed ones replaced by ``.weight``."""
-    result: dict[str, torch.Tensor] = {}
-    packed = {name.removesuffix(f".{PACKED}") for name in shards.tensors if name.endswith(f".{PACKED}")}
-    for name, info in shards.tensors.items():
-        base, _, suffix = name.rpartition(".")
-        if info.shard != shard or (base in packed and suffix != PACKED):
-            continue
-        if name in matrices:
-            result[f"{base}.weight"] = dequantize_expert(shards, matrices[name]).bfloat16()
-        elif base in packed:
-            result[f"{base}.weight"] = dequantize_linear(shards, base, config.linear.bits).bfloat16()
-        else:
-            result[name] = shards.load(name).bfloat16() if info.dtype.is_floating_point else shards.load(name)
-    return result
+@dataclass(frozen=True)
+class _Dense:
+    """A checkpoint on its way to a dense one.
+
+    Attributes:
+        shards: its tensors.
+        config: its configuration.
+        matrices: name of the packed words → the expert's matrix.
+        row: the architecture, which knows the source's layout.
+        dtype: of the result.
+    """
+
+    shards: ShardSet
+    config: MoeqConfig
+    matrices: Mapping[str, ExpertMatrix]
+    row: Architecture | None
+    dtype: torch.dtype
+
+    def shard(self, shard: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of one shard, packed ones replaced by ``.weight``."""
+        result: dict[str, torch.Tensor] = {}
+        packed = {name.removesuffix(f".{PACKED}") for name in self.shards.tensors if name.endswith(f".{PACKED}")}
+        for name, info in self.shards.tensors.items():
+            base, _, suffix = name.rpartition(".")
+            if info.shard != shard or (base in packed and suffix in BESIDE):
+                continue
+            matrix = self.matrices.get(name)
+            if matrix is not None:
+                result.update(self._expert(matrix))
+            elif suffix == PACKED:
+                values = dequantize_linear(self.shards, base, self.config.linear.bits)
+                result[f"{base}.weight"] = values.to(self.dtype)
+            else:
+                value = self.shards.load(name)
+                result[name] = value.to(self.dtype) if info.dtype.is_floating_point else value
+        return result
+
+    def _expert(self, matrix: ExpertMatrix) -> dict[str, torch.Tensor]:
+        """Return an expert's matrix; where the source has one tensor for a layer, it comes with the first expert."""
+        row, names = self.row, self.config.projections
+        if row is None or row.fused is None:
+            expert = str(matrix.expert) if row is None else row.expert.format(matrix.expert)
+            values = dequantize_expert(self.shards, matrix).to(self.dtype)
+            return {f"{matrix.prefix}.{expert}.{matrix.projection}.weight": values}
+        if matrix.expert or matrix.projection == names.up:
+            return {}
+        down = matrix.projection == names.down
+        projections = [names.down] if down else [names.gate, names.up or names.gate]
+        experts = range(len(self.config.experts[matrix.prefix]))
+        parts = [[self._values(f"{matrix.prefix}.{e}.{projection}") for projection in projections] for e in experts]
+        block = matrix.prefix.removesuffix(row.experts)
+        return {block + (row.fused.down if down else row.fused.gate_up): fuse(row.fused, parts)}
+
+    def _values(self, base: str) -> torch.Tensor:
+        return dequantize_expert(self.shards, self.matrices[f"{base}.{PACKED}"]).to(self.dtype)

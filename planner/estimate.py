@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from planner.checkpoint import SourceModel
-from planner.models import Layout, MoeLayer
+from planner.layout import Layout, MoeLayer
 from vllm_moeq.format import WHOLE_ROW, Linear, UsageError
 
 GIB = 1 << 30
@@ -75,7 +75,7 @@ def estimate(
     largest = max(rows * columns for layer in layout.layers for rows, columns in layer.shapes.values())
     kept = [model.shards.info(name).nbytes for name in layout.kept]
     return Sizes(
-        source_bytes=sum(info.nbytes for info in model.shards.tensors.values()),
+        source_bytes=model.stored_bytes,
         expert_bytes=sum(per_layer),
         linear_bytes=linear_bytes(model, layout, linear),
         kept_bytes=sum(kept),

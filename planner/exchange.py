@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from planner.checkpoint import check_output, resolve_model
@@ -19,7 +20,11 @@ class Format(StrEnum):
     """Formats to export to."""
 
     bf16 = "bf16"
+    f32 = "f32"
     gptq = "gptq"
+
+
+DENSE = {Format.bf16: torch.bfloat16, Format.f32: torch.float32}
 
 
 class StoredZeros(StrEnum):
@@ -36,7 +41,7 @@ def export(
     folder: Folder,
     output: Output,
     format_: Annotated[
-        Format, typer.Option("--format", help="bf16: dense, for any server; gptq: packed, for GPTQModel.")
+        Format, typer.Option("--format", help="bf16, f32: dense, for any server; gptq: packed, for GPTQModel.")
     ] = Format.bf16,
     zero_points: Annotated[
         StoredZeros | None,
@@ -48,10 +53,10 @@ def export(
     Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
     """
     check_output(output)
-    if format_ is Format.bf16:
+    if format_ in DENSE:
         if zero_points is not None:
-            raise UsageError("--zero-points: expected --format gptq with it, found --format bf16")
-        export_dense(folder, output, Progress())
+            raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
+        export_dense(folder, output, Progress(), DENSE[format_])
         return
     from planner.autogptq import export_gptq
 

@@ -13,8 +13,8 @@ import typer
 from planner.calibration.statistics import json_path
 from planner.checkpoint import SourceModel
 from planner.estimate import average_for_budget
+from planner.layout import Layout
 from planner.methods import METHODS, Method
-from planner.models import Layout
 from planner.options import PlanOptions, check_choices, read_overrides, resolved_method
 from planner.settings import QuantizeSettings, default_linear
 from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError, read_json

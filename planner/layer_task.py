@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ import torch
 from planner.checkpoint import SourceModel
 from planner.experts import ExpertReport, pack_expert
 from planner.files import write_json, write_tensors
+from planner.layout import Layout, MoeLayer
 from planner.memory import peak_bytes
-from planner.models import Layout, MoeLayer
 from planner.plan import Plan
 from planner.quantizers import quantizer_for
 from planner.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
 from planner.settings import QuantizeSettings
-
-LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -80,34 +77,32 @@ def plan_tasks(
     model: SourceModel, layout: Layout, plan: Plan, settings: QuantizeSettings, partial: Path
 ) -> list[LayerTask]:
     """Return one task per decoder layer, then one for the tensors outside any layer."""
-    moe = {layer.index: layer for layer in layout.layers}
+    moe: dict[str | None, MoeLayer] = {layer.block: layer for layer in layout.layers}
     quantized = settings.linear.bits != 16
-    linears = _by_layer(layout.linears if quantized else ())
-    kept = _by_layer(layout.kept if quantized else (*layout.linears, *layout.kept))
-    indices = {*moe, *linears, *kept} - {None}
-    parts = [*sorted(index for index in indices if index is not None), None]
+    linears = _by_block(layout, layout.linears if quantized else ())
+    kept = _by_block(layout, layout.kept if quantized else (*layout.linears, *layout.kept))
+    parts = [*(block for block in layout.blocks if block in {*moe, *linears, *kept}), None]
     tasks = []
-    for number, index in enumerate(parts, start=1):
-        layer = moe.get(index) if index is not None else None
+    for number, block in enumerate(parts, start=1):
+        layer = moe.get(block)
         tasks.append(
             LayerTask(
                 source=model.folder.absolute(),
                 shard=partial.absolute() / f"model-{number:05d}-of-{len(parts):05d}.safetensors",
                 layer=layer,
                 widths=tuple(plan.experts[layer.prefix]) if layer else (),
-                linears=tuple(linears.get(index, ())),
-                kept=tuple(kept.get(index, ())),
+                linears=tuple(linears.get(block, ())),
+                kept=tuple(kept.get(block, ())),
                 settings=settings,
             )
         )
     return tasks
 
 
-def _by_layer(names: Sequence[str]) -> dict[int | None, list[str]]:
-    result: dict[int | None, list[str]] = {}
+def _by_block(layout: Layout, names: Sequence[str]) -> dict[str | None, list[str]]:
+    result: dict[str | None, list[str]] = {}
     for name in names:
-        match = LAYER_NAME.match(name)
-        result.setdefault(int(match.group(1)) if match else None, []).append(name)
+        result.setdefault(layout.block_of(name), []).append(name)
     return result
 
 

@@ -3,184 +3,222 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from planner.checkpoint import SourceModel
-from vllm_moeq.format import CheckpointError, Projections, TensorInfo, UsageError
+from vllm_moeq.format import Projections, UsageError
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row: names relative to ``model.layers.N``.
-
-    ``block`` names the MoE block in the checkpoint where transformers calls it ``mlp``.
-    """
-
-    router: str
-    experts: str
-    projections: Projections
-    expert_count: tuple[str, ...]
-    block: str = "mlp"
-
-    def router_name(self, layer: int) -> str:
-        """Checkpoint name of a layer's router weight."""
-        return f"model.layers.{layer}.{self.router}"
-
-    def prefix(self, layer: int) -> str:
-        """Checkpoint prefix of a layer's experts."""
-        return f"model.layers.{layer}.{self.experts}"
-
-    def module_name(self, name: str) -> str:
-        """Name in transformers of a module or parameter within a layer of the checkpoint."""
-        return f"mlp.{name.removeprefix(self.block + '.')}" if name.startswith(f"{self.block}.") else name
-
-    def checkpoint_name(self, layer: int, name: str) -> str:
-        """Checkpoint name of a parameter that transformers calls ``name`` within a MoE layer."""
-        inside = f"{self.block}.{name.removeprefix('mlp.')}" if name.startswith("mlp.") else name
-        return f"model.layers.{layer}.{inside}"
-
-
-# transformers 5 writes num_local_experts for either model.
-_COUNT_KEYS = ("num_local_experts", "num_experts")
 _W123 = Projections(gate="w1", up="w3", down="w2")
 _GATE_UP_DOWN = Projections(gate="gate_proj", up="up_proj", down="down_proj")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A run of layers.
+
+    Attributes:
+        layers: name of the list of layers.
+        count: keys of config.json, the first that is there says how many.
+        inside: where in a layer the names of its MoE block begin.
+    """
+
+    layers: str = "model.layers"
+    count: tuple[str, ...] = ("num_hidden_layers",)
+    inside: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """All experts of a layer in two tensors, names relative to the layer.
+
+    Attributes:
+        gate_up: [experts, gate and up, hidden].
+        down: [experts, hidden, intermediate].
+        transposed: the last two dimensions are exchanged.
+        interleaved: rows of gate and up alternate, instead of gate's half first.
+    """
+
+    gate_up: str
+    down: str
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row; names are relative to a layer.
+
+    Attributes:
+        router: the router's weight [experts, hidden].
+        experts: what the names of experts begin with, here and in vLLM.
+        projections: the matrices of an expert, as the output names them.
+        expert: an expert's part of the names in the source.
+        fused: where the source has all experts of a layer in one tensor.
+        stacks: where layers are.
+        renamed: (name in transformers, name in the checkpoint) of modules that differ; the first that fits.
+        kept: ends of names of matrices that stay as they are besides routers: what vLLM does not quantize.
+        logits: which of the outputs of transformers' router are the logits of all experts.
+        uncalibrated: why the model cannot run layer by layer over a text, or None.
+        unserved: why vLLM cannot serve the quantized model, or None.
+    """
+
+    router: str = "mlp.gate.weight"
+    experts: str = "mlp.experts"
+    projections: Projections = _GATE_UP_DOWN
+    expert: str = "{}"
+    fused: Fused | None = None
+    stacks: tuple[Stack, ...] = (Stack(),)
+    renamed: tuple[tuple[str, str], ...] = ()
+    kept: tuple[str, ...] = ()
+    logits: int = 0
+    uncalibrated: str | None = None
+    unserved: str | None = None
+
+    def module_name(self, name: str) -> str:
+        """Name in transformers of a module or parameter within a layer of the checkpoint."""
+        for module, saved in self.renamed:
+            if f"{name}.".startswith(f"{saved}."):
+                return module + name[len(saved) :]
+        return name
+
+    def saved_name(self, name: str) -> str:
+        """Name in the checkpoint of a module or parameter that transformers calls ``name`` within a layer."""
+        for module, saved in self.renamed:
+            if f"{name}.".startswith(f"{module}."):
+                return saved + name[len(module) :]
+        return name
+
+    def checkpoint_name(self, layer: int, name: str) -> str:
+        """Checkpoint name of a parameter that transformers calls ``name`` within a layer of a decoder."""
+        return f"{self.stacks[0].layers}.{layer}.{self.saved_name(name)}"
+
+    def router_name(self, layer: int) -> str:
+        """Checkpoint name of the weight of a decoder layer's router."""
+        return f"{self.stacks[0].layers}.{layer}.{self.stacks[0].inside}{self.router}"
+
+    def prefix(self, layer: int) -> str:
+        """What the names of the experts of a decoder's layer begin with."""
+        return f"{self.stacks[0].layers}.{layer}.{self.stacks[0].inside}{self.experts}"
+
+    def owner(self, name: str) -> tuple[int, int] | None:
+        """Return which stack, and which of its layers, a tensor belongs to."""
+        for number, stack in enumerate(self.stacks):
+            found = re.match(rf"{re.escape(stack.layers)}\.(0|[1-9][0-9]{{0,5}})\.", name)
+            if found is not None:
+                return number, int(found[1])
+        return None
+
+
+EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json; a model has one of them."""
+
+NESTED = "text_config"
+"""Where the config.json of a model for text and images has its language model's keys."""
+
+_BLOCK = ("mlp", "block_sparse_moe")
+_DENSE_SUM = "transformers runs all its experts on all tokens at once"
+
+_QWEN = Architecture()
+_SHARED_GATE = Architecture(kept=("mlp.shared_expert_gate.weight",))
+
 ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
-        "block_sparse_moe.gate.weight", "block_sparse_moe.experts", _W123, _COUNT_KEYS, block="block_sparse_moe"
+        router="block_sparse_moe.gate.weight",
+        experts="block_sparse_moe.experts",
+        projections=_W123,
+        renamed=(_BLOCK,),
     ),
-    "qwen3_moe": Architecture("mlp.gate.weight", "mlp.experts", _GATE_UP_DOWN, _COUNT_KEYS),
+    "phimoe": Architecture(
+        router="block_sparse_moe.gate.weight",
+        experts="block_sparse_moe.experts",
+        projections=_W123,
+        renamed=(("mlp.router", "block_sparse_moe.gate"), _BLOCK),
+    ),
+    "minimax_m2": Architecture(
+        router="block_sparse_moe.gate.weight",
+        experts="block_sparse_moe.experts",
+        projections=_W123,
+        renamed=(_BLOCK,),
+    ),
+    "qwen2_moe": _SHARED_GATE,
+    "qwen3_moe": _QWEN,
+    "qwen3_next": _SHARED_GATE,
+    "olmoe": _QWEN,
+    "deepseek_v2": _QWEN,
+    "deepseek_v3": _QWEN,
+    "glm4_moe": _QWEN,
+    "ernie4_5_moe": _QWEN,
+    "granitemoe": Architecture(
+        router="block_sparse_moe.router.layer.weight",
+        experts="block_sparse_moe.experts",
+        fused=Fused(gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"),
+        renamed=(("block_sparse_moe.router", "block_sparse_moe.router.layer"),),
+        logits=2,
+    ),
+    "llama4": Architecture(
+        router="feed_forward.router.weight",
+        experts="feed_forward.experts",
+        fused=Fused(
+            gate_up="feed_forward.experts.gate_up_proj", down="feed_forward.experts.down_proj", transposed=True
+        ),
+        stacks=(Stack(layers="language_model.model.layers"),),
+        uncalibrated=_DENSE_SUM,
+    ),
+    "llama4_text": Architecture(
+        router="feed_forward.router.weight",
+        experts="feed_forward.experts",
+        fused=Fused(
+            gate_up="feed_forward.experts.gate_up_proj", down="feed_forward.experts.down_proj", transposed=True
+        ),
+        uncalibrated=_DENSE_SUM,
+    ),
+    "gpt_oss": Architecture(
+        router="mlp.router.weight",
+        fused=Fused(
+            gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj", transposed=True, interleaved=True
+        ),
+        uncalibrated="its experts have biases and another activation than SiLU",
+        unserved="its experts have biases and another activation than SiLU",
+    ),
+    "switch_transformers": Architecture(
+        router="mlp.router.classifier.weight",
+        projections=Projections(gate="wi", down="wo"),
+        expert="expert_{}",
+        stacks=(
+            Stack(layers="encoder.block", count=("num_layers",), inside="layer.1."),
+            Stack(layers="decoder.block", count=("num_decoder_layers", "num_layers"), inside="layer.2."),
+        ),
+        kept=("relative_attention_bias.weight",),
+        uncalibrated="it has an encoder and a decoder",
+        unserved="vLLM has no encoder-decoder of the T5 family",
+    ),
 }
 """``model_type`` of config.json → row."""
 
 KEPT = ("lm_head.weight", "embed_tokens.weight")
-"""Two-dimensional weights that are never quantized, besides the routers."""
+"""Weights outside the layers that a size is told for by themselves."""
 
 
-@dataclass(frozen=True)
-class MoeLayer:
-    """One MoE layer of a checkpoint."""
-
-    index: int
-    prefix: str
-    router: str
-    num_experts: int
-    projections: Projections
-    shapes: dict[str, tuple[int, int]]
-
-    def weight(self, expert: int, projection: str) -> str:
-        """Checkpoint name of one expert's matrix."""
-        return f"{self.prefix}.{expert}.{projection}.weight"
-
-    @property
-    def weights_per_expert(self) -> int:
-        """Number of weights of one expert."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
+def find_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """Return the row of a config.json, if there is one."""
+    model_type = config.get("model_type")
+    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a checkpoint is made of: MoE layers, other linears, and the tensors that stay as they are."""
-
-    model_type: str
-    num_layers: int
-    layers: tuple[MoeLayer, ...]
-    linears: tuple[str, ...]
-    kept: tuple[str, ...]
-    routers: tuple[str, ...]
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of all layers together."""
-        return sum(layer.num_experts for layer in self.layers)
-
-
-def architecture_of(model: SourceModel) -> Architecture:
+def architecture_for(config: Mapping[str, Any], folder: Path, tensors: Iterable[str]) -> Architecture:
     """Return the table row of a model.
 
     Raises:
         UsageError: an unknown ``model_type``; names the tensors that look like experts.
     """
-    model_type = model.config.get("model_type")
-    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    row = find_architecture(config)
     if row is not None:
         return row
-    looks = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in model.shards.tensors if "expert" in name.lower()})
+    looks = sorted({re.sub(r"(?<=[._])\d+(?=\.)", "N", name) for name in tensors if "expert" in name.lower()})
     found = ", ".join(looks[:6]) or "none"
     raise UsageError(
-        f"{model.folder / 'config.json'}: model_type {model_type!r} is not supported "
+        f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not supported "
         f"(supported: {', '.join(sorted(ARCHITECTURES))}); tensors that look like experts: {found}"
     )
-
-
-def read_layout(model: SourceModel) -> Layout:
-    """Find the MoE layers and linears of a checkpoint from its headers alone.
-
-    Raises:
-        MoeqError: an unknown architecture, a checkpoint that is quantized already, a missing expert
-            tensor, or shapes that do not fit together.
-    """
-    row = architecture_of(model)
-    if "quantization_config" in model.config:
-        method = model.config["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(f"{model.folder / 'config.json'}: the model is quantized already ({name})")
-    num_layers = model.integer("num_hidden_layers")
-    layers = [_read_layer(model, row, index) for index in range(num_layers) if _has_experts(model, row, index)]
-    if not layers:
-        raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
-    routers = {layer.router for layer in layers}
-    prefixes = tuple(f"{layer.prefix}." for layer in layers)
-    rest = {name: info for name, info in model.shards.tensors.items() if not name.startswith(prefixes)}
-    linears = [name for name, info in rest.items() if _is_linear(name, info) and name not in routers]
-    kept = [name for name in rest if name not in set(linears)]
-    return Layout(
-        model_type=str(model.config["model_type"]),
-        num_layers=num_layers,
-        layers=tuple(layers),
-        linears=tuple(sorted(linears)),
-        kept=tuple(sorted(kept)),
-        routers=tuple(layer.router for layer in layers),
-    )
-
-
-def _is_linear(name: str, info: TensorInfo) -> bool:
-    return name.endswith(".weight") and len(info.shape) == 2 and not name.endswith(KEPT)
-
-
-def _has_experts(model: SourceModel, row: Architecture, index: int) -> bool:
-    """Tell a MoE layer, even one whose router is missing, from a dense one."""
-    first = f"{row.prefix(index)}.0.{row.projections.gate}.weight"
-    return row.router_name(index) in model.shards.tensors or first in model.shards.tensors
-
-
-def _read_layer(model: SourceModel, row: Architecture, index: int) -> MoeLayer:
-    """Check that every expert of one layer has its matrices, all of one shape."""
-    router = row.router_name(index)
-    num_experts = model.integer(*row.expert_count)
-    info = model.shards.info(router)
-    if len(info.shape) != 2 or info.shape[0] != num_experts:
-        raise CheckpointError(
-            f"{model.folder / info.shard}: tensor {router}: expected [{num_experts}, hidden], found {list(info.shape)}"
-        )
-    shapes: dict[str, tuple[int, int]] = {}
-    layer = MoeLayer(index, row.prefix(index), router, num_experts, row.projections, shapes)
-    for expert in range(num_experts):
-        for projection in row.projections.names():
-            name = layer.weight(expert, projection)
-            found = model.shards.info(name)
-            if len(found.shape) != 2 or not found.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{model.folder / found.shard}: tensor {name}: expected a 2-D float tensor, "
-                    f"found {found.dtype} {list(found.shape)}"
-                )
-            shape = (found.shape[0], found.shape[1])
-            if shapes.setdefault(projection, shape) != shape:
-                raise CheckpointError(
-                    f"{model.folder / found.shard}: tensor {name}: expected {list(shapes[projection])} "
-                    f"as in expert 0, found {list(shape)}"
-                )
-    stray = f"{layer.prefix}.{num_experts}."
-    if any(name.startswith(stray) for name in model.shards.tensors):
-        raise CheckpointError(f"{model.folder}: {stray}* exists, but the config has {num_experts} experts")
-    return layer

@@ -13,7 +13,7 @@ import torch
 from planner.checkpoint import CheckpointWriter, SourceModel, check_output, check_space
 from planner.estimate import Sizes, estimate
 from planner.layer_task import Finished, LayerTask, merged_report, plan_tasks
-from planner.models import Layout
+from planner.layout import Layout
 from planner.plan import Plan
 from planner.progress import Progress, duration
 from planner.runners import KEPT, InlineRunner, Runner, Work
@@ -26,10 +26,9 @@ HEADROOM_BYTES = 4 << 20
 
 def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
     """Return the ``quantization_config`` of the output."""
-    unquantized = [name.removesuffix(".weight") for name in layout.routers]
-    unquantized += ["lm_head"] if "lm_head.weight" in layout.kept else []
-    if settings.linear.bits == 16:
-        unquantized += [name.removesuffix(".weight") for name in layout.linears]
+    first = [*layout.routers, *(name for name in layout.kept if name == "lm_head.weight")]
+    unquantized = [*first, *(layout.linears if settings.linear.bits == 16 else ())]
+    unquantized += [name for name in layout.plain if name not in first]
     return MoeqConfig(
         quant_method="moeq",
         format_version=1,
@@ -37,7 +36,7 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
         projections=layout.layers[0].projections,
         experts=plan.experts,
         linear=settings.linear,
-        unquantized=unquantized,
+        unquantized=[name.removesuffix(".weight") for name in unquantized],
         plan=plan.summary(settings.quantizer),
     )
 

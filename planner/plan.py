@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from planner.files import write_json
-from planner.models import Layout
+from planner.layout import Layout
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, first_problem, read_json
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Name, Strict
 

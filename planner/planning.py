@@ -19,9 +19,9 @@ from planner.assignment import (
     solve,
 )
 from planner.checkpoint import SourceModel
+from planner.layout import Layout
 from planner.memory import peak_bytes, reset_peak
 from planner.methods import METHODS, UNRANKED, Method, Scores
-from planner.models import Layout
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, Settings
 from planner.progress import Progress

@@ -63,9 +63,9 @@ from planner.flags import (
     linear_format,
     plan_options,
 )
+from planner.layout import architecture_of, read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
-from planner.models import read_layout
 from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
@@ -142,6 +142,7 @@ def quantize_command(
     runner: Runner | None = None if calibrated else choose_runner(jobs, device, ray)
     with SourceModel(resolve_model(model)) as source:
         layout = read_layout(source)
+        show.note_limits(source, layout, progress)
         linear = linear_format(source, layout, linear_bits, linear_group_size)
         settings = QuantizeSettings(
             quantizer.value, one_bit.value, checked_group_size(group_size), linear, zero_points.value,
@@ -179,7 +180,8 @@ def quantize_command(
         if not dry_run:
             return_large_blocks()
             quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
-    _report(made, None if dry_run else output, sizes.as_dict(), as_json)
+        served = architecture_of(source).unserved is None
+    _report(made, None if dry_run else output, sizes.as_dict(), as_json, served)
 
 
 def uses_text(method: str, plan_file: Path | None) -> bool:
@@ -193,7 +195,7 @@ def _refuse_with_plan(flags: dict[str, object]) -> None:
             raise UsageError(f"--plan and {flag}: expected one of them, found both")
 
 
-def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool) -> None:
+def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool, served: bool) -> None:
     """Print the result; without an output the widths are counts only, not yet given to experts."""
     if as_json:
         facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
@@ -205,4 +207,4 @@ def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: boo
         show.print_widths(made.experts)
     show.print_sizes(sizes)
     if output is not None:
-        Console().print(f"wrote {output}; serve it with: moeq serve {output}", soft_wrap=True)
+        Console().print(f"wrote {output}{f'; serve it with: moeq serve {output}' if served else ''}", soft_wrap=True)

@@ -13,8 +13,8 @@ import torch
 from planner.calibration.measures import MEASURES
 from planner.calibration.statistics import LayerStatistics, read_statistics
 from planner.checkpoint import SourceModel
+from planner.layout import Layout, MoeLayer
 from planner.methods import Method
-from planner.models import Layout, MoeLayer
 from planner.options import PlanOptions
 from planner.progress import Progress
 from planner.rows import open_threads
@@ -76,7 +76,10 @@ def _spectra(
 ) -> Iterator[LayerMetrics]:
     for layer in layout.layers:
         found: LayerMetrics = {}
-        for matrix, projection in zip(MATRICES, layer.projections.names(), strict=True):
+        for matrix in MATRICES:
+            projection = getattr(layer.projections, matrix)
+            if projection is None:
+                continue
             names = [layer.weight(expert, projection) for expert in range(layer.num_experts)]
             values = list(pool.map(lambda name: spectral_scores(model.shards.map(name)), names))
             found[f"alpha_{matrix}"] = [alpha for alpha, _ in values]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from planner.checkpoint import SourceModel
-from planner.models import Layout
+from planner.layout import Layout
 from planner.quantizers import ZeroPoints, linear_group_size
 from planner.quantizers.gptq import GptqSettings
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from planner.checkpoint import SourceModel
 from planner.estimate import GIB, Sizes
+from planner.layout import Layout, architecture_of
 from planner.methods import PAPER
-from planner.models import Layout
 from planner.options import PlanOptions
 from planner.plan import Plan
 from planner.progress import Progress
@@ -43,6 +43,15 @@ def announce(options: PlanOptions, progress: Progress) -> None:
         )
 
 
+def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
+    """Say before the work what the output will not be good for."""
+    reason = architecture_of(source).unserved
+    if reason is not None:
+        progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
+    if layout.left_out:
+        progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
+
+
 def size(count: float) -> str:
     """Return bytes in the unit that keeps three digits readable."""
     for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
@@ -60,18 +69,17 @@ def inspect_facts(model: SourceModel, layout: Layout) -> dict[str, Any]:
     expert_weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
     weights = sum(info.numel for info in model.shards.tensors.values())
     expert_bytes = sum(
-        model.shards.info(layer.weight(expert, projection)).nbytes
+        model.shards.stored_bytes(layer.weight(expert, projection))
         for layer in layout.layers
         for expert in range(layer.num_experts)
         for projection in layer.projections.names()
     )
-    total = sum(info.nbytes for info in model.shards.tensors.values())
     return {
         "model": str(model.folder),
         "model_type": layout.model_type,
         "parameters": weights,
         "expert_parameters": expert_weights,
-        "bytes": total,
+        "bytes": model.stored_bytes,
         "expert_bytes": expert_bytes,
         "linears": len(layout.linears),
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in model.shards.tensors.values()}),

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from planner.autogptq.read import GptqCheckpoint, Module
-from planner.models import KEPT
+from planner.models import EXPERT_COUNT, KEPT
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -56,7 +56,7 @@ def assign_experts(checkpoint: GptqCheckpoint) -> Experts:
         if not any(name.startswith(f"{prefix}.") for name in (*checkpoint.modules, *checkpoint.others)):
             continue
         widths[prefix] = []
-        for expert in range(model.integer(*row.expert_count)):
+        for expert in range(model.integer(*EXPERT_COUNT)):
             parts = {f"{prefix}.{expert}.{name}": _module(checkpoint, f"{prefix}.{expert}.{name}") for name in names}
             bits = {module.bits for module in parts.values()}
             if len(bits) > 1:

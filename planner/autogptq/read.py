@@ -26,7 +26,8 @@ from planner.autogptq.layout import (
 )
 from planner.autogptq.names import checkpoint_name
 from planner.checkpoint import SourceModel
-from planner.models import Architecture, architecture_of
+from planner.layout import architecture_of
+from planner.models import Architecture
 from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, ShardSet, UsageError, read_json, unpack
 from vllm_moeq.format import dequantize as dequantize_codes
 

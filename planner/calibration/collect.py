@@ -21,8 +21,8 @@ from planner.calibration.statistics import LayerStatistics, json_path, observe, 
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel, check_output
 from planner.files import write_tensors
+from planner.layout import Layout
 from planner.memory import peak_bytes, reset_peak, resident_bytes
-from planner.models import Layout
 from planner.partial import PartialRun
 from planner.progress import Progress
 from vllm_moeq.format import CheckpointError

@@ -23,9 +23,9 @@ from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.checkpoint import SourceModel, check_output, resolve_model
 from planner.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
+from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS, OURS
-from planner.models import read_layout
 from planner.progress import Progress
 from vllm_moeq.format import UsageError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from planner.checkpoint import SourceModel
-from planner.models import Layout, architecture_of
+from planner.layout import Layout, architecture_of
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
@@ -51,6 +51,12 @@ class Decoder:
     """
 
     def __init__(self, model: SourceModel, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        self.row = architecture_of(model)
+        if self.row.uncalibrated is not None:
+            raise UsageError(
+                f"{model.folder}: {layout.model_type} cannot be calibrated: {self.row.uncalibrated}; "
+                "expected a method and a quantizer that read no text, such as router-norm-maxvar and hqq"
+            )
         try:
             from accelerate import init_empty_weights
             from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,7 +69,6 @@ class Decoder:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
         self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
-        self.row = architecture_of(model)
         self.moe = {layer.index: layer for layer in layout.layers}
         self.base = skeleton.eval().base_model
         self.lm_head: torch.nn.Module = skeleton.get_output_embeddings()
@@ -157,7 +162,8 @@ class Decoder:
         try:
             self._fill(self.base.norm, lambda name: f"model.norm.{name}", {})
             self._fill(self.lm_head, lambda _: source, {})
-            yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float()
+            divisor = getattr(self.config, "logits_scaling", 1.0)  # of Granite
+            yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float() / divisor
         finally:
             self.base.norm.to("meta")
             self.lm_head.to("meta")

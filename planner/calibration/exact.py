@@ -11,7 +11,7 @@ from planner.calibration.experts import load_expert
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import load_rounded
 from planner.calibration.routed import Routed, finish, route
-from planner.models import MoeLayer
+from planner.layout import MoeLayer
 
 
 class ExactExperts(torch.nn.Module):

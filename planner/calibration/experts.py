@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from planner.checkpoint import SourceModel
-from planner.models import MoeLayer
+from planner.layout import MoeLayer
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

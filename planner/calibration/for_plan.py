@@ -17,8 +17,8 @@ from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
+from planner.layout import Layout
 from planner.methods import METHODS
-from planner.models import Layout
 from planner.options import PlanOptions, check_options
 from planner.progress import Progress
 from vllm_moeq.format import UsageError, read_json

@@ -19,7 +19,7 @@ import torch
 from planner.calibration.experts import load_expert
 from planner.calibration.rounding import rounded
 from planner.checkpoint import SourceModel
-from planner.models import Layout, architecture_of
+from planner.layout import Layout, architecture_of
 from planner.progress import Progress
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 

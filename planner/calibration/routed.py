@@ -58,15 +58,16 @@ class Routed:
 class _Recording(torch.nn.Module):
     """Stands for the experts in the first pass: notes what they would see, returns zeros."""
 
-    def __init__(self, inputs: torch.Tensor) -> None:
+    def __init__(self, inputs: torch.Tensor, logits: int) -> None:
         super().__init__()
         self.inputs, self.next = inputs, 0
+        self.place = logits
         self.logits = torch.empty(0)
         self.slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def note_logits(self, _router: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
         """Keep the router's logits [tokens, experts]: its hook, called just before :meth:`forward`."""
-        self.logits = output[0]
+        self.logits = output[self.place]
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`planner.calibration.decoder.Decoder.layer`."""
@@ -112,7 +113,7 @@ def route(
     """
     tokens, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
     inputs = store.scratch("inputs.bin", (tokens, size), hidden.dtype)
-    recording = _Recording(inputs)
+    recording = _Recording(inputs, decoder.row.logits)
     hook = decoder.router(index).register_forward_hook(recording.note_logits)
     try:
         with decoder.layer(index, recording, replaced) as call:

@@ -16,13 +16,12 @@ from planner.calibration.hidden import HiddenStates, remove_hidden
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
-from planner.dense import linear_values
 from planner.experts import ExpertReport, pack_expert
 from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.rows import open_threads
 from planner.runners.base import KEPT, Work
-from vllm_moeq.format import PACKED, SCALE, CheckpointError, MoeqError
+from vllm_moeq.format import PACKED, SCALE, CheckpointError, MoeqError, linear_values
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from planner.calibration.experts import load_expert
 from planner.calibration.rounding import rounded
 from planner.calibration.routed import Routed
 from planner.files import write_json, write_tensors
-from planner.models import Layout, MoeLayer
+from planner.layout import Layout, MoeLayer
 from vllm_moeq.format import CheckpointError, read_json
 
 VERSION = 1

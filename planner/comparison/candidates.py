@@ -12,7 +12,7 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.dense import dequantize_expert
-from planner.models import MoeLayer
+from planner.layout import MoeLayer
 from planner.quantizers import quantizer_for
 from vllm_moeq.format import SCALE, ExpertMatrix, MoeqConfig, ShardSet, load_config
 

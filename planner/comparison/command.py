@@ -31,9 +31,9 @@ from planner.flags import (
     linear_format,
     read_choices,
 )
+from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
-from planner.models import read_layout
 from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, check_sizes

@@ -16,7 +16,7 @@ from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
 from planner.comparison.wanted import Comparison, Run
 from planner.estimate import estimate
-from planner.models import Layout
+from planner.layout import Layout
 from planner.partial import PartialRun
 from planner.progress import Progress
 

@@ -11,11 +11,10 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.routed import ROWS, Routed, finish, route
 from planner.comparison.candidates import Candidate
-from planner.dense import linear_values
-from planner.models import MoeLayer
+from planner.layout import MoeLayer
 from planner.progress import Progress
 from planner.quantizers import quantize_linear
-from vllm_moeq.format import Linear, drop_weak
+from vllm_moeq.format import Linear, drop_weak, linear_values
 
 
 def read_text(

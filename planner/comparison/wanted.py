@@ -11,7 +11,7 @@ import torch
 
 from planner.calibration.text import CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
-from planner.models import Layout
+from planner.layout import Layout
 from planner.progress import Progress
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import UsageError

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from planner.dense import export_dense
 from planner.progress import Progress
-from vllm_moeq.format import ConfigError, UsageError, read_json
+from vllm_moeq.format import QUANT_METHOD, ConfigError, UsageError, read_json
 
 
 def read_text(path: Path) -> str:
@@ -23,6 +24,11 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a UTF-8 text file ({error})") from None
+
+
+def _method(config: dict[str, Any]) -> Any:
+    found = config.get("quantization_config")
+    return found.get("quant_method") if isinstance(found, dict) else None
 
 
 @torch.inference_mode()
@@ -42,7 +48,7 @@ def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, m
         MoeqError: a damaged checkpoint, or a text of fewer than two tokens.
     """
     config = read_json(folder / "config.json")
-    if isinstance(config, dict) and "quantization_config" in config:
+    if isinstance(config, dict) and _method(config) == QUANT_METHOD:
         with tempfile.TemporaryDirectory() as temporary:
             dense = Path(temporary) / "dense"
             export_dense(folder, dense, Progress(quiet=True))

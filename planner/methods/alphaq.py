@@ -13,7 +13,7 @@ def _costs(scores: Scores, widths: Sequence[int]) -> dict[str, CostTable]:
     """
     slots = [(prefix, expert) for prefix, found in scores.items() for expert in range(len(found["alpha_gate"]))]
     sums = [[0.0] * len(widths) for _ in slots]
-    for matrix in MATRICES:
+    for matrix in (name for name in MATRICES if f"alpha_{name}" in next(iter(scores.values()))):
         exponents, variances, sizes = (
             [scores[prefix][f"{name}_{matrix}"][expert] for prefix, expert in slots]
             for name in ("alpha", "variance", "weights")

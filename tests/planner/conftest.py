@@ -10,7 +10,7 @@ import pytest
 
 from planner.autogptq import export_gptq
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.pipeline import quantize
 from planner.plan import Plan
 from planner.progress import Progress

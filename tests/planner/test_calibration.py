@@ -17,7 +17,7 @@ from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import observe, read_statistics
 from planner.calibration.text import calibration_text, documents
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
 from vllm_moeq.format import CheckpointError, UsageError

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner.calibration.decoder import Decoder
 from planner.checkpoint import SourceModel
 from planner.comparison.scores import score, summarize, windows
-from planner.models import read_layout
+from planner.layout import read_layout
 
 MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 

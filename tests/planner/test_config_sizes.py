@@ -14,7 +14,7 @@ import pytest
 from planner.checkpoint import SourceModel
 from planner.config_sizes import ConfigModel, count_weights
 from planner.estimate import GIB
-from planner.models import read_layout
+from planner.layout import read_layout
 from vllm_moeq.format import CheckpointError
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -9,7 +9,7 @@ import pytest
 
 from planner.checkpoint import SourceModel
 from planner.estimate import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
-from planner.models import Layout, MoeLayer, read_layout
+from planner.layout import Layout, MoeLayer, read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan
@@ -21,6 +21,7 @@ QUIET = Progress(quiet=True)
 LINEAR = Linear(bits=4, group_size=32)
 MIXTRAL_8X7B = MoeLayer(
     index=0,
+    block="layer",
     prefix="experts",
     router="gate",
     num_experts=8,

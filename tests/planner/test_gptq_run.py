@@ -21,7 +21,7 @@ from planner.calibration.runner import GptqRunner
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
 from planner.evaluation import perplexity
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan

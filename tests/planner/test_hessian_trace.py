@@ -27,7 +27,7 @@ from planner.calibration.hessian_trace import (
     summed_loss,
 )
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.progress import Progress
 from planner.quantizers import quantize_rtn, quantize_sign
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError

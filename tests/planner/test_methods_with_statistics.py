@@ -13,7 +13,7 @@ import torch
 from planner.calibration.collect import Wanted, collect
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.progress import Progress
 from tests.conftest import Outcome
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from planner.checkpoint import CheckpointWriter, SourceModel, check_space
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.plan import read_plan

@@ -12,7 +12,7 @@ import torch
 
 from planner.allocation import rank_experts
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.options import PlanOptions, read_overrides
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan

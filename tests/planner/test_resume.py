@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from planner.checkpoint import SourceModel
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan

@@ -16,7 +16,7 @@ import torch
 
 from planner.checkpoint import SourceModel
 from planner.layer_task import LayerTask, plan_tasks, run_task
-from planner.models import read_layout
+from planner.layout import read_layout
 from planner.pipeline import quantize
 from planner.plan import read_plan
 from planner.progress import Progress

@@ -4,7 +4,7 @@ Needs torch and safetensors; neither vLLM nor a GPU.
 """
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
-from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, dequantize, pack, packed_words, unpack
+from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, dequantize, linear_values, pack, packed_words, unpack
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
     FORMAT_VERSION,
@@ -54,6 +54,7 @@ __all__ = [
     "drop_weak",
     "expert_matrices",
     "first_problem",
+    "linear_values",
     "load_config",
     "pack",
     "packed_words",

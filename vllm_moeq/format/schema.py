@@ -43,15 +43,15 @@ class Strict(BaseModel):
 
 
 class Projections(Strict):
-    """The names of an expert's matrices in the checkpoint: down(silu(gate(x)) · up(x))."""
+    """The names of an expert's matrices in the checkpoint: down(act(gate(x)) · up(x)), or without ``up``."""
 
     gate: Name
-    up: Name
+    up: Name | None = None
     down: Name
 
-    def names(self) -> tuple[str, str, str]:
-        """Return the three names: gate, up, down."""
-        return self.gate, self.up, self.down
+    def names(self) -> tuple[str, ...]:
+        """Return the names: gate, up where there is one, down."""
+        return (self.gate, self.down) if self.up is None else (self.gate, self.up, self.down)
 
 
 class Linear(Strict):

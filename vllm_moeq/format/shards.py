@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -160,6 +160,10 @@ class ShardSet:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self.tensors[name]
 
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in its file."""
+        return self.info(name).nbytes
+
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, memory-mapped from its shard.
 
@@ -173,19 +177,27 @@ class ShardSet:
             raise CheckpointError(f"{self.folder / info.shard}: cannot read tensor {name} ({error})") from None
         return tensor
 
-    def map(self, name: str) -> torch.Tensor:
+    def map(self, name: str, index: int | None = None) -> torch.Tensor:
         """Return one tensor in a memory map of its own: unlike those of :meth:`load`, its pages leave memory with it.
 
         Several threads may map at once. Writing to the tensor does not change the file.
+
+        Args:
+            name: of the tensor.
+            index: along its first dimension, of the part to map; all of it by default.
 
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
         """
         info = self.info(name)
+        if index is not None:
+            part = replace(info, shape=info.shape[1:])
+            info = replace(part, offset=info.offset + index * part.nbytes)
         begin = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         inside = info.offset - begin
         if inside % info.dtype.itemsize or not info.nbytes:
-            return self.load(name).clone()
+            whole = self.load(name)
+            return (whole if index is None else whole[index]).clone()
         try:
             file = self._descriptor(info.shard)
             area = mmap.mmap(file, inside + info.nbytes, access=mmap.ACCESS_COPY, offset=begin)

@@ -121,7 +121,8 @@ def expert_matrices(shards: ShardSet, config: MoeqConfig) -> Iterator[ExpertMatr
                         f"as in expert 0, found {list(shape)}"
                     )
                 yield matrix
-        gate, up, down = (shapes[name] for name in config.projections.names())
+        gate, down = shapes[config.projections.gate], shapes[config.projections.down]
+        up = gate if config.projections.up is None else shapes[config.projections.up]
         if gate != up or down != (gate[1], gate[0]):
             raise CheckpointError(
                 f"{shards.folder}: {prefix}: gate {list(gate)}, up {list(up)} and down {list(down)} do not fit"
@@ -190,12 +191,21 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
 
 def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
     """Refuse tensors below an experts prefix that no expert of the config owns."""
-    prefixes = tuple(f"{prefix}." for prefix in config.experts)
     for name in shards.tensors:
-        if name.startswith(prefixes) and name not in known:
+        if name not in known and _is_of_an_expert(name, config):
             raise CheckpointError(
                 f"{shards.folder / shards.tensors[name].shard}: tensor {name} belongs to no expert of the config"
             )
+
+
+def _is_of_an_expert(name: str, config: MoeqConfig) -> bool:
+    """Tell ``<prefix>.<number>.…``; what a layer keeps for all its experts together, such as biases, is not ours."""
+    head, _, _ = name.rpartition(".")
+    while head:
+        head, _, last = head.rpartition(".")
+        if last.isdecimal() and head in config.experts:
+            return True
+    return False
 
 
 def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str], values: bool) -> None:

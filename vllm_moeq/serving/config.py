@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.platforms import current_platform
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, UsageError, parse_config, verify
+from vllm_moeq.serving.linear_method import UnpackedLinearMethod, unpacked
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
 
 if TYPE_CHECKING:
@@ -51,11 +52,7 @@ def parse_thresholds(value: Any, prefixes: Collection[str]) -> dict[str, float]:
 
 
 class MoeqQuantizationConfig(QuantizationConfig):
-    """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels.
-
-    Raises:
-        UsageError: 8-bit linears on a CPU, which vLLM's CPU kernels do not have.
-    """
+    """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels where it has them."""
 
     def __init__(self, config: MoeqConfig) -> None:
         super().__init__()
@@ -64,11 +61,6 @@ class MoeqQuantizationConfig(QuantizationConfig):
         self.odp: dict[str, float] = dict(config.odp or {})
         self._linear: CompressedTensorsConfig | None = None
         if config.linear.bits != 16:
-            if config.linear.bits == 8 and current_platform.is_cpu():
-                raise UsageError(
-                    "quantization_config: linear.bits is 8, and vLLM's CPU kernels serve 4 or 16; "
-                    "quantize again with --linear-bits 4 or 16"
-                )
             self._linear = CompressedTensorsConfig.from_config(
                 config.linear.compressed_tensors(list(config.unquantized))
             )
@@ -155,5 +147,10 @@ class MoeqQuantizationConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             # Models fill in this mapping (q, k, v → qkv) after the config is made.
             self._linear.packed_modules_mapping = self.packed_modules_mapping
-            return self._linear.get_quant_method(layer, prefix)
+            method = self._linear.get_quant_method(layer, prefix)
+            reason = unpacked(self.moeq.linear, get_current_vllm_config().model_config.dtype)
+            if reason is None or isinstance(method, UnquantizedLinearMethod):
+                return method
+            logger.info_once("moeq: other linears take 16 bits in memory: %s", reason)
+            return UnpackedLinearMethod(self.moeq.linear, prefix)
         return None

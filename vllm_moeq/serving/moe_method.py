@@ -100,8 +100,6 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         activation = getattr(layer.activation, "value", layer.activation)
         if activation != "silu":
             raise UsageError(f"{self.prefix}: expected the activation silu, found {activation}")
-        if layer.apply_router_weight_on_input:
-            raise UsageError(f"{self.prefix}: routing weights on the input are not supported")
         if len(self.widths) != layer.global_num_experts:
             raise UsageError(
                 f"{self.prefix}: expected {layer.global_num_experts} widths in quantization_config.experts, "
@@ -161,6 +159,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         **_: Any,
     ) -> torch.Tensor:
         """Return this rank's sum over the routed experts [tokens, hidden]; vLLM reduces it over ranks."""
+        if layer.apply_router_weight_on_input:  # Llama-4
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if self.threshold > 0:
             # Before the map: a token's largest weight may be that of another rank's expert.
             topk_ids, topk_weights = drop_weak(topk_ids, topk_weights, self.threshold)

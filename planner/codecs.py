@@ -1,0 +1,125 @@
+"""Formats of source weights with fewer than sixteen bits, decoded to bfloat16 as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_moeq.format import CheckpointError, ShardSet
+
+Parts = Mapping[str, torch.Tensor]
+"""Suffix → what the file holds under it for one matrix."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Values as they are.
+
+    Attributes:
+        suffixes: appended to a tensor's name, the values first.
+        bits: per weight, scales included.
+        dtype: of decoded values, or None where it is the file's.
+    """
+
+    suffixes: tuple[str, ...] = ("",)
+    bits: float = 16
+    dtype: torch.dtype | None = None
+
+    def tensors(self, name: str) -> dict[str, str]:
+        """Return suffix → name of the tensors that stand for ``name``."""
+        return {suffix: name + suffix for suffix in self.suffixes}
+
+    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+        """Return the shape of the decoded tensor.
+
+        Raises:
+            CheckpointError: scales that do not fit the values.
+        """
+        return files.info(name + self.suffixes[0]).shape
+
+    def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
+        """Return stored rows ``first``, ``first + step`` … below ``last``, decoded."""
+        return parts[""][first:last:step]
+
+
+BLOCK = 128
+"""Rows and columns that share a scale in DeepSeek's eight-bit checkpoints."""
+
+
+class Fp8Blocks(Codec):
+    """float8_e4m3fn with a float32 scale per 128 × 128 weights (DeepSeek-V3, MiniMax-M2): w = value · scale."""
+
+    def __init__(self) -> None:
+        super().__init__(("", "_scale_inv"), 8 + 32 / BLOCK**2, torch.bfloat16)
+
+    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+        """See :meth:`Codec.shape`."""
+        values, scales = (files.info(tensor) for tensor in self.tensors(name).values())
+        expected = tuple(-(-size // BLOCK) for size in values.shape)
+        if values.dtype != torch.float8_e4m3fn or scales.shape != expected or not scales.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{files.folder / scales.shard}: tensor {name}: expected float8_e4m3fn and scales {list(expected)} of "
+                f"128 × 128 weights, found {values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)}"
+            )
+        return values.shape
+
+    def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
+        """See :meth:`Codec.read`."""
+        values, scales = parts[""], parts["_scale_inv"]
+        rows = torch.arange(first, last, step)
+        wide = scales[rows // BLOCK].float().repeat_interleave(BLOCK, dim=1)[:, : values.shape[1]]
+        return (values[first:last:step].float() * wide).bfloat16()
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of the eight codes without the sign bit: e2m1."""
+
+GROUP = 32
+"""Weights that share an exponent in MXFP4."""
+
+
+class Mxfp4(Codec):
+    """Sixteen bytes of two e2m1 codes, the lower half first, and a power of two per 32 weights (OCP MX, gpt-oss)."""
+
+    def __init__(self) -> None:
+        super().__init__(("_blocks", "_scales"), 4 + 8 / GROUP, torch.bfloat16)
+
+    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+        """See :meth:`Codec.shape`."""
+        blocks, scales = (files.info(tensor) for tensor in self.tensors(name).values())
+        fits = blocks.shape[:-1] == scales.shape and blocks.shape[-1:] == (GROUP // 2,)
+        if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or not fits:
+            raise CheckpointError(
+                f"{files.folder / blocks.shard}: tensor {name}_blocks: expected uint8 [..., groups, 16] and scales "
+                f"[..., groups], found {blocks.dtype} {list(blocks.shape)} and {scales.dtype} {list(scales.shape)}"
+            )
+        return (*scales.shape[:-1], scales.shape[-1] * GROUP)
+
+    def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
+        """See :meth:`Codec.read`."""
+        blocks, exponents = (part[first:last:step] for part in (parts["_blocks"], parts["_scales"]))
+        table = torch.tensor([*FP4, *(-value for value in FP4)])
+        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+        values = torch.ldexp(table[codes.int()], exponents.int()[..., None] - 127)
+        return values.flatten(-2).bfloat16()
+
+
+PLAIN, FP8_BLOCKS, MXFP4 = Codec(), Fp8Blocks(), Mxfp4()
+
+DECODED = {"fp8": FP8_BLOCKS, "mxfp4": MXFP4}
+"""``quant_method`` of a source that is quantized already, but in a way that can be read."""
+
+
+def codec_of(name: str, tensors: Container[str], encoded: bool = False) -> Codec:
+    """Return how a tensor is stored, which the names beside it tell.
+
+    Args:
+        name: of the decoded tensor.
+        tensors: names of the file.
+        encoded: its blocks are there instead of itself.
+    """
+    if encoded:
+        return MXFP4
+    return FP8_BLOCKS if f"{name}_scale_inv" in tensors else PLAIN

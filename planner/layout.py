@@ -1,0 +1,240 @@
+"""What a checkpoint is made of: MoE layers, other linears, and the rest, from its headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from planner.checkpoint import SourceModel
+from planner.codecs import DECODED
+from planner.models import EXPERT_COUNT, Architecture, Stack, architecture_for
+from vllm_moeq.format import CheckpointError, Projections, TensorInfo, UsageError
+
+ROWS_MULTIPLE = 32
+"""Matrices with other numbers of output neurons are gates and the like, which no low-bit kernel takes."""
+
+
+SPECULATIVE = ("mtp.", "model.mtp.")
+"""Names of layers for speculative decoding that are no decoder layers."""
+
+EMBEDDING = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a checkpoint.
+
+    Attributes:
+        index: of the layer within its stack.
+        block: name of the layer.
+        prefix: what the names of its experts begin with.
+        router: the router's weight.
+        num_experts: how many it has.
+        projections: their matrices.
+        shapes: projection → [outputs, inputs].
+    """
+
+    index: int
+    block: str
+    prefix: str
+    router: str
+    num_experts: int
+    projections: Projections
+    shapes: dict[str, tuple[int, int]]
+
+    def weight(self, expert: int, projection: str) -> str:
+        """Checkpoint name of one expert's matrix."""
+        return f"{self.prefix}.{expert}.{projection}.weight"
+
+    @property
+    def weights_per_expert(self) -> int:
+        """Number of weights of one expert."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a checkpoint is made of.
+
+    Attributes:
+        model_type: of config.json.
+        blocks: names of all layers, in order.
+        layers: those with experts.
+        linears: matrices that are quantized in vLLM's own format.
+        kept: tensors that stay as they are.
+        plain: those of them that are matrices, which vLLM may have a linear for.
+        left_out: layers behind the last, for speculative decoding, which the output does not have.
+    """
+
+    model_type: str
+    blocks: tuple[str, ...]
+    layers: tuple[MoeLayer, ...]
+    linears: tuple[str, ...]
+    kept: tuple[str, ...]
+    plain: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all kinds."""
+        return len(self.blocks)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The routers' weights."""
+        return tuple(layer.router for layer in self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers together."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    def block_of(self, name: str) -> str | None:
+        """Return the layer that a tensor belongs to."""
+        return next((block for block in _heads(name) if block in self._known), None)
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.blocks)
+
+
+def _heads(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end, part in enumerate(parts) if part.isdigit()]
+
+
+def architecture_of(model: SourceModel) -> Architecture:
+    """Return the table row of a model.
+
+    Raises:
+        UsageError: an unknown ``model_type``; names the tensors that look like experts.
+    """
+    return architecture_for(model.config, model.folder, model.shards.tensors)
+
+
+def read_layout(model: SourceModel) -> Layout:
+    """Find the MoE layers and linears of a checkpoint from its headers alone.
+
+    Raises:
+        MoeqError: an unknown architecture, a checkpoint that is quantized already, a missing expert
+            tensor, or shapes that do not fit together.
+    """
+    row = architecture_of(model)
+    _refuse_quantized(model)
+    places = [(stack, index) for stack in row.stacks for index in range(model.integer(*stack.count))]
+    layers = [_read_layer(model, row, *place) for place in places if _has_experts(model, row, *place)]
+    if not layers:
+        raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
+    blocks = tuple(f"{stack.layers}.{index}" for stack, index in places)
+    linears, kept, left_out = _sort(model, row, frozenset(blocks), layers)
+    return Layout(
+        model_type=str(model.config["model_type"]),
+        blocks=blocks,
+        layers=tuple(layers),
+        linears=tuple(sorted(linears)),
+        kept=tuple(sorted(kept)),
+        plain=tuple(sorted(name for name in kept if _is_plain(name, model.shards.info(name)))),
+        left_out=tuple(sorted(left_out)),
+    )
+
+
+def _sort(
+    model: SourceModel, row: Architecture, blocks: frozenset[str], layers: Sequence[MoeLayer]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the tensors that are not experts' matrices: linears to quantize, those to keep, those to leave out."""
+    routers = {layer.router for layer in layers}
+    prefixes = tuple(f"{layer.prefix}." for layer in layers)
+    linears, kept, left_out = [], [], []
+    for name, info in model.shards.tensors.items():
+        if name.startswith(prefixes) and _is_of_an_expert(model, name, prefixes, row):
+            continue
+        inside = any(head in blocks for head in _heads(name))
+        if (row.owner(name) is not None and not inside) or name.startswith(SPECULATIVE):
+            left_out.append(name)
+        elif inside and name not in routers and _is_linear(name, info, row):
+            linears.append(name)
+        else:
+            kept.append(name)
+    return linears, kept, left_out
+
+
+def _refuse_quantized(model: SourceModel) -> None:
+    found = model.config.get("quantization_config")
+    if found is None:
+        return
+    name = found.get("quant_method") if isinstance(found, dict) else found
+    if name not in DECODED:
+        raise UsageError(f"{model.folder / 'config.json'}: the model is quantized already ({name})")
+    undecoded = [
+        name for name, info in model.shards.tensors.items() if info.dtype.itemsize == 1 and len(info.shape) > 1
+    ]
+    if undecoded:
+        raise UsageError(
+            f"{model.folder}: the model is quantized already ({name}), and tensor {undecoded[0]} is in a way that "
+            "cannot be read; expected scales of blocks of 128 × 128 weights (fp8), or blocks of 32 (mxfp4)"
+        )
+
+
+def _is_of_an_expert(model: SourceModel, name: str, prefixes: tuple[str, ...], row: Architecture) -> bool:
+    """Tell a matrix of one expert from what a layer keeps for all of them together, such as gpt-oss's biases.
+
+    Raises:
+        CheckpointError: an expert has something besides its matrices.
+    """
+    rest = next(name[len(prefix) :] for prefix in prefixes if name.startswith(prefix)).split(".")
+    if not rest[0].isdigit():
+        return False
+    if rest[1:] not in [[projection, "weight"] for projection in row.projections.names()]:
+        names = ", ".join(row.projections.names())
+        raise CheckpointError(f"{model.folder}: tensor {name}: expected an expert with the matrices {names} alone")
+    return True
+
+
+def _is_linear(name: str, info: TensorInfo, row: Architecture) -> bool:
+    matrix = name.endswith(".weight") and len(info.shape) == 2 and info.dtype.is_floating_point
+    return matrix and not name.endswith(row.kept) and info.shape[0] % ROWS_MULTIPLE == 0
+
+
+def _is_plain(name: str, info: TensorInfo) -> bool:
+    return name.endswith(".weight") and len(info.shape) == 2 and not name.endswith(EMBEDDING)
+
+
+def _has_experts(model: SourceModel, row: Architecture, stack: Stack, index: int) -> bool:
+    """Tell a MoE layer, even one whose router is missing, from a dense one."""
+    block = f"{stack.layers}.{index}.{stack.inside}"
+    first = f"{block}{row.experts}.0.{row.projections.gate}.weight"
+    return f"{block}{row.router}" in model.shards.tensors or first in model.shards.tensors
+
+
+def _read_layer(model: SourceModel, row: Architecture, stack: Stack, index: int) -> MoeLayer:
+    """Check that every expert of one layer has its matrices, all of one shape."""
+    block = f"{stack.layers}.{index}"
+    router, prefix = f"{block}.{stack.inside}{row.router}", f"{block}.{stack.inside}{row.experts}"
+    num_experts = model.integer(*EXPERT_COUNT)
+    info = model.shards.info(router)
+    if len(info.shape) != 2 or info.shape[0] != num_experts or 0 in info.shape:
+        raise CheckpointError(
+            f"{model.folder / info.shard}: tensor {router}: expected [{num_experts}, hidden], found {list(info.shape)}"
+        )
+    shapes: dict[str, tuple[int, int]] = {}
+    layer = MoeLayer(index, block, prefix, router, num_experts, row.projections, shapes)
+    for expert in range(num_experts):
+        for projection in row.projections.names():
+            name = layer.weight(expert, projection)
+            found = model.shards.info(name)
+            if len(found.shape) != 2 or 0 in found.shape or not found.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{model.folder / found.shard}: tensor {name}: expected a 2-D float tensor, "
+                    f"found {found.dtype} {list(found.shape)}"
+                )
+            shape = (found.shape[0], found.shape[1])
+            if shapes.setdefault(projection, shape) != shape:
+                raise CheckpointError(
+                    f"{model.folder / found.shard}: tensor {name}: expected {list(shapes[projection])} "
+                    f"as in expert 0, found {list(shape)}"
+                )
+    stray = f"{layer.prefix}.{num_experts}."
+    if any(name.startswith(stray) for name in model.shards.tensors):
+        raise CheckpointError(f"{model.folder}: {stray}* exists, but the config has {num_experts} experts")
+    return layer

@@ -1,0 +1,195 @@
+"""A source's tensors as the planner wants them: every expert's matrices by themselves, [outputs, inputs], decoded.
+
+Checkpoints keep all experts of a layer in one tensor, transposed, with gate and up interleaved, in eight bits with a
+scale per block, or in four. Behind :class:`SourceShards` such a tensor is one name per matrix, read when it is asked
+for; all other tensors are what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.codecs import PLAIN, Codec, codec_of
+from planner.models import Architecture, Fused, find_architecture
+from vllm_moeq.format import CheckpointError, ShardSet, TensorInfo
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, columns] inside a stored tensor.
+
+    Attributes:
+        tensor: the stored tensor's name, without what its codec appends.
+        codec: how its values are stored.
+        rows: output neurons.
+        columns: inputs.
+        index: of the expert, where the tensor holds all of them.
+        first: stored row of row 0.
+        step: between stored rows.
+        transposed: the tensor's last two dimensions are exchanged.
+    """
+
+    tensor: str
+    codec: Codec
+    rows: int
+    columns: int
+    index: int | None = None
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    def read(self, files: ShardSet, begin: int, end: int) -> torch.Tensor:
+        """Return rows ``begin`` to ``end``."""
+        first, last = self.first + begin * self.step, self.first + (end - 1) * self.step + 1
+        parts = {suffix: files.map(name, self.index) for suffix, name in self.codec.tensors(self.tensor).items()}
+        if self.transposed:
+            parts = {suffix: part.mT for suffix, part in parts.items()}
+        return self.codec.read(parts, first, last, self.step).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its share of the file."""
+        return round(self.rows * self.columns * self.codec.bits / 8)
+
+
+class SourceShards(ShardSet):
+    """The tensors of a folder under logical names.
+
+    Args:
+        folder: a Hugging Face folder.
+        config: its config.json.
+        files: what is in the folder, if that is known already.
+
+    Raises:
+        MoeqError: see :class:`ShardSet`; a tensor of experts whose shape is none of its architecture.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], files: ShardSet | None = None) -> None:
+        self.folder = folder
+        self.files = files or ShardSet(folder)
+        row = find_architecture(config)
+        self.matrices = _decoded(self.files) | ({} if row is None else _experts(self.files, row))
+        hidden = {name for matrix in self.matrices.values() for name in matrix.codec.tensors(matrix.tensor).values()}
+        self.tensors = {name: info for name, info in self.files.tensors.items() if name not in hidden}
+        for name, matrix in self.matrices.items():
+            stored = self.files.info(next(iter(matrix.codec.tensors(matrix.tensor).values())))
+            dtype = matrix.codec.dtype or stored.dtype
+            self.tensors[name] = TensorInfo(stored.shard, (matrix.rows, matrix.columns), dtype, stored.offset)
+
+    def load(self, name: str) -> torch.Tensor:
+        """See :meth:`ShardSet.load`."""
+        matrix = self.matrices.get(name)
+        return self.files.load(name) if matrix is None else matrix.read(self.files, 0, matrix.rows)
+
+    def map(self, name: str, index: int | None = None) -> torch.Tensor:
+        """See :meth:`ShardSet.map`."""
+        matrix = self.matrices.get(name)
+        if matrix is None:
+            return self.files.map(name, index)
+        whole = matrix.read(self.files, 0, matrix.rows)
+        return whole if index is None else whole[index]
+
+    def read_rows(self, name: str, begin: int, end: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """See :meth:`ShardSet.read_rows`."""
+        matrix = self.matrices.get(name)
+        if matrix is None:
+            return self.files.read_rows(name, begin, end, buffer)
+        return matrix.read(self.files, begin, end)
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in its file."""
+        matrix = self.matrices.get(name)
+        return self.files.info(name).nbytes if matrix is None else matrix.nbytes
+
+    def close(self) -> None:
+        """See :meth:`ShardSet.close`."""
+        self.files.close()
+
+
+def _decoded(files: ShardSet) -> dict[str, Matrix]:
+    """Return the two-dimensional weights that are stored in few bits, by their own names."""
+    found = {}
+    for name in files.tensors:
+        codec = codec_of(name, files.tensors)
+        if codec is not PLAIN:
+            shape = codec.shape(name, files)
+            if len(shape) == 2:
+                found[name] = Matrix(name, codec, *shape)
+    return found
+
+
+def _experts(files: ShardSet, row: Architecture) -> dict[str, Matrix]:
+    """Return the matrices of experts whose stored names or tensors are not theirs alone."""
+    found: dict[str, Matrix] = {}
+    for block in _blocks(files, row):
+        if row.fused is not None:
+            found |= _fused(files, row, block)
+        if row.expert != "{}":
+            found |= _renamed(files, row, block)
+    return found
+
+
+def _blocks(files: ShardSet, row: Architecture) -> list[str]:
+    """Return what the names of each layer's MoE block begin with, for all layers that the tensors tell of."""
+    owners = {owner for name in files.tensors if (owner := row.owner(name)) is not None}
+    return [f"{row.stacks[stack].layers}.{index}.{row.stacks[stack].inside}" for stack, index in sorted(owners)]
+
+
+def _fused(files: ShardSet, row: Architecture, block: str) -> dict[str, Matrix]:
+    fused, names = row.fused, row.projections
+    if fused is None or names.up is None:
+        return {}
+    found: dict[str, Matrix] = {}
+    for stored, projections in ((fused.gate_up, (names.gate, names.up)), (fused.down, (names.down,))):
+        name = f"{block}{stored}"
+        codec = codec_of(name, files.tensors, encoded=f"{name}_blocks" in files.tensors)
+        if next(iter(codec.tensors(name).values())) not in files.tensors:
+            continue
+        shape = codec.shape(name, files)
+        transposed = fused.transposed and codec is PLAIN
+        if len(shape) != 3 or shape[1 + transposed] % len(projections):
+            raise CheckpointError(
+                f"{files.folder}: tensor {name}: expected [experts, {len(projections)} × outputs, inputs]"
+                f"{' with the last two exchanged' if transposed else ''}, found {list(shape)}"
+            )
+        count, outputs, inputs = shape[0], shape[1 + transposed] // len(projections), shape[2 - transposed]
+        whole = Matrix(name, codec, outputs, inputs, transposed=transposed)
+        for number, projection in enumerate(projections):
+            interleaved = fused.interleaved and len(projections) > 1
+            first, step = (number, len(projections)) if interleaved else (number * outputs, 1)
+            for expert in range(count):
+                logical = f"{block}{row.experts}.{expert}.{projection}.weight"
+                found[logical] = replace(whole, index=expert, first=first, step=step)
+    return found
+
+
+def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Return the stored tensor of a layer's experts, the reverse of what :class:`SourceShards` does.
+
+    Args:
+        fused: how the tensor is laid out.
+        experts: one or two matrices [outputs, inputs] of each, gate and up or down.
+    """
+    if fused.interleaved:
+        whole = torch.stack([torch.stack(list(parts), dim=1).flatten(0, 1) for parts in experts])
+    else:
+        whole = torch.stack([torch.cat(list(parts)) for parts in experts])
+    return (whole.mT if fused.transposed else whole).contiguous()
+
+
+def _renamed(files: ShardSet, row: Architecture, block: str) -> dict[str, Matrix]:
+    """Return experts under names with plain numbers."""
+    found: dict[str, Matrix] = {}
+    for projection in row.projections.names():
+        expert = 0
+        while (name := f"{block}{row.experts}.{row.expert.format(expert)}.{projection}.weight") in files.tensors:
+            shape = files.info(name).shape
+            if len(shape) == 2:
+                found[f"{block}{row.experts}.{expert}.{projection}.weight"] = Matrix(name, PLAIN, *shape)
+            expert += 1
+    return found
