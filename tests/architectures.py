@@ -29,7 +29,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+MLA = {"q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+"""The sizes of the cache are DeepSeek's: vLLM has kernels for no others."""
+
+_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GROUPED = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True}
 EXPERTS = 8
 WIDTHS = (1, 2, 3, 4, 8, 3, 2, 4)
@@ -45,7 +48,7 @@ class Tiny:
         without: sizes that the class does not have.
         moe_layers: how many of its layers have experts.
         convert: changes the saved tensors into the form that the published models have.
-        published: the name of the class in their config.json, where transformers' own differs.
+        published: what their config.json says besides, or otherwise than transformers' own.
     """
 
     config: str
@@ -54,7 +57,7 @@ class Tiny:
     without: tuple[str, ...] = ()
     moe_layers: int = 2
     convert: Callable[[Path], None] | None = None
-    published: str | None = None
+    published: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_fp8(folder: Path) -> None:
@@ -103,7 +106,7 @@ def _edit(folder: Path, **changes: Any) -> None:
 _DENSE_AND_MOE = {"intermediate_size": 256, "moe_intermediate_size": 128}
 _LLAMA4 = {
     "intermediate_size": 128, "intermediate_size_mlp": 256, "num_local_experts": EXPERTS, "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1, "attention_chunk_size": 64,
+    "interleave_moe_layer_step": 1, "attention_chunk_size": 128,
 }  # fmt: skip
 
 _GPT_OSS = {
@@ -117,7 +120,7 @@ TINY: dict[str, Tiny] = {
     "phimoe": Tiny(
         "PhimoeConfig", "PhimoeForCausalLM",
         {"intermediate_size": 128, "num_local_experts": EXPERTS, "attention_bias": True, "lm_head_bias": True},
-        published="PhiMoEForCausalLM",
+        published={"architectures": ["PhiMoEForCausalLM"]},
     ),
     "qwen2_moe": Tiny(
         "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
@@ -142,12 +145,12 @@ TINY: dict[str, Tiny] = {
     "deepseek_v3": Tiny(
         "DeepseekV3Config", "DeepseekV3ForCausalLM",
         {**MLA, **GROUPED, **_DENSE_AND_MOE, "num_key_value_heads": 4, "n_routed_experts": EXPERTS},
-        without=("head_dim",), moe_layers=1,
+        without=("head_dim",), moe_layers=1, published=_V3,
     ),
     "deepseek_v3-fp8": Tiny(
         "DeepseekV3Config", "DeepseekV3ForCausalLM",
         {**MLA, **GROUPED, **_DENSE_AND_MOE, "num_key_value_heads": 4, "n_routed_experts": EXPERTS},
-        without=("head_dim",), moe_layers=1, convert=to_fp8,
+        without=("head_dim",), moe_layers=1, convert=to_fp8, published=_V3,
     ),
     "glm4_moe": Tiny(
         "Glm4MoeConfig", "Glm4MoeForCausalLM", {**GROUPED, **_DENSE_AND_MOE, "n_routed_experts": EXPERTS}, moe_layers=1
@@ -161,7 +164,8 @@ TINY: dict[str, Tiny] = {
         without=("num_experts_per_tok",), moe_layers=1,
     ),
     "minimax_m2": Tiny(
-        "MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"intermediate_size": 128, "num_local_experts": EXPERTS}
+        "MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"intermediate_size": 128, "num_local_experts": EXPERTS},
+        published={"rotary_dim": 16, "scoring_func": "sigmoid"},
     ),
     "granitemoe": Tiny(
         "GraniteMoeConfig", "GraniteMoeForCausalLM",
@@ -221,8 +225,7 @@ def build(name: str, folder: Path) -> Any:
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODELS / "stdlib-mixtral" / file, folder / file)
-    if tiny.published is not None:
-        _edit(folder, architectures=[tiny.published])
+    _edit(folder, **tiny.published)
     if tiny.convert is not None:
         tiny.convert(folder)
     return model

@@ -1,0 +1,117 @@
+"""Every architecture that vLLM has on the CPU, served by real servers: greedy tokens equal the dense model's.
+
+Everything runs in float32, where two ways to the same sum differ by a millionth and random models have no ties. (The
+exception is Qwen3-Next, whose linear attention takes bfloat16 only.)
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+
+from planner.dense import export_dense
+from planner.evaluation.server import Server, cpu_environment
+from planner.models import ARCHITECTURES
+from planner.progress import Progress
+from tests.architectures import TINY, VOCABULARY, build, quantize
+
+PROMPTS = [[(7 * number + 13 * place) % (VOCABULARY - 10) + 5 for place in range(12)] for number in range(8)]
+NEW_TOKENS = 16
+CLOSE = 1e-4
+FLAGS = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+
+NEEDS_TORCHVISION = ("llama4",)
+BFLOAT16 = ("qwen3_next",)
+SERVED = [name for name in TINY if ARCHITECTURES[name.split("-")[0]].unserved is None and name not in NEEDS_TORCHVISION]
+
+LAYOUTS = {
+    "tp1": (1, []),
+    "tp2": (2, ["--tensor-parallel-size", "2"]),
+    "tp2-ep": (2, ["--tensor-parallel-size", "2", "--enable-expert-parallel"]),
+    "pp2": (2, ["--pipeline-parallel-size", "2"]),
+    "dp2-ep": (2, ["--data-parallel-size", "2", "--enable-expert-parallel"]),
+}
+IN_EVERY_RUN = [("granitemoe", "tp1"), ("deepseek_v3-fp8", "tp1"), ("qwen2_moe", "tp2-ep"), ("llama4_text", "tp2")]
+SOME = [("mixtral", "pp2"), ("mixtral", "dp2-ep"), ("deepseek_v3", "dp2-ep")]
+REST = [(name, layout) for name in SERVED for layout in ("tp1", "tp2", "tp2-ep") if (name, layout) not in IN_EVERY_RUN]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy tokens of every prompt, and the log-probability of each prompt's first token."""
+
+    tokens: list[list[str]]
+    first: list[float]
+
+
+def ask(folder: Path, log: Path, name: str, layout: str) -> Answers:
+    ranks, flags = LAYOUTS[layout]
+    bind = "|".join(str(rank) for rank in range(ranks)) if ranks > 1 else "auto"
+    dtype = "bfloat16" if name in BFLOAT16 else "float32"
+    environment = {**cpu_environment(), "VLLM_CPU_OMP_THREADS_BIND": bind}
+    with Server(folder, log, [*FLAGS, "--dtype", dtype, *flags], environment) as server:
+        reply = OpenAI(base_url=server.url, api_key="none").completions.create(
+            model="model", prompt=PROMPTS, max_tokens=NEW_TOKENS, temperature=0, logprobs=1,
+            extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
+        )  # fmt: skip
+    tokens, first = [], []
+    for choice in sorted(reply.choices, key=lambda choice: choice.index):
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens is not None
+        assert choice.logprobs.token_logprobs is not None
+        tokens.append(choice.logprobs.tokens)
+        first.append(float(choice.logprobs.token_logprobs[0] or 0))
+    return Answers(tokens, first)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("architectures")
+
+
+@functools.cache
+def quantized(name: str, workspace: Path) -> Path:
+    build(name, workspace / f"{name}-source")
+    return quantize(workspace / f"{name}-source", workspace / f"{name}-quantized")
+
+
+@functools.cache
+def dense_answers(name: str, workspace: Path) -> Answers:
+    """Ask the dense model, which needs no more than one rank."""
+    dense = workspace / f"{name}-dense"
+    export_dense(quantized(name, workspace), dense, Progress(quiet=True), torch_dtype(name))
+    return ask(dense, workspace / f"{name}-dense.log", name, "tp1")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name in BFLOAT16 else torch.float32
+
+
+def check(name: str, layout: str, workspace: Path) -> None:
+    ours = ask(quantized(name, workspace), workspace / f"{name}-{layout}.log", name, layout)
+    dense = dense_answers(name, workspace)
+    assert all(len(tokens) == NEW_TOKENS for tokens in ours.tokens)
+    assert len({tuple(tokens) for tokens in ours.tokens}) > 1
+    tolerance = 0.1 if name in BFLOAT16 else CLOSE
+    assert ours.first == pytest.approx(dense.first, abs=tolerance)
+    same = sum(mine == theirs for mine, theirs in zip(ours.tokens, dense.tokens, strict=True))
+    print(f"{name}, {layout}: {same} of {len(PROMPTS)} prompts equal")
+    assert same >= (len(PROMPTS) // 2 if name in BFLOAT16 else len(PROMPTS))
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(("name", "layout"), IN_EVERY_RUN)
+def test_served_tokens_are_the_dense_models(name: str, layout: str, workspace: Path) -> None:
+    check(name, layout, workspace)
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "layout"), [*SOME, *REST])
+def test_every_architecture_and_layout(name: str, layout: str, workspace: Path) -> None:
+    check(name, layout, workspace)
