@@ -149,7 +149,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": _QWEN,
     "deepseek_v3": _QWEN,
     "glm4_moe": _QWEN,
-    "ernie4_5_moe": _QWEN,
+    "ernie4_5_moe": Architecture(renamed=(("mlp.gate.moe_statics", "mlp.moe_statics"),)),
     "granitemoe": Architecture(
         router="block_sparse_moe.router.layer.weight",
         experts="block_sparse_moe.experts",

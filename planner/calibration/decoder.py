@@ -158,10 +158,10 @@ class Decoder:
         """
         embedding = next(name for name, found in self.base.named_modules() if found is self.base.get_input_embeddings())
         tied = "lm_head.weight" not in self.model.shards.tensors
-        source = f"model.{embedding}.weight" if tied else "lm_head.weight"
+        weight = f"model.{embedding}.weight" if tied else "lm_head.weight"
         try:
             self._fill(self.base.norm, lambda name: f"model.norm.{name}", {})
-            self._fill(self.lm_head, lambda _: source, {})
+            self._fill(self.lm_head, lambda name: weight if name == "weight" else f"lm_head.{name}", {})
             divisor = getattr(self.config, "logits_scaling", 1.0)  # of Granite
             yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float() / divisor
         finally:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from planner.calibration.decoder import Decoder
+from planner.calibration.exact import advance
+from planner.calibration.routed import first_hidden
 from planner.checkpoint import SourceModel
 from planner.dense import dequantize_expert, export_dense
 from planner.layout import Layout, read_layout
@@ -255,3 +258,25 @@ def test_what_cannot_be_served_is_said_before_the_work(name: str, tmp_path: Path
     assert refused.code == 2
     assert "cannot be calibrated" in refused.err
     assert not (tmp_path / "out").exists()
+
+
+CALIBRATED = [name for name in TINY if ARCHITECTURES.get(name, ARCHITECTURES["gpt_oss"]).uncalibrated is None]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_layer_by_layer_the_model_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    """One layer in memory at a time, its experts run apart: the same logits."""
+    folder = tmp_path / "model"
+    model = type(build(name, folder)).from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.randint(5, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
+    with SourceModel(folder) as source:
+        decoder = Decoder(source, read_layout(source), torch.device("cpu"), torch.float32)
+        store = first_hidden(decoder, tokens, tmp_path)
+        for index in range(len(decoder)):
+            advance(decoder, index, store.load(index), store.create(index + 1), store)
+            store.complete(index + 1)
+        with decoder.head() as head:
+            logits = head(store.load(len(decoder)))
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
