@@ -1,0 +1,240 @@
+"""What from_pretrained refuses, and how its arguments and a model's methods treat packed experts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM
+
+import vllm_moeq.hf
+from tests.architectures import quantize
+from tests.hf.conftest import Pair, dense_of, logits
+from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError, load_config, verify
+from vllm_moeq.hf import MoeqQuantizationConfig, RoutedExperts
+from vllm_moeq.kernels import VARIABLE
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1"
+Change = Callable[..., Any]
+
+
+def load(folder: Path, dtype: torch.dtype | str = torch.float32, **more: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+
+
+def experts(model: Any) -> list[RoutedExperts]:
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+@pytest.mark.parametrize("suffix", [PACKED, SCALE, ZERO])
+def test_a_missing_tensor_is_named(suffix: str, quantized_copy: Path, change_tensor: Change) -> None:
+    change_tensor(quantized_copy, f"{EXPERT}.{suffix}", None)
+    with pytest.raises(CheckpointError, match=f"{EXPERT}.{suffix} is missing"):
+        load(quantized_copy)
+
+
+def test_a_misshapen_tensor_is_named(quantized_copy: Path, change_tensor: Change) -> None:
+    change_tensor(quantized_copy, f"{EXPERT}.{PACKED}", lambda tensor: tensor[:, :-1].contiguous())
+    with pytest.raises(CheckpointError, match=f"{EXPERT}.{PACKED}: expected"):
+        load(quantized_copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_an_impossible_scale_is_named(value: float, quantized_copy: Path, change_tensor: Change) -> None:
+    change_tensor(quantized_copy, f"{EXPERT}.{SCALE}", lambda tensor: tensor.fill_(value))
+    with pytest.raises(CheckpointError, match=f"{EXPERT}.{SCALE}: expected finite"):
+        load(quantized_copy)
+
+
+def test_experts_of_another_size_than_the_models(quantized_copy: Path, change_config: Change) -> None:
+    change_config(quantized_copy, lambda config: config.update(intermediate_size=96))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0.*: expected 147456 weights .*MixtralExperts, found 8 experts"
+    ):
+        load(quantized_copy)
+
+
+def test_a_layer_that_the_model_does_not_have(quantized_copy: Path, change_config: Change) -> None:
+    change_config(quantized_copy, lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(UsageError, match=r"model\.layers\.1.*: transformers' MixtralForCausalLM has no module"):
+        load(quantized_copy)
+
+
+def test_a_layer_that_the_checkpoint_does_not_have(quantized_copy: Path, change_config: Change) -> None:
+    change_config(quantized_copy, lambda config: config.update(num_hidden_layers=3))
+    with pytest.raises(UsageError, match=r"names no experts for transformers' model\.layers\.2\.mlp\.experts"):
+        load(quantized_copy)
+
+
+def test_another_tensor_of_another_shape_is_named(quantized_copy: Path, change_tensor: Change) -> None:
+    change_tensor(quantized_copy, "model.norm.weight", lambda tensor: tensor[:-1].contiguous())
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected \[64\], found \[63\]"):
+        load(quantized_copy)
+
+
+def test_only_checkpoints_of_ours_and_only_folders(quantized_mixtral: Path, tiny_mixtral: Path) -> None:
+    config = MoeqQuantizationConfig(**load_config(quantized_mixtral).model_dump())
+    with pytest.raises(UsageError, match="moeq quantize"):
+        load(tiny_mixtral, quantization_config=config)
+    with pytest.raises(UsageError, match="state_dict"):
+        MixtralForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(quantized_mixtral), state_dict={"lm_head.weight": torch.zeros(1)}
+        )
+
+
+def test_saving_and_training_are_refused(quantized_mixtral: Path, tmp_path: Path) -> None:
+    model = load(quantized_mixtral)
+    with pytest.raises(ValueError, match="moeq and is not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not model.hf_quantizer.is_trainable
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_config_is_the_checkpoints(quantized_mixtral: Path) -> None:
+    config = load(quantized_mixtral).config
+    assert config.quantization_config.moeq == load_config(quantized_mixtral)
+    assert MoeqQuantizationConfig(**config.to_dict()["quantization_config"]).moeq == load_config(quantized_mixtral)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_everything_else_has_the_dtype_that_was_asked_for(dtype: torch.dtype, quantized_mixtral: Path) -> None:
+    model = load(quantized_mixtral, dtype, device_map="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.device == torch.device("cpu")
+    for module in experts(model):
+        assert {buffer.dtype for buffer in module.buffers()} == {torch.int32, torch.float16}
+    assert logits(model).isfinite().all()
+
+
+def test_without_a_dtype_it_is_the_configs(quantized_mixtral: Path) -> None:
+    for model in (load(quantized_mixtral, "auto"), AutoModelForCausalLM.from_pretrained(quantized_mixtral)):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_cast_leaves_packed_experts_as_they_are(quantized_mixtral: Path) -> None:
+    model, other = load(quantized_mixtral), load(quantized_mixtral)
+    model.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for module, same in zip(experts(model), experts(other), strict=True):
+        for buffer, expected in zip(module.buffers(), same.buffers(), strict=True):
+            assert buffer.dtype == expected.dtype
+            assert torch.equal(buffer, expected)
+    expected = logits(other)
+    assert (logits(model) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_buffers_move_with_the_model(quantized_mixtral: Path) -> None:
+    model = load(quantized_mixtral)
+    logits(model)
+    assert {buffer.device.type for module in experts(model.to("meta")) for buffer in module.buffers()} == {"meta"}
+
+
+def test_scales_that_need_more_than_float16(quantized_copy: Path, change_tensor: Change) -> None:
+    """Bfloat16 reaches further: such scales and zeros are kept in float32, those of the other buffer are not."""
+    for suffix in (SCALE, ZERO):
+        change_tensor(quantized_copy, f"{EXPERT}.{suffix}", lambda tensor: (tensor.float() * 1e-7).bfloat16())
+    module = experts(load(quantized_copy))[1]
+    assert module.packed("gate_up").scales.dtype == module.packed("gate_up").zeros.dtype == torch.float32
+    assert module.packed("down").scales.dtype == torch.float16
+    with ShardSet(quantized_copy) as shards:
+        assert torch.equal(module.packed("gate_up").scales[3, :128], shards.load(f"{EXPERT}.{SCALE}").float())
+
+
+def test_weak_experts_are_skipped_where_the_checkpoint_says_so(quantized_copy: Path, change_config: Change) -> None:
+    whole = logits(load(quantized_copy))
+    prefixes = list(load_config(quantized_copy).experts)
+    change_config(quantized_copy, lambda it: it["quantization_config"].update(odp={prefixes[0]: 1.0}))
+    skipping = load(quantized_copy)
+    assert [module.layer.threshold for module in experts(skipping)] == [1.0, 0.0]
+    first = skipping.model.layers[0].mlp.experts
+    seen: list[torch.Tensor] = []
+
+    def note(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return hidden * weights.sum()
+
+    first._fused = note
+    assert not torch.equal(logits(skipping), whole)
+    assert (seen[0] >= 0).sum(dim=-1).tolist() == [1] * 48
+
+
+def test_the_model_without_a_head(quantized_mixtral: Path) -> None:
+    base, model = AutoModel.from_pretrained(quantized_mixtral, dtype=torch.float32), load(quantized_mixtral)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_widths_of_linears(bits: int, tiny_mixtral: Path, tmp_path: Path) -> None:
+    quantized = quantize(tiny_mixtral, tmp_path / "quantized", linear_bits=bits)
+    pair: Pair = dense_of(quantized, tmp_path / "dense", "mixtral")
+    found, expected = logits(load(pair.quantized)), logits(load(pair.dense))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_linear_that_transformers_would_split(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    import vllm_moeq.hf.names as names
+
+    split = WeightConverter("self_attn.q_proj.weight", ["a.weight", "b.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda _: [split])
+    with pytest.raises(UsageError, match=r"q_proj\.weight: .*--linear-bits 16"):
+        names.Names(MixtralForCausalLM(AutoConfig.from_pretrained(quantized_mixtral))).require_whole(
+            ["model.layers.0.self_attn.q_proj.weight"]
+        )
+
+
+def test_the_fused_kernel(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Triton's interpreter without a GPU: agrees with the reference, and gives the loaded buffers back."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv(VARIABLE, "reference")
+    reference = experts(load(quantized_mixtral, torch.bfloat16, device_map=device))[0]
+    torch.manual_seed(0)
+    x, ids, weights = torch.randn(1, 64).bfloat16(), torch.tensor([[3, 0]]), torch.rand(1, 2)
+    x, ids, weights = x.to(device), ids.to(device), weights.to(device)
+    expected = reference(x, ids, weights)
+    monkeypatch.setenv(VARIABLE, "triton")
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fused = experts(load(quantized_mixtral, torch.bfloat16, device_map=device))[0]
+    for dtype in (torch.bfloat16, torch.float32):
+        found = fused(x.to(dtype), ids, weights)
+        assert found.dtype == dtype
+        assert (found.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+    assert not any(buffer.numel() for buffer in fused.buffers())
+    fused.to(device)
+    with pytest.raises(UsageError, match=f"its kernel keeps the experts on {device}"):
+        fused.to("meta")
+
+
+def test_float32_runs_in_the_reference_whatever_is_asked_for(
+    quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "triton")
+    module = experts(load(quantized_mixtral))[0]
+    module(torch.ones(1, 64), torch.tensor([[0, 1]]), torch.ones(1, 2))
+    assert module._kernel is not None
+    assert module._kernel.name == "reference"
+
+
+def test_neither_vllm_nor_the_planner_is_needed() -> None:
+    files = list(Path(vllm_moeq.hf.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    ours = {name for name in modules if name.split(".")[0] in ("vllm", "planner", "vllm_moeq")}
+    assert {".".join(name.split(".")[:2]) for name in ours} == {f"vllm_moeq.{it}" for it in ("format", "kernels", "hf")}
+
+
+def test_a_relative_folder_and_several_shards(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quantized_mixtral.parent)
+    assert len(list(quantized_mixtral.glob("*.safetensors"))) > 1
+    model = load(Path(quantized_mixtral.name))
+    size = sum(buffer.nbytes for module in experts(model) for buffer in module.buffers())
+    assert size == verify(quantized_mixtral, values=False).expert_bytes

@@ -1,0 +1,96 @@
+"""The shipped models: the same text, and the same answers in lm-eval, as their dense exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from planner.progress import Progress
+from tests.architectures import MODELS
+from tests.hf.conftest import Pair, dense_of, logits
+
+PROMPTS = ["def main(", "import os\n\nclass Path"]
+
+TASK = """\
+task: next_line
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+"""
+
+
+@pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
+def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    from planner.checkpoint import SourceModel
+    from planner.layout import read_layout
+    from planner.pipeline import quantize
+    from planner.plan import Plan
+    from planner.settings import QuantizeSettings, default_linear
+
+    folder = tmp_path_factory.mktemp("shipped")
+    with SourceModel(MODELS / request.param) as model:
+        layout = read_layout(model)
+        widths = {layer.prefix: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8) for layer in layout.layers}
+        plan = Plan.model_validate(
+            {"version": 1, "method": "by hand", "bit_choices": [2, 3, 4, 8], "avg_bits": 4.0, "achieved_avg_bits": 4.0,
+             "experts": widths}
+        )  # fmt: skip
+        settings = QuantizeSettings("rtn", group_size=32, linear=default_linear(model, layout, 4))
+        quantize(model, layout, plan, folder / "quantized", settings, Progress(quiet=True))
+    return dense_of(folder / "quantized", folder / "dense", request.param)
+
+
+def test_greedy_tokens_are_the_same(shipped: Pair) -> None:
+    """In float32: in bfloat16 the two round in other places, and two tokens that are nearly as likely change ranks."""
+    packed, dense = (shipped.load(which, torch.float32) for which in ("quantized", "dense"))
+    tokenizer = AutoTokenizer.from_pretrained(shipped.quantized)
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt")
+        found, expected = (model.generate(**tokens, max_new_tokens=16, do_sample=False) for model in (packed, dense))
+        assert found.tolist() == expected.tolist()
+    expected = logits(dense)
+    torch.testing.assert_close(logits(packed), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_bfloat16_logits_are_as_near_to_float32_as_the_dense_exports(shipped: Pair) -> None:
+    exact = logits(shipped.load("dense", torch.float32))
+    packed, dense = (
+        float((logits(shipped.load(which, torch.bfloat16)) - exact).norm()) for which in ("quantized", "dense")
+    )
+    assert packed < 1.5 * dense < 0.1 * float(exact.norm())
+
+
+def test_lm_eval_scores_it_as_the_dense_export(shipped: Pair, tmp_path: Path) -> None:
+    """lm-eval's own class loads the folder by its name: the import is all that it takes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lines = [line for line in (MODELS / "stdlib-mixtral" / "held_out.txt").read_text().splitlines() if len(line) > 20]
+    documents = [
+        {"context": "\n".join(lines[i : i + 2]), "choices": [f"\n{lines[i + 2]}", f"\n{lines[i + 9]}"], "answer": 0}
+        for i in range(0, 120, 10)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=data, cache=tmp_path / "cache"))
+
+    def answers(folder: Path) -> list[Any]:
+        model = HFLM(str(folder), device="cpu", dtype=torch.float32, batch_size=4)
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        results = simple_evaluate(model, tasks=["next_line"], task_manager=manager, bootstrap_iters=0)
+        return [choice[0] for sample in results["samples"]["next_line"] for choice in sample["filtered_resps"]]
+
+    assert answers(shipped.quantized) == pytest.approx(answers(shipped.dense), rel=1e-5)

@@ -1,0 +1,207 @@
+"""What takes the place of transformers' experts: one class for each way in which they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+
+from vllm_moeq.format import CheckpointError, UsageError, drop_weak
+from vllm_moeq.hf.layout import Layer
+from vllm_moeq.hf.packed import PackedStorage
+from vllm_moeq.kernels import (
+    VARIABLE,
+    LayerKernel,
+    PackedExperts,
+    PackedMatrices,
+    choose,
+    dense_expert,
+    make_layer,
+)
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+INTEGRATION = "transformers.integrations.moe"
+"""Where the gate act(gate)·up comes from that classes of experts have unless they define their own."""
+
+
+class RoutedExperts(PackedStorage):
+    """Experts that are called with tokens, expert indices and routing weights, as nearly all are.
+
+    Those that are down(silu(gate(x)) · up(x)) run in this project's kernels: the fused one on a GPU, the reference on
+    a CPU and for float32. Any others are dequantized one at a time, in the dtype of the activations, and their
+    activation is transformers' own code.
+
+    Args:
+        layer: what the checkpoint says.
+        source: transformers' module; its biases stay, its matrices go.
+
+    Raises:
+        CheckpointError: the module has other experts than the checkpoint.
+        UsageError: a module whose arithmetic is not known.
+    """
+
+    def __init__(self, layer: Layer, source: torch.nn.Module) -> None:
+        super().__init__(layer)
+        biases = {name: tensor for name, tensor in source.named_parameters() if name.endswith("bias")}
+        expected = sum(tensor.numel() for name, tensor in source.named_parameters() if name not in biases)
+        if expected != layer.weights:
+            raise CheckpointError(
+                f"{layer.prefix}: expected {expected} weights of experts as in transformers' {type(source).__name__}, "
+                f"found {layer.experts} experts with {layer.weights}"
+            )
+        if not set(biases) <= set(BIASES):
+            raise UsageError(f"{layer.prefix}: transformers' {type(source).__name__} has other biases than is known")
+        for name, tensor in biases.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.interleaved = not getattr(source, "is_concatenated", True)
+        self.activation = self._activation(source)
+        self.fused = not biases and self._is_silu(source)
+        self._kernel: LayerKernel | None = None
+
+    def _activation(self, source: torch.nn.Module) -> Activation:
+        """Return what turns [tokens, gate and up as transformers keeps them] into [tokens, intermediate]."""
+        gate: Activation | None = getattr(source, "_apply_gate", None)
+        if gate is None or self.layer.projections.up is None:
+            raise UsageError(f"{self.layer.prefix}: transformers' {type(source).__name__} cannot hold packed experts")
+        return gate
+
+    def _is_silu(self, source: torch.nn.Module) -> bool:
+        """Tell whether the activation is known to be silu(gate)·up."""
+        default = getattr(type(source), "_apply_gate", None)
+        known = {torch.nn.SiLU, type(ACT2FN["silu"])}
+        return getattr(default, "__module__", None) == INTEGRATION and type(getattr(source, "act_fn", None)) in known
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return each token's weighted sum over its experts.
+
+        Args:
+            hidden: [tokens, hidden], any float dtype.
+            ids: [tokens, top-k] expert indices, integers; negative ones are skipped.
+            weights: [tokens, top-k] routing weights, any float dtype.
+
+        Returns:
+            [tokens, hidden] in the dtype of ``hidden``.
+        """
+        if self.layer.threshold > 0:
+            ids, weights = drop_weak(ids, weights, self.layer.threshold)
+        return self._fused(hidden, ids, weights) if self.fused else self._one_by_one(hidden, ids, weights)
+
+    def _fused(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self._kernel is None:
+            self._kernel = self._make_kernel(hidden.dtype)
+        if self._kernel.name == "reference":
+            return self._kernel(hidden, weights, ids)
+        return self._kernel(hidden.to(self._dtype), weights, ids).to(hidden.dtype)
+
+    def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
+        """Choose a kernel and repack for it; its variants are compiled when they are first needed."""
+        packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
+        half = dtype in (torch.float16, torch.bfloat16)
+        name = choose(packed, os.environ.get(VARIABLE, "auto") if half else "reference").backend
+        kernel = make_layer(packed, dtype, name)
+        self._dtype = dtype
+        if name != "reference":
+            self.release()
+        return kernel
+
+    def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden)
+        for expert in torch.unique(ids).tolist():
+            if expert >= 0:
+                token, slot = torch.nonzero(ids == expert, as_tuple=True)
+                output = self._expert(expert, hidden[token]) * weights[token, slot, None]
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, hidden]: one expert's outputs, rounded where transformers rounds."""
+        first = linear(x, self._dense("gate_up", expert, x.dtype))
+        if self.interleaved:
+            first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
+        first = self._biased(first, BIASES[0], expert)
+        second = linear(self.activation(first), self._dense("down", expert, x.dtype))
+        return self._biased(second, BIASES[1], expert)
+
+    def _dense(self, part: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        packed: PackedMatrices = self.packed(part)
+        return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, dtype)
+
+    def _biased(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        bias: torch.Tensor | None = self._parameters.get(name)
+        return x if bias is None else x + bias[expert]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
+        """See :meth:`PackedStorage._apply`; the reference kernel holds tensors that may have moved."""
+        super()._apply(fn, recurse)
+        if self._kernel is not None and self._kernel.name == "reference":
+            self._kernel = None
+        return self
+
+
+class Llama4Experts(RoutedExperts):
+    """Llama-4: every expert sees all tokens, multiplied by their routing weights, which are 0 for most."""
+
+    def _activation(self, source: Any) -> Activation:
+        act: Activation = source.act_fn
+
+        def gate(x: torch.Tensor) -> torch.Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return second * act(first)
+
+        return gate
+
+    def _is_silu(self, source: torch.nn.Module) -> bool:
+        return type(source.act_fn) in {torch.nn.SiLU, type(ACT2FN["silu"])}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return [experts · tokens, hidden], the outputs of ``hidden``, of the same shape, expert by expert."""
+        tokens = hidden.shape[0] // self.layer.experts
+        ids = torch.arange(self.layer.experts, device=hidden.device).repeat_interleave(tokens)
+        # An expert without biases makes zeros of zeros: tokens that are not its own need no work.
+        ids = torch.where((hidden != 0).any(dim=-1), ids, -1)[:, None]
+        return super().forward(hidden, ids, torch.ones_like(ids, dtype=hidden.dtype))
+
+
+class SwitchExperts(RoutedExperts):
+    """Switch Transformer: one expert per token, none if it is full; wo(act(wi(x))) without a gate."""
+
+    def _activation(self, source: Any) -> Activation:
+        act: Activation = source["expert_0"].act
+        return act
+
+    def _is_silu(self, source: torch.nn.Module) -> bool:
+        return False
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, hidden].
+
+        Args:
+            hidden: [tokens, hidden].
+            mask: [tokens, 1, experts], 1 for a token's expert.
+            weights: [tokens, 1].
+        """
+        ids = torch.where(mask.any(dim=-1), mask.argmax(dim=-1), -1)
+        return super().forward(hidden, ids, weights)
+
+
+CALLED_OTHERWISE: dict[str, type[RoutedExperts]] = {
+    "Llama4TextExperts": Llama4Experts,
+    "SwitchTransformersExperts": SwitchExperts,
+}
+"""Transformers' classes of experts that are not called as the others are."""
+
+
+def packed_experts(layer: Layer, source: Any) -> RoutedExperts:
+    """Return the module that takes the place of transformers' experts.
+
+    Raises:
+        MoeqError: see :class:`RoutedExperts`.
+    """
+    return CALLED_OTHERWISE.get(type(source).__name__, RoutedExperts)(layer, source)

@@ -1,0 +1,74 @@
+"""What a checkpoint says about each MoE layer, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_moeq.format import MoeqConfig, Projections, ShardSet, expert_matrices
+from vllm_moeq.kernels import RaggedMatrices, ragged
+
+PARTS = ("gate_up", "down")
+"""The two buffers of a layer: what its experts apply to a token, and what to the result."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer of the checkpoint.
+
+    Attributes:
+        prefix: of the names of its experts' tensors.
+        projections: names of an expert's matrices.
+        gate_up: [E, 2·intermediate, hidden], gate's rows first; [E, intermediate, hidden] without an ``up``.
+        down: [E, hidden, intermediate].
+        threshold: experts with less than this share of a token's largest routing weight are skipped; 0 skips none.
+    """
+
+    prefix: str
+    projections: Projections
+    gate_up: RaggedMatrices
+    down: RaggedMatrices
+    threshold: float
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return len(self.gate_up.bits)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all experts."""
+        return self.experts * sum(part.rows * part.columns for part in (self.gate_up, self.down))
+
+    def matrices(self, part: str) -> RaggedMatrices:
+        """Return the layout of one of :data:`PARTS`."""
+        return self.gate_up if part == "gate_up" else self.down
+
+    def names(self, part: str) -> tuple[str, ...]:
+        """Return the projections whose rows are stacked in one of :data:`PARTS`, in order."""
+        down = self.projections.down
+        return (down,) if part == "down" else tuple(name for name in self.projections.names() if name != down)
+
+
+def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[Layer]:
+    """Yield the layers in the order of the config.
+
+    Raises:
+        CheckpointError: a tensor of an expert that is missing or misshapen.
+    """
+    shapes = {
+        (matrix.prefix, matrix.projection): (matrix.rows, matrix.columns)
+        for matrix in expert_matrices(shards, config)
+        if matrix.expert == 0
+    }
+    names = config.projections
+    for prefix, bits in config.experts.items():
+        rows, columns = shapes[prefix, names.gate]
+        stacked = rows if names.up is None else 2 * rows
+        yield Layer(
+            prefix,
+            names,
+            ragged(bits, stacked, columns, config.group_size),
+            ragged(bits, *shapes[prefix, names.down], config.group_size),
+            (config.odp or {}).get(prefix, 0.0),
+        )

@@ -1,0 +1,144 @@
+"""The steps that transformers takes for a checkpoint of this project."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from vllm_moeq.format import PACKED, CheckpointError, MoeqConfig, ShardSet, UsageError, verify
+from vllm_moeq.hf.config import MoeqQuantizationConfig
+from vllm_moeq.hf.experts import RoutedExperts, packed_experts
+from vllm_moeq.hf.layout import Layer, read_layers
+from vllm_moeq.hf.linears import ELSEWHERE, conversions
+from vllm_moeq.hf.names import Names
+
+logger = logging.get_logger("transformers.moeq")  # below "transformers": other names are not configured
+
+
+class MoeqHfQuantizer(HfQuantizer):
+    """Puts packed experts where a model has its own, has everything else loaded, then fills them.
+
+    Transformers loads what is not an expert: it renames, places and casts. Experts are read afterwards, straight into
+    their buffers on their device: transformers' ways of joining tensors know nothing of widths.
+    """
+
+    def __init__(self, quantization_config: MoeqQuantizationConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.config: MoeqConfig = quantization_config.moeq
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._folder = Path()
+
+    def validate_environment(self, *arguments: Any, **options: Any) -> None:
+        """Refuse to quantize.
+
+        Raises:
+            UsageError: the model is not one of this project's checkpoints.
+        """
+        if not self.pre_quantized:
+            raise UsageError("expected a checkpoint that `moeq quantize` wrote: transformers cannot quantize to it")
+
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
+        """See :class:`transformers.quantizers.base.HfQuantizer`, which does not pass the dtype on."""
+        super().preprocess_model(model, dtype=dtype, **options)
+        self._note(model, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        """Check the checkpoint's headers, and replace the experts of every MoE layer.
+
+        Raises:
+            MoeqError: a damaged checkpoint, or a model that it does not fit.
+        """
+        if not checkpoint_files:
+            raise UsageError("expected the folder of a checkpoint: its experts cannot come from a state_dict")
+        self._folder = Path(checkpoint_files[0]).parent
+        verify(self._folder, values=False)
+        names = Names(model)
+        with ShardSet(self._folder) as shards:
+            layers = list(read_layers(shards, self.config))
+            prefixes = tuple(f"{layer.prefix}." for layer in layers)
+            packed = [name for name in shards.tensors if name.endswith(f".{PACKED}") and not name.startswith(prefixes)]
+        names.require_whole(f"{name.removesuffix(PACKED)}weight" for name in packed)
+        _replace(model, {names.module(layer.prefix): layer for layer in layers})
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            rf"(^|\.){re.escape(ELSEWHERE)}$",
+        }
+
+    def _note(self, model: Any, dtype: torch.dtype | None) -> None:
+        """Remember shapes and dtypes that parameters have to have: transformers does not, where a model is quantized.
+
+        It keeps whatever shape the file has, and the file's dtype for tensors whose names it changes.
+        """
+        for name, tensor in model.state_dict().items():
+            self._shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
+        plan = model._get_dtype_plan(dtype)
+        for name in self.dtypes:
+            for pattern, kept in plan.items():
+                if re.search(pattern.replace("*", ".*"), name):
+                    self.dtypes[name] = kept
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Return transformers' renamings and conversions behind ours."""
+        return conversions(self.config, self.dtypes) + weight_conversions
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Check and cast what transformers loaded, and read the experts.
+
+        Raises:
+            CheckpointError: a tensor that is missing, misshapen or not finite.
+        """
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, shape in self._shapes.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue  # a tied weight, there under another name
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"{self._folder}: tensor {name}: expected {list(shape)}, found {list(tensor.shape)}"
+                )
+            if tensor.is_floating_point() and tensor.dtype != self.dtypes[name]:
+                tensor.data = tensor.data.to(self.dtypes[name])
+        with ShardSet(self._folder) as shards:
+            for module in model.modules():
+                if isinstance(module, RoutedExperts):
+                    module.load(shards)
+        model.requires_grad_(False)
+
+    def is_serializable(self) -> bool:
+        """Return False: the checkpoint's folder is the only form of the packed experts."""
+        logger.warning("a moeq model cannot be saved: copy the checkpoint's folder instead")
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return False: codes have no gradients."""
+        return False
+
+
+def _replace(model: Any, layers: dict[str, Layer]) -> None:
+    """Put packed experts at the paths of modules.
+
+    Raises:
+        MoeqError: a module that is no such thing, or experts that the checkpoint does not name.
+    """
+    replaced = set()
+    for path, layer in layers.items():
+        parent_path, _, name = path.rpartition(".")
+        parent: Any = model.get_submodule(parent_path)
+        source = model.get_submodule(path)
+        replaced.add(type(source))
+        packed: Any = packed_experts(layer, source)
+        setattr(parent, name, packed)
+        # Some models initialize experts through the block that holds them; there is nothing left to initialize.
+        packed._is_hf_initialized = parent._is_hf_initialized = True
+    for path, module in model.named_modules():
+        if type(module) in replaced:
+            raise UsageError(f"quantization_config.experts names no experts for transformers' {path}")
