@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -116,7 +115,3 @@ class PackedStorage(torch.nn.Module):
         if not self.get_buffer(f"gate_up_{PACKED}").numel() and self.get_buffer(f"gate_up_{PACKED}").device != device:
             raise UsageError(f"{self.layer.prefix}: its kernel keeps the experts on {device}: load the model again")
         return self
-
-    def forward(self, *arguments: Any) -> torch.Tensor:
-        """Stand for what subclasses compute."""
-        raise NotImplementedError
