@@ -77,7 +77,6 @@ class ConfigModel(SourceModel):
         self.config = config
         self.shards = _Headers(folder, {})
         architecture_of(self)
-        self.integer(*EXPERT_COUNT)
         self.shards = SourceShards(folder, config, _Headers(folder, _tensors(_skeleton(self))))
 
     def fingerprint(self) -> str:
@@ -118,6 +117,7 @@ def _skeleton(model: SourceModel) -> torch.nn.Module:
         for size in SIZES:
             if hasattr(config, size):
                 model.integer(config.attribute_map.get(size, size))
+        model.integer(*EXPERT_COUNT)
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         with torch.device("meta"):
             skeleton: torch.nn.Module = model_class(config)._from_config(config, dtype=dtype)
