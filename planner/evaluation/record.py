@@ -1,0 +1,94 @@
+"""evaluation.json: what was measured on a checkpoint, kept beside it for its report and model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from planner.files import write_json
+from vllm_moeq.format import ConfigError, first_problem, read_json
+from vllm_moeq.format.schema import Strict
+
+FILE = "evaluation.json"
+Text = Annotated[str, Field(max_length=4096)]
+MAX_RESULTS = 4096
+
+
+class Divergence(Strict):
+    """KL(reference ‖ model) over the tokens of a text, in nats, and how often both expect the same token.
+
+    ``error`` is the standard error of the mean over windows, ``p99`` the 99th percentile of the tokens, ``same_top``
+    the share of tokens for which the most likely next one is the reference's, with its standard error.
+    """
+
+    mean: float
+    error: float
+    median: float
+    p99: float
+    max: float
+    same_top: float
+    same_top_error: float
+
+
+class TextResult(Strict):
+    """A model on a text: perplexity, its standard error over windows, the distance from a reference if one read it."""
+
+    data: Text
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    window: int
+    tokens: int
+    perplexity: float
+    perplexity_error: float
+    reference: Text | None = None
+    reference_perplexity: float | None = None
+    kl: Divergence | None = None
+
+
+class TaskResult(Strict):
+    """One metric of one task of lm-eval, in the metric's own unit: accuracies are between 0 and 1."""
+
+    task: Text
+    metric: Text
+    value: float
+    stderr: float | None = None
+    samples: int
+    limit: int | None = None
+    backend: Literal["transformers", "vllm"]
+
+
+class Evaluations(Strict):
+    """The contents of evaluation.json, version 1."""
+
+    version: Literal[1] = 1
+    texts: Annotated[list[TextResult], Field(max_length=MAX_RESULTS)] = Field(default_factory=list)
+    tasks: Annotated[list[TaskResult], Field(max_length=MAX_RESULTS)] = Field(default_factory=list)
+
+    def merged(self, texts: list[TextResult], tasks: list[TaskResult]) -> Evaluations:
+        """Return these and newer results; a newer one replaces that of the same text or task and settings."""
+        newer_texts = {(it.sha256, it.window, it.tokens) for it in texts}
+        newer_tasks = {(it.task, it.metric, it.limit, it.backend) for it in tasks}
+        return Evaluations(
+            texts=[*(it for it in self.texts if (it.sha256, it.window, it.tokens) not in newer_texts), *texts],
+            tasks=[*(it for it in self.tasks if (it.task, it.metric, it.limit, it.backend) not in newer_tasks), *tasks],
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write evaluation.json into a checkpoint's folder, atomically."""
+        write_json(folder / FILE, self.model_dump(mode="json", exclude_none=True))
+
+
+def read_evaluations(folder: Path) -> Evaluations:
+    """Return what was measured on a checkpoint so far; nothing where it has no evaluation.json.
+
+    Raises:
+        ConfigError: a damaged file, naming it and the first violation.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Evaluations()
+    try:
+        return Evaluations.model_validate(read_json(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from None
