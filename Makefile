@@ -46,11 +46,12 @@ bench: setup
 paper: setup
 	$(BIN)/python benchmarks/paper.py --output results-paper
 
-# All methods side by side on the shipped Mixtral.
+# All methods side by side, each with its own widths: `make compare MODEL=stdlib-qwen3-moe` for the other shipped model.
+MODEL ?= stdlib-mixtral
 compare: setup
-	$(BIN)/moeq compare benchmarks/models/stdlib-mixtral --held-out benchmarks/models/stdlib-mixtral/held_out.txt \
-		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all --bits 1,2,3 \
-		--avg-bits 1.75,2,2.25,2.5,2.75 -o results-compare
+	$(BIN)/moeq compare benchmarks/models/$(MODEL) --held-out benchmarks/models/$(MODEL)/held_out.txt \
+		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all \
+		--avg-bits 1.75,2,2.25,2.5,2.75 -o results-compare-$(MODEL)
 
 clean:
 	rm -rf $(VENV) .demo build *.egg-info
