@@ -39,6 +39,11 @@ MAX_INTEGER = 1 << 20
 """Largest size that a config.json may name: more would be a damaged file, and long loops."""
 
 
+def companions(folder: Path) -> list[Path]:
+    """Return a model folder's tokenizer, generation settings and chat template."""
+    return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
+
+
 def resolve_model(model: str) -> Path:
     """Return the local folder of a model: a path as it is, a Hub name downloaded first.
 
@@ -161,8 +166,7 @@ class CheckpointWriter:
 
     def copy_companions(self, folder: Path) -> None:
         """Copy tokenizer, generation settings and chat template from another model folder."""
-        paths = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-        for path in sorted(paths):
+        for path in companions(folder):
             with atomic(self.partial / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 

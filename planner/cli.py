@@ -49,6 +49,9 @@ from planner.flags import (
     planned_quantizer,
 )
 from planner.layout import read_layout
+from planner.needs import Reading, Service
+from planner.needs.commands import plan_needs
+from planner.needs.flags import Concurrency, Context, GpuGib
 from planner.planning import make_plan
 from planner.progress import Progress
 from planner.quantize_command import quantize_command, uses_text
@@ -105,6 +108,9 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes from the headers, or from config.json alone; plan nothing.")
     ] = False,
+    context: Context = 8192,
+    concurrency: Concurrency = 16,
+    gpu_gib: GpuGib = 80.0,
     as_json: Json = False,
 ) -> None:
     """Choose a width for every expert and write plan.json.
@@ -134,7 +140,8 @@ def plan(
         with with_statistics(source, layout, options, text, where, None, progress) as known:
             made = make_plan(source, layout, known, progress)
         if dry_run:
-            report_dry_run(source, layout, made, settings, as_json)
+            needs = plan_needs(source, layout, options, Reading.of(text), where)
+            report_dry_run(source, layout, made, settings, needs, Service(context, concurrency, gpu_gib), as_json)
             return
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
     if output is not None:

@@ -13,13 +13,23 @@ from rich.table import Table
 from planner import show
 from planner.checkpoint import SourceModel
 from planner.config_sizes import ConfigModel, config_sizes
-from planner.estimate import GIB
+from planner.estimate import GIB, estimate
 from planner.layout import Layout
+from planner.needs import Needs, Service, serving_needs
+from planner.needs.show import print_needs
 from planner.plan import Plan
 from planner.settings import QuantizeSettings, check_sizes
 
 
-def report_dry_run(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings, as_json: bool) -> None:
+def report_dry_run(
+    model: SourceModel,
+    layout: Layout,
+    made: Plan,
+    settings: QuantizeSettings,
+    needs: Needs,
+    service: Service,
+    as_json: bool,
+) -> None:
     """Print sizes: from a checkpoint's headers, or from its config.json alone, then beside the paper's formula.
 
     Raises:
@@ -27,12 +37,15 @@ def report_dry_run(model: SourceModel, layout: Layout, made: Plan, settings: Qua
     """
     check_sizes(model, layout, settings)
     facts = dry_run_facts(model, layout, made, settings)
+    sizes = estimate(model, layout, made.experts, settings.group_size, settings.linear)
+    serving = serving_needs(model.config, layout, sizes, service)
     if as_json:
-        show.emit(facts)
+        show.emit({**facts, "needs": needs.as_dict(), "serving": serving.as_dict()})
         return
     if isinstance(model, ConfigModel):
         _print_table(facts)
     show.print_sizes(facts["sizes"])
+    print_needs(needs, serving)
 
 
 def dry_run_facts(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings) -> dict[str, Any]:

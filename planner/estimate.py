@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -10,7 +11,7 @@ from typing import Any
 
 from planner.checkpoint import SourceModel
 from planner.layout import Layout, MoeLayer
-from vllm_moeq.format import WHOLE_ROW, Linear, UsageError
+from vllm_moeq.format import WHOLE_ROW, Linear, TensorInfo, UsageError
 
 GIB = 1 << 30
 SCALE_AND_ZERO_BYTES = 4
@@ -20,13 +21,13 @@ WORKING_BYTES_PER_WEIGHT = 24
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a quantized checkpoint's tensors, and the memory that quantizing takes."""
+    """Bytes of a quantized checkpoint's tensors, and of those in its largest shard: a decoder layer, or the rest."""
 
     source_bytes: int
     expert_bytes: int
     linear_bytes: int
     kept_bytes: int
-    peak_ram_bytes: int
+    largest_shard_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -54,17 +55,16 @@ def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int) -> int:
     return sum(layer.weights_per_expert * bits // 8 + metadata_bytes(layer, group_size) for bits in widths)
 
 
+def stored_bytes(info: TensorInfo, linear: Linear) -> int:
+    """Return the bytes of a linear that is not an expert."""
+    if linear.bits == 16:
+        return info.nbytes
+    return info.numel * linear.bits // 8 + 2 * info.shape[0] * groups_per_row(info.shape[1], linear.group_size) + 16
+
+
 def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
     """Return the bytes of the linears that are not experts."""
-    total = 0
-    for name in layout.linears:
-        info = model.shards.info(name)
-        if linear.bits == 16:
-            total += info.nbytes
-        else:
-            groups = groups_per_row(info.shape[1], linear.group_size)
-            total += info.numel * linear.bits // 8 + 2 * info.shape[0] * groups + 16
-    return total
+    return sum(stored_bytes(model.shards.info(name), linear) for name in layout.linears)
 
 
 def estimate(
@@ -72,14 +72,17 @@ def estimate(
 ) -> Sizes:
     """Return the sizes of the checkpoint that a plan leads to."""
     per_layer = [layer_bytes(layer, experts[layer.prefix], group_size) for layer in layout.layers]
-    largest = max(rows * columns for layer in layout.layers for rows, columns in layer.shapes.values())
-    kept = [model.shards.info(name).nbytes for name in layout.kept]
+    others = {name: stored_bytes(model.shards.info(name), linear) for name in layout.linears}
+    kept = {name: model.shards.info(name).nbytes for name in layout.kept}
+    shards: Counter[str | None] = Counter(dict(zip((layer.block for layer in layout.layers), per_layer, strict=True)))
+    for name, size in (others | kept).items():
+        shards[layout.block_of(name)] += size
     return Sizes(
         source_bytes=model.stored_bytes,
         expert_bytes=sum(per_layer),
-        linear_bytes=linear_bytes(model, layout, linear),
-        kept_bytes=sum(kept),
-        peak_ram_bytes=max(max(per_layer) + WORKING_BYTES_PER_WEIGHT * largest, sum(kept)),
+        linear_bytes=sum(others.values()),
+        kept_bytes=sum(kept.values()),
+        largest_shard_bytes=max(shards.values()),
     )
 
 

@@ -9,9 +9,13 @@ from typing import Annotated
 import torch
 import typer
 
+from planner import show
 from planner.checkpoint import check_output, resolve_model
 from planner.dense import export_dense
-from planner.flags import Folder
+from planner.flags import Folder, Json
+from planner.needs.exchange import export_needs, import_needs
+from planner.needs.flags import DryRun
+from planner.needs.show import report
 from planner.progress import Progress
 from vllm_moeq.format import UsageError
 
@@ -47,25 +51,33 @@ def export(
         StoredZeros | None,
         typer.Option("--zero-points", help="For gptq: stored as they are (v2, the default) or less one (v1)."),
     ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Write the checkpoint in another format, with exactly the quantized values.
 
     Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
     """
     check_output(output)
-    if format_ in DENSE:
-        if zero_points is not None:
-            raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
-        export_dense(folder, output, Progress(), DENSE[format_])
+    if format_ in DENSE and zero_points is not None:
+        raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
+    if dry_run:
+        report(export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
         return
-    from planner.autogptq import export_gptq
+    if format_ in DENSE:
+        export_dense(folder, output, Progress(), DENSE[format_])
+    else:
+        from planner.autogptq import export_gptq
 
-    export_gptq(folder, output, (zero_points or StoredZeros.v2).value, Progress())
+        export_gptq(folder, output, (zero_points or StoredZeros.v2).value, Progress())
+    _done(output, as_json)
 
 
 def import_checkpoint(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="GPTQ checkpoint: folder or Hub name (owner/name).")],
     output: Output,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a GPTQ checkpoint, with one width per expert or one for all, into one to serve, without requantizing.
 
@@ -74,4 +86,15 @@ def import_checkpoint(
     from planner.autogptq import import_gptq
 
     check_output(output)
+    if dry_run:
+        report(import_needs(resolve_model(model)), as_json)
+        return
     import_gptq(resolve_model(model), output, Progress())
+    _done(output, as_json)
+
+
+def _done(output: Path, as_json: bool) -> None:
+    if as_json:
+        show.emit({"output": str(output)})
+    else:
+        print(f"wrote {output}")

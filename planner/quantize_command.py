@@ -66,6 +66,10 @@ from planner.flags import (
 from planner.layout import architecture_of, read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
+from planner.needs import Reading, Service, serving_needs
+from planner.needs.commands import quantize_needs
+from planner.needs.flags import Concurrency, Context, GpuGib
+from planner.needs.show import report_needs
 from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
@@ -121,6 +125,9 @@ def quantize_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, print sizes and memory from the headers, write nothing.")
     ] = False,
+    context: Context = 8192,
+    concurrency: Concurrency = 16,
+    gpu_gib: GpuGib = 80.0,
     as_json: Json = False,
 ) -> None:
     """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
@@ -177,11 +184,18 @@ def quantize_command(
             with with_statistics(source, layout, options, text, where[0], output, progress, resume) as known:
                 made = make_plan(source, layout, known, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
-        if not dry_run:
-            return_large_blocks()
-            quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
+        if dry_run:
+            measures = METHODS[made.method].measures if plan_file is None else ()
+            jobs_at = expert_devices(device, jobs, False)
+            reading = Reading.of(text, calibrated)
+            needs = quantize_needs(source, layout, made.experts, sizes, settings, jobs_at, reading, measures)
+            serving = serving_needs(source.config, layout, sizes, Service(context, concurrency, gpu_gib))
+            report_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
+            return
+        return_large_blocks()
+        quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
         served = architecture_of(source).unserved is None
-    _report(made, None if dry_run else output, sizes.as_dict(), as_json, served)
+    _report(made, output, sizes.as_dict(), as_json, served)
 
 
 def uses_text(method: str, plan_file: Path | None) -> bool:
@@ -195,16 +209,12 @@ def _refuse_with_plan(flags: dict[str, object]) -> None:
             raise UsageError(f"--plan and {flag}: expected one of them, found both")
 
 
-def _report(made: Plan, output: Path | None, sizes: dict[str, Any], as_json: bool, served: bool) -> None:
-    """Print the result; without an output the widths are counts only, not yet given to experts."""
+def _report(made: Plan, output: Path, sizes: dict[str, Any], as_json: bool, served: bool) -> None:
+    """Print the result."""
     if as_json:
-        facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
-        if output is not None:
-            facts.update({"output": str(output), "experts": made.experts})
-        show.emit(facts)
+        facts = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
+        show.emit({**facts, "output": str(output), "experts": made.experts})
         return
-    if output is not None:
-        show.print_widths(made.experts)
+    show.print_widths(made.experts)
     show.print_sizes(sizes)
-    if output is not None:
-        Console().print(f"wrote {output}{f'; serve it with: moeq serve {output}' if served else ''}", soft_wrap=True)
+    Console().print(f"wrote {output}{f'; serve it with: moeq serve {output}' if served else ''}", soft_wrap=True)

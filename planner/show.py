@@ -134,7 +134,7 @@ def print_sizes(sizes: Mapping[str, int]) -> None:
     Console().print(
         f"size {size(sizes['source_bytes'])} → {size(sizes['total_bytes'])} ({ratio:.2f} times smaller): "
         f"experts {size(sizes['expert_bytes'])}, linears {size(sizes['linear_bytes'])}, "
-        f"16-bit {size(sizes['kept_bytes'])}; quantizing takes about {size(sizes['peak_ram_bytes'])} of memory",
+        f"16-bit {size(sizes['kept_bytes'])}",
         soft_wrap=True,
     )
 

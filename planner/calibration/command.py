@@ -26,6 +26,10 @@ from planner.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS, OURS
+from planner.needs import Reading
+from planner.needs.commands import calibrate_needs
+from planner.needs.flags import DryRun
+from planner.needs.show import report
 from planner.progress import Progress
 from vllm_moeq.format import UsageError
 
@@ -41,6 +45,7 @@ def calibrate(
     methods: For = OURS,
     bits: Bits = None,
     resume: Resume = True,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run a model over a text and write what each expert saw. Continues a killed run.
@@ -56,6 +61,10 @@ def calibrate(
         layout = read_layout(source)
         text = read_calibration(source, data, samples, seq_len, seed)
         facts = calibration_facts(text, where)
+        if dry_run:
+            reading = Reading(len(text.tokens), text.tokens.shape[1])
+            report(calibrate_needs(source, layout, reading, measures, where), as_json)
+            return
         return_large_blocks()
         found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, wanted)
     if as_json:

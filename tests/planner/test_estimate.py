@@ -90,10 +90,15 @@ def test_linears_of_16_bits_stay_as_they_are(source: SourceModel, layout: Layout
     assert linear_bytes(source, layout, Linear(bits=16)) == expected
 
 
-def test_peak_memory_holds_one_layer_and_one_matrix(source: SourceModel, layout: Layout) -> None:
-    sizes = sizes_for(source, layout, 48)
-    largest_layer = sizes.expert_bytes // 2
-    assert largest_layer < sizes.peak_ram_bytes < sizes.source_bytes
+def test_the_largest_shard_is_the_largest_file(source: SourceModel, layout: Layout, tmp_path: Path) -> None:
+    made = make_plan(source, layout, PlanOptions(Fraction("2.5"), (1, 2, 3)), QUIET)
+    sizes = estimate(source, layout, made.experts, 32, LINEAR)
+    quantize(source, layout, made, tmp_path / "out", QuantizeSettings("rtn", "sign", 32, LINEAR), QUIET)
+    with ShardSet(tmp_path / "out") as written:
+        files: dict[str, int] = {}
+        for info in written.tensors.values():
+            files[info.shard] = files.get(info.shard, 0) + info.nbytes
+    assert sizes.largest_shard_bytes == max(files.values())
 
 
 @pytest.mark.parametrize("total_bits", range(17, 48, 3))

@@ -1,0 +1,122 @@
+"""What each command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from planner.calibration.measures import MEASURES
+from planner.checkpoint import SourceModel
+from planner.config_sizes import ConfigModel
+from planner.estimate import Sizes
+from planner.layout import Layout
+from planner.memory import resident_bytes
+from planner.methods import METHODS
+from planner.needs.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
+from planner.needs.needs import Needs
+from planner.needs.seconds import reading_seconds, rounding_seconds, variance_seconds
+from planner.needs.written import quantized_bytes
+from planner.options import PlanOptions
+from planner.settings import QuantizeSettings
+from vllm_moeq.format import BIT_WIDTHS
+
+COUNTING_PASSES = 2.0
+"""Of a text through the model: up to the experts, and to the next layer."""
+
+PLAN_BYTES, SCORE_BYTES = 90, 28
+"""Of an expert in plan.json: width and place; of each of its scores."""
+
+STATISTICS_BYTES, COUNTS = 8, 4
+"""Of a value in the statistics, and how many values each expert has in any case."""
+
+
+def passes_of(layout: Layout, measures: Sequence[str]) -> float:
+    """Return how often a text passes through the model to find some measures."""
+    return COUNTING_PASSES + sum(MEASURES[name].passes(layout) for name in measures)
+
+
+def quantize_needs(
+    model: SourceModel,
+    layout: Layout,
+    experts: Mapping[str, Sequence[int]],
+    sizes: Sizes,
+    settings: QuantizeSettings,
+    devices: Sequence[torch.device],
+    reading: Reading | None = None,
+    measures: Sequence[str] = (),
+) -> Needs:
+    """Return what ``moeq quantize`` takes.
+
+    Args:
+        model: the source.
+        layout: of it.
+        experts: widths.
+        sizes: of the output.
+        settings: how to quantize.
+        devices: where experts are quantized, one for each job.
+        reading: the text, if one is read.
+        measures: what the plan needs of it.
+    """
+    device, config = devices[0], model.config
+    jobs = 1 if reading is not None and reading.gptq else len(devices)
+    threads = torch.get_num_threads()
+    ram = rounding_ram(sizes, threads, jobs)
+    seconds = 0.0
+    if reading is None or not reading.gptq:
+        workers = threads if device.type == "cpu" else len(devices)
+        seconds += rounding_seconds(layout, experts, settings, workers, device)
+    if reading is not None:
+        ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
+        passes = (passes_of(layout, measures) if measures else 0.0) + (COUNTING_PASSES if reading.gptq else 0.0)
+        seconds += reading_seconds(config, layout, reading, passes, device)
+    return Needs(
+        written_bytes=quantized_bytes(model, layout, sizes, settings.linear),
+        temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
+        ram_bytes=ram,
+        device_bytes=_device_bytes(model, layout, reading, device),
+        seconds=seconds,
+    )
+
+
+def calibrate_needs(
+    model: SourceModel, layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device
+) -> Needs:
+    """Return what ``moeq calibrate`` takes."""
+    names = sum(len(MEASURES[name].all_names(BIT_WIDTHS)) for name in measures)
+    written = STATISTICS_BYTES * (names + COUNTS) * layout.num_experts
+    return _reading_needs(model, layout, reading, measures, device, written)
+
+
+def plan_needs(
+    model: SourceModel, layout: Layout, options: PlanOptions, reading: Reading | None, device: torch.device
+) -> Needs:
+    """Return what ``moeq plan`` takes: the way of a text through the model, or reading weights."""
+    method = METHODS[options.resolved_method]
+    scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in method.measures)
+    written = (PLAN_BYTES + SCORE_BYTES * scores) * layout.num_experts
+    if reading is not None and method.calibrated and options.stats is None:
+        return _reading_needs(model, layout, reading, method.measures, device, written)
+    known = "max_var" in method.metrics and not isinstance(model, ConfigModel)
+    seconds = variance_seconds(model, layout, torch.get_num_threads()) if known else 0.0
+    return Needs(written, 0, resident_bytes(), 0, seconds)
+
+
+def _reading_needs(
+    model: SourceModel, layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device, written: int
+) -> Needs:
+    config = model.config
+    return Needs(
+        written_bytes=written,
+        temporary_bytes=hidden_bytes(config, reading),
+        ram_bytes=reading_ram(config, layout, reading, None, device.type),
+        device_bytes=_device_bytes(model, layout, reading, device),
+        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures), device),
+    )
+
+
+def _device_bytes(model: SourceModel, layout: Layout, reading: Reading | None, device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    shapes = Reading(1, 1) if reading is None else reading
+    return device_working(model.config, layout, shapes, device.type)

@@ -1,0 +1,56 @@
+"""What turning a checkpoint into another format takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from planner.checkpoint import companions
+from planner.memory import resident_bytes
+from planner.needs.memory import SHARD_COPIES
+from planner.needs.needs import Needs
+from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config
+
+HEADER_BYTES = 128
+"""Of a tensor in a shard's header and in the index."""
+
+
+def export_needs(folder: Path, item_bytes: int | None) -> Needs:
+    """Return what ``moeq export`` takes: dense weights of so many bytes, or (None) packed ones as they are.
+
+    Raises:
+        MoeqError: a damaged checkpoint.
+    """
+    config = load_config(folder)
+    with ShardSet(folder) as shards:
+        dense = {matrix.name(PACKED): matrix.weights for matrix in expert_matrices(shards, config)}
+        sizes: Counter[str] = Counter()
+        for name, info in shards.tensors.items():
+            beside = f"{name.rpartition('.')[0]}.{PACKED}" in shards.tensors
+            if item_bytes is None or (not beside and not info.dtype.is_floating_point):
+                sizes[info.shard] += info.nbytes
+            elif name.endswith(PACKED):
+                columns = info.shape[-1] * 32 // config.linear.bits
+                sizes[info.shard] += item_bytes * dense.get(name, info.shape[0] * columns)
+            elif not beside:
+                sizes[info.shard] += item_bytes * info.numel
+        return _needs(folder, sizes, len(shards.tensors))
+
+
+def import_needs(folder: Path) -> Needs:
+    """Return what ``moeq import`` takes: codes and scales as they are, under other names.
+
+    Raises:
+        MoeqError: a damaged checkpoint.
+    """
+    with ShardSet(folder) as shards:
+        sizes: Counter[str] = Counter()
+        for info in shards.tensors.values():
+            sizes[info.shard] += info.nbytes
+        return _needs(folder, sizes, len(shards.tensors))
+
+
+def _needs(folder: Path, sizes: Counter[str], tensors: int) -> Needs:
+    copied = sum(path.stat().st_size for path in companions(folder))
+    written = sum(sizes.values()) + copied + HEADER_BYTES * tensors
+    return Needs(written, 0, resident_bytes() + SHARD_COPIES * max(sizes.values()), 0, 0.0)

@@ -1,0 +1,105 @@
+"""How long work takes, from what this machine does just now: a small piece of it is timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from planner.calibration.routed import ROWS
+from planner.checkpoint import SourceModel
+from planner.layout import Layout
+from planner.needs.memory import Reading
+from planner.needs.serving import text_config
+from planner.quantizers import quantizer_for
+from planner.quantizers.hqq import BLOCK_WEIGHTS
+from planner.sensitivity import max_variance_of_rows
+from planner.settings import QuantizeSettings
+from vllm_moeq.format import WHOLE_ROW
+
+SIDE = 1024
+"""Of the matrices whose product is timed."""
+
+FALLBACK = "hqq"
+
+
+def rounding_seconds(
+    layout: Layout, experts: Mapping[str, Sequence[int]], settings: QuantizeSettings, threads: int, device: torch.device
+) -> float:
+    """Return the seconds of quantizing all experts without calibration on some threads, or on one GPU."""
+    columns = max(columns for layer in layout.layers for _, columns in layer.shapes.values())
+    weights: dict[int, int] = {}
+    for layer in layout.layers:
+        for bits in experts[layer.prefix]:
+            weights[bits] = weights.get(bits, 0) + layer.weights_per_expert
+    return sum(count / _rate(bits, columns, settings, device) for bits, count in weights.items()) / threads
+
+
+def reading_seconds(
+    config: Mapping[str, Any], layout: Layout, reading: Reading, passes: float, device: torch.device
+) -> float:
+    """Return the seconds of a text's way through a model, ``passes`` times, and of GPTQ on it."""
+    text, layer = text_config(config), layout.layers[0]
+    hidden = int(text.get("hidden_size") or 0)
+    chosen = int(text.get("num_experts_per_tok") or text.get("moe_k") or 1)
+    used = len(layout.layers) * chosen * layer.weights_per_expert
+    attention = layout.num_layers * (4 * hidden * hidden + 2 * reading.length * hidden)
+    operations = 2.0 * passes * reading.tokens * (used + attention)
+    if reading.gptq:
+        operations += len(layout.layers) * _gptq_operations(layer.shapes, layer.num_experts, chosen * reading.tokens)
+    return operations / _product_rate(device)
+
+
+def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
+    """Return the seconds of MaxVar of all experts, by that of one, whose weights are read."""
+    layer = layout.layers[0]
+    name = layer.weight(0, layer.projections.gate)
+    rows, columns = layer.shapes[layer.projections.gate]
+
+    def work() -> None:
+        max_variance_of_rows(lambda begin, end: model.shards.read_rows(name, begin, end), rows, columns)
+
+    return layout.num_experts * _seconds(work, torch.device("cpu")) / threads
+
+
+def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int) -> float:
+    """Second moments of every expert's tokens, their factors, and the errors passed on."""
+    total = 0.0
+    for rows, columns in shapes.values():
+        total += 2.0 * tokens * columns**2 + experts * (columns**3 + 2.0 * rows * columns**2)
+    return total
+
+
+def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
+    """Return the weights that one thread quantizes in a second."""
+    rows = max(1, BLOCK_WEIGHTS // columns)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
+    name = FALLBACK if settings.quantizer == "gptq" else settings.quantizer
+    quantizer = quantizer_for(bits, name, settings.one_bit, settings.zero_points)
+    group = columns if settings.group_size == WHOLE_ROW else settings.group_size
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return weight.numel() / _seconds(lambda: quantizer(weight, bits, group), device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product_rate(device: torch.device) -> float:
+    """Return the operations of a second of matrix products, as many rows as calibration gives at a time."""
+    left, right = torch.ones(min(ROWS, SIDE), SIDE, device=device), torch.ones(SIDE, SIDE, device=device)
+    return 2.0 * left.shape[0] * SIDE**2 / _seconds(lambda: left @ right, device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the best of three runs."""
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -1,0 +1,49 @@
+"""Bytes of the files that quantizing writes: tensors exactly, their headers and the JSON files nearly so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from planner.checkpoint import SourceModel, companions
+from planner.estimate import Sizes
+from planner.layout import Layout
+from vllm_moeq.format import PACKED, SCALE, ZERO, Linear
+
+HEADER_ENTRY = 72
+"""Bytes of a tensor in a shard's header besides its name: dtype, shape, offsets."""
+
+INDEX_ENTRY = 46
+"""Bytes of a tensor in the index besides its name: the shard's name, indentation."""
+
+EXPERT_ENTRIES = 260
+"""Bytes of an expert in config.json, plan.json and quantization_report.json."""
+
+FIXED = 8192
+"""Bytes of config.json, plan.json, the report and the model card besides their experts."""
+
+
+def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear) -> int:
+    """Return the bytes of a quantized folder.
+
+    Args:
+        model: the source, whose tokenizer and the like are copied.
+        layout: of the source.
+        sizes: of the output's tensors.
+        linear: format of its other linears.
+    """
+    entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear))
+    copied = sum(path.stat().st_size for path in companions(model.folder))
+    return sizes.total_bytes + entries + copied + EXPERT_ENTRIES * layout.num_experts + FIXED
+
+
+def _names(layout: Layout, linear: Linear) -> Iterator[str]:
+    """Yield the names of the output's tensors."""
+    for layer in layout.layers:
+        for expert in range(layer.num_experts):
+            for projection in layer.projections.names():
+                for suffix in (PACKED, SCALE, ZERO):
+                    yield f"{layer.prefix}.{expert}.{projection}.{suffix}"
+    for name in layout.linears:
+        base = name.removesuffix(".weight")
+        yield from (name,) if linear.bits == 16 else (f"{base}.{suffix}" for suffix in (PACKED, SCALE, "weight_shape"))
+    yield from layout.kept

@@ -1,0 +1,132 @@
+"""What a dry run announces against what the command then takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.checkpoint import SourceModel
+from planner.estimate import GIB, Sizes
+from planner.layout import Layout, read_layout
+from planner.needs import Service, serving_needs
+from planner.needs.serving import FIXED_BYTES
+from vllm_moeq.format import UsageError
+
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+TEXT = MODELS / "calibration.jsonl"
+MOEQ = str(Path(sys.executable).with_name("moeq"))
+GPTQ = ("--data", TEXT, "--samples", "16", "--seq-len", "512", "--method", "router-norm-maxvar")
+ESTIMATED = ("--data", TEXT, "--samples", "8", "--seq-len", "512", "--method", "kl-estimated")
+SIZES = Sizes(source_bytes=0, expert_bytes=30 * GIB, linear_bytes=GIB, kept_bytes=GIB, largest_shard_bytes=GIB)
+
+
+def announced(*arguments: object) -> dict[str, Any]:
+    command = [MOEQ, *map(str, arguments), "--dry-run", "--json"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
+
+
+def peak(*arguments: object) -> int:
+    """Run the command; return the largest resident memory of its process, bytes."""
+    process = subprocess.Popen([MOEQ, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = 0
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):  # not of wait4: that counts what the process was before exec
+                found = max(found, int(line.split()[1]) << 10)
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return found
+
+
+@pytest.mark.parametrize("flags", [("--quantizer", "rtn"), GPTQ], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["stdlib-mixtral", "stdlib-qwen3-moe"])
+def test_quantizing_takes_what_was_announced(name: str, flags: tuple[object, ...], tmp_path: Path) -> None:
+    arguments = ("quantize", MODELS / name, "--avg-bits", "2.5", *flags, "-o", tmp_path / "out")
+    needs = announced(*arguments)["needs"]
+    assert not (tmp_path / "out").exists()
+    measured = peak(*arguments)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert needs["written_bytes"] == pytest.approx(written, rel=0.05)
+    assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
+    assert needs["seconds"] > 0
+
+
+@pytest.mark.parametrize("flags", [(), ESTIMATED], ids=["weights", "text"])
+def test_planning_takes_what_was_announced(flags: tuple[object, ...], tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    needs = announced("plan", MODELS / "stdlib-mixtral", *flags)["needs"]
+    measured = peak("plan", MODELS / "stdlib-mixtral", *flags, "-o", output)
+    assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
+    assert needs["written_bytes"] == pytest.approx(output.stat().st_size, rel=0.5)
+
+
+@pytest.mark.parametrize("flags", [(), ("--format", "f32")])
+def test_exporting_takes_what_was_announced(flags: tuple[str, ...], quantized_mixtral: Path, tmp_path: Path) -> None:
+    arguments = ("export", quantized_mixtral, *flags, "-o", tmp_path / "out")
+    needs = announced(*arguments)["needs"]
+    measured = peak(*arguments)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert needs["written_bytes"] == pytest.approx(written, rel=0.05)
+    assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture
+def layout() -> Layout:
+    with SourceModel(MODELS / "stdlib-mixtral") as model:
+        return read_layout(model)
+
+
+MIXTRAL_8X7B = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+
+
+def test_the_cache_holds_keys_and_values_of_every_layer(layout: Layout) -> None:
+    found = serving_needs(MIXTRAL_8X7B, layout, SIZES, Service(context=1000, concurrency=3, gpu_gib=80))
+    assert found.gpus == 1
+    assert found.cache_bytes == 3 * 1000 * 4 * (2 * 8 * 128) * 2
+    assert found.gpu_bytes == found.cache_bytes + SIZES.total_bytes + FIXED_BYTES
+
+
+def test_a_latent_cache_is_on_every_rank(layout: Layout) -> None:
+    config = {**MIXTRAL_8X7B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=3, gpu_gib=24))
+    assert found.gpus == 2
+    assert found.cache_bytes == 3 * 1000 * 4 * 576 * 2
+    assert found.weight_bytes == SIZES.total_bytes // 2
+
+
+def test_windows_and_linear_attention_hold_less(layout: Layout) -> None:
+    kinds = ["full_attention", "sliding_attention", "linear_attention", "sliding_attention"]
+    config = {**MIXTRAL_8X7B, "layer_types": kinds, "sliding_window": 128}
+    found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
+    assert found.cache_bytes == (1000 + 2 * 128) * (2 * 8 * 128) * 2
+
+
+@pytest.mark.parametrize(("gib", "gpus"), [(80, 1), (24, 2), (16, 4), (2, None)])
+def test_as_few_gpus_as_hold_it(layout: Layout, gib: float, gpus: int | None) -> None:
+    found = serving_needs(MIXTRAL_8X7B, layout, SIZES, Service(context=8192, concurrency=1, gpu_gib=gib))
+    assert found.gpus == gpus
+    if gpus is not None:
+        assert found.gpu_bytes <= 0.9 * gib * GIB
+
+
+def test_heads_that_do_not_split_bound_the_ranks(layout: Layout) -> None:
+    config = {**MIXTRAL_8X7B, "num_attention_heads": 6}
+    assert serving_needs(config, layout, SIZES, Service(context=100, gpu_gib=24)).gpus == 2
+    assert (
+        serving_needs(config, layout, replace(SIZES, expert_bytes=60 * GIB), Service(context=100, gpu_gib=24)).gpus
+        is None
+    )
+
+
+@pytest.mark.parametrize("gib", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_gpus_are_refused(gib: float) -> None:
+    with pytest.raises(UsageError, match="--gpu-gib"):
+        Service(gpu_gib=gib)
