@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,9 @@ COMPANIONS = (
 )
 """Files beside the weights that a server needs."""
 
+NEEDED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "README.md"]
+"""Globs of what is downloaded; a model card names the licence."""
+
 MAX_INTEGER = 1 << 20
 """Largest size that a config.json may name: more would be a damaged file, and long loops."""
 
@@ -59,7 +62,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=NEEDED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{model}: no such folder, and the Hub did not have it ({reason})") from None
@@ -95,6 +98,14 @@ class SourceModel:
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the files."""
         return sum(self.shards.stored_bytes(name) for name in self.shards.tensors)
+
+    def hub_name(self) -> tuple[str, str | None]:
+        """Return owner/name and commit of a model that lies in the Hub's cache, else the folder's name and None."""
+        folder = self.folder.resolve()
+        repository, snapshots = folder.parent.parent.name, folder.parent.name
+        if snapshots == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/"), folder.name
+        return folder.name, None
 
     def fingerprint(self) -> str:
         """Return a digest of config and headers: names, shapes, dtypes, file sizes and times.
@@ -170,13 +181,23 @@ class CheckpointWriter:
             with atomic(self.partial / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 
-    def finish(self, config: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        """Write further JSON files, the index, config.json, and put the folder in its place."""
+    def finish(
+        self, config: Mapping[str, Any], extra: Mapping[str, Any], describe: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write further JSON files, the index, config.json, and put the folder in its place.
+
+        Args:
+            config: contents of config.json.
+            extra: file name → contents of further JSON files.
+            describe: called with the folder when everything else is in it, to write what is said of it.
+        """
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
         write_json(self.partial / "config.json", config)
+        if describe is not None:
+            describe(self.partial)
         try:
             self.partial.rename(self.output)
         except OSError as error:

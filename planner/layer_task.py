@@ -173,4 +173,9 @@ def write_layer(
 def merged_report(tasks: Sequence[LayerTask], entries: Sequence[Any], settings: QuantizeSettings) -> dict[str, Any]:
     """Return quantization_report.json: the settings, and the entries of layers that have experts."""
     layers = [entry for task, entry in zip(tasks, entries, strict=True) if task.layer]
-    return {"quantizer": settings.quantizer, "one_bit": settings.one_bit, "layers": layers}
+    return {
+        "quantizer": settings.quantizer,
+        "one_bit": settings.one_bit,
+        "settings": settings.as_dict(),
+        "layers": layers,
+    }

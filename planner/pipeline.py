@@ -16,6 +16,9 @@ from planner.layer_task import Finished, LayerTask, merged_report, plan_tasks
 from planner.layout import Layout
 from planner.plan import Plan
 from planner.progress import Progress, duration
+from planner.report.card import write_card
+from planner.report.recorded import FILE as REPORT
+from planner.report.recorded import describe_source
 from planner.runners import KEPT, InlineRunner, Runner, Work
 from planner.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
@@ -107,13 +110,14 @@ def quantize(
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         writer.copy_companions(model.folder)
         report = merged_report(tasks, [read_json(task.entry) for task in tasks], settings)
+        report["source"] = describe_source(model)
         if calibration:
             report["calibration"] = dict(calibration)
         config = with_fallbacks(config, report)
         quantization_config = config.model_dump(mode="json", exclude_none=True)
         # Without the time that planning took: the same input makes the same bytes.
-        extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), "quantization_report.json": report}
-        writer.finish({**model.config, "quantization_config": quantization_config}, extra)
+        extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
+        writer.finish({**model.config, "quantization_config": quantization_config}, extra, write_card)
     except BaseException as error:
         writer.abandon()
         if isinstance(error, KeyboardInterrupt) and writer.partial.exists():

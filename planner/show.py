@@ -102,7 +102,7 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
         norms = torch.tensor(layer["router_norm"])
         values = (norms.min(), norms.median(), norms.max())
         table.add_row(
-            _layer_number(layer["prefix"]), str(layer["experts"]), *(f"{float(value):.4f}" for value in values)
+            layer_number(layer["prefix"]), str(layer["experts"]), *(f"{float(value):.4f}" for value in values)
         )
     console.print(table)
 
@@ -115,7 +115,7 @@ def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
         if shown == MAX_LAYERS_SHOWN:
             console.print(f"… {len(experts) - shown} more layers")
             break
-        line = Text(f"{_layer_number(prefix):>5} ")
+        line = Text(f"{layer_number(prefix):>5} ")
         for bits in widths[:MAX_EXPERTS_SHOWN]:
             line.append(f" {bits} ", style=COLOURS[bits])
         if len(widths) > MAX_EXPERTS_SHOWN:
@@ -124,7 +124,8 @@ def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _layer_number(prefix: str) -> str:
+def layer_number(prefix: str) -> str:
+    """Return the number of the layer that a prefix stands for, or the prefix."""
     return next((part for part in prefix.split(".") if part.isdigit()), prefix)
 
 

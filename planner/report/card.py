@@ -1,0 +1,177 @@
+"""README.md of a checkpoint, the model card: what it is, how it was made, how to use it, how good it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from planner.evaluation.record import Evaluations, read_evaluations
+from planner.files import atomic
+from planner.report.commands import auto_class, method_in_words, quantize_command, serve_commands, unserved
+from planner.report.facts import Facts, collect
+from planner.report.files import CARD
+from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
+from planner.show import size
+
+DIR = "DIR"
+"""Stands for the folder: its name must not change its contents."""
+
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+LISTED = 8
+"""Fallbacks that the card names; the report has all."""
+
+
+def write_card(folder: Path) -> None:
+    """Write a checkpoint's model card; the same checkpoint, the same bytes, whatever its folder is called.
+
+    Raises:
+        MoeqError: no checkpoint, damaged JSON, a full disk.
+    """
+    _write(folder / CARD, card(collect(folder)))
+
+
+def refresh_card(folder: Path) -> bool:
+    """Bring the evaluation section of a card up to date; write the card where there is none.
+
+    Returns:
+        Whether the card shows the evaluations now: one that somebody wrote without our section is left alone.
+
+    Raises:
+        MoeqError: as :func:`write_card`.
+    """
+    path = folder / CARD
+    if not path.exists():
+        write_card(folder)
+        return True
+    before = path.read_bytes().decode("utf-8", errors="surrogateescape")
+    if SECTION.search(before) is None:
+        return False
+    section = evaluation_section(read_evaluations(folder))
+    after = SECTION.sub(lambda _found: section, before, count=1)
+    if after != before:
+        _write(path, after)
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+
+
+def card(facts: Facts) -> str:
+    """Return the card."""
+    parts = [_front_matter(facts), _introduction(facts), _use(facts), _plan(facts), _sizes(facts)]
+    parts += [_calibration(facts), f"## Evaluation\n\n{evaluation_section(facts.evaluations)}", _license(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    """Return what the Hub reads; strings are JSON, which YAML reads as such."""
+    source = facts.recorded.source
+    encoder_decoder = bool(facts.model.get("is_encoder_decoder"))
+    fields: dict[str, Any] = {
+        "base_model": source.name if source else None,
+        "base_model_relation": "quantized",
+        "library_name": "transformers" if unserved(facts) else "vllm",
+        "pipeline_tag": "text2text-generation" if encoder_decoder else "text-generation",
+        "license": source.license if source else None,
+        "license_name": source.license_name if source else None,
+        "license_link": source.license_link if source else None,
+        "tags": ["moeq", "vllm-moeq", "mixture-of-experts", "mixed-precision"],
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value is not None]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(facts: Facts) -> str:
+    name = markdown(named(facts.name)) if facts.name else "A Mixture-of-Experts model"
+    source = facts.recorded.source
+    commit = f", commit {markdown(named(source.revision))}," if source and source.revision else ""
+    return (
+        f"# {name}, {facts.average_bits:.3g} bits per expert weight\n\n"
+        f"{name}{commit} quantized by vllm-moeq, every expert with its own width: {size(facts.sizes.total)} instead of "
+        f"{size(facts.sizes.before)}, {facts.sizes.ratio:.2f} times smaller."
+    )
+
+
+def _use(facts: Facts) -> str:
+    serving = serve_commands(facts, DIR)
+    kind = auto_class(facts)
+    lines = ["## Use", "", f"`{DIR}` is this folder."]
+    if serving:
+        lines += ["", _block("pip install 'vllm-moeq[gpu]'\n" + serving[0])]
+        lines += ["", "or, with the CUDA package of vLLM:", "", _block(serving[1])]
+    else:
+        lines += ["", f"vLLM cannot serve it: {unserved(facts)}. transformers loads it:"]
+    code = f"import vllm_moeq.hf  # pip install 'vllm-moeq[hf]'\nfrom transformers import {kind}\n\n"
+    lines += ["", _block(f'{code}model = {kind}.from_pretrained("{DIR}")', "python")]
+    return "\n".join(lines)
+
+
+def _block(text: str, language: str = "sh") -> str:
+    """Return a fenced block; names come from elsewhere and may hold fences and line breaks."""
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("```"))
+    return f"```{language}\n{lines}\n```"
+
+
+def _plan(facts: Facts) -> str:
+    plan = facts.config.plan
+    promoted = f"; MaxVar promoted {facts.num_promoted:,} experts" if facts.num_promoted else ""
+    quantizer = f" Codes: {markdown(named(plan.quantizer))}" if plan.quantizer else " Codes: quantizer not recorded"
+    group = facts.config.group_size
+    groups = "one scale per row" if group < 0 else f"groups of {group}"
+    return (
+        f"## Plan\n\nWidths by {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
+        f"{plan.achieved_avg_bits:.4f} achieved{promoted}.{quantizer}, {groups}; other linears have "
+        f"{facts.config.linear.bits} bits.\n\n"
+        f"{width_table(facts).markdown()}\n\n"
+        "The widths of all experts are in `config.json`, the reasons in `plan.json`. Made with\n\n"
+        f"{_block(quantize_command(facts, DIR))}"
+    )
+
+
+def _sizes(facts: Facts) -> str:
+    return f"## Size\n\n{size_table(facts).markdown()}"
+
+
+def _calibration(facts: Facts) -> str:
+    calibration = facts.recorded.calibration
+    if calibration is None:
+        return "## Calibration\n\nNone: no text was read."
+    lines = [
+        "## Calibration",
+        "",
+        f"{calibration.sequences:,} × {calibration.seq_len:,} tokens of {markdown(named(calibration.data))}, "
+        f"seed {calibration.seed}.",
+    ]
+    found = [(layer.label, expert, why) for layer in facts.layers for expert, why in sorted(layer.fallbacks.items())]
+    if not found:
+        gptq = facts.recorded.settings.gptq is not None
+        lines[-1] += " Every expert was quantized with it." if gptq else " It decided the widths."
+        return "\n".join(lines)
+    lines[-1] += f" {len(found):,} of {facts.num_experts:,} experts were quantized without it:"
+    lines.append("")
+    for label, expert, why in found[:LISTED]:
+        lines.append(f"- layer {markdown(label)}, expert {expert}: {markdown(named(why))}")
+    if len(found) > LISTED:
+        lines.append(f"- {len(found) - LISTED:,} more are in `quantization_report.json`")
+    return "\n".join(lines)
+
+
+def evaluation_section(found: Evaluations) -> str:
+    """Return the section that :func:`refresh_card` replaces, marks included."""
+    tables = [table.markdown() for table in evaluation_tables(found)]
+    if not tables:
+        return f"{BEGIN}\nNot measured yet: `moeq eval {DIR} --data text.txt`.\n{END}"
+    return "\n\n".join([BEGIN, *tables, "±: standard error.", END])
+
+
+def _license(facts: Facts) -> str:
+    source = facts.recorded.source
+    if source is None or source.license is None:
+        return "## License\n\nThe source model’s; its folder names none."
+    name = source.license_name if source.license == "other" and source.license_name else source.license
+    return f"## License\n\nThe source model’s: {markdown(named(name))}."

@@ -1,0 +1,102 @@
+"""``moeq report``: the page, the pictures, and the card brought up to date."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from planner import show
+from planner.checkpoint import SourceModel, resolve_model
+from planner.files import atomic
+from planner.flags import Folder, Json
+from planner.progress import Progress
+from planner.report.card import refresh_card
+from planner.report.facts import Facts, collect
+from planner.report.files import CARD, PAGE
+from planner.report.grids import Grids, collect_grids
+from planner.report.page import render
+from planner.report.png import draw
+from vllm_moeq.format import UsageError
+
+NEEDS = "needs matplotlib, pip install 'vllm-moeq[report]'"
+
+
+def report_command(
+    folder: Folder,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help=f"The page [DIR/{PAGE}]."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SOURCE", help="The source model, to compute MaxVar if need be.")
+    ] = None,
+    png: Annotated[
+        bool | None, typer.Option("--png/--no-png", help="Pictures too [where matplotlib is installed].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a checkpoint on one self-contained HTML page, and bring its README.md up to date.
+
+    Example: moeq report Mixtral-8x7B-2.5bit
+    """
+    progress = Progress()
+    drawable = find_spec("matplotlib") is not None
+    if png and not drawable:
+        raise UsageError(f"--png: {NEEDS}")
+    page = output or folder / PAGE
+    if not page.absolute().parent.is_dir():
+        raise UsageError(f"{page}: expected the folder {page.absolute().parent} to exist")
+    if page.is_dir():
+        raise UsageError(f"{page}: expected a file to write, found a folder")
+    facts = collect(folder)
+    grids = _grids(facts, model)
+    with atomic(page) as temporary:
+        temporary.write_text(render(facts, grids), encoding="utf-8")
+    pictures = draw(facts, grids, page) if drawable and png is not False else []
+    if not drawable and png is None:
+        progress.line(f"no pictures: that {NEEDS}")
+    _refresh(folder, progress)
+    if as_json:
+        show.emit(_as_json(facts, grids, page, pictures))
+    else:
+        Console().print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _grids(facts: Facts, model: str | None) -> Grids:
+    if model is None:
+        return collect_grids(facts)
+    with SourceModel(resolve_model(model)) as source:
+        return collect_grids(facts, source)
+
+
+def _refresh(folder: Path, progress: Progress) -> None:
+    if not os.access(folder, os.W_OK):
+        progress.line(f"note: {folder / CARD} is as it was: the folder cannot be written")
+    elif not refresh_card(folder):
+        progress.line(f"note: {folder / CARD} is as it was: it has no evaluation section of ours")
+
+
+def _as_json(facts: Facts, grids: Grids, page: Path, pictures: list[Path]) -> dict[str, Any]:
+    """Return what the page shows."""
+    sizes = facts.sizes
+    return {
+        "report": str(page),
+        "pictures": [str(path) for path in pictures],
+        "source": facts.name,
+        "average_bits": facts.average_bits,
+        "widths": facts.widths,
+        "promoted": facts.num_promoted,
+        "fallbacks": facts.num_fallbacks,
+        "bytes": {part.title: part.bytes for part in sizes.parts},
+        "total_bytes": sizes.total,
+        "half_precision_bytes": sizes.half_precision,
+        "source_bytes": sizes.source,
+        "grids": {grid.key: grid.values for grid in grids.known},
+        "missing": grids.missing,
+        "evaluation": facts.evaluations.model_dump(mode="json", exclude_none=True),
+    }

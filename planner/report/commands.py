@@ -1,0 +1,135 @@
+"""The commands that made a checkpoint and that use it, reconstructed from its files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import PurePath
+
+from planner.evaluation.record import TextResult
+from planner.methods import METHODS, OURS, PAPER
+from planner.models import find_architecture
+from planner.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.report.facts import Facts
+from planner.settings import QuantizeSettings
+
+UNNAMED = "SOURCE"
+"""Stands for a source that is not recorded."""
+
+
+def quantize_command(facts: Facts, output: str) -> str:
+    """Return what makes the checkpoint again; with its plan.json where flags alone cannot say why widths are so."""
+    flags = _plan_flags(facts)
+    if flags is None:
+        flags = ["--plan", f"{output}/plan.json"]
+    words = ["moeq", "quantize", facts.name or UNNAMED, *flags, *_quantizer_flags(facts), "-o", output]
+    return shlex.join(words)
+
+
+def _plan_flags(facts: Facts) -> list[str] | None:
+    plan = facts.plan
+    if plan is None or plan.method not in METHODS:
+        return None
+    method, settings = METHODS[plan.method], plan.settings
+    if settings.overrides or settings.stats or settings.initial_model:
+        return None  # other files went into the plan
+    if method.calibrated and facts.recorded.calibration is None:
+        return None
+    seed = settings.seed or (facts.recorded.calibration.seed if facts.recorded.calibration else 0)
+    given = (
+        ("--method", plan.method, None),
+        ("--budget-gib", settings.budget_gib, None),
+        ("--avg-bits", None if settings.budget_gib else f"{plan.avg_bits:.12g}", None),
+        ("--bits", ",".join(map(str, plan.bit_choices)), None),
+        ("--zeta", settings.zeta and f"{settings.zeta:.12g}", "3"),
+        ("--promotion", settings.promotion, "official"),
+        ("--counts", settings.counts, "paper"),
+        ("--ranking", settings.ranking, method.scope),
+        ("--seed", seed, 0),
+    )
+    return _flags(given)
+
+
+def _quantizer_flags(facts: Facts) -> list[str]:
+    recorded, config, default = facts.recorded, facts.config, QuantizeSettings()
+    calibration = recorded.calibration
+    given: list[tuple[str, object, object]] = [
+        ("--quantizer", recorded.quantizer or config.plan.quantizer, None),
+        ("--one-bit", recorded.one_bit, default.one_bit),
+        ("--zero-points", recorded.settings.zero_points, default.zero_points),
+        ("--group-size", config.group_size, default.group_size),
+        ("--linear-bits", config.linear.bits, default.linear.bits),
+        ("--linear-group-size", config.linear.group_size, None),
+    ]
+    if calibration is not None:
+        given += [("--data", _file(calibration.data), None), ("--samples", calibration.sequences, None)]
+        given += [("--seq-len", calibration.seq_len, None)]
+        given += [("--min-tokens", recorded.settings.min_tokens, default.min_tokens)]
+    return _flags(given) + _gptq_flags(facts)
+
+
+def _gptq_flags(facts: Facts) -> list[str]:
+    found, default = facts.recorded.settings.gptq, GptqSettings()
+    if found is None:
+        return []
+    if found.model_dump() == vars(PUBLISHED):
+        return ["--compat"]
+    flags = _flags(
+        (
+            ("--damping", f"{found.damping:g}", f"{default.damping:g}"),
+            ("--act-order", found.act_order, default.act_order),
+            ("--scale-search", found.search, default.search),
+        )
+    )
+    flags += ["--static-groups"] if found.static_groups else []
+    return flags + (["--symmetric"] if found.symmetric else [])
+
+
+def _flags(given: Iterable[tuple[str, object, object]]) -> list[str]:
+    """Return flag and value of (flag, value, default) where the value is known and no default."""
+    return [word for flag, value, default in given if value not in (None, default) for word in (flag, str(value))]
+
+
+def _file(name: str) -> str:
+    """Return a file's name without its folder, which says something of a machine only."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def serve_commands(facts: Facts, folder: str) -> list[str]:
+    """Return what serves the checkpoint; nothing where vLLM cannot."""
+    if unserved(facts) is not None:
+        return []
+    return [shlex.join(["moeq", "serve", folder]), shlex.join(["vllm", "serve", folder])]
+
+
+def unserved(facts: Facts) -> str | None:
+    """Return why vLLM cannot serve the model, if so."""
+    row = find_architecture(facts.model)
+    return row.unserved if row else None
+
+
+def auto_class(facts: Facts) -> str:
+    """Return the class of transformers that loads the model."""
+    return "AutoModelForSeq2SeqLM" if facts.model.get("is_encoder_decoder") else "AutoModelForCausalLM"
+
+
+def evaluate_commands(facts: Facts, folder: str) -> list[str]:
+    """Return what measured the checkpoint, or would."""
+    texts = facts.evaluations.texts
+    if not texts:
+        reference = ["--reference", facts.name] if facts.name else []
+        return [shlex.join(["moeq", "eval", folder, "--data", "text.txt", *reference])]
+    return [shlex.join(["moeq", "eval", folder, *_evaluation_flags(text)]) for text in texts]
+
+
+def _evaluation_flags(text: TextResult) -> list[str]:
+    reference = None if text.reference is None else _file(text.reference)
+    window = ("--window", text.window, 512)
+    return _flags((("--data", _file(text.data), None), window, ("--reference", reference, None)))
+
+
+def method_in_words(facts: Facts) -> str:
+    """Return the method with what is behind its name."""
+    method = facts.config.plan.method
+    words = {PAPER: "the paper’s rule", OURS: "one budget spent by KL divergence"}
+    return f"{method} ({words[method]})" if method in words else method

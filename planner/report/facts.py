@@ -1,0 +1,219 @@
+"""Everything that report and card say about a checkpoint, collected once from its folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.estimate import SCALE_AND_ZERO_BYTES
+from planner.evaluation.record import Evaluations, read_evaluations
+from planner.plan import Plan, read_plan
+from planner.report.recorded import Recorded, read_recorded
+from planner.show import layer_number
+from vllm_moeq.format import (
+    PACKED,
+    ConfigError,
+    ExpertMatrix,
+    MoeqConfig,
+    ShardSet,
+    expert_matrices,
+    load_config,
+    read_json,
+    verify,
+)
+
+HALF = 2
+"""Bytes of a weight in 16 bits."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One MoE layer.
+
+    Attributes:
+        prefix: what the names of its experts begin with.
+        label: its number; with the stack's name where numbers alone would be ambiguous.
+        widths: bits per expert.
+        promoted: experts that MaxVar moved up.
+        fallbacks: experts that were quantized otherwise than asked for → why.
+    """
+
+    prefix: str
+    label: str
+    widths: tuple[int, ...]
+    promoted: frozenset[int]
+    fallbacks: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the checkpoint's bytes; ``bits`` is the width of expert codes, None for everything else."""
+
+    title: str
+    bytes: int
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all tensors by part, of the same tensors in 16 bits, and of the source's where that is recorded."""
+
+    parts: tuple[Part, ...]
+    half_precision: int
+    source: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def before(self) -> int:
+        """What the checkpoint is compared with: the source, or 16 bits."""
+        return self.source or self.half_precision
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the checkpoint is."""
+        return self.before / self.total
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A checkpoint.
+
+    Attributes:
+        folder: where it is; never shown with its path.
+        model: its config.json.
+        config: the part of it that is ours.
+        plan: why the widths are what they are; None without plan.json.
+        recorded: quantization_report.json, empty where there is none.
+        evaluations: evaluation.json, likewise.
+        layers: its MoE layers.
+        sizes: bytes.
+        average_bits: per expert weight.
+    """
+
+    folder: Path
+    model: dict[str, Any]
+    config: MoeqConfig
+    plan: Plan | None
+    recorded: Recorded
+    evaluations: Evaluations
+    layers: tuple[LayerFacts, ...]
+    sizes: Sizes
+    average_bits: float
+
+    @property
+    def name(self) -> str | None:
+        """The source's name, where it is recorded."""
+        return self.recorded.source.name if self.recorded.source else None
+
+    @property
+    def model_type(self) -> str:
+        """The architecture."""
+        return str(self.model.get("model_type", "unknown architecture"))
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Width → number of experts, ascending."""
+        return dict(sorted(Counter(bits for layer in self.layers for bits in layer.widths).items()))
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers together."""
+        return sum(len(layer.widths) for layer in self.layers)
+
+    @property
+    def most_experts(self) -> int:
+        """Experts of the largest layer."""
+        return max(len(layer.widths) for layer in self.layers)
+
+    @property
+    def num_promoted(self) -> int:
+        """Experts that MaxVar moved up."""
+        return sum(len(layer.promoted) for layer in self.layers)
+
+    @property
+    def num_fallbacks(self) -> int:
+        """Experts that were quantized otherwise than asked for."""
+        return sum(len(layer.fallbacks) for layer in self.layers)
+
+
+def collect(folder: Path) -> Facts:
+    """Read a checkpoint's headers and JSON files.
+
+    Raises:
+        MoeqError: no checkpoint of ours, damaged headers or JSON, a plan with other widths than config.json.
+    """
+    average_bits = verify(folder, values=False).average_bits
+    config, recorded = load_config(folder), read_recorded(folder)
+    path = folder / "plan.json"
+    plan = read_plan(path) if path.exists() else None
+    if plan is not None and plan.experts != config.experts:
+        raise ConfigError(f"{path}: expected the widths of config.json, found others")
+    with ShardSet(folder) as shards:
+        sizes = _sizes(shards, config, recorded)
+    return Facts(
+        folder=folder,
+        model=read_json(folder / "config.json"),
+        config=config,
+        plan=plan,
+        recorded=recorded,
+        evaluations=read_evaluations(folder),
+        layers=_layers(config, plan, recorded),
+        sizes=sizes,
+        average_bits=average_bits,
+    )
+
+
+def _layers(config: MoeqConfig, plan: Plan | None, recorded: Recorded) -> tuple[LayerFacts, ...]:
+    found = []
+    for prefix, label in zip(config.experts, _labels(list(config.experts)), strict=True):
+        fallbacks = dict.fromkeys((config.plan.fallback or {}).get(prefix, ()), "reason not recorded")
+        fallbacks |= {index: it.fallback for index, it in recorded.experts(prefix).items() if it.fallback is not None}
+        promoted = plan.promoted.get(prefix, ()) if plan else ()
+        found.append(LayerFacts(prefix, label, tuple(config.experts[prefix]), frozenset(promoted), fallbacks))
+    return tuple(found)
+
+
+def _labels(prefixes: Sequence[str]) -> list[str]:
+    """Return the numbers of layers, or where two stacks share them, with the stacks' names."""
+    numbers = [layer_number(prefix) for prefix in prefixes]
+    if len(set(numbers)) == len(numbers):
+        return numbers
+    return [f"{prefix.split('.')[0]} {number}" for prefix, number in zip(prefixes, numbers, strict=True)]
+
+
+def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Sizes:
+    codes: Counter[int] = Counter()
+    metadata = half = 0
+    names: set[str] = set()
+    for matrix in expert_matrices(shards, config):
+        codes[matrix.bits] += matrix.weights * matrix.bits // 8
+        metadata += SCALE_AND_ZERO_BYTES * matrix.rows * matrix.groups
+        half += HALF * matrix.weights
+        names.add(_base(matrix))
+    linears = kept = 0
+    for name, info in shards.tensors.items():
+        base, _, suffix = name.rpartition(".")
+        if base in names:
+            continue
+        if f"{base}.{PACKED}" in shards.tensors and suffix.startswith("weight_"):
+            linears += info.nbytes
+            half += HALF * info.numel * 32 // config.linear.bits if suffix == PACKED else 0
+        else:
+            kept += info.nbytes
+    parts = [Part(f"experts of {bits} bit{'s' if bits > 1 else ''}", codes[bits], bits) for bits in sorted(codes)]
+    parts.append(Part("experts’ scales and zero points", metadata))
+    if linears:
+        parts.append(Part(f"other linears, {config.linear.bits} bits", linears))
+    parts.append(Part("routers, embeddings, norms and other tensors, as in the source", kept))
+    return Sizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)
+
+
+def _base(matrix: ExpertMatrix) -> str:
+    return matrix.name(PACKED).removesuffix(f".{PACKED}")

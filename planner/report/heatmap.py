@@ -1,0 +1,147 @@
+"""Maps of one cell per expert, layers downwards, as inline SVG: a path per colour, so that 15 000 cells stay small."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from planner.report.facts import Facts, LayerFacts
+from planner.report.geometry import Geometry
+from planner.report.grids import Grid
+from planner.report.scale import STEPS, Scale, number
+
+Cell = tuple[int, int]
+"""(column, row)."""
+
+NUMBER_FITS = (9, 12)
+"""Width and height from which a cell holds a digit."""
+
+VALUE_FITS = (38, 15)
+"""From which it holds three significant digits."""
+
+
+def width_map(facts: Facts, room: int) -> str:
+    """Return the map of widths, at most ``room`` pixels wide: numbers where they fit, promotions, fallbacks."""
+    layers = facts.layers
+    shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 30), 900)
+    cells: dict[int, list[Cell]] = defaultdict(list)
+    for row, layer in enumerate(layers):
+        for column, bits in enumerate(layer.widths):
+            cells[bits].append((column, row))
+    parts = [_cells(shape, ((f"b{bits}", found) for bits, found in sorted(cells.items())))]
+    if shape.width >= NUMBER_FITS[0] and shape.height >= NUMBER_FITS[1]:
+        texts = ((cell, f"b{bits}", str(bits)) for bits, found in sorted(cells.items()) for cell in found)
+        parts.append(_texts(shape, texts, min(14, shape.height - 2, round(shape.width * 1.3))))
+    parts += [_marks(shape, layers, promoted=True), _marks(shape, layers, promoted=False)]
+    return _svg(shape, layers, "".join(parts), "Bits per expert: experts from left to right, layers downwards")
+
+
+def value_map(facts: Facts, grid: Grid, room: int) -> str:
+    """Return the map of one quantity with the same cells, and its legend."""
+    layers = facts.layers
+    shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 22), 600)
+    scale = Scale.of([value for row in grid.values for value in row if value is not None])
+    cells: dict[int, list[Cell]] = defaultdict(list)
+    texts = []
+    for y, row in enumerate(grid.values):
+        for x, value in enumerate(row):
+            if value is not None:
+                step = scale.step(value)
+                cells[step].append((x, y))
+                texts.append(((x, y), f"s{step}", number(value)))
+    parts = [_cells(shape, ((f"s{step}", found) for step, found in sorted(cells.items())))]
+    if shape.width >= VALUE_FITS[0] and shape.height >= VALUE_FITS[1]:
+        parts.append(_texts(shape, texts, 10))
+    drawn = _svg(shape, layers, "".join(parts), f"{grid.title}: experts from left to right, layers downwards")
+    return drawn + _legend(scale, grid.unit)
+
+
+def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
+    """Return one path per class in units of cells; neighbours in a row are one rectangle."""
+    paths = "".join(f'<path class="{name}" d="{_runs(cells)}"/>' for name, cells in classes)
+    place = f"translate({shape.left} {shape.TOP}) scale({shape.width} {shape.height})"
+    lines = ""
+    if shape.lined:
+        down = "".join(f"M{x} 0v{shape.rows}" for x in range(1, shape.columns))
+        along = "".join(f"M0 {y}h{shape.columns}" for y in range(1, shape.rows))
+        lines = f'<path class="lines" d="{down}{along}"/>'
+    return f'<g class="cells" transform="{place}">{paths}{lines}</g>'
+
+
+def _runs(cells: Sequence[Cell]) -> str:
+    """Return rectangles ``M<x> <y>h<cells>v1H<x>z`` that cover the cells, given row by row."""
+    runs: list[tuple[int, int, int]] = []
+    for x, y in cells:
+        if runs and runs[-1][1] == y and runs[-1][0] + runs[-1][2] == x:
+            runs[-1] = (runs[-1][0], y, runs[-1][2] + 1)
+        else:
+            runs.append((x, y, 1))
+    return "".join(f"M{x} {y}h{length}v1H{x}z" for x, y, length in runs)
+
+
+def _texts(shape: Geometry, texts: Iterable[tuple[Cell, str, str]], size: int) -> str:
+    middle = shape.TOP + shape.height / 2 + 0.36 * size
+    drawn = "".join(
+        f'<text class="{fill}-ink" x="{shape.left + (x + 0.5) * shape.width:g}" '
+        f'y="{middle + y * shape.height:.4g}">{text}</text>'
+        for (x, y), fill, text in texts
+    )
+    return f'<g class="numbers" font-size="{size}">{drawn}</g>'
+
+
+def _marks(shape: Geometry, layers: Sequence[LayerFacts], promoted: bool) -> str:
+    """Return triangles in the upper left corner of promoted experts, or squares in the lower right of fallbacks."""
+    side = round(max(2.0, min(8.0, 0.42 * min(shape.width, shape.height))), 1)
+    edge = 1 if shape.lined else 0
+    paths: dict[int, str] = defaultdict(str)
+    for row, layer in enumerate(layers):
+        for expert in sorted(layer.promoted if promoted else layer.fallbacks):
+            if expert >= len(layer.widths):
+                continue
+            x, y = shape.left + expert * shape.width, shape.TOP + row * shape.height
+            if promoted:
+                paths[layer.widths[expert]] += f"M{x + edge} {y + edge}h{side}l-{side} {side}z"
+            else:
+                half = round(side * 0.7, 1)
+                x, y = x + shape.width - edge, y + shape.height - edge
+                paths[layer.widths[expert]] += f"M{x} {y}h-{half}v-{half}h{half}z"
+    drawn = "".join(f'<path class="b{bits}-ink" d="{path}"/>' for bits, path in sorted(paths.items()))
+    return f'<g class="{"promoted" if promoted else "fallback"}">{drawn}</g>'
+
+
+def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str) -> str:
+    """Return the figure with its axes; a script finds cells by the ``data-`` attributes."""
+    ticks = "".join(
+        f'<text text-anchor="middle" x="{shape.left + (x + 0.5) * shape.width:g}" y="{shape.TOP - 5}">{x}</text>'
+        for x in shape.column_ticks()
+    )
+    ticks += "".join(
+        f'<text text-anchor="end" x="{shape.left - 6}" '
+        f'y="{shape.TOP + (y + 0.5) * shape.height + 4:g}">{escape(layers[y].label)}</text>'
+        for y in shape.row_ticks()
+    )
+    width, height = shape.right + 1, shape.bottom + 1
+    return (
+        f'<div class="scroll"><svg class="map" role="img" aria-label="{escape(label)}" width="{width}" '
+        f'height="{height}" viewBox="0 0 {width} {height}" data-left="{shape.left}" data-top="{shape.TOP}" '
+        f'data-width="{shape.width}" data-height="{shape.height}"><g class="axis">{ticks}</g>{inside}</svg></div>'
+    )
+
+
+def _legend(scale: Scale, unit: str) -> str:
+    """Return the steps of a scale with numbers at both ends and in the middle."""
+    bounds, side = scale.bounds(), 26
+    if len(bounds) == 1:
+        return f'<p class="legend">all {number(bounds[0])} {escape(unit)}</p>'
+    boxes = "".join(f'<path class="s{step}" d="M{step * side} 0h{side}v10h-{side}z"/>' for step in range(STEPS))
+    shown = ((0, "start", bounds[0]), (STEPS // 2, "middle", bounds[STEPS // 2]), (STEPS, "end", bounds[-1]))
+    texts = "".join(
+        f'<text x="{at * side}" y="23" text-anchor="{anchor}">{number(value)}</text>' for at, anchor, value in shown
+    )
+    more = " · ".join(part for part in (escape(unit), "equal factors" if scale.logarithmic else "") if part)
+    return (
+        f'<svg class="scale axis" width="{STEPS * side}" height="26" role="img" '
+        f'aria-label="scale from {number(bounds[0])} to {number(bounds[-1])} {escape(unit)}">{boxes}{texts}</svg>'
+        f'<span class="unit">{more}</span>'
+    )

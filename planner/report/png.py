@@ -1,0 +1,142 @@
+"""The figures as PNG, for slides and papers: the page's colours on white, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.files import atomic
+from planner.report.facts import Facts
+from planner.report.files import picture
+from planner.report.grids import Grid, Grids
+from planner.report.palette import LIGHT, ink_on
+from planner.report.scale import STEPS, Scale, number
+from planner.show import size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+NUMBERED = 64
+"""Experts per layer up to which cells hold their number."""
+
+
+def draw(facts: Facts, grids: Grids, page: Path) -> list[Path]:
+    """Write ``<page>-widths.png`` and, where there is any quantity, ``<page>-experts.png``; return their paths.
+
+    Raises:
+        CheckpointError: a full disk.
+    """
+    written = [_save(_widths(facts), picture(page, "widths"))]
+    if grids.known:
+        written.append(_save(_experts(facts, grids), picture(page, "experts")))
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic(path) as temporary:
+        # Without the version of matplotlib: the same checkpoint, the same bytes.
+        figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
+    return path
+
+
+def _height(facts: Facts, cell: float) -> float:
+    return min(12.0, max(1.2, cell * len(facts.layers)))
+
+
+def _widths(facts: Facts) -> Figure:
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    wide = min(14.0, max(5.0, 0.45 * facts.most_experts + 1))
+    figure = Figure(figsize=(wide, _height(facts, 0.32) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    bits = list(LIGHT.widths)
+    colours = ListedColormap(list(LIGHT.widths.values()))
+    values = _array(facts, [[float(width) for width in layer.widths] for layer in facts.layers])
+    norm = BoundaryNorm([0, *(one + 0.5 for one in bits)], len(bits))
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    _axes(axes, facts)
+    if facts.most_experts <= NUMBERED and len(facts.layers) <= NUMBERED:
+        for row, layer in enumerate(facts.layers):
+            for expert, width in enumerate(layer.widths):
+                ink = ink_on(LIGHT.widths[width])
+                axes.text(expert, row, str(width), ha="center", va="center", color=ink, fontsize=8)
+    handles = [
+        Patch(color=LIGHT.widths[width], label=f"{width} bit{'s' if width > 1 else ''}") for width in facts.widths
+    ]
+    for marked, marker, label in ((True, "^", "promoted by MaxVar"), (False, "s", "fallback")):
+        if facts.num_promoted if marked else facts.num_fallbacks:
+            handles.append(_mark(axes, facts, marked, marker, label))
+    name = f"{facts.name}: " if facts.name else ""
+    figure.suptitle(
+        f"{name}{facts.average_bits:.3g} bits per expert weight, {size(facts.sizes.total)}", parse_math=False
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    return figure
+
+
+def _mark(axes: Axes, facts: Facts, promoted: bool, marker: str, label: str) -> Any:
+    """Draw the marks of one kind in a corner of their cells; return their entry of the legend."""
+    sign = -1 if promoted else 1
+    places = [
+        (expert + 0.36 * sign, row + 0.3 * sign)
+        for row, layer in enumerate(facts.layers)
+        for expert in sorted(layer.promoted if promoted else layer.fallbacks)
+    ]
+    x, y = zip(*places, strict=True)
+    side = max(2.0, min(12.0, 900 / facts.most_experts / max(1, len(facts.layers) / 8)))
+    return axes.scatter(x, y, marker=marker, s=side, color="black", edgecolors="white", linewidths=0.4, label=label)
+
+
+def _experts(facts: Facts, grids: Grids) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = 1 if facts.most_experts > NUMBERED else min(3, len(grids.known))
+    rows = -(-len(grids.known) // columns)
+    figure = Figure(figsize=(13.0, rows * (_height(facts, 0.16) + 1.2)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, grid in zip(panels, grids.known, strict=False):
+        _quantity(axes, facts, grid)
+    for axes in list(panels)[len(grids.known) :]:
+        axes.remove()
+    return figure
+
+
+def _quantity(axes: Axes, facts: Facts, grid: Grid) -> None:
+    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+
+    scale = Scale.of([value for row in grid.values for value in row if value is not None])
+    values = _array(facts, [[np.nan if value is None else value for value in row] for row in grid.values])
+    colours = ListedColormap(list(LIGHT.steps))
+    bounds = scale.bounds()
+    norm = BoundaryNorm(bounds, STEPS) if len(bounds) > 1 else LogNorm(0.5, 2)
+    clipped = np.clip(values, bounds[0], bounds[-1])
+    drawn = axes.imshow(clipped, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    _axes(axes, facts)
+    unit = f", {grid.unit}" if grid.unit else ""
+    axes.set_title(f"{grid.title}{unit}", fontsize=10)
+    if len(bounds) > 1:
+        ticks = [bounds[0], bounds[STEPS // 2], bounds[-1]]
+        bar = axes.figure.colorbar(drawn, ax=axes, ticks=ticks)
+        bar.ax.set_yticklabels([number(tick) for tick in ticks], fontsize=8)
+
+
+def _array(facts: Facts, rows: list[list[float]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Return [layers, experts], NaN behind the last expert of layers that have fewer."""
+    return np.array([row + [np.nan] * (facts.most_experts - len(row)) for row in rows])
+
+
+def _axes(axes: Axes, facts: Facts) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("expert", fontsize=9)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    step = -(-len(facts.layers) // 24)
+    axes.set_yticks(range(0, len(facts.layers), step), [layer.label for layer in facts.layers][::step])

@@ -1,0 +1,151 @@
+"""The tables that page and card share, as plain text, and how each is written in HTML and in Markdown."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import PurePath
+
+from planner.evaluation.record import Evaluations, TextResult
+from planner.report.facts import Facts
+from planner.report.scale import number
+from planner.show import size
+
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
+LIMIT = 160
+"""Characters of a name in a table; longer ones end with an ellipsis."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header; the first column is text, the others are numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def html(self, lead: Callable[[int], str] = lambda _row: "") -> str:
+        """Return the table, escaped; ``lead`` gives HTML to stand before a row's first cell."""
+        head = "".join(f"<th>{escape(text)}</th>" for text in self.header)
+        body = []
+        for index, (first, *others) in enumerate(self.rows):
+            rest = "".join(f"<td>{escape(text)}</td>" for text in others)
+            kind = ' class="total"' if first == TOTAL else ""
+            body.append(f'<tr{kind}><td class="wide">{lead(index)}{escape(first)}</td>{rest}</tr>')
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, escaped."""
+        lines = [self.header, ("---", *(["---:"] * (len(self.header) - 1)))]
+        written = [lines[0], *self.rows]
+        cells = [" | ".join(map(markdown, row)) for row in written]
+        cells.insert(1, " | ".join(lines[1]))
+        return "\n".join(f"| {row} |" for row in cells)
+
+
+TOTAL = "all tensors"
+
+
+def markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return MARKDOWN.sub(r"\\\1", " ".join(text.split())).replace("&", "&amp;")
+
+
+def named(text: str) -> str:
+    """Return a name fit to be shown: printable, not too long, of an absolute path its last part only."""
+    name = PurePath(text).name if PurePath(text).is_absolute() else text
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    return name if len(name) <= LIMIT else f"{name[: LIMIT - 1]}…"
+
+
+def width_table(facts: Facts) -> Table:
+    """Return width → experts and their share."""
+    rows = [(str(bits), f"{count:,}", f"{count / facts.num_experts:.1%}") for bits, count in facts.widths.items()]
+    return Table(("bits", "experts", "share"), tuple(rows))
+
+
+def size_table(facts: Facts) -> Table:
+    """Return the parts of the checkpoint and their share."""
+    total = facts.sizes.total
+    rows = [(part.title, size(part.bytes), f"{part.bytes / total:.1%}") for part in facts.sizes.parts]
+    return Table(("tensors", "size", "share"), (*rows, (TOTAL, size(total), "100%")))
+
+
+def layer_table(facts: Facts) -> Table:
+    """Return what became of each layer: widths, promotions, and the errors of its experts."""
+    widths = tuple(facts.widths)
+    header = ["layer", "average bits", *(f"{bits} bit" for bits in widths), "promoted", "fallback"]
+    header += ["mean error of weights", "largest, of expert"]
+    rows = []
+    for layer in facts.layers:
+        entries = facts.recorded.experts(layer.prefix).values()
+        errors = [(it.relative_error, it.expert) for it in entries if it.relative_error is not None]
+        row = [layer.label, f"{statistics.mean(layer.widths):.3f}", *(str(layer.widths.count(b)) for b in widths)]
+        row += [str(len(layer.promoted)), str(len(layer.fallbacks))]
+        row += [_percent(statistics.mean(error for error, _ in errors)) if errors else "–"]
+        row += [f"{_percent(max(errors)[0])}, {max(errors)[1]}" if errors else "–"]
+        rows.append(tuple(row))
+    return Table(tuple(header), tuple(rows))
+
+
+def _percent(share: float) -> str:
+    return f"{number(100 * share)} %"
+
+
+def text_tables(found: Evaluations) -> list[Table]:
+    """Return perplexities, and where a reference read the text too, distances from it."""
+    if not found.texts:
+        return []
+    rows = [
+        (named(it.data), str(it.window), f"{it.tokens:,}", _pm(it.perplexity, it.perplexity_error), _reference(it))
+        for it in found.texts
+    ]
+    tables = [Table(("text", "window", "tokens", "perplexity", "reference"), tuple(rows))]
+    distances = [
+        (
+            named(it.data),
+            named(it.reference or "not named"),
+            _pm(it.kl.mean, it.kl.error),
+            *(number(value) for value in (it.kl.median, it.kl.p99, it.kl.max)),
+            f"{100 * it.kl.same_top:.2f} ± {100 * it.kl.same_top_error:.2f} %",
+        )
+        for it in found.texts
+        if it.kl is not None
+    ]
+    if distances:
+        header = ("text", "reference", "KL, nats per token", "median", "99th percentile", "largest", "same top token")
+        tables.append(Table(header, tuple(distances)))
+    return tables
+
+
+def _reference(result: TextResult) -> str:
+    return "–" if result.reference_perplexity is None else number(result.reference_perplexity, 4)
+
+
+def _pm(value: float, error: float) -> str:
+    return f"{number(value, 4)} ± {number(error, 2)}"
+
+
+def task_table(found: Evaluations) -> Table | None:
+    """Return the scores of tasks, if there are any."""
+    if not found.tasks:
+        return None
+    rows = [
+        (
+            named(it.task),
+            named(it.metric),
+            f"{it.value:.4f}" + ("" if it.stderr is None else f" ± {it.stderr:.4f}"),
+            f"{it.samples:,}" + ("" if it.limit is None else f" of the first {it.limit:,}"),
+            it.backend,
+        )
+        for it in found.tasks
+    ]
+    return Table(("task", "metric", "value", "samples", "computed by"), tuple(rows))
+
+
+def evaluation_tables(found: Evaluations) -> Sequence[Table]:
+    """Return all tables of evaluation.json."""
+    tasks = task_table(found)
+    return [*text_tables(found), *([tasks] if tasks else [])]
