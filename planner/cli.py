@@ -56,6 +56,7 @@ from planner.planning import make_plan
 from planner.progress import Progress
 from planner.quantize_command import quantize_command, uses_text
 from planner.report.command import report_command
+from planner.report.push import push_command
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 
@@ -174,6 +175,7 @@ def verify_command(folder: Folder, as_json: Json = False) -> None:
 app.command()(export)
 app.command("import")(import_checkpoint)
 app.command("report")(report_command)
+app.command("push")(push_command)
 
 
 @app.command("eval")

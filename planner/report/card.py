@@ -20,6 +20,9 @@ DIR = "DIR"
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+ON_THE_HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+"""Names that the Hub takes for a model's; it refuses cards with others."""
+
 LISTED = 8
 """Fallbacks that the card names; the report has all."""
 
@@ -71,10 +74,11 @@ def card(facts: Facts) -> str:
 def _front_matter(facts: Facts) -> str:
     """Return what the Hub reads; strings are JSON, which YAML reads as such."""
     source = facts.recorded.source
+    known = source is not None and ON_THE_HUB.fullmatch(source.name) is not None
     encoder_decoder = bool(facts.model.get("is_encoder_decoder"))
     fields: dict[str, Any] = {
-        "base_model": source.name if source else None,
-        "base_model_relation": "quantized",
+        "base_model": source.name if source and known else None,
+        "base_model_relation": "quantized" if known else None,
         "library_name": "transformers" if unserved(facts) else "vllm",
         "pipeline_tag": "text2text-generation" if encoder_decoder else "text-generation",
         "license": source.license if source else None,

@@ -20,6 +20,7 @@ class Geometry:
         width: of a cell.
         height: of a cell.
         left: what the labels of layers take.
+        titled: the axes have names.
     """
 
     columns: int
@@ -27,12 +28,18 @@ class Geometry:
     width: int
     height: int
     left: int
+    titled: bool
 
     TOP = 16
     """Above the cells: the ticks of experts."""
 
+    TITLE = 18
+    """For the name of an axis."""
+
     @classmethod
-    def fit(cls, columns: int, labels: list[str], room: int, largest: tuple[int, int], tall: int) -> Geometry:
+    def fit(
+        cls, columns: int, labels: list[str], room: int, largest: tuple[int, int], tall: int, titled: bool = False
+    ) -> Geometry:
         """Return cells that fit, whole pixels, so that all are alike.
 
         Args:
@@ -41,11 +48,12 @@ class Geometry:
             room: pixels for labels and cells.
             largest: width and height that a cell has at most.
             tall: pixels that all rows together take if that leaves them readable.
+            titled: the axes have names.
         """
-        left = round(max(len(label) for label in labels) * FONT_WIDTH) + 10
+        left = round(max(len(label) for label in labels) * FONT_WIDTH) + 10 + (cls.TITLE if titled else 0)
         width = max(2, min(largest[0], (room - left) // columns))
         height = max(min(4, width * 2), min(largest[1], tall // len(labels), max(width * 2, 8)))
-        return cls(columns, len(labels), width, height, left)
+        return cls(columns, len(labels), width, height, left, titled)
 
     @property
     def right(self) -> int:

@@ -24,7 +24,7 @@ VALUE_FITS = (38, 15)
 def width_map(facts: Facts, room: int) -> str:
     """Return the map of widths, at most ``room`` pixels wide: numbers where they fit, promotions, fallbacks."""
     layers = facts.layers
-    shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 30), 900)
+    shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 30), 900, titled=True)
     cells: dict[int, list[Cell]] = defaultdict(list)
     for row, layer in enumerate(layers):
         for column, bits in enumerate(layer.widths):
@@ -49,12 +49,18 @@ def value_map(facts: Facts, grid: Grid, room: int) -> str:
             if value is not None:
                 step = scale.step(value)
                 cells[step].append((x, y))
-                texts.append(((x, y), f"s{step}", number(value)))
+                texts.append(((x, y), f"s{step}", _short(value)))
     parts = [_cells(shape, ((f"s{step}", found) for step, found in sorted(cells.items())))]
     if shape.width >= VALUE_FITS[0] and shape.height >= VALUE_FITS[1]:
         parts.append(_texts(shape, texts, 10))
     drawn = _svg(shape, layers, "".join(parts), f"{grid.title}: experts from left to right, layers downwards")
     return drawn + _legend(scale, grid.unit)
+
+
+def _short(value: float) -> str:
+    """Return a number that a cell holds: three significant digits, two where those take more than five letters."""
+    text = number(value)
+    return text if len(text) <= 5 else number(value, 2)
 
 
 def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
@@ -92,7 +98,7 @@ def _texts(shape: Geometry, texts: Iterable[tuple[Cell, str, str]], size: int) -
 
 def _marks(shape: Geometry, layers: Sequence[LayerFacts], promoted: bool) -> str:
     """Return triangles in the upper left corner of promoted experts, or squares in the lower right of fallbacks."""
-    side = round(max(2.0, min(8.0, 0.42 * min(shape.width, shape.height))), 1)
+    side = round(max(3.0, min(8.0, 0.42 * min(shape.width, shape.height))), 1)
     edge = 1 if shape.lined else 0
     paths: dict[int, str] = defaultdict(str)
     for row, layer in enumerate(layers):
@@ -122,6 +128,11 @@ def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str)
         for y in shape.row_ticks()
     )
     width, height = shape.right + 1, shape.bottom + 1
+    if shape.titled:
+        middle, along = (shape.left + shape.right) // 2, (shape.TOP + shape.bottom) // 2
+        ticks += f'<text text-anchor="middle" x="{middle}" y="{shape.bottom + 15}">expert</text>'
+        ticks += f'<text text-anchor="middle" transform="translate(11 {along}) rotate(-90)">layer</text>'
+        height += shape.TITLE
     return (
         f'<div class="scroll"><svg class="map" role="img" aria-label="{escape(label)}" width="{width}" '
         f'height="{height}" viewBox="0 0 {width} {height}" data-left="{shape.left}" data-top="{shape.TOP}" '
@@ -131,7 +142,7 @@ def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str)
 
 def _legend(scale: Scale, unit: str) -> str:
     """Return the steps of a scale with numbers at both ends and in the middle."""
-    bounds, side = scale.bounds(), 26
+    bounds, side = scale.bounds(), 30
     if len(bounds) == 1:
         return f'<p class="legend">all {number(bounds[0])} {escape(unit)}</p>'
     boxes = "".join(f'<path class="s{step}" d="M{step * side} 0h{side}v10h-{side}z"/>' for step in range(STEPS))
@@ -139,7 +150,7 @@ def _legend(scale: Scale, unit: str) -> str:
     texts = "".join(
         f'<text x="{at * side}" y="23" text-anchor="{anchor}">{number(value)}</text>' for at, anchor, value in shown
     )
-    more = " · ".join(part for part in (escape(unit), "equal factors" if scale.logarithmic else "") if part)
+    more = ", ".join(part for part in (escape(unit), "log" if scale.logarithmic else "") if part)
     return (
         f'<svg class="scale axis" width="{STEPS * side}" height="26" role="img" '
         f'aria-label="scale from {number(bounds[0])} to {number(bounds[-1])} {escape(unit)}">{boxes}{texts}</svg>'

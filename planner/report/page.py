@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
@@ -24,7 +26,7 @@ from planner.report.grids import Grids
 from planner.report.heatmap import value_map, width_map
 from planner.report.palette import DARK, LIGHT, css_classes, css_variables
 from planner.report.scale import number
-from planner.report.tables import evaluation_tables, layer_table, named, size_table, width_table
+from planner.report.tables import evaluation_tables, layer_table, named, size_table
 from planner.show import size
 
 ROOM = 1096
@@ -32,6 +34,9 @@ ROOM = 1096
 
 COLUMNS = ((16, "three", 338), (120, "two", 528), (1 << 30, "one", ROOM))
 """Up to so many experts: class of the small maps' grid, and room for one."""
+
+NUMBER = re.compile(r"^\d+ ")
+"""What reasons that are alike begin with: a count of one expert's tokens."""
 
 LAYERS_OPEN = 16
 """Up to so many rows the table of layers is unfolded."""
@@ -116,30 +121,24 @@ def _swatch(fill: str, mark: str = "") -> str:
 
 
 def _widths(facts: Facts) -> str:
-    bits = list(facts.widths)
-    keys = [f"<li>{_swatch(f'b{width}')}{width} bit{'s' if width > 1 else ''}</li>" for width in bits]
-    if facts.num_promoted:
-        mark = _swatch(f"b{bits[-1]}", "M0 0h8l-8 8z")
-        keys.append(f"<li>{mark}promoted by MaxVar: {facts.num_promoted:,} of {facts.num_experts:,}</li>")
-    if facts.num_fallbacks:
-        mark = _swatch(f"b{bits[-1]}", "M14 14h-6v-6h6z")
-        keys.append(f"<li>{mark}fallback: {facts.num_fallbacks:,} quantized otherwise than asked for</li>")
-    key = f'<ul class="key">{"".join(keys)}</ul>'
-    table = width_table(facts).html(lambda row: _swatch(f"b{bits[row]}"))
+    total = facts.num_experts
+    keys = [
+        (_swatch(f"b{bits}"), f"{bits} bit{'s' if bits > 1 else ''}", count) for bits, count in facts.widths.items()
+    ]
+    keys.append((_swatch("blank", "M0 0h8l-8 8z"), "promoted by MaxVar", facts.num_promoted))
+    keys.append((_swatch("blank", "M14 14h-6v-6h6z"), "fallback, not quantized as asked for", facts.num_fallbacks))
+    items = "".join(
+        f"<li>{swatch}{text} <span>{count:,} ({count / total:.1%})</span></li>" for swatch, text, count in keys if count
+    )
     figure = f'<figure class="widths">{width_map(facts, ROOM)}</figure>'
-    note = '<p class="note">Bits per expert. Columns are experts, rows are layers.</p>'
-    return _section("Widths", note, key, f'<div class="beside">{figure}<div>{table}</div></div>', _reasons(facts))
+    return _section("Widths", f'<ul class="key">{items}</ul>{figure}', _reasons(facts))
 
 
 def _reasons(facts: Facts) -> str:
     """Say why experts were quantized otherwise than asked for."""
-    counts: dict[str, int] = {}
-    for layer in facts.layers:
-        for why in layer.fallbacks.values():
-            counts[why] = counts.get(why, 0) + 1
-    most = sorted(counts.items(), key=lambda item: -item[1])[:5]
-    lines = "; ".join(f"{named(why)} ({count:,})" for why, count in most)
-    return f'<p class="note">Fallbacks: {escape(lines)}.</p>' if lines else ""
+    reasons = [NUMBER.sub("", why) for layer in facts.layers for why in layer.fallbacks.values()]
+    lines = "; ".join(f"{named(why)}: {count:,}" for why, count in Counter(reasons).most_common(5))
+    return f'<p class="note">Fallbacks by reason: {escape(lines)}.</p>' if lines else ""
 
 
 def _maps(facts: Facts, grids: Grids) -> str:
@@ -150,7 +149,7 @@ def _maps(facts: Facts, grids: Grids) -> str:
         for grid in grids.known
     )
     missing = "".join(f'<p class="note">{escape(line)}.</p>' for line in grids.missing)
-    return _section("What stands behind them", f'<div class="maps {name}">{figures}</div>', _gap(missing))
+    return _section("Expert by expert", f'<div class="maps {name}">{figures}</div>', _gap(missing))
 
 
 def _gap(html: str) -> str:

@@ -31,13 +31,13 @@ class Scheme:
 
 LIGHT = Scheme(
     names={"page": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "rule": "#d9dee4", "panel": "#f5f7f9"},
-    widths={1: "#c4501b", 2: "#f2b04e", 3: "#a3d3ee", 4: "#3f8cc0", 8: "#1f4379"},
+    widths={1: "#c4501b", 2: "#f2b04e", 3: "#a3d3ee", 4: "#3f8cc0", 8: "#3b2f7a"},
     steps=("#e6f1ed", "#c6e2d9", "#9dcdbf", "#6fb3a2", "#459584", "#277465", "#0f4f45"),
     parts=("#8d7fb0", "#c3bcd6", "#c9ced4"),
 )
 DARK = Scheme(
     names={"page": "#14171b", "ink": "#e6e9ed", "muted": "#9aa4af", "rule": "#343b44", "panel": "#1c2127"},
-    widths={1: "#d9622a", 2: "#f0b354", 3: "#9ccbe6", 4: "#3f8cc0", 8: "#5573b8"},
+    widths={1: "#cf5722", 2: "#f0b354", 3: "#9ccbe6", 4: "#3f8cc0", 8: "#5f4fc4"},
     steps=("#1b322d", "#1f463d", "#245e52", "#317a6a", "#4c9a87", "#7fbfad", "#bfe5d9"),
     parts=("#8f80b5", "#665d85", "#4a525c"),
 )

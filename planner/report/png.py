@@ -43,8 +43,14 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def _width(facts: Facts) -> float:
+    """Return inches for a map of its own."""
+    return min(14.0, max(6.0, 0.45 * facts.most_experts + 1))
+
+
 def _height(facts: Facts, cell: float) -> float:
-    return min(12.0, max(1.2, cell * len(facts.layers)))
+    """Return inches for all layers."""
+    return min(9.0, max(1.2, cell * len(facts.layers)))
 
 
 def _widths(facts: Facts) -> Figure:
@@ -52,8 +58,7 @@ def _widths(facts: Facts) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    wide = min(14.0, max(5.0, 0.45 * facts.most_experts + 1))
-    figure = Figure(figsize=(wide, _height(facts, 0.32) + 1.3), layout="constrained")
+    figure = Figure(figsize=(_width(facts), _height(facts, 0.32) + 1.3), layout="constrained")
     axes = figure.subplots()
     bits = list(LIGHT.widths)
     colours = ListedColormap(list(LIGHT.widths.values()))
@@ -74,7 +79,9 @@ def _widths(facts: Facts) -> Figure:
             handles.append(_mark(axes, facts, marked, marker, label))
     name = f"{facts.name}: " if facts.name else ""
     figure.suptitle(
-        f"{name}{facts.average_bits:.3g} bits per expert weight, {size(facts.sizes.total)}", parse_math=False
+        f"{name}{facts.average_bits:.3g} bits per expert weight, {size(facts.sizes.total)}",
+        parse_math=False,
+        fontsize=11,
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     return figure
@@ -89,8 +96,10 @@ def _mark(axes: Axes, facts: Facts, promoted: bool, marker: str, label: str) -> 
         for expert in sorted(layer.promoted if promoted else layer.fallbacks)
     ]
     x, y = zip(*places, strict=True)
-    side = max(2.0, min(12.0, 900 / facts.most_experts / max(1, len(facts.layers) / 8)))
-    return axes.scatter(x, y, marker=marker, s=side, color="black", edgecolors="white", linewidths=0.4, label=label)
+    inches = min(_width(facts) / facts.most_experts, _height(facts, 0.32) / len(facts.layers))
+    side = max(2.0, min(5.0, 0.25 * 72 * inches))
+    edge = 0.4 if side > 3 else 0
+    return axes.scatter(x, y, marker=marker, s=side**2, color="black", edgecolors="white", linewidths=edge, label=label)
 
 
 def _experts(facts: Facts, grids: Grids) -> Figure:
@@ -99,10 +108,10 @@ def _experts(facts: Facts, grids: Grids) -> Figure:
     columns = 1 if facts.most_experts > NUMBERED else min(3, len(grids.known))
     rows = -(-len(grids.known) // columns)
     figure = Figure(figsize=(13.0, rows * (_height(facts, 0.16) + 1.2)), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, grid in zip(panels, grids.known, strict=False):
         _quantity(axes, facts, grid)
-    for axes in list(panels)[len(grids.known) :]:
+    for axes in panels[len(grids.known) :]:
         axes.remove()
     return figure
 
@@ -118,7 +127,7 @@ def _quantity(axes: Axes, facts: Facts, grid: Grid) -> None:
     clipped = np.clip(values, bounds[0], bounds[-1])
     drawn = axes.imshow(clipped, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     _axes(axes, facts)
-    unit = f", {grid.unit}" if grid.unit else ""
+    unit = f", {grid.unit}" if grid.unit and grid.unit not in grid.title else ""
     axes.set_title(f"{grid.title}{unit}", fontsize=10)
     if len(bounds) > 1:
         ticks = [bounds[0], bounds[STEPS // 2], bounds[-1]]

@@ -102,7 +102,7 @@ def text_tables(found: Evaluations) -> list[Table]:
         (named(it.data), str(it.window), f"{it.tokens:,}", _pm(it.perplexity, it.perplexity_error), _reference(it))
         for it in found.texts
     ]
-    tables = [Table(("text", "window", "tokens", "perplexity", "reference"), tuple(rows))]
+    tables = [Table(("text", "window", "tokens", "perplexity", "of the reference"), tuple(rows))]
     distances = [
         (
             named(it.data),
@@ -137,7 +137,7 @@ def task_table(found: Evaluations) -> Table | None:
             named(it.task),
             named(it.metric),
             f"{it.value:.4f}" + ("" if it.stderr is None else f" ± {it.stderr:.4f}"),
-            f"{it.samples:,}" + ("" if it.limit is None else f" of the first {it.limit:,}"),
+            f"{it.samples:,}" + ("" if it.limit is None else f" (limit {it.limit:,})"),
             it.backend,
         )
         for it in found.tasks
