@@ -128,7 +128,7 @@ def _plan(facts: Facts) -> str:
     group = facts.config.group_size
     groups = "one scale per row" if group < 0 else f"groups of {group}"
     return (
-        f"## Plan\n\nWidths by {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
+        f"## Plan\n\nMethod {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
         f"{plan.achieved_avg_bits:.4f} achieved{promoted}.{quantizer}, {groups}; other linears have "
         f"{facts.config.linear.bits} bits.\n\n"
         f"{width_table(facts).markdown()}\n\n"

@@ -48,12 +48,12 @@ def report_command(
     drawable = find_spec("matplotlib") is not None
     if png and not drawable:
         raise UsageError(f"--png: {NEEDS}")
+    facts = collect(folder)
     page = output or folder / PAGE
     if not page.absolute().parent.is_dir():
         raise UsageError(f"{page}: expected the folder {page.absolute().parent} to exist")
     if page.is_dir():
         raise UsageError(f"{page}: expected a file to write, found a folder")
-    facts = collect(folder)
     grids = _grids(facts, model)
     with atomic(page) as temporary:
         temporary.write_text(render(facts, grids), encoding="utf-8")

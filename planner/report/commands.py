@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from pathlib import PurePath
 
 from planner.evaluation.record import TextResult
 from planner.methods import METHODS, OURS, PAPER
 from planner.models import find_architecture
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.report.facts import Facts
+from planner.report.recorded import printable, without_folder
 from planner.settings import QuantizeSettings
 
 UNNAMED = "SOURCE"
@@ -91,8 +91,7 @@ def _flags(given: Iterable[tuple[str, object, object]]) -> list[str]:
 
 
 def _file(name: str) -> str:
-    """Return a file's name without its folder, which says something of a machine only."""
-    return PurePath(name).name if PurePath(name).is_absolute() else name
+    return printable(without_folder(name))
 
 
 def serve_commands(facts: Facts, folder: str) -> list[str]:

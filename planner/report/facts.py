@@ -11,7 +11,7 @@ from typing import Any
 from planner.estimate import SCALE_AND_ZERO_BYTES
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.plan import Plan, read_plan
-from planner.report.recorded import Recorded, read_recorded
+from planner.report.recorded import Recorded, printable, read_recorded
 from planner.show import layer_number
 from vllm_moeq.format import (
     PACKED,
@@ -111,6 +111,11 @@ class Facts:
     def name(self) -> str | None:
         """The source's name, where it is recorded."""
         return self.recorded.source.name if self.recorded.source else None
+
+    @property
+    def folder_name(self) -> str:
+        """The folder's own name."""
+        return printable(self.folder.resolve().name)
 
     @property
     def model_type(self) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from planner.report.facts import Facts, LayerFacts
 from planner.report.geometry import Geometry
 from planner.report.grids import Grid
-from planner.report.scale import STEPS, Scale, number
+from planner.report.scale import STEPS, Scale, number, power_of_ten, superscript
 
 Cell = tuple[int, int]
 """(column, row)."""
@@ -18,7 +18,9 @@ NUMBER_FITS = (9, 12)
 """Width and height from which a cell holds a digit."""
 
 VALUE_FITS = (38, 15)
-"""From which it holds three significant digits."""
+"""From which it holds a number of so many letters."""
+
+LETTERS = 5
 
 
 def width_map(facts: Facts, room: int) -> str:
@@ -42,6 +44,7 @@ def value_map(facts: Facts, grid: Grid, room: int) -> str:
     layers = facts.layers
     shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 22), 600)
     scale = Scale.of([value for row in grid.values for value in row if value is not None])
+    power = power_of_ten(scale.high)
     cells: dict[int, list[Cell]] = defaultdict(list)
     texts = []
     for y, row in enumerate(grid.values):
@@ -49,18 +52,18 @@ def value_map(facts: Facts, grid: Grid, room: int) -> str:
             if value is not None:
                 step = scale.step(value)
                 cells[step].append((x, y))
-                texts.append(((x, y), f"s{step}", _short(value)))
+                texts.append(((x, y), f"s{step}", _short(value / 10.0**power)))
     parts = [_cells(shape, ((f"s{step}", found) for step, found in sorted(cells.items())))]
-    if shape.width >= VALUE_FITS[0] and shape.height >= VALUE_FITS[1]:
+    fits = shape.width >= VALUE_FITS[0] and shape.height >= VALUE_FITS[1]
+    if fits and all(len(text) <= LETTERS for _, _, text in texts):
         parts.append(_texts(shape, texts, 10))
     drawn = _svg(shape, layers, "".join(parts), f"{grid.title}: experts from left to right, layers downwards")
-    return drawn + _legend(scale, grid.unit)
+    return drawn + _legend(scale, grid.unit, power)
 
 
 def _short(value: float) -> str:
-    """Return a number that a cell holds: three significant digits, two where those take more than five letters."""
-    text = number(value)
-    return text if len(text) <= 5 else number(value, 2)
+    """Return a number that a cell holds: three significant digits, fewer where those take too many letters."""
+    return next((text for digits in (3, 2) if len(text := number(value, digits)) <= LETTERS), number(value, 1))
 
 
 def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
@@ -140,19 +143,20 @@ def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str)
     )
 
 
-def _legend(scale: Scale, unit: str) -> str:
+def _legend(scale: Scale, unit: str, power: int) -> str:
     """Return the steps of a scale with numbers at both ends and in the middle."""
-    bounds, side = scale.bounds(), 30
+    bounds, side = [bound / 10.0**power for bound in scale.bounds()], 30
+    factor = f"×10{superscript(power)}" if power else ""
+    more = ", ".join(part for part in (factor, escape(unit), "log" if scale.logarithmic else "") if part)
     if len(bounds) == 1:
-        return f'<p class="legend">all {number(bounds[0])} {escape(unit)}</p>'
+        return f'<p class="legend">all {number(bounds[0])} {more}</p>'
     boxes = "".join(f'<path class="s{step}" d="M{step * side} 0h{side}v10h-{side}z"/>' for step in range(STEPS))
     shown = ((0, "start", bounds[0]), (STEPS // 2, "middle", bounds[STEPS // 2]), (STEPS, "end", bounds[-1]))
     texts = "".join(
         f'<text x="{at * side}" y="23" text-anchor="{anchor}">{number(value)}</text>' for at, anchor, value in shown
     )
-    more = ", ".join(part for part in (escape(unit), "log" if scale.logarithmic else "") if part)
     return (
         f'<svg class="scale axis" width="{STEPS * side}" height="26" role="img" '
-        f'aria-label="scale from {number(bounds[0])} to {number(bounds[-1])} {escape(unit)}">{boxes}{texts}</svg>'
+        f'aria-label="scale from {number(bounds[0])} to {number(bounds[-1])} {more}">{boxes}{texts}</svg>'
         f'<span class="unit">{more}</span>'
     )

@@ -65,7 +65,7 @@ def render(facts: Facts, grids: Grids) -> str:
 
 def title(facts: Facts) -> str:
     """Return the page's title."""
-    return f"{named(facts.name or facts.folder.resolve().name)}, {facts.average_bits:.3g} bits per expert weight"
+    return f"{named(facts.name or facts.folder_name)}, {facts.average_bits:.3g} bits per expert weight"
 
 
 def _asset(name: str) -> str:
@@ -88,7 +88,7 @@ def _head(facts: Facts) -> str:
     quantizer = f", {plan.quantizer}" if plan.quantizer else ""
     lead = (
         f"{named(facts.model_type)} · {len(facts.layers)} MoE layers, {facts.num_experts:,} experts · "
-        f"widths by {named(method_in_words(facts))}{named(quantizer)}"
+        f"method {named(method_in_words(facts))}{named(quantizer)}"
     )
     boxes = [
         ("Bits per expert weight", f"{facts.average_bits:.4g}", f"{plan.avg_bits:g} requested"),
@@ -107,7 +107,7 @@ def _head(facts: Facts) -> str:
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><span>{escape(more)}</span></dd></div>"
         for name, value, more in boxes
     )
-    name = escape(named(facts.name or facts.folder.resolve().name))
+    name = escape(named(facts.name or facts.folder_name))
     return f'<header><h1>{name}</h1><p class="lead">{escape(lead)}</p><dl class="headline">{drawn}</dl></header>'
 
 
@@ -180,7 +180,7 @@ def _evaluation(facts: Facts) -> str:
 
 
 def _commands(facts: Facts) -> str:
-    folder = facts.folder.resolve().name
+    folder = facts.folder_name
     serving = serve_commands(facts, folder)
     why = "" if serving else f'<p class="note">vLLM cannot serve it: {escape(unserved(facts) or "")}.</p>'
     load = f"import vllm_moeq.hf\nmodel = {auto_class(facts)}.from_pretrained({json.dumps(folder)})"

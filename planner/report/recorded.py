@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from planner.checkpoint import SourceModel
 from vllm_moeq.format import ConfigError, first_problem, read_json
@@ -17,7 +17,19 @@ README = "README.md"
 MAX_README = 1 << 20
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 PLAIN_LINE = re.compile(r"^(license|license_name|license_link):[ \t]*([^\r\n]*?)[ \t]*\r?$", re.MULTILINE)
-Text = Annotated[str, Field(max_length=512)]
+
+
+def printable(text: str) -> str:
+    """Return text without what could hide or reorder the rest: line breaks, controls, changes of direction."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def without_folder(name: str) -> str:
+    """Return the last part of an absolute path, which says something of a machine only; other names as they are."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+Text = Annotated[str, Field(max_length=512), AfterValidator(printable)]
 
 
 class _Read(BaseModel):

@@ -64,7 +64,17 @@ def number(value: float, digits: int = 3) -> str:
     if -4 <= exponent < 6:
         return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     mantissa = value / 10.0**exponent
-    return f"{mantissa:.{digits - 1}f}·10{str(exponent).translate(SUPERSCRIPTS)}"
+    return f"{mantissa:.{digits - 1}f}·10{superscript(exponent)}"
+
+
+def superscript(number: int) -> str:
+    """Return an exponent."""
+    return str(number).translate(SUPERSCRIPTS)
+
+
+def power_of_ten(largest: float) -> int:
+    """Return the exponent that is taken out of small numbers: 0 for those that need no zeros behind the point."""
+    return math.floor(math.log10(largest)) if 0 < largest < 0.01 else 0
 
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import PurePath
 
 from planner.evaluation.record import Evaluations, TextResult
 from planner.report.facts import Facts
+from planner.report.recorded import printable, without_folder
 from planner.report.scale import number
 from planner.show import size
 
@@ -55,8 +55,7 @@ def markdown(text: str) -> str:
 
 def named(text: str) -> str:
     """Return a name fit to be shown: printable, not too long, of an absolute path its last part only."""
-    name = PurePath(text).name if PurePath(text).is_absolute() else text
-    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    name = printable(without_folder(text))
     return name if len(name) <= LIMIT else f"{name[: LIMIT - 1]}…"
 
 
