@@ -12,6 +12,9 @@ from planner.layout import Layout
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, first_problem, read_json
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Name, Strict
 
+IMPORTED = "imported"
+"""Method of checkpoints that another program quantized."""
+
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(max_length=MAX_EXPERTS)]
 Scores = Annotated[list[float], Field(max_length=MAX_EXPERTS)]
 

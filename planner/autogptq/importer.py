@@ -11,7 +11,9 @@ from planner.autogptq.assign import Experts, Linears, assign_experts, assign_lin
 from planner.autogptq.layout import QWEIGHT, SCALES, decode
 from planner.autogptq.read import GptqCheckpoint, Module, read_gptq
 from planner.checkpoint import CheckpointWriter, SourceModel, check_output
+from planner.plan import IMPORTED
 from planner.progress import Progress
+from planner.report.card import write_card
 from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
 
 
@@ -38,9 +40,8 @@ def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
                     if tensors:
                         writer.write_shard(shard, tensors)
             writer.copy_companions(folder)
-            writer.finish(
-                {**model.config, "quantization_config": config.model_dump(mode="json", exclude_none=True)}, {}
-            )
+            quantization_config = config.model_dump(mode="json", exclude_none=True)
+            writer.finish({**model.config, "quantization_config": quantization_config}, {}, write_card)
         except BaseException:
             writer.abandon()
             raise
@@ -68,7 +69,7 @@ def _config(checkpoint: GptqCheckpoint, experts: Experts, linears: Linears) -> M
     routers = [row.router_name(index).removesuffix(".weight") for index in layers]
     first = [name for name in (*routers, "lm_head") if name in plain]
     plan = {
-        "method": "imported",
+        "method": IMPORTED,
         "avg_bits": experts.average,
         "achieved_avg_bits": experts.average,
         "bit_choices": sorted({bits for widths in experts.widths.values() for bits in widths}),

@@ -144,7 +144,8 @@ def _sizes(facts: Facts) -> str:
 def _calibration(facts: Facts) -> str:
     calibration = facts.recorded.calibration
     if calibration is None:
-        return "## Calibration\n\nNone: no text was read."
+        none = "Not recorded by what quantized it." if facts.imported else "None: no text was read."
+        return f"## Calibration\n\n{none}"
     lines = [
         "## Calibration",
         "",

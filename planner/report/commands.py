@@ -19,6 +19,8 @@ UNNAMED = "SOURCE"
 
 def quantize_command(facts: Facts, output: str) -> str:
     """Return what makes the checkpoint again; with its plan.json where flags alone cannot say why widths are so."""
+    if facts.imported:
+        return shlex.join(["moeq", "import", facts.name or UNNAMED, "-o", output])
     flags = _plan_flags(facts)
     if flags is None:
         flags = ["--plan", f"{output}/plan.json"]

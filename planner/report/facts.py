@@ -10,7 +10,7 @@ from typing import Any
 
 from planner.estimate import SCALE_AND_ZERO_BYTES
 from planner.evaluation.record import Evaluations, read_evaluations
-from planner.plan import Plan, read_plan
+from planner.plan import IMPORTED, Plan, read_plan
 from planner.report.recorded import Recorded, printable, read_recorded
 from planner.show import layer_number
 from vllm_moeq.format import (
@@ -121,6 +121,11 @@ class Facts:
     def model_type(self) -> str:
         """The architecture."""
         return str(self.model.get("model_type", "unknown architecture"))
+
+    @property
+    def imported(self) -> bool:
+        """Whether another program quantized it."""
+        return self.config.plan.method == IMPORTED
 
     @property
     def widths(self) -> dict[int, int]:

@@ -137,7 +137,7 @@ def test_more_bits_err_less(quantized_mixtral: Path) -> None:
 def test_only_the_documented_files_are_left(quantized_mixtral: Path) -> None:
     names = {path.name for path in quantized_mixtral.iterdir() if path.suffix != ".safetensors"}
     documented = {"config.json", "model.safetensors.index.json", "plan.json", "quantization_report.json"}
-    assert names == {*documented, "generation_config.json"}
+    assert names == {*documented, "README.md", "generation_config.json"}
 
 
 def test_files_have_the_usual_mode(quantized_mixtral: Path) -> None:
