@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench paper compare clean
+.PHONY: setup browser demo test test-all lint bench paper compare clean
 
 setup: $(STAMP)
 
@@ -27,9 +27,20 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict planner vllm_moeq
 
+# What looks at the report; installed where it is missing and can be, otherwise those tests are skipped and say so.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; \
+	done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		false; \
+	fi || echo "no browser: the tests that look at the report will be skipped; install Chromium"
+
 # Everything but the full serving matrix. A process per core with one thread each takes half the time of one process with
 # a thread per core; servers want all cores, one after the other.
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not server" -n logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest -m "server and not matrix"
 

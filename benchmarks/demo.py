@@ -1,4 +1,4 @@
-"""From a bfloat16 model to answers: plan, quantize, measure, serve with vLLM, ask, stop.
+"""From a bfloat16 model to answers: plan, quantize, report, measure, serve with vLLM, ask, stop.
 
 make demo
 """
@@ -6,6 +6,7 @@ make demo
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def main() -> None:
     moeq("verify", str(quantized))
     before, after = folder_bytes(args.model), folder_bytes(quantized)
     console.print(f"on disk: {size(before)} → {size(after)}, {before / after:.2f} times smaller")
+    moeq("report", os.path.relpath(quantized))
 
     console.rule("held-out perplexity")
     text = read_text(args.model / "held_out.txt")

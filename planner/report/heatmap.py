@@ -63,7 +63,9 @@ def value_map(facts: Facts, grid: Grid, room: int) -> str:
 
 def _short(value: float) -> str:
     """Return a number that a cell holds: three significant digits, fewer where those take too many letters."""
-    return next((text for digits in (3, 2) if len(text := number(value, digits)) <= LETTERS), number(value, 1))
+    unit, name = next((row for row in ((1e6, "M"), (1e3, "k")) if abs(value) >= max(row[0], 1e4)), (1.0, ""))
+    texts = [f"{number(value / unit, digits)}{name}" for digits in (3, 2, 1)]
+    return next((text for text in texts if len(text) <= LETTERS), texts[-1])
 
 
 def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:

@@ -21,6 +21,7 @@ from planner.checkpoint import SourceModel
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.report.facts import collect
 from planner.report.grids import collect_grids
+from planner.report.heatmap import _short
 from planner.report.page import render
 from planner.report.palette import DARK, LIGHT, contrast, ink_on
 from planner.report.scale import STEPS, Scale, number
@@ -357,6 +358,12 @@ def test_a_source_of_other_layers(moeq: Moeq, copy: Path, tiny_mixtral: Path) ->
     assert (outcome.code, f"expected the MoE layers and experts of {copy}" in outcome.err) == (2, True)
 
 
+@pytest.mark.parametrize("command", ["report", "push"])
+def test_help_stands_alone(moeq: Moeq, command: str) -> None:
+    outcome = moeq(command, "--help")
+    assert (outcome.code, f"Example: moeq {command} Mixtral-8x7B-2.5bit" in outcome.out) == (0, True)
+
+
 def test_a_folder_that_is_no_checkpoint(moeq: Moeq, tmp_path: Path) -> None:
     assert moeq("report", tmp_path / "none").err.startswith(f"error: {tmp_path / 'none'}: expected a checkpoint")
 
@@ -418,6 +425,14 @@ def test_steps_move_away_from_the_page(scheme: Any) -> None:
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(94_969, "95.0k"), (9_999, "9\u202f999"), (123_456, "123k"), (2.5e6, "2.50M"), (0.0568, "0.057")],
+)
+def test_numbers_in_cells(value: float, text: str) -> None:
+    assert _short(value) == text
 
 
 def test_scales() -> None:
