@@ -19,7 +19,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import load_expert
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.runner import compute_dtype
-from planner.comparison.scores import windows
+from planner.evaluation.scores import windows
 from planner.layout import MoeLayer
 from planner.sensitivity import router_norm
 

@@ -64,16 +64,25 @@ class SourceShards(ShardSet):
         folder: a Hugging Face folder.
         config: its config.json.
         files: what is in the folder, if that is known already.
+        matrices: logical name → where it is, if the architecture does not say.
 
     Raises:
         MoeqError: see :class:`ShardSet`; a tensor of experts whose shape is none of its architecture.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], files: ShardSet | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        files: ShardSet | None = None,
+        matrices: Mapping[str, Matrix] | None = None,
+    ) -> None:
         self.folder = folder
         self.files = files or ShardSet(folder)
         row = find_architecture(config)
-        self.matrices = _decoded(self.files) | ({} if row is None else _experts(self.files, row))
+        if matrices is None:
+            matrices = _decoded(self.files) | ({} if row is None else _experts(self.files, row))
+        self.matrices = matrices
         hidden = {name for matrix in self.matrices.values() for name in matrix.codec.tensors(matrix.tensor).values()}
         self.tensors = {name: info for name, info in self.files.tensors.items() if name not in hidden}
         for name, matrix in self.matrices.items():

@@ -15,6 +15,9 @@ from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states [sequences, length, hidden] → the next layer's."""
 
+ROWS = 8192
+"""Tokens that pass through a layer, or an expert, at a time."""
+
 
 class _StopError(Exception):
     """Ends a forward pass whose rest is not needed."""
@@ -45,12 +48,15 @@ class Decoder:
         layout: where its experts are.
         device: where layers run.
         dtype: of weights and hidden states.
+        rows: tokens that pass through a layer at a time, at least one sequence.
 
     Raises:
         MoeqError: transformers does not know the model, or lays it out in another way.
     """
 
-    def __init__(self, model: SourceModel, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: SourceModel, layout: Layout, device: torch.device, dtype: torch.dtype, rows: int = ROWS
+    ) -> None:
         self.row = architecture_of(model)
         if self.row.uncalibrated is not None:
             raise UsageError(
@@ -68,7 +74,7 @@ class Decoder:
                 skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
-        self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
+        self.model, self.layout, self.device, self.dtype, self.rows = model, layout, device, dtype, rows
         self.moe = {layer.index: layer for layer in layout.layers}
         self.base = skeleton.eval().base_model
         self.lm_head: torch.nn.Module = skeleton.get_output_embeddings()
@@ -79,6 +85,11 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.config.vocab_size)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

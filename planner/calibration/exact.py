@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import load_rounded
 from planner.calibration.routed import Routed, finish, route
 from planner.layout import MoeLayer
+from vllm_moeq.format import drop_weak
 
 
 class ExactExperts(torch.nn.Module):
@@ -65,6 +67,7 @@ def advance(
     result: torch.Tensor,
     store: HiddenStates,
     widths: Mapping[int, Sequence[int]] | None = None,
+    odp: float = 0.0,
 ) -> None:
     """Run a whole layer.
 
@@ -75,10 +78,14 @@ def advance(
         result: its output, same shape; filled.
         store: where what lies between goes.
         widths: layer index → bits to which each expert is rounded; None leaves the model as it is.
+        odp: experts whose routing weight is below this share of a token's largest are skipped, if not 0.
     """
     layer, outputs = decoder.moe.get(index), None
     if layer is not None:
         routed = route(decoder, index, hidden, store)
+        if odp:
+            ids, weights = drop_weak(routed.ids, routed.weights, odp)
+            routed = replace(routed, ids=ids, weights=weights)
         add_experts(decoder, layer, routed, widths[index] if widths else None)
         outputs = routed.outputs
     finish(decoder, index, hidden, result, outputs)

@@ -54,7 +54,7 @@ def backward(
         experts = None if layer is None else ExactExperts(decoder, layer)
         routed = _Parts(store, tokens.numel(), shape[2], decoder.dtype)
         with decoder.layer(index, experts, differentiable=True) as call:
-            for begin, part in batches(store.load(index)[: len(tokens)]):
+            for begin, part in batches(store.load(index)[: len(tokens)], decoder.rows):
                 rows = slice(begin, begin + len(part))
                 inputs = part.to(decoder.device, decoder.dtype).requires_grad_()
                 output = call(inputs)
@@ -100,7 +100,7 @@ def _head(
     following = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), -1)), dim=1).flatten()
     uniform = torch.rand(len(flat), generator=torch.Generator().manual_seed(seed))
     with decoder.head() as logits:
-        for rows in torch.arange(len(flat)).split(head_rows(decoder)):
+        for rows in torch.arange(len(flat)).split(head_rows(decoder.vocabulary)):
             part = flat[rows].to(decoder.device, decoder.dtype).requires_grad_()
             with torch.enable_grad():
                 likely = logits(part).log_softmax(dim=-1)
@@ -110,9 +110,9 @@ def _head(
             filled[rows] = torch.autograd.grad(loss, part)[0].to(filled)
 
 
-def head_rows(decoder: Decoder) -> int:
+def head_rows(vocabulary: int) -> int:
     """Return how many tokens have their logits in memory at a time."""
-    return max(1, LOGITS // int(decoder.config.vocab_size))
+    return max(1, LOGITS // vocabulary)
 
 
 def _draw(likely: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ def _divergences(decoder: Decoder, exact: torch.Tensor, others: torch.Tensor) ->
     """Return each variant's Σ KL, from last hidden states [tokens, hidden] and [variants, tokens, hidden]."""
     totals = [0.0] * len(others)
     with torch.no_grad(), decoder.head() as logits:
-        for rows in torch.arange(len(exact)).split(head_rows(decoder)):
+        for rows in torch.arange(len(exact)).split(head_rows(decoder.vocabulary)):
             reference = logits(exact[rows]).log_softmax(dim=-1)
             weights = reference.exp()
             for number, other in enumerate(others):

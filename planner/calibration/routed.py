@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.decoder import Decoder
+from planner.calibration.decoder import ROWS, Decoder
 from planner.calibration.hidden import HiddenStates, hidden_folder
-
-ROWS = 8192
-"""Tokens that pass through a layer, or an expert, at a time."""
 
 
 @dataclass
@@ -117,7 +114,7 @@ def route(
     hook = decoder.router(index).register_forward_hook(recording.note_logits)
     try:
         with decoder.layer(index, recording, replaced) as call:
-            for _, part in batches(hidden):
+            for _, part in batches(hidden, decoder.rows):
                 call(part)
     finally:
         hook.remove()
@@ -146,13 +143,13 @@ def finish(
     """
     experts = None if outputs is None else _Replaying(outputs)
     with decoder.layer(index, experts, replaced) as call:
-        for begin, part in batches(hidden):
+        for begin, part in batches(hidden, decoder.rows):
             result[begin : begin + part.shape[0]] = call(part).to(result.device)
 
 
-def batches(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first sequence, sequences) with some thousand tokens at a time."""
-    size = max(1, ROWS // hidden.shape[1])
+def batches(hidden: torch.Tensor, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first sequence, sequences) with up to ``rows`` tokens at a time, at least one sequence."""
+    size = max(1, rows // hidden.shape[1])
     for begin in range(0, hidden.shape[0], size):
         yield begin, hidden[begin : begin + size]
 
@@ -167,13 +164,13 @@ def first_hidden(decoder: Decoder, tokens: torch.Tensor, parent: Path) -> Hidden
     """
     shape = (*tokens.shape, decoder.config.hidden_size)
     store = HiddenStates(hidden_folder(parent), (shape[0], shape[1], shape[2]), decoder.dtype)
-    if any(store.has(index) for index in range(len(decoder))):
-        sizes = {part.shape[0]: part for _, part in batches(tokens)}
+    if any(store.has(index) for index in range(len(decoder) + 1)):
+        sizes = {part.shape[0]: part for _, part in batches(tokens, decoder.rows)}
         for part in sizes.values():
             decoder.embed(part)
         return store
     hidden = store.create(0)
-    for begin, part in batches(tokens):
+    for begin, part in batches(tokens, decoder.rows):
         hidden[begin : begin + part.shape[0]] = decoder.embed(part).to(hidden.device)
     store.complete(0)
     return store

@@ -75,7 +75,7 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
     Raises:
         MoeqError: no such file, not text, no tokenizer, or less text than one sequence.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     budget = sequences * length * BYTES_PER_TOKEN
     ids: list[int] = []
@@ -166,7 +166,12 @@ def _limited(texts: Iterable[str], budget: int) -> Iterator[str]:
         budget -= len(text)
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        ConfigError: there is none that transformers can load.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -11,10 +11,10 @@ import torch
 
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
-from planner.dense import dequantize_expert
+from planner.dequantized import DequantizedModel
 from planner.layout import MoeLayer
 from planner.quantizers import quantizer_for
-from vllm_moeq.format import SCALE, ExpertMatrix, MoeqConfig, ShardSet, load_config
+from vllm_moeq.format import ShardSet
 
 
 class Weights(Protocol):
@@ -61,8 +61,7 @@ class Quantized:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: MoeqConfig = load_config(folder)
-        self.shards = ShardSet(folder)
+        self.model = DequantizedModel(folder)
 
     def key(self, _layer: MoeLayer, _expert: int) -> Hashable:
         """See :class:`Weights`."""
@@ -70,13 +69,7 @@ class Quantized:
 
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
         """See :class:`Weights`."""
-        bits = self.config.experts[layer.prefix][expert]
-        matrices = []
-        for name in layer.projections.names():
-            groups = self.shards.info(f"{layer.prefix}.{expert}.{name}.{SCALE}").shape[1]
-            matrix = ExpertMatrix(layer.prefix, expert, name, bits, *layer.shapes[name], groups)
-            matrices.append(dequantize_expert(self.shards, matrix).to(decoder.device, decoder.dtype))
-        return Expert(*matrices)
+        return load_expert(self.model, layer, expert, decoder.device, decoder.dtype)
 
 
 class Dense:

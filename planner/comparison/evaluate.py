@@ -12,22 +12,23 @@ from typing import Any
 import torch
 
 from planner.calibration.decoder import Decoder
-from planner.calibration.exact import advance
 from planner.calibration.flags import calibration_facts
-from planner.calibration.hidden import HiddenStates
 from planner.calibration.routed import first_hidden
 from planner.calibration.runner import GptqRunner, compute_dtype
 from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
 from planner.comparison.entries import Entry
 from planner.comparison.forward import read_text
-from planner.comparison.scores import score, windows
+from planner.comparison.scores import score
 from planner.comparison.slim import write_slim
 from planner.comparison.wanted import Run
+from planner.evaluation.layers import read_layers
+from planner.evaluation.perplexity import read_tokens
+from planner.evaluation.scores import windows
 from planner.evaluation.tasks import run_tasks
 from planner.files import write_json
 from planner.pipeline import quantize
 from planner.progress import Progress
-from vllm_moeq.format import UsageError, read_json
+from vllm_moeq.format import read_json
 
 AT_A_TIME = 1 << 30
 """Bytes of hidden states of all candidates that are evaluated together."""
@@ -47,16 +48,11 @@ def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[
     Raises:
         MoeqError: a damaged tensor, a full disk, a task that lm-eval does not know.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run.model.folder)
-    ids = tokenizer(held_out, verbose=False)["input_ids"][: run.wanted.max_tokens]
-    if len(ids) < 2:
-        raise UsageError(f"--held-out: expected a text of at least two tokens, found {len(ids)}")
+    ids = read_tokens(run.model.folder, held_out, run.wanted.max_tokens, "--held-out")
     tokens, targets = windows(ids, run.wanted.window)
     decoder = Decoder(run.model, run.layout, run.device, compute_dtype(run.device))
     store = first_hidden(decoder, tokens, run.folder)
-    first, exact = store.load(0), _original(decoder, store)
+    first, exact = store.load(0), read_layers(decoder, store, run.progress, "reading", {}, keep=(0,))
     if _known(run, ORIGINAL) is None:
         original = score(decoder, exact, exact[None], targets)[0].as_dict()
         _remember(run, ORIGINAL, original | _tasks(run, run.model.folder))
@@ -83,17 +79,6 @@ def key_of(run: Run, entry: Entry) -> str:
     text = entry.seed if run.wanted.settings.quantizer == "gptq" or entry.plan is None else 0
     widths = entry.plan.experts if entry.plan else f"{entry.method} at {entry.average}"
     return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
-
-
-def _original(decoder: Decoder, store: HiddenStates) -> torch.Tensor:
-    """Return the last layer's output of the original model [sequences, length, hidden]."""
-    for index in range(len(decoder)):
-        if not store.has(index + 1):
-            advance(decoder, index, store.load(index), store.create(index + 1), store)
-            store.complete(index + 1)
-        if index:
-            store.drop(index)
-    return store.load(len(decoder))
 
 
 def _weights(run: Run, decoder: Decoder, entry: Entry) -> Weights:

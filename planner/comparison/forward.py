@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from planner.calibration.decoder import Decoder
+from planner.calibration.decoder import ROWS, Decoder
 from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import ROWS, Routed, finish, route
+from planner.calibration.routed import Routed, finish, route
 from planner.comparison.candidates import Candidate
 from planner.layout import MoeLayer
 from planner.progress import Progress

@@ -1,17 +1,18 @@
-"""Perplexity on a text, computed by transformers."""
+"""Texts and their tokens; a model's perplexity on one."""
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from planner.dense import export_dense
+from planner.calibration.text import load_tokenizer
+from planner.evaluation.passes import evaluate_text
+from planner.evaluation.readers import open_reader
+from planner.evaluation.scores import windows
 from planner.progress import Progress
-from vllm_moeq.format import QUANT_METHOD, ConfigError, UsageError, read_json
+from vllm_moeq.format import UsageError
 
 
 def read_text(path: Path) -> str:
@@ -26,16 +27,31 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}: expected a UTF-8 text file ({error})") from None
 
 
-def _method(config: dict[str, Any]) -> Any:
-    found = config.get("quantization_config")
-    return found.get("quant_method") if isinstance(found, dict) else None
+def read_tokens(folder: Path, text: str, max_tokens: int | None, name: str) -> list[int]:
+    """Return a text's tokens by a model's tokenizer, with what that puts before every text.
+
+    Args:
+        folder: the model's.
+        text: the text.
+        max_tokens: how many to return at most.
+        name: what a message calls the text.
+
+    Raises:
+        MoeqError: no tokenizer, or a text of fewer than two tokens.
+    """
+    ids: list[int] = load_tokenizer(folder)(text, verbose=False)["input_ids"][:max_tokens]
+    if len(ids) < 2:
+        raise UsageError(f"{name}: expected a text of at least two tokens, found {len(ids)}")
+    return ids
 
 
-@torch.inference_mode()
+def cut(ids: list[int], window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return windows as :func:`windows` does, none longer than the text."""
+    return windows(ids, min(window, len(ids) - 1))
+
+
 def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, max_tokens: int | None = None) -> float:
     """Return exp of the mean negative log-likelihood per token, over consecutive windows.
-
-    A moeq checkpoint is measured through its dequantized weights, exported to a temporary folder.
 
     Args:
         folder: a Hugging Face folder, quantized by moeq or not.
@@ -47,29 +63,10 @@ def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, m
     Raises:
         MoeqError: a damaged checkpoint, or a text of fewer than two tokens.
     """
-    config = read_json(folder / "config.json")
-    if isinstance(config, dict) and _method(config) == QUANT_METHOD:
-        with tempfile.TemporaryDirectory() as temporary:
-            dense = Path(temporary) / "dense"
-            export_dense(folder, dense, Progress(quiet=True))
-            return perplexity(dense, text, progress, window, max_tokens)
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    tokens, targets = cut(read_tokens(folder, text, max_tokens, "text"), window)
+    reader = open_reader(folder, torch.device("cpu"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens])
-    if ids.numel() < 2:
-        raise UsageError(f"expected a text of at least two tokens, found {ids.numel()}")
-    total, count = 0.0, 0
-    for start in progress.track(range(0, ids.numel() - 1, window), "perplexity"):
-        tokens = ids[start : start + window + 1][None]
-        logits = model(input_ids=tokens[:, :-1]).logits[0].float()
-        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-        count += tokens.shape[1] - 1
-    return math.exp(total / count)
+        with tempfile.TemporaryDirectory() as temporary:
+            return evaluate_text(reader, None, tokens, targets, Path(temporary), progress).model.perplexity
+    finally:
+        reader.close()

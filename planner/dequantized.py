@@ -1,0 +1,100 @@
+"""A moeq checkpoint as an ordinary model: its matrices under their plain names, dequantized when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.checkpoint import SourceModel
+from planner.codecs import Codec, Parts
+from planner.stored import Matrix, SourceShards
+from vllm_moeq.format import (
+    PACKED,
+    QUANT_METHOD,
+    SCALE,
+    ZERO,
+    MoeqConfig,
+    ShardSet,
+    dequantize,
+    expert_matrices,
+    linear_values,
+    load_config,
+    unpack,
+)
+
+WORDS, SCALES, ZEROS = f".{PACKED}", f".{SCALE}", f".{ZERO}"
+
+
+@dataclass(frozen=True)
+class PackedExpert(Codec):
+    """One matrix of an expert.
+
+    Attributes:
+        columns: its inputs.
+    """
+
+    columns: int = 0
+
+    def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
+        """See :meth:`Codec.read`; float32."""
+        words, scales, zeros = (parts[suffix][first:last:step] for suffix in self.suffixes)
+        return dequantize(unpack(words, int(self.bits), self.columns), scales, zeros)
+
+
+@dataclass(frozen=True)
+class PackedLinear(Codec):
+    """One linear in compressed-tensors' ``pack-quantized``."""
+
+    def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
+        """See :meth:`Codec.read`; float32."""
+        words, scales = (parts[suffix][first:last:step] for suffix in self.suffixes)
+        return linear_values(words, scales, int(self.bits))
+
+
+class DequantizedModel(SourceModel):
+    """Every value is float32, rounded by nothing but the quantizer.
+
+    Args:
+        folder: a checkpoint that moeq wrote.
+
+    Raises:
+        MoeqError: a damaged config, index or shard; a tensor of an expert that is missing or misshapen.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.quantization: MoeqConfig = load_config(folder)
+        files = self.shards.files if isinstance(self.shards, SourceShards) else self.shards
+        self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        self.shards = SourceShards(folder, self.config, files, _matrices(files, self.quantization))
+
+    @property
+    def odp(self) -> Mapping[str, float]:
+        """Experts prefix → share of a token's largest routing weight below which an expert is skipped."""
+        return self.quantization.odp or {}
+
+
+def _matrices(files: ShardSet, config: MoeqConfig) -> dict[str, Matrix]:
+    """Return plain name → packed matrix, of experts and of other linears."""
+    found: dict[str, Matrix] = {}
+    for it in expert_matrices(files, config):
+        base = f"{it.prefix}.{it.expert}.{it.projection}"
+        codec = PackedExpert((WORDS, SCALES, ZEROS), it.bits, torch.float32, it.columns)
+        found[f"{base}.weight"] = Matrix(base, codec, it.rows, it.columns)
+    for name, info in files.tensors.items():
+        base = name.removesuffix(WORDS)
+        if base != name and f"{base}.weight" not in found:
+            bits = config.linear.bits
+            linear = PackedLinear((WORDS, SCALES), bits, torch.float32)
+            found[f"{base}.weight"] = Matrix(base, linear, info.shape[0], info.shape[1] * 32 // bits)
+    return found
+
+
+def is_moeq(config: Any) -> bool:
+    """Tell by a config.json whether the checkpoint is one of this project's."""
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD

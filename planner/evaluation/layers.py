@@ -1,0 +1,87 @@
+"""A model that reads a text with one decoder layer in memory, and one of its experts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from planner.calibration.decoder import ROWS, Decoder
+from planner.calibration.exact import advance
+from planner.calibration.hidden import HiddenStates
+from planner.calibration.routed import first_hidden
+from planner.calibration.runner import compute_dtype
+from planner.checkpoint import SourceModel
+from planner.dequantized import DequantizedModel, is_moeq
+from planner.layout import read_layout
+from planner.progress import Progress
+from vllm_moeq.format import read_json
+
+
+class LayerReader:
+    """See :class:`planner.evaluation.readers.Reader`; a moeq checkpoint computes with its dequantized values.
+
+    Raises:
+        MoeqError: a damaged checkpoint, or one that transformers lays out in another way.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, batch: int | None = None) -> None:
+        self.folder = folder
+        self._model: SourceModel
+        self._odp: Mapping[str, float] = {}
+        if is_moeq(read_json(folder / "config.json")):
+            self._model = quantized = DequantizedModel(folder)
+            self._odp = quantized.odp
+        else:
+            self._model = SourceModel(folder)
+        self._batch = batch
+        self._decoder = Decoder(self._model, read_layout(self._model), device, compute_dtype(device))
+        self.vocabulary = self._decoder.vocabulary
+        self.state_bytes = int(self._decoder.config.hidden_size) * self._decoder.dtype.itemsize
+
+    def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
+        """See :class:`planner.evaluation.readers.Reader`; continues behind the last whole layer."""
+        self._decoder.rows = ROWS if self._batch is None else self._batch * tokens.shape[1]
+        return read_layers(self._decoder, first_hidden(self._decoder, tokens, folder), progress, what, self._odp)
+
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        """See :class:`planner.evaluation.readers.Reader`."""
+        return self._decoder.head()
+
+    def release(self) -> None:
+        """Do nothing: between calls no layer is in memory."""
+
+    def close(self) -> None:
+        """See :class:`planner.evaluation.readers.Reader`."""
+        self._model.shards.close()
+
+
+def read_layers(
+    decoder: Decoder,
+    store: HiddenStates,
+    progress: Progress,
+    what: str,
+    odp: Mapping[str, float],
+    keep: Collection[int] = (),
+) -> torch.Tensor:
+    """Return the last layer's output [sequences, length, hidden], in a file; continues behind the last whole layer.
+
+    Args:
+        decoder: the model.
+        store: has some layer's input.
+        progress: says how far it is.
+        what: is being done.
+        odp: experts prefix → share of a token's largest routing weight below which an expert is skipped.
+        keep: layers whose input stays.
+    """
+    first = max(index for index in range(len(decoder) + 1) if store.has(index))
+    for index in progress.track(range(first, len(decoder)), what):
+        layer = decoder.moe.get(index)
+        threshold = 0.0 if layer is None else odp.get(layer.prefix, 0.0)
+        advance(decoder, index, store.load(index), store.create(index + 1), store, odp=threshold)
+        store.complete(index + 1)
+        if index not in keep:
+            store.drop(index)
+    return store.load(len(decoder))

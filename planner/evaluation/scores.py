@@ -1,0 +1,118 @@
+"""How far a model is from another, token by token: likelihood, KL divergence, the most likely token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+RESAMPLES = 1000
+"""Bootstrap samples of sequences behind an error."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per token.
+        perplexity_error: its standard error over sequences, by bootstrap.
+        kl: mean over tokens of KL(reference ‖ model), nats.
+        kl_error: its standard error over sequences.
+        kl_median: of the tokens.
+        kl_99: 99th percentile of the tokens.
+        kl_max: of the tokens.
+        same_top: share of tokens for which the most likely next token is the reference's.
+        same_top_error: its standard error over sequences.
+        tokens: how many were predicted.
+    """
+
+    perplexity: float
+    perplexity_error: float
+    kl: float
+    kl_error: float
+    kl_median: float
+    kl_99: float
+    kl_max: float
+    same_top: float
+    same_top_error: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+
+def token_losses(likely: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each next token [n], on the CPU.
+
+    Args:
+        likely: log-probabilities [n, vocabulary].
+        targets: the next tokens, int64 [n]; −1 where there is none, and the result means nothing.
+    """
+    chosen = targets.clamp_min(0)[:, None].to(likely.device)
+    return -likely.gather(1, chosen)[:, 0].cpu()
+
+
+def token_distances(reference: torch.Tensor, likely: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(reference ‖ model) in nats [n], and whether the most likely token is the same [n], on the CPU.
+
+    Args:
+        reference: log-probabilities [n, vocabulary].
+        likely: the model's, same shape.
+    """
+    divergence = (reference.exp() * (reference - likely)).sum(dim=-1)
+    return divergence.cpu(), (likely.argmax(dim=-1) == reference.argmax(dim=-1)).cpu()
+
+
+def summarize(loss: torch.Tensor, divergence: torch.Tensor, same: torch.Tensor, known: torch.Tensor) -> Score:
+    """Return the score of one model from its values per token [sequences, length]; those not known do not count."""
+    tokens = divergence[known].double().clamp_min(0)  # rounding may leave −1e-9
+    perplexity, perplexity_error = perplexity_of(loss, known)
+    kl, kl_error = mean_of(divergence, known)
+    same_top, same_top_error = mean_of(same, known)
+    return Score(
+        perplexity=perplexity,
+        perplexity_error=perplexity_error,
+        kl=kl,
+        kl_error=kl_error,
+        kl_median=float(tokens.median()),
+        kl_99=float(np.quantile(tokens.numpy(), 0.99)),
+        kl_max=float(tokens.max()),
+        same_top=same_top,
+        same_top_error=same_top_error,
+        tokens=int(known.sum()),
+    )
+
+
+def perplexity_of(loss: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
+    """Return the perplexity and its standard error; arguments as for :func:`summarize`."""
+    mean, error = mean_of(loss, known)
+    return math.exp(mean), math.exp(mean) * error
+
+
+def mean_of(values: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
+    """Return the mean over known tokens, and its standard error when whole sequences are drawn again."""
+    counts = known.sum(dim=1).double()
+    sums = (values * known).sum(dim=1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
+    error = (sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)).std()
+    return float(sums.sum() / counts.sum()), float(error)
+
+
+def windows(ids: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a text into windows: inputs [n, length] and the tokens that follow, −1 behind the end.
+
+    Each token is predicted from those before it in its window. The last window is filled up with token 0, which no
+    earlier token sees.
+    """
+    text = torch.tensor(ids)
+    count = math.ceil((len(text) - 1) / length)
+    inputs, targets = torch.zeros(count * length, dtype=torch.int64), torch.full((count * length,), -1)
+    inputs[: len(text) - 1], targets[: len(text) - 1] = text[:-1], text[1:]
+    return inputs.view(count, length), targets.view(count, length)

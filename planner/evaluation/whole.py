@@ -1,0 +1,138 @@
+"""A model that reads a text whole in memory, as transformers loads it; experts of a moeq checkpoint stay packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.decoder import ROWS
+from planner.calibration.hidden import file_tensor
+from planner.calibration.routed import batches
+from planner.calibration.runner import compute_dtype
+from planner.files import sync, write_json
+from planner.progress import Progress
+from vllm_moeq.format import ConfigError, UsageError, read_json
+
+
+class _Output:
+    """What a base model returns, as far as a head looks at it: states, and nothing of whatever else it asks for."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+    def __getitem__(self, _index: int) -> torch.Tensor:
+        return self.last_hidden_state
+
+
+class _Replaying(torch.nn.Module):
+    """Stands for all of a model but its head: returns states that were computed before."""
+
+    states = torch.empty(0)
+
+    def forward(self, *_arguments: Any, **_options: Any) -> _Output:
+        """Return the states as the model's own base would."""
+        return _Output(self.states)
+
+
+class WholeReader:
+    """See :class:`planner.evaluation.readers.Reader`.
+
+    Whatever a model does behind its base (a bias, a scale, a cap of the logits) is its own code in :meth:`head` too.
+
+    Raises:
+        MoeqError: transformers does not know the model.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, batch: int | None = None) -> None:
+        from transformers import AutoConfig
+
+        self.folder = folder
+        try:
+            text = AutoConfig.from_pretrained(folder).get_text_config()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+        self.vocabulary, self._hidden = int(text.vocab_size), int(text.hidden_size)
+        self._device, self._dtype, self._batch = device, compute_dtype(device), batch
+        self.state_bytes = self._hidden * self._dtype.itemsize
+        self._model: Any = None
+        self._base: torch.nn.Module | None = None
+
+    @torch.no_grad()
+    def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
+        """See :class:`planner.evaluation.readers.Reader`; continues behind the last whole batch of windows."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path, note = folder / "states.bin", folder / "states.json"
+        states = file_tensor(path, (*tokens.shape, self._hidden), self._dtype)
+        done = int(read_json(note)["windows"]) if note.is_file() else 0
+        base = self._load()
+        rows = ROWS if self._batch is None else self._batch * tokens.shape[1]
+        for begin, part in progress.track(list(batches(tokens[done:], rows)), what):
+            end = done + begin + len(part)
+            found = base(input_ids=part.to(self._device), use_cache=False).last_hidden_state
+            states[done + begin : end] = found.to(states.device)
+            sync(path)
+            write_json(note, {"windows": end})
+        return states
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """See :class:`planner.evaluation.readers.Reader`."""
+        if self._model is None:
+            self._load()
+        replaying = _Replaying()
+        setattr(self._model, self._model.base_model_prefix, replaying)
+
+        def logits(states: torch.Tensor) -> torch.Tensor:
+            replaying.states = states[None].to(self._device, self._dtype)
+            tokens = torch.zeros((1, len(states)), dtype=torch.int64, device=self._device)
+            found: torch.Tensor = self._model(input_ids=tokens, use_cache=False).logits[0]
+            return found.float()
+
+        try:
+            yield logits
+        finally:
+            setattr(self._model, self._model.base_model_prefix, self._base)
+
+    def release(self) -> None:
+        """See :class:`planner.evaluation.readers.Reader`."""
+        if self._model is not None:
+            setattr(self._model, self._model.base_model_prefix, None)
+        self._base = None
+
+    def close(self) -> None:
+        """See :class:`planner.evaluation.readers.Reader`."""
+        self._model = self._base = None
+
+    def _load(self) -> torch.nn.Module:
+        """Return the base model, in memory."""
+        if self._base is None:
+            self._model = load_whole(self.folder, self._device, self._dtype)
+            self._base = self._model.base_model
+        return self._base
+
+
+def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return transformers' causal language model of a folder, quantized by moeq or not.
+
+    Raises:
+        MoeqError: a damaged checkpoint, a model that transformers cannot load, packages that are missing.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        import vllm_moeq.hf  # noqa: F401  (registers the method)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{folder}: needs {error.name}: pip install 'vllm-moeq[eval]'") from None
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
