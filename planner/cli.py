@@ -19,6 +19,7 @@ from planner.comparison.command import compare_command
 from planner.config_show import report_dry_run
 from planner.config_sizes import open_model
 from planner.estimate import estimate
+from planner.evaluation.command import eval_command
 from planner.exchange import export, import_checkpoint
 from planner.flags import (
     AvgBits,
@@ -176,27 +177,7 @@ app.command()(export)
 app.command("import")(import_checkpoint)
 app.command("report")(report_command)
 app.command("push")(push_command)
-
-
-@app.command("eval")
-def eval_command(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")],
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity on a text.
-
-    Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt
-    """
-    from planner.evaluation import perplexity, read_text
-
-    value = perplexity(resolve_model(model), read_text(data), Progress(), window, max_tokens)
-    if as_json:
-        show.emit({"model": model, "data": str(data), "window": window, "perplexity": value})
-    else:
-        print(f"perplexity {value:.4f}")
+app.command("eval")(eval_command)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

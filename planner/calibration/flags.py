@@ -11,6 +11,7 @@ import typer
 
 from planner.calibration.text import DATASETS, CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
+from planner.models import NESTED
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError
@@ -99,8 +100,11 @@ def read_calibration(
 
 def longest_text(model: SourceModel) -> int:
     """Return how many tokens a model can read."""
-    longest = model.config.get("max_position_embeddings")
-    return longest if type(longest) is int and longest > 0 else SEQUENCE
+    for part in (model.config, model.config.get(NESTED)):
+        longest = part.get("max_position_embeddings") if isinstance(part, dict) else None
+        if type(longest) is int and longest > 0:
+            return longest
+    return SEQUENCE
 
 
 def calibration_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:

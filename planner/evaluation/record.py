@@ -43,6 +43,7 @@ class TextResult(Strict):
     perplexity_error: float
     reference: Text | None = None
     reference_perplexity: float | None = None
+    reference_perplexity_error: float | None = None
     kl: Divergence | None = None
 
 

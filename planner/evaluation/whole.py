@@ -63,6 +63,7 @@ class WholeReader:
         self.state_bytes = self._hidden * self._dtype.itemsize
         self._model: Any = None
         self._base: torch.nn.Module | None = None
+        self._name = ""
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
@@ -87,7 +88,7 @@ class WholeReader:
         if self._model is None:
             self._load()
         replaying = _Replaying()
-        setattr(self._model, self._model.base_model_prefix, replaying)
+        setattr(self._model, self._name, replaying)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
             replaying.states = states[None].to(self._device, self._dtype)
@@ -98,12 +99,12 @@ class WholeReader:
         try:
             yield logits
         finally:
-            setattr(self._model, self._model.base_model_prefix, self._base)
+            setattr(self._model, self._name, self._base or replaying)
 
     def release(self) -> None:
         """See :class:`planner.evaluation.readers.Reader`."""
-        if self._model is not None:
-            setattr(self._model, self._model.base_model_prefix, None)
+        if self._base is not None:
+            setattr(self._model, self._name, _Replaying())
         self._base = None
 
     def close(self) -> None:
@@ -114,7 +115,10 @@ class WholeReader:
         """Return the base model, in memory."""
         if self._base is None:
             self._model = load_whole(self.folder, self._device, self._dtype)
-            self._base = self._model.base_model
+            # Not base_model or get_decoder(): Llama-4's are wrong.
+            embedding = self._model.get_input_embeddings()
+            children = self._model.named_children()
+            self._name, self._base = next(it for it in children if any(part is embedding for part in it[1].modules()))
         return self._base
 
 

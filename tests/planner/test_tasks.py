@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from planner.dense import export_dense
-from planner.evaluation.tasks import PAPER_SUITE, TaskScore, run_tasks
+from planner.evaluation.record import TaskResult
+from planner.evaluation.tasks import PAPER_SUITE, run_tasks
 from planner.progress import Progress
 from tests.conftest import Outcome
 from vllm_moeq.format import ConfigError, UsageError
@@ -100,7 +101,7 @@ def accuracies(model: Path, documents: list[dict[str, Any]]) -> dict[str, float]
     return {metric: count / len(documents) for metric, count in right.items()}
 
 
-def values(scores: list[TaskScore]) -> dict[str, float]:
+def values(scores: list[TaskResult]) -> dict[str, float]:
     return {score.metric: score.value for score in scores}
 
 
@@ -151,7 +152,7 @@ class TestScores:
 
     def test_of_a_quantized_folder(self, speaking_copy: Path, tmp_path: Path) -> None:
         documents = code_documents(20, 14)
-        export_dense(speaking_copy, tmp_path / "dense", Progress(quiet=True))
+        export_dense(speaking_copy, tmp_path / "dense", Progress(quiet=True), torch.float32)
         scores = run_tasks(speaking_copy, [str(write_task(tmp_path / "tasks", documents))])
         assert values(scores) == pytest.approx(accuracies(tmp_path / "dense", documents))
 

@@ -1,0 +1,205 @@
+"""``moeq eval``: how good a model is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from planner import show
+from planner.calibration.flags import longest_text
+from planner.checkpoint import SourceModel, resolve_model
+from planner.dequantized import is_moeq
+from planner.evaluation.perplexity import read_text
+from planner.evaluation.record import FILE, TextResult, read_evaluations
+from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
+from planner.evaluation.tasks import PAPER_SUITE
+from planner.files import write_json
+from planner.flags import Json, Model, Resume
+from planner.memory import return_large_blocks
+from planner.partial import PartialRun
+from planner.progress import Progress
+from planner.runners.choose import read_devices
+from vllm_moeq.format import UsageError, read_json
+
+WINDOW = 512
+
+
+class Suite(StrEnum):
+    """Named lists of tasks."""
+
+    paper = "paper"
+
+
+class BackendName(StrEnum):
+    """What answers tasks."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+SUITES = {Suite.paper: PAPER_SUITE}
+
+
+def eval_command(
+    model: Model,
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="Model to diverge from, such as the original.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help=f"Tokens of context [{WINDOW}, or what the model can read].")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None,
+    suite: Annotated[
+        Suite | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")] = None,
+    backend: Annotated[BackendName, typer.Option("--backend", help="What answers tasks.")] = BackendName.transformers,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Windows, or sequences of tasks, at a time.")
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Where a model computes: cpu, cuda or one GPU such as cuda:1; for vLLM a list."),
+    ] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where the result goes, as JSON.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save/--no-save", help=f"Keep the result in the {FILE} of a checkpoint of moeq.")
+    ] = True,
+    resume: Resume = True,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text, KL divergence to a reference, and accuracy on tasks. Continues a killed run.
+
+    Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt --reference mistralai/Mixtral-8x7B-v0.1
+    """
+    progress, folder = Progress(), resolve_model(model)
+    chosen = _tasks(tasks, suite)
+    if data is None and not chosen:
+        raise UsageError("--data, --tasks, --suite: expected at least one of them, found none")
+    if data is None and reference is not None:
+        raise UsageError("--reference: expected --data FILE too, which both models read, found none")
+    text = None if data is None else _text(folder, data, reference, window, max_tokens)
+    wanted = Wanted(folder, text, chosen, limit, backend.value, batch_size, device)
+    if "," in device and not (backend is BackendName.vllm and chosen):
+        raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
+    read_devices(device)
+    kept = _kept_in(model, folder, progress) if save else None
+    return_large_blocks()
+    partial = PartialRun(output or _unnamed(model, wanted), wanted.fingerprint(), resume)
+    try:
+        found = evaluate(wanted, partial, progress)
+        facts = _facts(model, data, found)
+        if output is not None:
+            write_json(output, facts)
+        if kept is not None:
+            texts = [] if found.text is None else [found.text]
+            read_evaluations(kept).merged(texts, found.tasks).write(kept)
+    except BaseException:
+        partial.abandon()
+        raise
+    finish(partial)
+    if as_json:
+        show.emit(facts)
+    else:
+        print_found(found)
+
+
+def _tasks(tasks: str | None, suite: Suite | None) -> tuple[str, ...]:
+    if tasks is not None and suite is not None:
+        raise UsageError("--tasks and --suite: expected one of them, found both")
+    if suite is not None:
+        return SUITES[suite]
+    names = tuple(dict.fromkeys((tasks or "").split(","))) if tasks is not None else ()
+    if "" in names:
+        raise UsageError(f"--tasks: expected names or files such as piqa,arc_easy, found {tasks!r}")
+    return names
+
+
+def _text(folder: Path, data: Path, reference: str | None, window: int | None, max_tokens: int | None) -> Text:
+    content = read_text(data)
+    with SourceModel(folder) as source:
+        longest = longest_text(source)
+    if window is not None and window > longest:
+        raise UsageError(f"--window: expected at most {longest}, the model's longest text, found {window}")
+    other = None if reference is None else resolve_model(reference)
+    name = None if reference is None else _name(reference)
+    return Text(data.name, content, window or min(WINDOW, longest), max_tokens, other, name)
+
+
+def _name(model: str) -> str:
+    """Return a model's name on the Hub, or that of its folder."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _kept_in(model: str, folder: Path, progress: Progress) -> Path | None:
+    """Return the folder whose evaluation.json gets the results: that of a checkpoint of moeq, not one of a Hub cache.
+
+    Raises:
+        ConfigError: its evaluation.json is damaged.
+    """
+    if not Path(model).is_dir() or not is_moeq(read_json(folder / "config.json")):
+        return None
+    read_evaluations(folder)
+    if os.access(folder, os.W_OK):
+        return folder
+    progress.line(f"note: {folder} cannot be written: its {FILE} stays as it is")
+    return None
+
+
+def _unnamed(model: str, wanted: Wanted) -> Path:
+    """Return what an unfinished run without ``-o`` is called after, in the working directory; other runs differ."""
+    digest = hashlib.sha256(json.dumps(wanted.fingerprint()).encode()).hexdigest()[:8]
+    return Path.cwd() / f"{_name(model).replace('/', '--')}-eval-{digest}"
+
+
+def _facts(model: str, data: Path | None, found: Found) -> dict[str, Any]:
+    """Return the result as JSON values."""
+    facts: dict[str, Any] = {"model": model}
+    if found.text is not None:
+        facts |= {**found.text.model_dump(mode="json", exclude_none=True), "data": str(data)}
+    if found.tasks:
+        facts["tasks"] = [task.model_dump(mode="json", exclude_none=True) for task in found.tasks]
+    return facts
+
+
+def print_found(found: Found) -> None:
+    """Print the result: a line per number of a text, a table of tasks."""
+    console = Console(highlight=False)
+    if found.text is not None:
+        for line in _lines(found.text):
+            console.print(line, soft_wrap=True, markup=False)
+    if found.tasks:
+        table = Table("task", "metric", "value", "documents")
+        for task in found.tasks:
+            error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
+            table.add_row(task.task, task.metric, f"{task.value:.4f}{error}", f"{task.samples:,}")
+        console.print(table)
+
+
+def _lines(text: TextResult) -> list[str]:
+    lines = [
+        f"perplexity {text.perplexity:.4f} ± {text.perplexity_error:.4f}, "
+        f"{text.tokens:,} tokens of {text.data}, windows of {text.window}"
+    ]
+    if text.kl is not None:
+        kl = text.kl
+        lines += [
+            f"perplexity {text.reference_perplexity:.4f} ± {text.reference_perplexity_error:.4f} of {text.reference}",
+            f"KL divergence {kl.mean:.5f} ± {kl.error:.5f} nats per token; "
+            f"median {kl.median:.5f}, 99% {kl.p99:.4f}, largest {kl.max:.3f}",
+            f"same most likely token {100 * kl.same_top:.2f}% ± {100 * kl.same_top_error:.2f}%",
+        ]
+    return lines

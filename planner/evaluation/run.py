@@ -1,0 +1,189 @@
+"""One evaluation: a text and tasks, with everything that a killed run leaves in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.text import load_tokenizer
+from planner.checkpoint import SourceModel
+from planner.evaluation.backends import Backend
+from planner.evaluation.passes import TextScore, evaluate_text
+from planner.evaluation.perplexity import cut, read_tokens
+from planner.evaluation.readers import Reader, open_reader
+from planner.evaluation.record import Divergence, TaskResult, TextResult
+from planner.evaluation.task_files import is_file_name
+from planner.evaluation.tasks import run_tasks
+from planner.partial import PartialRun
+from planner.progress import Progress
+from planner.runners.choose import read_devices
+from vllm_moeq.format import MoeqError, UsageError
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model is to read.
+
+    Attributes:
+        name: what results call it.
+        content: the text itself.
+        window: tokens of context.
+        max_tokens: of the text, if not all.
+        reference: folder of a model that reads it too, if one does.
+        reference_name: what results call that.
+    """
+
+    name: str
+    content: str
+    window: int
+    max_tokens: int | None = None
+    reference: Path | None = None
+    reference_name: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole text."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find out of a model.
+
+    Attributes:
+        folder: the model's.
+        text: to read, if any.
+        tasks: of lm-eval, names or files.
+        limit: documents of each, if not all.
+        backend: what answers them.
+        batch_size: windows, or sequences of tasks, at a time; None for what is usual; results differ by rounding only.
+        device: as ``--device`` takes it; texts are read on the first.
+    """
+
+    folder: Path
+    text: Text | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    backend: Backend = "transformers"
+    batch_size: int | None = None
+    device: str = "cpu"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that decides the results, under names that a message can show."""
+        text, reference = self.text, None if self.text is None else self.text.reference
+        return {
+            "model": _digest(self.folder),
+            "data": None if text is None else text.sha256,
+            "reference": None if reference is None else _digest(reference),
+            "window": None if text is None else [text.window, text.max_tokens],
+            "tasks": [_task_digest(task) for task in self.tasks],
+            "limit": self.limit,
+            "backend": self.backend,
+            "device": torch.device(read_devices(self.device)[0]).type,
+        }
+
+
+def _digest(folder: Path) -> str:
+    with SourceModel(folder) as model:
+        return model.fingerprint()
+
+
+def _task_digest(task: str) -> str:
+    """Return a task's name, and what a file of that name holds."""
+    path = Path(task)
+    content = path.read_bytes() if is_file_name(task) and path.is_file() else b""
+    return f"{task} {hashlib.sha256(content).hexdigest()[:16]}" if content else task
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out."""
+
+    text: TextResult | None
+    tasks: list[TaskResult]
+
+
+def evaluate(wanted: Wanted, partial: PartialRun, progress: Progress) -> Found:
+    """Measure what is wanted; continues what a killed run left in the folder of ``partial``, which stays.
+
+    Raises:
+        MoeqError: models with different vocabularies, a damaged checkpoint, an unknown task, too little memory.
+    """
+    try:
+        text = None if wanted.text is None else _read(wanted, wanted.text, partial.folder, progress)
+        tasks: list[TaskResult] = []
+        if wanted.tasks:
+            tasks = run_tasks(
+                wanted.folder, wanted.tasks, limit=wanted.limit, batch_size=wanted.batch_size, device=wanted.device,
+                backend=wanted.backend, store=partial.folder, progress=progress,
+            )  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise MoeqError(
+            f"not enough memory on {wanted.device}; what is finished is kept; a smaller --batch-size takes less"
+        ) from None
+    return Found(text, tasks)
+
+
+def finish(partial: PartialRun) -> None:
+    """Remove what a finished run has left."""
+    shutil.rmtree(partial.folder, ignore_errors=True)
+    partial.release()
+
+
+def _read(wanted: Wanted, text: Text, folder: Path, progress: Progress) -> TextResult:
+    ids = read_tokens(wanted.folder, text.content, text.max_tokens, "--data")
+    device = torch.device(read_devices(wanted.device)[0])
+    with ExitStack() as stack:
+        model = stack.enter_context(closing(open_reader(wanted.folder, device, wanted.batch_size)))
+        reference = None
+        if text.reference is not None:
+            reference = stack.enter_context(closing(open_reader(text.reference, device, wanted.batch_size)))
+            _check_vocabularies(model, reference)
+        return _result(text, evaluate_text(model, reference, *cut(ids, text.window), folder, progress))
+
+
+def _check_vocabularies(model: Reader, reference: Reader) -> None:
+    """Refuse a reference whose tokens are not the model's."""
+    expected = f"--reference {reference.folder}: expected the vocabulary of {model.folder}"
+    if reference.vocabulary != model.vocabulary:
+        raise UsageError(f"{expected}, {model.vocabulary:,} tokens, found {reference.vocabulary:,}")
+    own, other = (load_tokenizer(reader.folder).get_vocab() for reader in (model, reference))
+    differs = [token for token in sorted(own.keys() | other.keys()) if own.get(token) != other.get(token)]
+    if differs:
+        token = differs[0]
+        raise UsageError(
+            f"{expected}, found another: token {token!r} has the number {own.get(token)} in the model, "
+            f"{other.get(token)} in the reference"
+        )
+
+
+def _result(text: Text, score: TextScore) -> TextResult:
+    model = score.model
+    result = TextResult(
+        data=text.name,
+        sha256=text.sha256,
+        window=text.window,
+        tokens=model.tokens,
+        perplexity=model.perplexity,
+        perplexity_error=model.perplexity_error,
+    )
+    if score.reference is None:
+        return result
+    perplexity, error = score.reference
+    divergence = Divergence(
+        mean=model.kl,
+        error=model.kl_error,
+        median=model.kl_median,
+        p99=model.kl_99,
+        max=model.kl_max,
+        same_top=model.same_top,
+        same_top_error=model.same_top_error,
+    )
+    more = {"reference_perplexity": perplexity, "reference_perplexity_error": error, "kl": divergence}
+    return result.model_copy(update={"reference": text.reference_name, **more})
