@@ -13,7 +13,7 @@ from typing import Any
 from planner.files import TEMPORARY, reason, write_json
 from vllm_moeq.format import MoeqError, UsageError, read_json
 
-WORTH_KEEPING = ("*.safetensors", "result-*.json", "*/states.json", "*/hidden/hidden-*.json")
+WORTH_KEEPING = ("*.safetensors", "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json")
 """Globs of what a later run can use."""
 
 
