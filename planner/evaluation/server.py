@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,15 @@ from pathlib import Path
 from types import TracebackType
 
 from vllm_moeq.format import MoeqError
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Have Linux end the server when this process is killed: it would keep its memory from whoever runs next."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ServerError(MoeqError):
@@ -74,6 +84,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.calibration.decoder import ROWS
 from planner.calibration.gptq_layer import BATCH_BYTES
-from planner.calibration.routed import ROWS
 from planner.calibration.text import CalibrationText
 from planner.estimate import WORKING_BYTES_PER_WEIGHT, Sizes
 from planner.layout import Layout

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.routed import ROWS
+from planner.calibration.decoder import ROWS
 from planner.checkpoint import SourceModel
 from planner.layout import Layout
 from planner.needs.memory import Reading

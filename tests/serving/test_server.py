@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from openai import OpenAI
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, ServerError, cpu_environment
 from planner.progress import Progress
-from tests.serving.conftest import Pair
+from tests.serving.conftest import MODELS, Pair
 
 PROMPTS = 16
 NEW_TOKENS = 32
@@ -154,6 +157,26 @@ def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path)
             offline.append((math.log(perplexity(mixtral.quantized, text, Progress(quiet=True))), len(scored)))
     expected = sum(mean * tokens for mean, tokens in offline) / sum(tokens for _, tokens in offline)
     assert total / count == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.server
+def test_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    start = "import sys; from pathlib import Path; from planner.evaluation.server import Server; "
+    start += "Server(Path(sys.argv[1]), Path(sys.argv[2])).__enter__()"
+    parent = subprocess.Popen([sys.executable, "-c", start, MODELS / "stdlib-mixtral", tmp_path / "log"])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.01)
+    server = Path(f"/proc/{found[0]}/cmdline")
+    while b"api_server" not in server.read_bytes():  # until then it is a copy of its parent
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    for _ in range(1000):
+        if not server.exists() or not server.read_bytes():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the server runs on")
 
 
 @pytest.mark.server
