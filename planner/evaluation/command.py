@@ -26,6 +26,7 @@ from planner.flags import Json, Model, Resume
 from planner.memory import return_large_blocks
 from planner.partial import PartialRun
 from planner.progress import Progress
+from planner.report.card import refresh_card
 from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json
 
@@ -106,6 +107,7 @@ def eval_command(
         if kept is not None:
             texts = [] if found.text is None else [found.text]
             read_evaluations(kept).merged(texts, found.tasks).write(kept)
+            refresh_card(kept)
     except BaseException:
         partial.abandon()
         raise
