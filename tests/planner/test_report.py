@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import shlex
@@ -21,15 +20,13 @@ from planner.checkpoint import SourceModel
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.report.facts import collect
 from planner.report.grids import collect_grids
-from planner.report.heatmap import _short
 from planner.report.page import render
-from planner.report.palette import DARK, LIGHT, contrast, ink_on
-from planner.report.scale import STEPS, Scale, number
+from planner.report.palette import LIGHT
 from planner.sensitivity import max_variance, router_norm
 from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
 from tests.planner.folders import contents
-from tests.planner.synthetic import synthetic
+from tests.planner.test_report_figures import cells
 from vllm_moeq.format import verify
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
@@ -90,13 +87,6 @@ class Texts(HTMLParser):
             self.text += f"{data}\n"
         if self._open == "pre":
             self.blocks[-1] += data
-
-
-def cells(html: str) -> list[dict[str, int]]:
-    """Return class → cells of every map, from its paths."""
-    maps = re.findall(r'<g class="cells".*?</g>', html)
-    paths = [re.findall(r'<path class="([bs]\d)" d="([^"]*)"', found) for found in maps]
-    return [{name: sum(map(int, re.findall(r"h(\d+)v1", d))) for name, d in found} for found in paths]
 
 
 def test_the_page_shows_every_width_and_promotion(moeq: Moeq, copy: Path) -> None:
@@ -279,22 +269,6 @@ def test_other_architectures(moeq: Moeq, tmp_path: Path, name: str) -> None:
     assert ("vLLM cannot serve it" in html) == (name != "qwen3_moe")
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(58, 256), (61, 8), (2, 4)])
-def test_a_page_of_any_size(layers: int, experts: int) -> None:
-    facts, grids = synthetic(layers, experts)
-    html = render(facts, grids)
-    assert len(html.encode()) < 3_000_000
-    maps = cells(html)
-    assert [sum(found.values()) for found in maps] == [layers * experts] * 6
-    widths = [int(width) for width in re.findall(r'<svg class="map"[^>]*? width="(\d+)"', html)]
-    assert max(widths) <= 1096
-    for ticks in re.findall(r'<g class="axis">(.*?)</g>', html):
-        along = [float(x) for x in re.findall(r'<text text-anchor="middle" x="([\d.]+)" y="11">', ticks)]
-        down = [float(y) for y in re.findall(r'<text text-anchor="end" x="\d+" y="([\d.]+)">', ticks)]
-        assert all(b - a >= 7 * len(str(experts - 1)) for a, b in itertools.pairwise(along))
-        assert all(b - a >= 12 for a, b in itertools.pairwise(down))
-
-
 def test_pictures_lie_beside_the_page(moeq: Moeq, copy: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -325,120 +299,3 @@ def test_without_matplotlib(moeq: Moeq, copy: Path, monkeypatch: pytest.MonkeyPa
     assert (refused.code, refused.err.strip()) == (
         2, "error: --png: needs matplotlib, pip install 'vllm-moeq[report]'",
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("quantization_report.json", '{"layers": [{"prefix": 3, "experts": []}]}', "layers.0.prefix"),
-        ("quantization_report.json", "[", "not valid JSON"),
-        ("evaluation.json", '{"texts": [{}]}', "texts.0"),
-        ("plan.json", "{}", "expected a plan of version 1"),
-    ],
-)
-def test_damaged_files(moeq: Moeq, copy: Path, file: str, content: str, message: str) -> None:
-    (copy / file).write_text(content)
-    outcome = moeq("report", copy)
-    assert outcome.code == 2
-    assert f"{copy / file}: " in outcome.err
-    assert message in outcome.err
-    assert not (copy / "report.html").exists()
-
-
-def test_a_plan_of_other_widths(moeq: Moeq, copy: Path) -> None:
-    plan = json.loads((copy / "plan.json").read_text())
-    next(iter(plan["experts"].values()))[0] = 2
-    (copy / "plan.json").write_text(json.dumps(plan))
-    assert "plan.json: expected the widths of config.json, found others" in moeq("report", copy).err
-
-
-def test_a_source_of_other_layers(moeq: Moeq, copy: Path, tiny_mixtral: Path) -> None:
-    (copy / "plan.json").unlink()
-    outcome = moeq("report", copy, "--model", tiny_mixtral)
-    assert (outcome.code, f"expected the MoE layers and experts of {copy}" in outcome.err) == (2, True)
-
-
-@pytest.mark.parametrize("command", ["report", "push"])
-def test_help_stands_alone(moeq: Moeq, command: str) -> None:
-    outcome = moeq(command, "--help")
-    assert (outcome.code, f"Example: moeq {command} Mixtral-8x7B-2.5bit" in outcome.out) == (0, True)
-
-
-def test_a_folder_that_is_no_checkpoint(moeq: Moeq, tmp_path: Path) -> None:
-    assert moeq("report", tmp_path / "none").err.startswith(f"error: {tmp_path / 'none'}: expected a checkpoint")
-
-
-def test_an_output_in_no_folder(moeq: Moeq, copy: Path, tmp_path: Path) -> None:
-    outcome = moeq("report", copy, "-o", tmp_path / "none" / "page.html")
-    assert (outcome.code, f"expected the folder {tmp_path / 'none'} to exist" in outcome.err) == (2, True)
-
-
-MACHADO = {
-    "normal": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
-}
-"""How colours look to the colour-blind, in linear sRGB (Machado et al., 2009)."""
-
-
-def lab(colour: str, matrix: Any) -> Any:
-    channels = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = to_xyz @ np.clip(np.array(matrix) @ linear, 0, 1) / (0.9505, 1, 1.089)
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
-@pytest.mark.parametrize("sight", MACHADO)
-def test_widths_differ_for_the_colour_blind(scheme: Any, sight: str) -> None:
-    for one, other in itertools.combinations(scheme.widths.values(), 2):
-        assert np.linalg.norm(lab(one, MACHADO[sight]) - lab(other, MACHADO[sight])) > 15, (one, other)
-
-
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
-def test_text_can_be_read(scheme: Any) -> None:
-    for fill in (*scheme.widths.values(), *scheme.steps, *scheme.parts):
-        assert contrast(ink_on(fill), fill) >= 4.5
-    for name in ("ink", "muted"):
-        assert contrast(scheme.names[name], scheme.names["page"]) >= 4.5
-
-
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
-def test_steps_move_away_from_the_page(scheme: Any) -> None:
-    away = [contrast(step, scheme.names["page"]) for step in scheme.steps]
-    assert all(b > 1.1 * a for a, b in itertools.pairwise(away))
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"),
-        (12.345, "12.3"),
-        (0.00123456, "0.00123"),
-        (4083, "4\u202f083"),
-        (1.5e-7, "1.50·10⁻⁷"),
-        (-2.5, "-2.50"),
-    ],
-)
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(94_969, "95.0k"), (9_999, "9\u202f999"), (123_456, "123k"), (2.5e6, "2.50M"), (0.0568, "0.057")],
-)
-def test_numbers_in_cells(value: float, text: str) -> None:
-    assert _short(value) == text
-
-
-def test_scales() -> None:
-    even = Scale.of([1.0, 8.0])
-    assert [even.step(value) for value in (1, 1.9, 2.1, 7.9, 8)] == [0, 0, 1, STEPS - 1, STEPS - 1]
-    factors = Scale.of([0.0, 1.0, 1e7])
-    assert factors.logarithmic
-    assert [factors.step(value) for value in (0, 1, 5, 20, 1e7)] == [0, 0, 0, 1, STEPS - 1]
-    assert Scale.of([3.0, 3.0]).step(3.0) == 0
