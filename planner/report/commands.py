@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
-from planner.evaluation.record import TextResult
+from planner.evaluation.record import TaskResult, TextResult
 from planner.methods import METHODS, OURS, PAPER
 from planner.models import find_architecture
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
@@ -116,16 +116,27 @@ def auto_class(facts: Facts) -> str:
 
 def evaluate_commands(facts: Facts, folder: str) -> list[str]:
     """Return what measured the checkpoint, or would."""
-    texts = facts.evaluations.texts
-    if not texts:
-        reference = ["--reference", facts.name] if facts.name else []
-        return [shlex.join(["moeq", "eval", folder, "--data", "text.txt", *reference])]
-    return [shlex.join(["moeq", "eval", folder, *_evaluation_flags(text)]) for text in texts]
+    found = facts.evaluations
+    measured = [*map(_evaluation_flags, found.texts), *_task_flags(found.tasks)]
+    if not measured:
+        measured = [["--data", "text.txt", *(["--reference", facts.name] if facts.name else [])]]
+    return [shlex.join(["moeq", "eval", folder, *flags]) for flags in measured]
+
+
+def _task_flags(results: Iterable[TaskResult]) -> list[list[str]]:
+    """Return the flags of one command for each limit and backend."""
+    tasks: dict[tuple[int | None, str], dict[str, None]] = {}
+    for it in results:
+        tasks.setdefault((it.limit, it.backend), {})[_file(it.task)] = None
+    return [
+        _flags((("--tasks", ",".join(names), None), ("--limit", limit, None), ("--backend", backend, "transformers")))
+        for (limit, backend), names in tasks.items()
+    ]
 
 
 def _evaluation_flags(text: TextResult) -> list[str]:
     reference = None if text.reference is None else _file(text.reference)
-    window = ("--window", text.window, 512)
+    window = ("--window", text.window, None)  # by default as much as the model can read
     return _flags((("--data", _file(text.data), None), window, ("--reference", reference, None)))
 
 

@@ -195,7 +195,10 @@ def test_evaluations_are_shown(moeq: Moeq, copy: Path) -> None:
     page = Texts((copy / "report.html").read_text())
     for shown in ("12.56 ± 0.17", "12.23", "0.02980 ± 0.00070", "93.12 ± 0.10 %", "arc_easy", "0.2612 ± 0.0090"):
         assert shown in page.text
-    assert "moeq eval mixtral-2.5bit --data held_out.txt --window 256 --reference stdlib-mixtral" in page.blocks
+    assert page.blocks[3].splitlines() == [
+        "moeq eval mixtral-2.5bit --data held_out.txt --window 256 --reference stdlib-mixtral",
+        "moeq eval mixtral-2.5bit --tasks arc_easy --backend vllm",
+    ]
 
 
 def test_the_page_stays_the_same_and_verify_passes(moeq: Moeq, copy: Path) -> None:
