@@ -45,7 +45,7 @@ def report_dry_run(
     if isinstance(model, ConfigModel):
         _print_table(facts)
     show.print_sizes(facts["sizes"])
-    print_needs(needs, serving)
+    print_needs("planning", needs, serving)
 
 
 def dry_run_facts(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def export(
     if format_ in DENSE and zero_points is not None:
         raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
     if dry_run:
-        report(export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
+        report("exporting", export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
         return
     if format_ in DENSE:
         export_dense(folder, output, Progress(), DENSE[format_])
@@ -87,7 +87,7 @@ def import_checkpoint(
 
     check_output(output)
     if dry_run:
-        report(import_needs(resolve_model(model)), as_json)
+        report("importing", import_needs(resolve_model(model)), as_json)
         return
     import_gptq(resolve_model(model), output, Progress())
     _done(output, as_json)

@@ -63,7 +63,7 @@ def calibrate(
         facts = calibration_facts(text, where)
         if dry_run:
             reading = Reading(len(text.tokens), text.tokens.shape[1])
-            report(calibrate_needs(source, layout, reading, measures, where), as_json)
+            report("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
             return
         return_large_blocks()
         found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, wanted)

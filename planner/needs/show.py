@@ -19,27 +19,25 @@ def report_needs(average: float, sizes: Sizes, needs: Needs, serving: ServingNee
         show.emit({**facts, "needs": needs.as_dict(), "serving": serving.as_dict()})
         return
     show.print_sizes(sizes.as_dict())
-    print_needs(needs, serving)
+    print_needs("quantizing", needs, serving)
 
 
-def report(needs: Needs, as_json: bool) -> None:
+def report(what: str, needs: Needs, as_json: bool) -> None:
     """Print the result of a dry run of another command."""
     if as_json:
         show.emit({"needs": needs.as_dict()})
     else:
-        print_needs(needs)
+        print_needs(what, needs)
 
 
-def print_needs(needs: Needs, serving: ServingNeeds | None = None) -> None:
-    """Print what a command takes, and what serving its output takes."""
+def print_needs(what: str, needs: Needs, serving: ServingNeeds | None = None) -> None:
+    """Print what a command, such as ``quantizing``, takes, and what serving its output takes."""
     console = Console(highlight=False)
     temporary = f" and {size(needs.temporary_bytes)} for a while" if needs.temporary_bytes else ""
     device = f", {size(needs.device_bytes)} on each GPU (estimated, never measured)" if needs.device_bytes else ""
     seconds = f", about {duration(needs.seconds)} on this machine" if needs.seconds else ""
-    console.print(
-        f"takes: {size(needs.written_bytes)} on disk{temporary}, {size(needs.ram_bytes)} of memory{device}{seconds}",
-        soft_wrap=True,
-    )
+    disk, memory = size(needs.written_bytes), size(needs.ram_bytes)
+    console.print(f"{what} takes {disk} on disk{temporary}, {memory} of memory{device}{seconds}", soft_wrap=True)
     if serving is not None:
         console.print(serving_line(serving), soft_wrap=True)
 
