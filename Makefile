@@ -61,9 +61,10 @@ paper: setup
 
 # All methods side by side, each with its own widths: `make compare MODEL=stdlib-qwen3-moe` for the other shipped model.
 MODEL ?= stdlib-mixtral
+JOBS ?= $(shell nproc)
 compare: setup
 	$(BIN)/moeq compare benchmarks/models/$(MODEL) --held-out benchmarks/models/$(MODEL)/held_out.txt \
-		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all \
+		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all --jobs $(JOBS) \
 		--avg-bits 1.75,2,2.25,2.5,2.75 -o results-compare-$(MODEL)
 
 clean:

@@ -55,6 +55,10 @@ class LayerTask:
             return self.layer.prefix
         return f"layer without experts ({self.shard.name})" if self.linears else f"the rest ({self.shard.name})"
 
+    def run(self, threads: int, device: torch.device) -> Finished:
+        """See :func:`run_task`."""
+        return run_task(self, threads, device)
+
 
 @dataclass(frozen=True)
 class Finished:

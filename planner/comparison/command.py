@@ -67,6 +67,7 @@ def compare_command(
     linear_bits: LinearBits = 4,
     linear_group_size: LinearGroup = None,
     device: Device = "cpu",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models quantized at a time, a process each.")] = 1,
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
@@ -112,7 +113,7 @@ def compare_command(
         return_large_blocks()
         rows = compare(
             source, layout, wanted, text, output, where, progress, resume,
-            lambda rows: write_report(output, rows, wanted, str(source.folder)),
+            lambda rows: write_report(output, rows, wanted, str(source.folder)), jobs,
         )  # fmt: skip
     if as_json:
         show.emit(rows)

@@ -34,6 +34,7 @@ def compare(
     progress: Progress,
     resume: bool = True,
     write: Callable[[list[Row]], None] | None = None,
+    jobs: int = 1,
 ) -> list[Row]:
     """Return one row for the original, and one per method, average, seed and ODP threshold. Continues a killed run.
 
@@ -47,6 +48,7 @@ def compare(
         progress: says how far it is.
         resume: continue an unfinished run instead of deleting it.
         write: what to do with the rows before the results of the run are removed.
+        jobs: models that are quantized at a time, a process each.
 
     Raises:
         MoeqError: flags that cannot be met, damaged tensors, a full disk.
@@ -54,7 +56,7 @@ def compare(
     digest = hashlib.sha256(held_out.encode()).hexdigest()
     fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest}
     partial = PartialRun(output, fingerprint, resume)
-    run = Run(model, layout, wanted, partial.folder, device, progress)
+    run = Run(model, layout, wanted, partial.folder, device, progress, jobs)
     try:
         found = entries(run)
         found += [replace(entry, odp=threshold) for threshold in wanted.odp for entry in found]

@@ -116,10 +116,12 @@ def _choices(run: Run, name: str) -> tuple[int, ...]:
 
 
 def _statistics(run: Run, name: str, seed: int) -> Path:
-    """Return a method's own statistics of a seed's calibration text: nobody else's measures are in its seconds."""
-    path = run.folder / f"statistics-{name}-{seed}.safetensors"
+    """Return statistics of a seed's calibration text: those that a method needs and no others are in its seconds."""
+    measures, choices = METHODS[name].measures, _choices(run, name)
+    known = "-".join(("statistics", *measures, "".join(map(str, choices)) if measures else "counts", str(seed)))
+    path = run.folder / f"{known}.safetensors"
     if not (path.is_file() and json_path(path).is_file()):
-        wanted = Wanted(METHODS[name].measures, _choices(run, name), seed)
+        wanted = Wanted(measures, choices, seed)
         text, facts = run.text(seed), calibration_facts(run.text(seed), run.device)
         dtype = compute_dtype(run.device)
         run.progress.line(f"{name}: calibrating, seed {seed}")

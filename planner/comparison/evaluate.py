@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from typing import Any
 import torch
 
 from planner.calibration.decoder import Decoder
-from planner.calibration.flags import calibration_facts
 from planner.calibration.routed import first_hidden
-from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.calibration.runner import compute_dtype
 from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
 from planner.comparison.entries import Entry
 from planner.comparison.forward import read_text
+from planner.comparison.quantize_task import QuantizeTask
 from planner.comparison.scores import score
 from planner.comparison.slim import write_slim
 from planner.comparison.wanted import Run
@@ -26,14 +28,13 @@ from planner.evaluation.perplexity import read_tokens
 from planner.evaluation.scores import windows
 from planner.evaluation.tasks import run_tasks
 from planner.files import write_json
-from planner.pipeline import quantize
-from planner.progress import Progress
+from planner.progress import duration
+from planner.runners.processes import ProcessRunner
 from vllm_moeq.format import read_json
 
 AT_A_TIME = 1 << 30
 """Bytes of hidden states of all candidates that are evaluated together."""
 
-QUIET = Progress(quiet=True)
 ORIGINAL = "original"
 
 
@@ -62,6 +63,7 @@ def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[
     for begin in range(0, len(missing), size):
         group = missing[begin : begin + size]
         run.progress.line(f"models {begin + 1} to {begin + len(group)} of {len(missing)}")
+        _quantize_all(run, [entry for _, entry in group])
         candidates = [Candidate(key, _weights(run, decoder, entry), entry.odp) for key, entry in group]
         states = read_text(decoder, first, candidates, run.wanted.settings.linear, store, run.progress)
         for (key, entry), value in zip(group, score(decoder, exact, states, targets), strict=True):
@@ -81,30 +83,47 @@ def key_of(run: Run, entry: Entry) -> str:
     return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
 
 
+def _quantize_all(run: Run, found: Sequence[Entry]) -> None:
+    """Write the checkpoints of the entries that take a text or are to be asked tasks, as many at a time as ``jobs``."""
+    settings = run.wanted.settings
+    if settings.quantizer != "gptq" and not run.wanted.tasks:
+        return
+    tasks: dict[Path, QuantizeTask] = {}
+    for entry in found:
+        folder = _folder(run, entry)
+        if entry.plan is not None and not folder.exists():
+            label = f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}: {settings.quantizer}"
+            text = run.text(entry.seed) if settings.quantizer == "gptq" else None
+            tasks[folder] = QuantizeTask(label, run.model.folder, entry.plan, folder, settings, text)
+    threads = torch.get_num_threads()
+    if run.jobs == 1:
+        for task in tasks.values():
+            run.progress.line(task.label)
+            task.run(threads, run.device)
+        return
+    runner = ProcessRunner(max(1, threads // run.jobs), [str(run.device)] * run.jobs)
+    began = time.monotonic()
+    with closing(runner.each(list(tasks.values()))) as results:
+        for count, _ in enumerate(results, start=1):
+            seconds = time.monotonic() - began
+            left = duration(seconds / count * (len(tasks) - count))
+            run.progress.line(f"quantized {count} of {len(tasks)}, {seconds:.0f} s, about {left} left")
+
+
 def _weights(run: Run, decoder: Decoder, entry: Entry) -> Weights:
-    """Return the experts of an entry, quantized in a folder first where that takes a text or tasks are to be run."""
+    """Return the experts of an entry: of a folder, written here for what no plan holds, or rounded when needed."""
     settings, folder = run.wanted.settings, _folder(run, entry)
-    if entry.plan is None:
-        if (folder / "model.safetensors.index.json").is_file():
-            return Dense(folder)
+    if entry.plan is not None and (settings.quantizer == "gptq" or run.wanted.tasks):
+        return Quantized(folder)
+    if entry.plan is not None:
+        return Rounded(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
+    if not (folder / "model.safetensors.index.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         tokens, bits = run.text(entry.seed).tokens, int(entry.average)
         write_slim(
             decoder, tokens, bits, settings.group_size, settings.linear, settings.min_tokens, folder, run.progress
         )
-        return Dense(folder)
-    if settings.quantizer != "gptq" and not run.wanted.tasks:
-        return Rounded(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
-    if not folder.exists():
-        run.progress.line(f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}: {settings.quantizer}")
-        if settings.quantizer == "gptq":
-            text = run.text(entry.seed)
-            runner = GptqRunner(text, torch.get_num_threads(), (run.device,), compute_dtype(run.device))
-            facts = calibration_facts(text, run.device)
-            quantize(run.model, run.layout, entry.plan, folder, settings, QUIET, runner=runner, calibration=facts)
-        else:
-            quantize(run.model, run.layout, entry.plan, folder, settings, QUIET)
-    return Quantized(folder)
+    return Dense(folder)
 
 
 def _tasks(run: Run, folder: Path) -> dict[str, Any]:

@@ -59,7 +59,10 @@ class Comparison:
 
 @dataclass
 class Run:
-    """What the parts of a comparison share; ``folder`` holds what a killed run leaves."""
+    """What the parts of a comparison share; ``folder`` holds what a killed run leaves.
+
+    ``jobs`` models are quantized at a time.
+    """
 
     model: SourceModel
     layout: Layout
@@ -67,6 +70,7 @@ class Run:
     folder: Path
     device: torch.device
     progress: Progress
+    jobs: int = 1
     texts: dict[int, CalibrationText] = field(default_factory=dict)
 
     def text(self, seed: int) -> CalibrationText:

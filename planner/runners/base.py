@@ -5,11 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from planner.layer_task import Finished, LayerTask, run_task
+from planner.layer_task import Finished, LayerTask
 from vllm_moeq.format import MoeqError
 
 KEPT = "finished layers are kept, and the same command continues behind them"
@@ -26,6 +26,27 @@ class Work:
 
     tasks: tuple[LayerTask, ...]
     pending: tuple[LayerTask, ...]
+
+
+Result = TypeVar("Result")
+Made = TypeVar("Made", covariant=True)
+
+
+class Task(Protocol[Made]):
+    """Something picklable to do."""
+
+    @property
+    def label(self) -> str:
+        """A name for people."""
+        ...
+
+    def run(self, threads: int, device: torch.device) -> Made:
+        """Do it.
+
+        Raises:
+            MoeqError: it cannot be done.
+        """
+        ...
 
 
 class Runner(Protocol):
@@ -46,7 +67,7 @@ class Runner(Protocol):
 class Failure:
     """A task's error, as text: not every exception survives pickling."""
 
-    task: LayerTask
+    label: str
     message: str
     expected: bool
 
@@ -54,23 +75,23 @@ class Failure:
         """Return what to raise for it."""
         if self.expected:
             return MoeqError(self.message)
-        return RuntimeError(f"{self.task.label}: unexpected error\n{self.message}")
+        return RuntimeError(f"{self.label}: unexpected error\n{self.message}")
 
 
-def attempt(task: LayerTask, threads: int, device: str) -> Finished | Failure:
+def attempt(task: Task[Result], threads: int, device: str) -> Result | Failure:
     """Run a task; return its error instead of raising it."""
     try:
-        return run_task(task, threads, torch.device(device))
+        return task.run(threads, torch.device(device))
     except MoeqError as error:
-        return Failure(task, str(error), expected=True)
+        return Failure(task.label, str(error), expected=True)
     except (MemoryError, torch.OutOfMemoryError):
-        return Failure(task, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
+        return Failure(task.label, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
     except Exception:
-        return Failure(task, traceback.format_exc(), expected=False)
+        return Failure(task.label, traceback.format_exc(), expected=False)
 
 
-def checked(outcome: Finished | Failure) -> Finished:
-    """Return a finished task; raise the error of one that failed."""
+def checked(outcome: Result | Failure) -> Result:
+    """Return the result of a finished task; raise the error of one that failed."""
     if isinstance(outcome, Failure):
         raise outcome.error()
     return outcome

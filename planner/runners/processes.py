@@ -1,4 +1,4 @@
-"""Several layers at once, each in a process of its own."""
+"""Several tasks at once, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from planner.layer_task import Finished, LayerTask
+from planner.layer_task import Finished
 from planner.memory import return_large_blocks
-from planner.runners.base import KEPT, Failure, Work, attempt, checked
+from planner.runners.base import KEPT, Failure, Result, Task, Work, attempt, checked
 from vllm_moeq.format import MoeqError
 
 SECONDS_TO_STOP = 5.0
@@ -40,7 +40,11 @@ class ProcessRunner:
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
         """See :class:`planner.runners.base.Runner`."""
-        waiting = deque(work.pending)
+        yield from self.each(work.pending)
+
+    def each(self, tasks: Sequence[Task[Result]]) -> Generator[Result, None, None]:
+        """Yield the results of tasks of any kind, in the order in which they are done."""
+        waiting = deque(tasks)
         workers: list[_Worker] = []
         try:
             with _without_interrupts():
@@ -51,7 +55,7 @@ class ProcessRunner:
                 for ready in wait(list(busy)):
                     worker = busy[ready]  # type: ignore[index]
                     outcome = worker.take()
-                    if waiting and isinstance(outcome, Finished):
+                    if waiting and not isinstance(outcome, Failure):
                         worker.give(waiting.popleft())
                     yield checked(outcome)
         finally:
@@ -70,27 +74,26 @@ class _Worker:
         self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process ends the pipe
-        self.task: LayerTask | None = None
+        self.task: Task[Any] | None = None
 
-    def give(self, task: LayerTask) -> None:
+    def give(self, task: Task[Any]) -> None:
         self.task = task
         try:
             self.pipe.send(task)
         except OSError:
             raise MoeqError(self._death(task)) from None
 
-    def take(self) -> Finished | Failure:
-        """Return what became of the task; the process has something to say, or is dead."""
+    def take(self) -> Any:
+        """Return what became of the task, or its failure; the process has something to say, or is dead."""
         if self.task is None:
             raise RuntimeError("expected a task")
         task, self.task = self.task, None
         try:
-            outcome: Finished | Failure = self.pipe.recv()
+            return self.pipe.recv()
         except (EOFError, OSError):
-            return Failure(task, self._death(task), expected=True)
-        return outcome
+            return Failure(task.label, self._death(task), expected=True)
 
-    def _death(self, task: LayerTask) -> str:
+    def _death(self, task: Task[Any]) -> str:
         self.process.join(SECONDS_TO_STOP)
         code = self.process.exitcode
         if code is not None and code < 0:

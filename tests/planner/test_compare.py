@@ -170,8 +170,8 @@ def test_equal_widths_give_equal_scores(moeq: Moeq, tmp_path: Path, rows: list[R
 
 
 def test_gptq(moeq: Moeq, tmp_path: Path, rows: list[Row]) -> None:
-    flags = ("--methods", "uniform", "--avg-bits", 2, "--quantizer", "gptq", *READ, *EVALUATE)
-    found = moeq("compare", MIXTRAL, *flags, "-o", tmp_path / "out", "--json")
+    flags = ("--methods", "uniform,router-norm", "--avg-bits", 2, "--quantizer", "gptq", *READ, *EVALUATE)
+    found = moeq("compare", MIXTRAL, *flags, "--jobs", 2, "-o", tmp_path / "out", "--json")
     assert found.code == 0, found.err
     row = one(json.loads(found.out), "uniform")
     assert row["kl"] < one(rows, "uniform")["kl"]

@@ -1,0 +1,55 @@
+"""Quantize a model by one plan, in this process or in another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from planner.calibration.flags import calibration_facts
+from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.calibration.text import CalibrationText
+from planner.checkpoint import SourceModel
+from planner.layout import read_layout
+from planner.pipeline import quantize
+from planner.plan import Plan
+from planner.progress import Progress
+from planner.settings import QuantizeSettings
+
+
+@dataclass(frozen=True)
+class QuantizeTask:
+    """A plan that is to become a checkpoint.
+
+    Attributes:
+        label: for people.
+        source: folder of the model.
+        plan: widths.
+        folder: to create.
+        settings: how to quantize.
+        text: what GPTQ reads; None without it.
+    """
+
+    label: str
+    source: Path
+    plan: Plan
+    folder: Path
+    settings: QuantizeSettings
+    text: CalibrationText | None
+
+    def run(self, threads: int, device: torch.device) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            MoeqError: damaged tensors, a full disk.
+        """
+        quiet = Progress(quiet=True)
+        with SourceModel(self.source) as model:
+            layout = read_layout(model)
+            if self.text is None:
+                quantize(model, layout, self.plan, self.folder, self.settings, quiet)
+                return
+            runner = GptqRunner(self.text, threads, (device,), compute_dtype(device))
+            facts = calibration_facts(self.text, device)
+            quantize(model, layout, self.plan, self.folder, self.settings, quiet, runner=runner, calibration=facts)
