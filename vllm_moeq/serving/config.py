@@ -51,6 +51,27 @@ def parse_thresholds(value: Any, prefixes: Collection[str]) -> dict[str, float]:
     return {prefix: float(number) for prefix, number in numbers.items()}
 
 
+ALL_TO_ALL = ("allgather_reducescatter", "naive")
+"""Ways to exchange tokens between ranks that leave routing to the runner, as these kernels expect."""
+
+
+def check_parallel(parallel: Any) -> None:
+    """Refuse parallel layouts that the kernels cannot have, naming the flag.
+
+    Args:
+        parallel: vLLM's ``FusedMoEParallelConfig``.
+
+    Raises:
+        UsageError: load balancing that moves experts, which needs experts of one size; an exchange of tokens that
+            brings its own kernels.
+    """
+    if getattr(parallel, "enable_eplb", False):
+        raise UsageError("--enable-eplb: experts of different widths cannot change places; expected it left out")
+    backend = getattr(parallel, "all2all_backend", ALL_TO_ALL[0])
+    if parallel.dp_size > 1 and parallel.use_ep and backend not in ALL_TO_ALL:
+        raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {backend}")
+
+
 class MoeqQuantizationConfig(QuantizationConfig):
     """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels where it has them."""
 
@@ -141,6 +162,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
             widths = self.widths.get(prefix)
             if widths is None:
                 raise ConfigError(f"config.json: quantization_config.experts has no widths for {prefix}")
+            check_parallel(layer.moe_config.moe_parallel_config)
             return MoeqMoEMethod(layer.moe_config, self.moeq, prefix, widths, self.odp.get(prefix, 0.0))
         if isinstance(layer, LinearBase):
             if self._linear is None:

@@ -1,0 +1,47 @@
+"""Parallel layouts that the kernels cannot have are refused by the flag's name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+from vllm_moeq.format import UsageError
+from vllm_moeq.serving.config import check_parallel
+
+ALONE = FusedMoEParallelConfig(
+    tp_size=1, pcp_size=1, dp_size=1, ep_size=1, tp_rank=0, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
+    use_ep=False, all2all_backend="allgather_reducescatter", enable_eplb=False,
+)  # fmt: skip
+SHARED = {"dp_size": 2, "ep_size": 2, "use_ep": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tp_size": 4},
+        SHARED,
+        {**SHARED, "all2all_backend": "naive"},
+        {"tp_size": 2, "use_ep": True, "all2all_backend": "deepep_low_latency"},  # without data parallelism unused
+    ],
+)
+def test_possible_layouts_pass(changes: dict[str, Any]) -> None:
+    check_parallel(replace(ALONE, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_eplb": True}, "--enable-eplb: "),
+        (
+            {**SHARED, "all2all_backend": "deepep_high_throughput"},
+            "--all2all-backend: expected allgather_reducescatter, found deepep_high_throughput",
+        ),
+    ],
+)
+def test_impossible_layouts_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_parallel(replace(ALONE, **changes))
