@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo test test-all lint bench paper compare clean
+.PHONY: setup browser demo docs test test-all lint bench paper compare clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py
+
+# The API reference, from docstrings: build/docs/index.html.
+docs: setup
+	$(BIN)/pdoc --docformat google --output-directory build/docs planner vllm_moeq
 
 lint: setup
 	$(BIN)/ruff check .
