@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vllm_moeq.format import CheckpointError
+from vllm_moeq.format import CheckpointError, ConfigError, first_problem, read_json
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 TEMPORARY = ".*tmp*"
 """Glob of the temporary files that a killed run leaves: ours, and safetensors' own (``.tmpAbC123``)."""
@@ -39,6 +42,18 @@ def atomic(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot write ({reason(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_as(path: Path, kind: type[Kind]) -> Kind:
+    """Read JSON and validate it.
+
+    Raises:
+        ConfigError: no JSON, or other contents than ``kind`` has; names the file and the first violation.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

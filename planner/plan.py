@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from planner.files import write_json
+from planner.files import read_as, write_json
 from planner.layout import Layout
-from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, first_problem, read_json
+from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Name, Strict
 
 IMPORTED = "imported"
@@ -116,7 +116,4 @@ def read_plan(path: Path) -> Plan:
     version = data.get("version") if isinstance(data, dict) else None
     if type(version) is not int or version != 1:
         raise ConfigError(f"{path}: expected a plan of version 1, found {version!r}")
-    try:
-        return Plan.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error)}") from None
+    return read_as(path, Plan)

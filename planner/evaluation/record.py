@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from planner.files import write_json
-from vllm_moeq.format import ConfigError, first_problem, read_json
+from planner.files import read_as, write_json
 from vllm_moeq.format.schema import Strict
 
 FILE = "evaluation.json"
@@ -87,9 +86,4 @@ def read_evaluations(folder: Path) -> Evaluations:
         ConfigError: a damaged file, naming it and the first violation.
     """
     path = folder / FILE
-    if not path.exists():
-        return Evaluations()
-    try:
-        return Evaluations.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error)}") from None
+    return read_as(path, Evaluations) if path.exists() else Evaluations()

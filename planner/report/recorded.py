@@ -6,10 +6,10 @@ import re
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from planner.checkpoint import SourceModel
-from vllm_moeq.format import ConfigError, first_problem, read_json
+from planner.files import read_as
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 FILE = "quantization_report.json"
@@ -115,12 +115,7 @@ def read_recorded(folder: Path) -> Recorded:
         ConfigError: a damaged file, naming it and the first violation.
     """
     path = folder / FILE
-    if not path.exists():
-        return Recorded()
-    try:
-        return Recorded.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error)}") from None
+    return read_as(path, Recorded) if path.exists() else Recorded()
 
 
 def describe_source(model: SourceModel) -> dict[str, Any]:

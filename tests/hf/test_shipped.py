@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,9 @@ from transformers import AutoTokenizer
 from planner.progress import Progress
 from tests.architectures import MODELS
 from tests.hf.conftest import Pair, dense_of, logits
+from tests.tasks import write_task
 
 PROMPTS = ["def main(", "import os\n\nclass Path"]
-
-TASK = """\
-task: next_line
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-"""
 
 
 @pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
@@ -83,9 +69,7 @@ def test_lm_eval_scores_it_as_the_dense_export(shipped: Pair, tmp_path: Path) ->
         {"context": "\n".join(lines[i : i + 2]), "choices": [f"\n{lines[i + 2]}", f"\n{lines[i + 9]}"], "answer": 0}
         for i in range(0, 120, 10)
     ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
-    (tmp_path / "task.yaml").write_text(TASK.format(data=data, cache=tmp_path / "cache"))
+    write_task(tmp_path, documents)
 
     def answers(folder: Path) -> list[Any]:
         model = HFLM(str(folder), device="cpu", dtype=torch.float32, batch_size=4)

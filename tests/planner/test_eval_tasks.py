@@ -13,19 +13,12 @@ import torch
 
 from planner.evaluation.record import read_evaluations
 from tests.conftest import Outcome, run_here
-from tests.planner.test_tasks import accuracies, code_documents, write_task
+from tests.planner.test_tasks import accuracies, code_documents
+from tests.tasks import write_task
 
 MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 NEW_TOKENS = 6
 
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-test_split: test
-"""
 ROLLING = """\
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -61,12 +54,6 @@ def quantized(tmp_path: Path) -> Path:
 def dense(quantized: Path, tmp_path: Path) -> Path:
     run_here("export", quantized, "-o", tmp_path / "dense", "--format", "f32")
     return tmp_path / "dense"
-
-
-def write(folder: Path, name: str, kind: str, documents: Documents) -> Path:
-    path = write_task(folder, documents, name)
-    path.write_text(TASK.format(name=name, data=path.with_suffix(".jsonl"), cache=folder / "cache") + kind)
-    return path
 
 
 @torch.inference_mode()
@@ -106,8 +93,8 @@ def test_every_kind_of_task(moeq: Moeq, quantized: Path, dense: Path, tmp_path: 
     written = [{"context": text, "answer": a} for text, a in zip(texts, continuations(dense, texts), strict=True)]
     files = [
         write_task(tmp_path / "tasks", documents),
-        write(tmp_path / "tasks", "rolling", ROLLING, documents),
-        write(tmp_path / "tasks", "written", WRITTEN, written),
+        write_task(tmp_path / "tasks", documents, "rolling", ROLLING),
+        write_task(tmp_path / "tasks", written, "written", WRITTEN),
     ]
     tasks = ",".join(map(str, files))
     outcome = moeq("eval", quantized, "--tasks", tasks, "--limit", 25, "--backend", backend, "--json")

@@ -17,26 +17,10 @@ from planner.evaluation.record import TaskResult
 from planner.evaluation.tasks import PAPER_SUITE, run_tasks
 from planner.progress import Progress
 from tests.conftest import Outcome
+from tests.tasks import write_task
 from vllm_moeq.format import ConfigError, UsageError
 
 MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
-
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
 
 GROUP = """\
 group: both_halves
@@ -68,15 +52,6 @@ def code_documents(count: int, width: int) -> list[dict[str, Any]]:
             }
         )
     return documents
-
-
-def write_task(folder: Path, documents: list[dict[str, Any]], name: str = "next_line") -> Path:
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    path = folder / f"{name}.yaml"
-    path.write_text(TASK.format(name=name, data=data, cache=folder / "cache"))
-    return path
 
 
 @torch.inference_mode()
