@@ -45,7 +45,7 @@ browser:
 # Everything but the full serving matrix. A process per core with one thread each takes half the time of one process with
 # a thread per core; servers want all cores, one after the other.
 test: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not server" -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not server and not matrix" -n logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest -m "server and not matrix"
 
 test-all: test
