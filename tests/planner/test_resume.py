@@ -92,15 +92,7 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Path:
     """The name of an output whose run got SIGINT, with all its processes, behind the first shard."""
-    command = [
-        str(Path(sys.executable).with_name("moeq")),
-        "quantize",
-        str(SOURCE),
-        "--quantizer",
-        "rtn",
-        "--jobs",
-        "2",
-    ]
+    command = [str(Path(sys.executable).with_name("moeq")), "quantize", str(SOURCE), "--jobs", "2"]
     process = subprocess.Popen(
         [*command, "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -125,11 +117,11 @@ def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
     files = {path.name: identity(path) for path in partial.glob("*.safetensors")}
     assert files
 
-    other = moeq("quantize", SOURCE, "--quantizer", "rtn", "--one-bit", "rtn", "-o", interrupted)
+    other = moeq("quantize", SOURCE, "--one-bit", "rtn", "-o", interrupted)
     assert other.code == 2
     assert "an unfinished run with other settings; start anew with --no-resume" in other.err
 
-    arguments = ("quantize", SOURCE, "--quantizer", "rtn", "-o", interrupted)
+    arguments = ("quantize", SOURCE, "-o", interrupted)
     assert moeq(*arguments, "--resume").code == 0
     assert files.items() <= {path.name: identity(path) for path in interrupted.iterdir()}.items()
 
