@@ -141,7 +141,7 @@ TINY: dict[str, Tiny] = {
         {
             **_DENSE_AND_MOE, "shared_expert_intermediate_size": 128, "num_experts": EXPERTS,
             "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
         },
     ),
     "olmoe": Tiny("OlmoeConfig", "OlmoeForCausalLM", {"intermediate_size": 128, "num_experts": EXPERTS}),

@@ -50,3 +50,21 @@ def test_linears_that_vllm_has_no_cpu_kernel_for_are_unpacked(bits: int, dtype: 
         f"print(unpacked(Linear(bits={bits}), torch.{dtype}))"
     )
     assert reason in run(code)
+
+
+def test_a_layer_is_found_under_the_name_that_a_model_class_gives_it() -> None:
+    code = (
+        "from vllm_moeq.serving.config import find_layer\n"
+        "known = ['model.layers.0.block_sparse_moe.experts', 'model.layers.10.block_sparse_moe.experts']\n"
+        "print(find_layer('model.layers.10.mlp.experts', known), find_layer(known[0], known))"
+    )
+    assert run(code).split() == ["model.layers.10.block_sparse_moe.experts", "model.layers.0.block_sparse_moe.experts"]
+
+
+def test_a_layer_without_widths_is_named() -> None:
+    code = (
+        "from vllm_moeq.serving.config import find_layer\n"
+        "try:\n    find_layer('model.layers.1.mlp.experts', ['model.layers.0.mlp.experts'])\n"
+        "except Exception as error:\n    print(error)"
+    )
+    assert "no widths for model.layers.1.mlp.experts" in run(code)

@@ -72,6 +72,29 @@ def check_parallel(parallel: Any) -> None:
         raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {backend}")
 
 
+def find_layer(prefix: str, known: Collection[str]) -> str:
+    """Return the MoE layer of the checkpoint that vLLM calls ``prefix``.
+
+    A model class may tell its layers a name of which its modules, and so the tensors, know nothing: vLLM's MiniMax-M2
+    says ``layers.0.mlp.experts`` of ``layers.0.block_sparse_moe.experts``. A decoder layer has one block of experts.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    if prefix in known:
+        return prefix
+    same = [name for name in known if _without_block(name) == _without_block(prefix)]
+    if len(same) != 1:
+        raise ConfigError(f"config.json: quantization_config.experts has no widths for {prefix}")
+    return same[0]
+
+
+def _without_block(prefix: str) -> tuple[str, str]:
+    """Return what is before and behind the name of a MoE block in ``model.layers.0.mlp.experts``."""
+    parts = prefix.split(".")
+    return ".".join(parts[:-2]), parts[-1]
+
+
 class MoeqQuantizationConfig(QuantizationConfig):
     """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels where it has them."""
 
@@ -159,11 +182,9 @@ class MoeqQuantizationConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of one layer; None leaves embeddings, attention and lm_head as they are."""
         if isinstance(layer, RoutedExperts):
-            widths = self.widths.get(prefix)
-            if widths is None:
-                raise ConfigError(f"config.json: quantization_config.experts has no widths for {prefix}")
             check_parallel(layer.moe_config.moe_parallel_config)
-            return MoeqMoEMethod(layer.moe_config, self.moeq, prefix, widths, self.odp.get(prefix, 0.0))
+            known = find_layer(prefix, self.widths)
+            return MoeqMoEMethod(layer.moe_config, self.moeq, known, self.widths[known], self.odp.get(known, 0.0))
         if isinstance(layer, LinearBase):
             if self._linear is None:
                 return UnquantizedLinearMethod()
