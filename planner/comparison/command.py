@@ -13,8 +13,8 @@ from planner.calibration.flags import Data, MinTokens, Samples, expert_devices, 
 from planner.checkpoint import SourceModel, check_output, resolve_model
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
-from planner.comparison.wanted import Comparison
-from planner.evaluation.perplexity import read_text
+from planner.comparison.wanted import Comparison, Run
+from planner.evaluation.perplexity import read_text, read_tokens
 from planner.flags import (
     Bits,
     Device,
@@ -34,6 +34,9 @@ from planner.flags import (
 from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
+from planner.needs.comparison import compare_needs
+from planner.needs.flags import DryRun
+from planner.needs.show import report
 from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, check_sizes
@@ -69,6 +72,7 @@ def compare_command(
     device: Device = "cpu",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models quantized at a time, a process each.")] = 1,
     resume: Resume = True,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model by several methods and measure what each costs in quality. Continues a killed run.
@@ -110,6 +114,11 @@ def compare_command(
             limit=limit,
             odp=_thresholds(odp),
         )
+        if dry_run:
+            run = Run(source, layout, wanted, output, where, progress, jobs)
+            tokens = len(read_tokens(source.folder, text, max_tokens, "--held-out"))
+            report("comparing", compare_needs(run, tokens), as_json)
+            return
         return_large_blocks()
         rows = compare(
             source, layout, wanted, text, output, where, progress, resume,

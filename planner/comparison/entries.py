@@ -53,9 +53,9 @@ def entries(run: Run) -> list[Entry]:
         MoeqError: flags that a method cannot meet.
     """
     found: list[Entry] = []
-    possible: dict[str, list[Fraction]] = {}
+    given: dict[str, list[Fraction]] = {}
     for name in run.wanted.methods:
-        averages = [average for average in run.wanted.averages if _possible(name, average)]
+        averages = [average for average in run.wanted.averages if gives(name, average)]
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
@@ -63,25 +63,26 @@ def entries(run: Run) -> list[Entry]:
         check_measures(METHODS[name].measures, run.model, run.layout, run.device)
         for average in averages:
             check_options(_options(run, name, average, 0, None))
-        possible[name] = averages
-    for name, averages in possible.items():
-        for seed in range(run.wanted.seeds if _varies(name) else 1):
+        given[name] = averages
+    for name, averages in given.items():
+        for seed in range(run.wanted.seeds if varies(name) else 1):
             found += _of_method(run, name, averages, seed)
     return found
 
 
 def _options(run: Run, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
-    choices = (int(average),) if name in ("uniform", "slim") else _choices(run, name)
+    choices = (int(average),) if name in ("uniform", "slim") else choices_of(run, name)
     quantizer = run.wanted.settings.quantizer
     return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
 
 
-def _varies(name: str) -> bool:
+def varies(name: str) -> bool:
     """Tell whether a method depends on the seed."""
     return METHODS[name].random or METHODS[name].calibrated or bool(METHODS[name].only_compared)
 
 
-def _possible(name: str, average: Fraction) -> bool:
+def gives(name: str, average: Fraction) -> bool:
+    """Tell whether a method has a plan of so many bits."""
     if name in ("uniform", "slim"):
         return average.denominator == 1 and int(average) in BIT_WIDTHS
     return True
@@ -111,13 +112,14 @@ def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iter
         yield Entry(name, average, seed, plan, cost)
 
 
-def _choices(run: Run, name: str) -> tuple[int, ...]:
+def choices_of(run: Run, name: str) -> tuple[int, ...]:
+    """Return the widths that a method chooses from."""
     return run.wanted.bit_choices or METHODS[name].choices
 
 
 def _statistics(run: Run, name: str, seed: int) -> Path:
     """Return statistics of a seed's calibration text: those that a method needs and no others are in its seconds."""
-    measures, choices = METHODS[name].measures, _choices(run, name)
+    measures, choices = METHODS[name].measures, choices_of(run, name)
     known = "-".join(("statistics", *measures, "".join(map(str, choices)) if measures else "counts", str(seed)))
     path = run.folder / f"{known}.safetensors"
     if not (path.is_file() and json_path(path).is_file()):

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,13 +18,17 @@ from planner import show
 from planner.calibration.flags import longest_text
 from planner.checkpoint import SourceModel, resolve_model
 from planner.dequantized import is_moeq
-from planner.evaluation.perplexity import read_text
+from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
 from planner.evaluation.tasks import PAPER_SUITE
 from planner.files import write_json
 from planner.flags import Json, Model, Resume
 from planner.memory import return_large_blocks
+from planner.needs import Needs
+from planner.needs.evaluation import eval_needs
+from planner.needs.flags import DryRun
+from planner.needs.show import report
 from planner.partial import PartialRun
 from planner.progress import Progress
 from planner.report.card import refresh_card
@@ -79,6 +84,7 @@ def eval_command(
         bool, typer.Option("--save/--no-save", help=f"Keep the result in the {FILE} of a checkpoint of moeq.")
     ] = True,
     resume: Resume = True,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, KL divergence to a reference, and accuracy on tasks. Continues a killed run.
@@ -95,7 +101,10 @@ def eval_command(
     wanted = Wanted(folder, text, chosen, limit, backend.value, batch_size, device)
     if "," in device and not (backend is BackendName.vllm and chosen):
         raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
-    read_devices(device)
+    devices = read_devices(device)
+    if dry_run:
+        report("evaluating", _needs(wanted, torch.device(devices[0])), as_json)
+        return
     kept = _kept_in(model, folder, progress) if save else None
     return_large_blocks()
     partial = PartialRun(output or _unnamed(model, wanted), wanted.fingerprint(), resume)
@@ -116,6 +125,20 @@ def eval_command(
         show.emit(facts)
     else:
         print_found(found)
+
+
+def _needs(wanted: Wanted, device: torch.device) -> Needs:
+    """Return what reading the text takes.
+
+    Raises:
+        UsageError: no text: what tasks take depends on their documents.
+    """
+    text = wanted.text
+    if text is None or wanted.tasks:
+        raise UsageError("--dry-run: expected --data alone, whose size is known, found tasks")
+    folders = [wanted.folder] if text.reference is None else [wanted.folder, text.reference]
+    tokens = len(read_tokens(wanted.folder, text.content, text.max_tokens, "--data"))
+    return eval_needs(folders, tokens, text.window, device)
 
 
 def _tasks(tasks: str | None, suite: Suite | None) -> tuple[str, ...]:

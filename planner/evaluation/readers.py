@@ -65,11 +65,18 @@ def open_reader(folder: Path, device: torch.device, batch: int | None = None) ->
     Raises:
         MoeqError: a damaged config or checkpoint, a model that transformers cannot load.
     """
+    return (LayerReader if reads_by_layers(folder) else WholeReader)(folder, device, batch)
+
+
+def reads_by_layers(folder: Path) -> bool:
+    """Tell whether a model can be read with one of its layers in memory.
+
+    Raises:
+        ConfigError: no usable config.json.
+    """
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
     row, method = find_architecture(config), config.get("quantization_config")
     readable = method is None or is_moeq(config) or (isinstance(method, dict) and method.get("quant_method") in DECODED)
-    if row is not None and row.uncalibrated is None and readable:
-        return LayerReader(folder, device, batch)
-    return WholeReader(folder, device, batch)
+    return row is not None and row.uncalibrated is None and readable

@@ -78,6 +78,26 @@ def test_exporting_takes_what_was_announced(flags: tuple[str, ...], quantized_mi
     assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("more", [(), ("--reference", MODELS / "stdlib-mixtral")], ids=["alone", "reference"])
+def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path: Path) -> None:
+    model = MODELS / "stdlib-mixtral"
+    arguments = ("eval", model, "--data", model / "held_out.txt", "--max-tokens", "6000", *more, "-o", tmp_path / "out")
+    needs = announced(*arguments)["needs"]
+    assert not (tmp_path / "out").exists()
+    assert needs["ram_bytes"] == pytest.approx(peak(*arguments), rel=0.15)
+    assert needs["seconds"] > 0
+
+
+def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
+    model, output = MODELS / "stdlib-mixtral", tmp_path / "out"
+    wanted = ("--methods", "router-norm-maxvar,weight", "--avg-bits", "2,2.5", "--data", TEXT, "--samples", "4")
+    arguments = ("compare", model, "--held-out", model / "held_out.txt", "--max-tokens", "6000", *wanted, "-o", output)
+    needs = announced(*arguments)["needs"]
+    assert not output.exists()
+    assert needs["ram_bytes"] == pytest.approx(peak(*arguments), rel=0.15)
+    assert needs["written_bytes"] == pytest.approx(sum(path.stat().st_size for path in output.iterdir()), rel=0.5)
+
+
 @pytest.fixture
 def layout() -> Layout:
     with SourceModel(MODELS / "stdlib-mixtral") as model:

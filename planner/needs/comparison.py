@@ -1,0 +1,94 @@
+"""What ``moeq compare`` takes: statistics, a model per method and budget, and their way through the held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from planner.calibration.gradients import head_rows
+from planner.calibration.runner import compute_dtype
+from planner.comparison.entries import choices_of, gives, varies
+from planner.comparison.evaluate import AT_A_TIME
+from planner.comparison.wanted import Run
+from planner.estimate import estimate
+from planner.memory import resident_bytes
+from planner.methods import METHODS
+from planner.needs.commands import passes_of, quantize_needs
+from planner.needs.evaluation import FILES, LOGITS_BESIDE
+from planner.needs.memory import FLOAT, Reading, hidden_bytes, reading_ram
+from planner.needs.needs import Needs
+from planner.needs.seconds import reading_seconds
+from planner.needs.serving import text_config
+
+ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
+"""Of a row in table, CSV and JSON, and of the plot."""
+
+
+def compare_needs(run: Run, tokens: int) -> Needs:
+    """Return what a comparison takes at most: methods that choose the same widths share a model.
+
+    Args:
+        run: what is compared; nothing is read but headers.
+        tokens: of the held-out text.
+    """
+    wanted, config = run.wanted, run.model.config
+    models = sum(_models(run, name) for name in wanted.methods)
+    rows = models * (1 + len(wanted.odp))
+    gptq = wanted.settings.quantizer == "gptq"
+    text = Reading(wanted.samples, wanted.length, gptq)
+    one, passes = _quantizing(run, text if gptq else None), _statistics_passes(run)
+    stored = gptq or bool(wanted.tasks)
+    state = compute_dtype(run.device).itemsize * tokens * int(text_config(config).get("hidden_size") or 0)
+    together = min(rows, max(1, AT_A_TIME // max(1, state)))
+    states = state * (2 + FILES * together)
+    seconds = one.seconds * models / (run.jobs if stored else 1)
+    held_out = Reading(max(1, tokens // wanted.window), wanted.window)
+    for reading, count in ((replace(text, gptq=False), passes), (held_out, 1.0 + rows)):
+        seconds += reading_seconds(config, run.layout, reading, count, run.device) if count else 0.0
+    return Needs(
+        written_bytes=PLOT_BYTES + ROW_BYTES * (1 + rows),
+        temporary_bytes=states + together * one.written_bytes * stored + hidden_bytes(config, text) * (passes > 0),
+        ram_bytes=max(_evaluation_ram(run, tokens, states), _making_ram(run, text, passes, one.ram_bytes * stored)),
+        device_bytes=one.device_bytes,
+        seconds=seconds,
+    )
+
+
+def _models(run: Run, name: str) -> int:
+    """Return how many models a method leads to."""
+    averages = sum(gives(name, average) for average in run.wanted.averages)
+    return averages * (run.wanted.seeds if varies(name) else 1)
+
+
+def _quantizing(run: Run, reading: Reading | None) -> Needs:
+    """Return what one model takes: that of the mean budget, all experts alike."""
+    wanted = run.wanted
+    bits = round(sum(wanted.averages) / len(wanted.averages))
+    experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
+    sizes = estimate(run.model, run.layout, experts, wanted.settings.group_size, wanted.settings.linear)
+    return quantize_needs(run.model, run.layout, experts, sizes, wanted.settings, [run.device], reading)
+
+
+def _statistics_passes(run: Run) -> float:
+    """Return how often calibration texts pass through the model; methods with equal measures share statistics."""
+    distinct = {
+        (METHODS[name].measures, choices_of(run, name) if METHODS[name].measures else ())
+        for name in run.wanted.methods
+        if METHODS[name].calibrated
+    }
+    return run.wanted.seeds * sum(passes_of(run.layout, measures) for measures, _ in distinct)
+
+
+def _evaluation_ram(run: Run, tokens: int, states: int) -> int:
+    """Return the memory of reading the held-out text: the states of all candidates, and logits."""
+    vocabulary = int(text_config(run.model.config).get("vocab_size") or 1)
+    logits = LOGITS_BESIDE * FLOAT * vocabulary * min(tokens, head_rows(vocabulary))
+    return resident_bytes() + states + (logits if run.device.type == "cpu" else 0)
+
+
+def _making_ram(run: Run, text: Reading, passes: float, quantizing: int) -> int:
+    """Return the memory of statistics, and of the models that are quantized at a time."""
+    own = resident_bytes()
+    statistics = 0
+    if passes:
+        statistics = reading_ram(run.model.config, run.layout, replace(text, gptq=False), None, run.device.type)
+    return max(statistics, quantizing if run.jobs == 1 else own + run.jobs * quantizing)

@@ -1,0 +1,136 @@
+"""What reading a text takes, by a model and by its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.calibration.decoder import ROWS
+from planner.calibration.gradients import head_rows
+from planner.calibration.runner import compute_dtype
+from planner.checkpoint import SourceModel
+from planner.dequantized import DequantizedModel, is_moeq
+from planner.evaluation.passes import STATES
+from planner.evaluation.readers import reads_by_layers
+from planner.layout import Layout, read_layout
+from planner.memory import resident_bytes
+from planner.needs.memory import FLOAT, Reading
+from planner.needs.needs import Needs
+from planner.needs.seconds import reading_seconds
+from planner.needs.serving import text_config
+from vllm_moeq.format import read_json
+
+FILES = 4
+"""States of a pass between two layers: inputs and outputs of a layer and of its experts."""
+
+RESULT_BYTES = 2048
+"""Of the file with the result."""
+
+LOGITS_ALONE, LOGITS_BESIDE = 3, 5
+"""Tensors of the logits' size at a time: of one model, and where it is compared with another."""
+
+EXPERT_COPIES = 3
+"""Of an expert in float32 while it is loaded: its codes, its values, and the matrix in the dtype of the layers."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model decides how it reads.
+
+    Attributes:
+        config: contents of config.json.
+        layout: of its layers; None where transformers loads it whole.
+        layer_bytes: of the largest decoder layer without its experts, or of the embedding or head if that is larger.
+        expert_bytes: of one expert.
+        whole_bytes: of everything, as it lies in memory.
+    """
+
+    config: dict[str, Any]
+    layout: Layout | None
+    layer_bytes: int
+    expert_bytes: int
+    whole_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path, item: int) -> ModelSize:
+        """Read headers.
+
+        Args:
+            folder: the model's.
+            item: bytes of a value that the model computes with.
+
+        Raises:
+            MoeqError: a damaged checkpoint.
+        """
+        config = read_json(folder / "config.json")
+        with DequantizedModel(folder) if is_moeq(config) else SourceModel(folder) as model:
+            stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            if not reads_by_layers(folder):
+                values = sum(info.numel for info in model.shards.tensors.values())
+                return cls(dict(config), None, 0, 0, stored if is_moeq(config) else item * values)
+            layout = read_layout(model)
+            blocks: dict[object, int] = {}
+            for name in (*layout.linears, *layout.kept):
+                block = layout.block_of(name)
+                key = name if block is None else block
+                blocks[key] = blocks.get(key, 0) + item * model.shards.info(name).numel
+            expert = max(layer.weights_per_expert for layer in layout.layers)
+            return cls(dict(config), layout, max(blocks.values()), FLOAT * expert, stored)
+
+
+def eval_needs(folders: Sequence[Path], tokens: int, window: int, device: torch.device) -> Needs:
+    """Return what ``moeq eval --data`` takes.
+
+    Args:
+        folders: the model, and the reference if there is one.
+        tokens: of the text.
+        window: tokens that are read together.
+        device: where the models compute.
+
+    Raises:
+        MoeqError: a damaged checkpoint.
+    """
+    item = compute_dtype(device).itemsize
+    sizes = [ModelSize.of(folder, item) for folder in folders]
+    state = max(item * int(text_config(size.config).get("hidden_size") or 0) for size in sizes)
+    files = min(STATES, state * tokens) * (FILES + len(folders) - 1)
+    own = resident_bytes()
+    working = max(max(_reading_bytes(size, item, window), _head_bytes(size, tokens, len(folders))) for size in sizes)
+    return Needs(
+        written_bytes=RESULT_BYTES,
+        temporary_bytes=files,
+        ram_bytes=own + files + (working if device.type == "cpu" else 0),
+        device_bytes=working if device.type != "cpu" else 0,
+        seconds=sum(_seconds(size, tokens, window, device) for size in sizes),
+    )
+
+
+def _reading_bytes(size: ModelSize, item: int, window: int) -> int:
+    """Return the bytes of a layer and its activations, or of a whole model."""
+    text = text_config(size.config)
+    scores = 2 * FLOAT * ROWS * min(window, ROWS) * int(text.get("num_attention_heads") or 1)
+    rows = 4 * item * ROWS * int(text.get("hidden_size") or 0)
+    return (
+        size.whole_bytes * (size.layout is None)
+        + size.layer_bytes
+        + EXPERT_COPIES * size.expert_bytes
+        + max(scores, rows)
+    )
+
+
+def _head_bytes(size: ModelSize, tokens: int, models: int) -> int:
+    """Return the bytes of the head and of the logits of as many tokens as it takes at a time."""
+    vocabulary = int(text_config(size.config).get("vocab_size") or 1)
+    copies = LOGITS_ALONE if models == 1 else LOGITS_BESIDE
+    return size.whole_bytes * (size.layout is None) + copies * FLOAT * vocabulary * min(tokens, head_rows(vocabulary))
+
+
+def _seconds(size: ModelSize, tokens: int, window: int, device: torch.device) -> float:
+    """Return how long a model reads, where its layers are known."""
+    if size.layout is None:
+        return 0.0
+    return reading_seconds(size.config, size.layout, Reading(tokens // window or 1, window), 1.0, device)
