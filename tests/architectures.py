@@ -173,7 +173,7 @@ TINY: dict[str, Tiny] = {
     ),
     "minimax_m2": Tiny(
         "MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"intermediate_size": 128, "num_local_experts": EXPERTS},
-        published={"rotary_dim": 16, "scoring_func": "sigmoid"},
+        published={"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     ),
     "granitemoe": Tiny(
         "GraniteMoeConfig", "GraniteMoeForCausalLM",
