@@ -12,6 +12,7 @@ import typer
 
 from planner.calibration.statistics import json_path
 from planner.checkpoint import SourceModel
+from planner.completion import one_of
 from planner.estimate import average_for_budget
 from planner.layout import Layout
 from planner.methods import METHODS, Method
@@ -75,6 +76,7 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
+        autocompletion=one_of(("auto", *METHODS)),
         help=f"auto (kl with a text or statistics, else the paper's router-norm-maxvar), {', '.join(METHODS)}.",
     ),
 ]

@@ -11,6 +11,8 @@ import typer
 
 from planner.calibration.text import DATASETS, CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
+from planner.completion import some_of
+from planner.methods import METHODS
 from planner.models import NESTED
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.runners.choose import read_devices
@@ -47,7 +49,13 @@ SeqLen = Annotated[
     int | None, typer.Option("--seq-len", min=16, help=f"Tokens of each [{SEQUENCE}, or what the model can read].")
 ]
 For = Annotated[
-    str, typer.Option("--for", metavar="LIST", help="Methods that will use the statistics, such as kl or pmq,gemq.")
+    str,
+    typer.Option(
+        "--for",
+        metavar="LIST",
+        autocompletion=some_of(name for name, method in METHODS.items() if method.calibrated),
+        help="Methods that will use the statistics, such as kl or pmq,gemq.",
+    ),
 ]
 MinTokens = Annotated[
     int, typer.Option("--min-tokens", min=1, help="Experts that saw fewer are quantized with hqq, without calibration.")

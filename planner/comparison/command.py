@@ -14,6 +14,7 @@ from planner.checkpoint import SourceModel, check_output, resolve_model
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.wanted import Comparison, Run
+from planner.completion import some_of
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.flags import (
     Bits,
@@ -49,7 +50,10 @@ def compare_command(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table, CSV, JSON and plot.")
     ],
-    methods: Annotated[str, typer.Option("--methods", metavar="LIST", help="Methods, or all.")] = "all",
+    methods: Annotated[
+        str,
+        typer.Option("--methods", metavar="LIST", autocompletion=some_of(("all", *METHODS)), help="Methods, or all."),
+    ] = "all",
     avg_bits: Annotated[str, typer.Option("--avg-bits", metavar="LIST", help="Average bits, such as 2,2.5.")] = "2,2.5",
     bits: Bits = None,
     quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="For two bits and more.")] = QuantizerName.hqq,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +75,8 @@ def ask(
             assert logprobs.tokens is not None
             assert logprobs.top_logprobs is not None
             answers.append(Answer(logprobs.tokens, [dict(top) for top in logprobs.top_logprobs]))
+        with urllib.request.urlopen(f"{server.url.removesuffix('/v1')}/metrics") as page:
+            log.with_suffix(".metrics").write_bytes(page.read())
     return answers
 
 
@@ -102,6 +106,10 @@ def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: P
     assert_same(ours, dense)
     log = (tmp_path / "ours.log").read_text()
     assert "moeq: 4 MoE layers, 32 experts" in log
+    metrics = (tmp_path / "ours.metrics").read_text()
+    assert re.search(
+        r'^moeq_info\{average_bits="[1-4.]+",experts="32",layers="4",linear_bits="4",.*\} 1.0$', metrics, re.M
+    )
 
 
 @pytest.mark.server

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, UsageError, parse_config, verify
 from vllm_moeq.serving.linear_method import UnpackedLinearMethod, unpacked
+from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
         if hasattr(hf_config, OVERRIDE):
             self.odp = parse_thresholds(getattr(hf_config, OVERRIDE), self.moeq.experts)
         self._log_odp()
+        publish(self.moeq)
         folder = Path(model_name)
         if folder.is_dir():
             summary = verify(folder, values=False)

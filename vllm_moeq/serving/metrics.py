@@ -1,0 +1,40 @@
+"""What a server says of its checkpoint to Prometheus, beside vLLM's own metrics at ``/metrics``."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+from prometheus_client import Gauge
+
+from vllm_moeq.format import MoeqConfig
+
+NAME = "moeq_info"
+"""Without the letters ``vllm``: vLLM unregisters every metric that has them when it starts."""
+
+LABELS = ("average_bits", "experts", "layers", "linear_bits", "widths")
+
+
+@functools.cache
+def _gauge() -> Gauge:
+    # Of several API servers, whose values lie in files, any tells the truth.
+    return Gauge(NAME, "The mixed-precision checkpoint that is served.", LABELS, multiprocess_mode="mostrecent")
+
+
+def publish(config: MoeqConfig) -> None:
+    """Set the gauge ``moeq_info`` to 1, with the checkpoint's facts as labels.
+
+    Args:
+        config: of the checkpoint. Its average counts experts alike, whatever their sizes.
+    """
+    widths = Counter(bits for layer in config.experts.values() for bits in layer)
+    count = sum(widths.values())
+    gauge = _gauge()
+    gauge.clear()
+    gauge.labels(
+        average_bits=f"{sum(bits * number for bits, number in widths.items()) / max(count, 1):.4g}",
+        experts=str(count),
+        layers=str(len(config.experts)),
+        linear_bits=str(config.linear.bits),
+        widths=",".join(f"{bits}:{number}" for bits, number in sorted(widths.items())),
+    ).set(1)
