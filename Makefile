@@ -43,10 +43,10 @@ browser:
 	fi || echo "no browser: the tests that look at the report will be skipped; install Chromium"
 
 # Everything but the full serving matrix. A process per core with one thread each takes half the time of one process with
-# a thread per core; servers want all cores, one after the other.
+# a thread per core; of servers two at a time, since they mostly import while they start.
 test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not server and not matrix" -n logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m "server and not matrix"
+	$(BIN)/python -m pytest -m "server and not matrix" -n logical --maxprocesses 2 --dist loadfile
 
 test-all: test
 	$(BIN)/python -m pytest -m matrix

@@ -38,6 +38,9 @@ COMPANIONS = (
 NEEDED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "README.md"]
 """Globs of what is downloaded; a model card names the licence."""
 
+LIGHT = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*.txt"]
+"""Globs of what a dry run downloads: sizes and texts, without weights and their index."""
+
 MAX_INTEGER = 1 << 20
 """Largest size that a config.json may name: more would be a damaged file, and long loops."""
 
@@ -47,8 +50,12 @@ def companions(folder: Path) -> list[Path]:
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, weights: bool = True) -> Path:
     """Return the local folder of a model: a path as it is, a Hub name downloaded first.
+
+    Args:
+        model: folder or Hub name.
+        weights: download them too; without, the folder has them only if they were there before.
 
     Raises:
         UsageError: neither a folder nor a name that the Hub (or its local cache) has.
@@ -62,7 +69,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=NEEDED))
+        return Path(snapshot_download(model, allow_patterns=NEEDED if weights else LIGHT))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{model}: no such folder, and the Hub did not have it ({reason})") from None

@@ -124,7 +124,7 @@ def plan(
     progress, where = Progress(), expert_devices(device, None, False)[0]
     if dry_run and output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
-    with open_model(resolve_model(model), dry_run) as source:
+    with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.note_limits(source, layout, progress)
         linear = linear_format(source, layout, linear_bits, linear_group_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel
+from planner.checkpoint import SourceModel, resolve_model
 from planner.estimate import Sizes, estimate
 from planner.layout import Layout, architecture_of
 from planner.models import EXPERT_COUNT, KEPT
@@ -84,8 +84,17 @@ class ConfigModel(SourceModel):
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
 
-def open_model(folder: Path, dry_run: bool) -> SourceModel:
-    """Open a model; a dry run does with config.json where there are no weights.
+def open_model(model: str, dry_run: bool) -> SourceModel:
+    """Open a folder or a Hub name; a dry run downloads no weights, and does with config.json where there are none.
+
+    Raises:
+        MoeqError: see :func:`resolve_model`, :class:`SourceModel` and :class:`ConfigModel`.
+    """
+    return open_folder(resolve_model(model, weights=not dry_run), dry_run)
+
+
+def open_folder(folder: Path, dry_run: bool) -> SourceModel:
+    """Open a folder; a dry run does with config.json where there are no weights.
 
     Raises:
         MoeqError: see :class:`SourceModel` and :class:`ConfigModel`.

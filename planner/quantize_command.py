@@ -30,7 +30,8 @@ from planner.calibration.flags import (
 )
 from planner.calibration.for_plan import with_statistics
 from planner.calibration.runner import GptqRunner, compute_dtype
-from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.checkpoint import check_output
+from planner.config_sizes import open_model
 from planner.estimate import estimate
 from planner.flags import (
     AvgBits,
@@ -147,7 +148,7 @@ def quantize_command(
     if not calibrated and data is not None and not uses_text(method, plan_file):
         raise UsageError(f"--data: neither the method {method} nor the quantizer {quantizer.value} reads a text")
     runner: Runner | None = None if calibrated else choose_runner(jobs, device, ray)
-    with SourceModel(resolve_model(model)) as source:
+    with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.note_limits(source, layout, progress)
         linear = linear_format(source, layout, linear_bits, linear_group_size)

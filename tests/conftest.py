@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     importlib.import_module("vllm_moeq.kernels.triton.layer")
     del os.environ["TRITON_INTERPRET"]  # servers that tests start must not inherit it
 
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    # A core for each worker's servers: threads that share one wait for each other most of the time.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
+
 WIDTHS = [8, 4, 3, 2, 1, 1, 2, 3]
 """Every width of the format, for the eight experts of the tiny Mixtral."""
 
@@ -55,6 +59,12 @@ def save_mixtral(folder: Path, intermediate_size: int = 128, seed: int = 0) -> P
     config = MixtralConfig(**SHAPE, intermediate_size=intermediate_size, num_local_experts=8)
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="200KB")
     return folder
+
+
+def bound_to_cores(ranks: int) -> dict[str, str]:
+    """Return where the ranks of a server compute: vLLM's automatic binding wants one NUMA node per rank."""
+    alone = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))) if ranks > 1 else alone}
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from planner.calibration.flags import (
 )
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
-from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.checkpoint import check_output
+from planner.config_sizes import open_model
 from planner.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.layout import read_layout
 from planner.memory import return_large_blocks
@@ -57,7 +58,7 @@ def calibrate(
     wanted = Wanted(measures, tuple(own) if bits is None else read_choices(bits), seed)
     where = expert_devices(device, None, False)[0]
     check_output(output)
-    with SourceModel(resolve_model(model)) as source:
+    with open_model(model, dry_run) as source:
         layout = read_layout(source)
         text = read_calibration(source, data, samples, seq_len, seed)
         facts = calibration_facts(text, where)

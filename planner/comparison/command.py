@@ -10,11 +10,12 @@ from rich.console import Console
 
 from planner import show
 from planner.calibration.flags import Data, MinTokens, Samples, expert_devices, longest_text
-from planner.checkpoint import SourceModel, check_output, resolve_model
+from planner.checkpoint import check_output
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.wanted import Comparison, Run
 from planner.completion import some_of
+from planner.config_sizes import open_model
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.flags import (
     Bits,
@@ -87,7 +88,7 @@ def compare_command(
     names = _methods(methods)
     text = read_text(held_out)
     check_output(output)
-    with SourceModel(resolve_model(model)) as source:
+    with open_model(model, dry_run) as source:
         layout = read_layout(source)
         linear = linear_format(source, layout, linear_bits, linear_group_size)
         gptq = GptqSettings() if quantizer is QuantizerName.gptq else None

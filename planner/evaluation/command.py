@@ -16,7 +16,8 @@ from rich.table import Table
 
 from planner import show
 from planner.calibration.flags import longest_text
-from planner.checkpoint import SourceModel, resolve_model
+from planner.checkpoint import resolve_model
+from planner.config_sizes import open_folder
 from planner.dequantized import is_moeq
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
@@ -91,13 +92,13 @@ def eval_command(
 
     Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt --reference mistralai/Mixtral-8x7B-v0.1
     """
-    progress, folder = Progress(), resolve_model(model)
+    progress, folder = Progress(), resolve_model(model, weights=not dry_run)
     chosen = _tasks(tasks, suite)
     if data is None and not chosen:
         raise UsageError("--data, --tasks, --suite: expected at least one of them, found none")
     if data is None and reference is not None:
         raise UsageError("--reference: expected --data FILE too, which both models read, found none")
-    text = None if data is None else _text(folder, data, reference, window, max_tokens)
+    text = None if data is None else _text(folder, data, reference, window, max_tokens, dry_run)
     wanted = Wanted(folder, text, chosen, limit, backend.value, batch_size, device)
     if "," in device and not (backend is BackendName.vllm and chosen):
         raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
@@ -152,13 +153,15 @@ def _tasks(tasks: str | None, suite: Suite | None) -> tuple[str, ...]:
     return names
 
 
-def _text(folder: Path, data: Path, reference: str | None, window: int | None, max_tokens: int | None) -> Text:
+def _text(
+    folder: Path, data: Path, reference: str | None, window: int | None, max_tokens: int | None, dry_run: bool
+) -> Text:
     content = read_text(data)
-    with SourceModel(folder) as source:
+    with open_folder(folder, dry_run) as source:
         longest = longest_text(source)
     if window is not None and window > longest:
         raise UsageError(f"--window: expected at most {longest}, the model's longest text, found {window}")
-    other = None if reference is None else resolve_model(reference)
+    other = None if reference is None else resolve_model(reference, weights=not dry_run)
     name = None if reference is None else _name(reference)
     return Text(data.name, content, window or min(WINDOW, longest), max_tokens, other, name)
 

@@ -12,7 +12,7 @@ import torch
 from planner.calibration.decoder import ROWS
 from planner.calibration.gradients import head_rows
 from planner.calibration.runner import compute_dtype
-from planner.checkpoint import SourceModel
+from planner.config_sizes import open_folder
 from planner.dequantized import DequantizedModel, is_moeq
 from planner.evaluation.passes import STATES
 from planner.evaluation.readers import reads_by_layers
@@ -67,7 +67,7 @@ class ModelSize:
             MoeqError: a damaged checkpoint.
         """
         config = read_json(folder / "config.json")
-        with DequantizedModel(folder) if is_moeq(config) else SourceModel(folder) as model:
+        with DequantizedModel(folder) if is_moeq(config) else open_folder(folder, True) as model:
             stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             if not reads_by_layers(folder):
                 values = sum(info.numel for info in model.shards.tensors.values())

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: what its real client asks for when it uploads, and nothing more."""
+"""A stand-in for the Hub on this machine: what its real client asks for when it loads, and nothing more."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import yaml
 
 TOKEN = "hf_stand_in"
 READ_ONLY = "hf_read_only"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = 4096
 """Larger files go to large file storage, as weights do."""
 
@@ -41,6 +42,7 @@ class Hub:
         branches: (repository, branch) → file → bytes.
         stored: digests of what large file storage was given.
         asked: paths of all requests.
+        shared: repository → file → bytes, to download.
     """
 
     url: str = ""
@@ -48,6 +50,7 @@ class Hub:
     branches: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    shared: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -69,7 +72,37 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.hub.asked.append(self.path)
+        path = self.path.split("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/main", path):
+            if found[1] in self.hub.shared:
+                self.answer(200, {"id": found[1], "sha": COMMIT, "siblings": []})
+                return
+        elif found := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{COMMIT}", path):
+            files = self.hub.shared.get(found[1], {}).items()
+            sizes = {name: (len(content), hashlib.sha1(content).hexdigest()) for name, content in files}
+            self.answer(
+                200, [{"type": "file", "path": name, "size": size, "oid": oid} for name, (size, oid) in sizes.items()]
+            )
+            return
+        elif found := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
+            content = self.hub.shared.get(found[1], {}).get(found[2])
+            if content is not None:
+                self.file(content)
+                return
         self.answer(404, {"error": "not found"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def file(self, content: bytes) -> None:
+        """Answer with a file, or with its headers alone."""
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def do_PUT(self) -> None:
         """Large file storage."""

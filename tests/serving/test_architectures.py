@@ -20,6 +20,7 @@ from planner.evaluation.server import Server, cpu_environment
 from planner.models import ARCHITECTURES
 from planner.progress import Progress
 from tests.architectures import TINY, VOCABULARY, build, quantize
+from tests.conftest import bound_to_cores
 
 PROMPTS = [[(7 * number + 13 * place) % (VOCABULARY - 10) + 5 for place in range(12)] for number in range(8)]
 NEW_TOKENS = 16
@@ -59,9 +60,8 @@ class Answers:
 
 def ask(folder: Path, log: Path, name: str, layout: str) -> Answers:
     ranks, flags = LAYOUTS[layout]
-    bind = "|".join(str(rank) for rank in range(ranks)) if ranks > 1 else "auto"
     dtype = "bfloat16" if name in BFLOAT16 else "float32"
-    environment = {**cpu_environment(), "VLLM_CPU_OMP_THREADS_BIND": bind}
+    environment = {**cpu_environment(), **bound_to_cores(ranks)}
     with Server(folder, log, [*FLAGS, "--dtype", dtype, *flags], environment) as server:
         reply = OpenAI(base_url=server.url, api_key="none").completions.create(
             model="model", prompt=PROMPTS, max_tokens=NEW_TOKENS, temperature=0, logprobs=1,

@@ -17,6 +17,7 @@ from openai import OpenAI
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, ServerError, cpu_environment
 from planner.progress import Progress
+from tests.conftest import bound_to_cores
 from tests.serving.conftest import MODELS, Pair
 
 PROMPTS = 16
@@ -37,9 +38,7 @@ class Answer:
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Bind ranks to cores by hand: vLLM's automatic binding wants one NUMA node per rank."""
-    bind = "|".join(str(rank) for rank in range(ranks)) if ranks > 1 else "auto"
-    return {**cpu_environment(), "VLLM_CPU_OMP_THREADS_BIND": bind}
+    return {**cpu_environment(), **bound_to_cores(ranks)}
 
 
 def prompts(source: Path) -> list[str]:
