@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,9 @@ from vllm_moeq.format.schema import Strict
 
 FILE = "evaluation.json"
 Text = Annotated[str, Field(max_length=4096)]
+AGREE = 1e-4
+"""Perplexities of one model, computed in other batches or on another device, differ by less (relative)."""
+
 MAX_RESULTS = 4096
 
 
@@ -45,6 +49,18 @@ class TextResult(Strict):
     reference_perplexity_error: float | None = None
     kl: Divergence | None = None
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What was read, and how."""
+        return self.sha256, self.window, self.tokens
+
+    def beside(self, older: TextResult) -> TextResult:
+        """Return this result, with an older one's reference if it has none itself and they agree."""
+        if self.kl is not None or not math.isclose(self.perplexity, older.perplexity, rel_tol=AGREE):
+            return self
+        names = ("reference", "reference_perplexity", "reference_perplexity_error", "kl")
+        return self.model_copy(update={name: getattr(older, name) for name in names})
+
 
 class TaskResult(Strict):
     """One metric of one task of lm-eval, in the metric's own unit: accuracies are between 0 and 1."""
@@ -66,11 +82,18 @@ class Evaluations(Strict):
     tasks: Annotated[list[TaskResult], Field(max_length=MAX_RESULTS)] = Field(default_factory=list)
 
     def merged(self, texts: list[TextResult], tasks: list[TaskResult]) -> Evaluations:
-        """Return these and newer results; a newer one replaces that of the same text or task and settings."""
-        newer_texts = {(it.sha256, it.window, it.tokens) for it in texts}
+        """Return these and newer results; a newer one replaces that of the same text or task and settings.
+
+        A text that was read again without a reference keeps what an older result says of one.
+        """
+        known = {it.key: it for it in self.texts}
+        newer_texts = {it.key for it in texts}
         newer_tasks = {(it.task, it.metric, it.limit, it.backend) for it in tasks}
         return Evaluations(
-            texts=[*(it for it in self.texts if (it.sha256, it.window, it.tokens) not in newer_texts), *texts],
+            texts=[
+                *(it for it in self.texts if it.key not in newer_texts),
+                *(it.beside(known[it.key]) if it.key in known else it for it in texts),
+            ],
             tasks=[*(it for it in self.tasks if (it.task, it.metric, it.limit, it.backend) not in newer_tasks), *tasks],
         )
 
