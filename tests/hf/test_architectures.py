@@ -10,6 +10,7 @@ from tests.architectures import EXPERTS, TINY
 from tests.hf.conftest import Pair, logits
 from vllm_moeq.format import verify
 from vllm_moeq.hf import RoutedExperts
+from vllm_moeq.kernels.cpu.layer import NativeLayer
 
 
 def dtypes(model: Any, packed: Any) -> dict[str, torch.dtype]:
@@ -60,6 +61,8 @@ def test_experts_take_the_memory_of_their_packed_tensors(pair: Pair) -> None:
     modules = experts_of(packed)
     assert len(modules) == TINY[pair.name].moe_layers
     size = sum(buffer.nbytes for module in modules.values() for buffer in module.buffers())
+    kernels = [module._kernel for module in modules.values()]
+    size += sum(kernel.nbytes for kernel in kernels if isinstance(kernel, NativeLayer))  # has taken the buffers over
     assert size == verify(pair.quantized, values=False).expert_bytes
     weights = sum(module.layer.weights for module in modules.values())
     assert 8 * size == weights * (27 / EXPERTS + 1)  # the mean width, and a scale and a zero per 32 weights

@@ -17,6 +17,7 @@ from tests.hf.conftest import Pair, dense_of, logits
 from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError, load_config, verify
 from vllm_moeq.hf import MoeqQuantizationConfig, RoutedExperts
 from vllm_moeq.kernels import VARIABLE
+from vllm_moeq.kernels.cpu import build
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1"
 Change = Callable[..., Any]
@@ -127,9 +128,15 @@ def test_a_cast_leaves_packed_experts_as_they_are(quantized_mixtral: Path) -> No
     assert (logits(model) - expected).norm() < 0.05 * expected.norm()
 
 
-def test_buffers_move_with_the_model(quantized_mixtral: Path) -> None:
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_buffers_move_with_the_model(
+    quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    """With the reference at any time, with the others until they have taken the experts over."""
     model = load(quantized_mixtral)
-    logits(model)
+    if backend:
+        monkeypatch.setenv(VARIABLE, backend)
+        logits(model)
     assert {buffer.device.type for module in experts(model.to("meta")) for buffer in module.buffers()} == {"meta"}
 
 
@@ -213,14 +220,23 @@ def test_the_fused_kernel(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPat
         fused.to("meta")
 
 
-def test_float32_runs_in_the_reference_whatever_is_asked_for(
-    quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float32_does_not_run_in_a_gpu_s_kernel(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "triton")
     module = experts(load(quantized_mixtral))[0]
     module(torch.ones(1, 64), torch.tensor([[0, 1]]), torch.ones(1, 2))
     assert module._kernel is not None
     assert module._kernel.name == "reference"
+
+
+def test_the_native_kernel_takes_the_experts_over(quantized_mixtral: Path) -> None:
+    if build.problem():
+        pytest.skip(build.problem())
+    model = load(quantized_mixtral)
+    logits(model)
+    assert {module._kernel.name for module in experts(model)} == {"native"}
+    assert not any(buffer.numel() for module in experts(model) for buffer in module.buffers())
+    with pytest.raises(UsageError, match="its kernel keeps the experts on cpu"):
+        model.to("meta")
 
 
 def test_neither_vllm_nor_the_planner_is_needed() -> None:

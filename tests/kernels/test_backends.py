@@ -12,6 +12,7 @@ from tests.kernels.layers import exact, random_layer, random_routing
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import PackedExperts, make_layer
 from vllm_moeq.kernels.backends import Measurement, choose, read_measurements
+from vllm_moeq.kernels.cpu import build
 
 
 @pytest.fixture
@@ -28,10 +29,11 @@ class FakeGpu:
         object.__setattr__(packed.gate_up, "words", on_gpu)
 
 
-def test_a_cpu_gets_the_reference(packed: PackedExperts) -> None:
-    choice = choose(packed)
-    assert choice.backend == "reference"
-    assert "cpu" in choice.reason
+@pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
+def test_a_cpu_gets_the_native_kernel(packed: PackedExperts) -> None:
+    assert choose(packed).backend == "native"
+    assert choose(packed, "reference").backend == "reference"
+    assert make_layer(packed, torch.float32).name == "native"
 
 
 def test_a_gpu_gets_triton_unless_something_else_was_measured(
@@ -85,8 +87,10 @@ def test_float32_activations_are_refused(packed: PackedExperts) -> None:
         make_layer(packed, torch.float32, "triton")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "native"])
 def test_backends_agree(packed: PackedExperts, backend: str) -> None:
+    if backend == "native" and build.problem():
+        pytest.skip(build.problem())
     layer = make_layer(packed, torch.float16, backend)
     assert layer.name == backend
     weights, ids = random_routing(5, 3, 2)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from vllm_moeq.format import CheckpointError, UsageError, drop_weak
+from vllm_moeq.format import PACKED, CheckpointError, UsageError, drop_weak
 from vllm_moeq.hf.layout import Layer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
@@ -27,6 +27,9 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
+ANY_DTYPE = ("native", "reference")
+"""Kernels that take whatever dtype a call has; others take the one they were made for."""
+
 INTEGRATION = "transformers.integrations.moe"
 """Where the gate act(gate)·up comes from that classes of experts have unless they define their own."""
 
@@ -34,9 +37,9 @@ INTEGRATION = "transformers.integrations.moe"
 class RoutedExperts(PackedStorage):
     """Experts that are called with tokens, expert indices and routing weights, as nearly all are.
 
-    Those that are down(silu(gate(x)) · up(x)) run in this project's kernels: the fused one on a GPU, the reference on
-    a CPU and for float32. Any others are dequantized one at a time, in the dtype of the activations, and their
-    activation is transformers' own code.
+    Those that are down(silu(gate(x)) · up(x)) run in this project's kernels: the fused one on a GPU, the native one on
+    a CPU, the reference where it cannot be built and for float32 on a GPU. Any others are dequantized one at a time, in
+    the dtype of the activations, and their activation is transformers' own code.
 
     Args:
         layer: what the checkpoint says.
@@ -96,15 +99,18 @@ class RoutedExperts(PackedStorage):
     def _fused(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._kernel is None:
             self._kernel = self._make_kernel(hidden.dtype)
-        if self._kernel.name == "reference":
+        if self._kernel.name in ANY_DTYPE:
             return self._kernel(hidden, weights, ids)
         return self._kernel(hidden.to(self._dtype), weights, ids).to(hidden.dtype)
 
     def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
         """Choose a kernel and repack for it; its variants are compiled when they are first needed."""
         packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
-        half = dtype in (torch.float16, torch.bfloat16)
-        name = choose(packed, os.environ.get(VARIABLE, "auto") if half else "reference").backend
+        requested = os.environ.get(VARIABLE, "auto")
+        if dtype not in (torch.float16, torch.bfloat16):
+            on_cpu = self.get_buffer(f"gate_up_{PACKED}").device.type == "cpu"
+            requested = requested if on_cpu and requested in ("auto", "native") else "reference"
+        name = choose(packed, requested).backend
         kernel = make_layer(packed, dtype, name)
         self._dtype = dtype
         if name != "reference":

@@ -3,7 +3,7 @@
 from vllm_moeq.kernels.backends import BACKENDS, VARIABLE, choose, make_layer
 from vllm_moeq.kernels.layer import LayerKernel, PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ops import moe
-from vllm_moeq.kernels.reference import dense_expert, moe_reference
+from vllm_moeq.kernels.reference import ReferenceLayer, dense_expert, moe_reference
 from vllm_moeq.kernels.storage import RaggedMatrices, ragged
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PackedExperts",
     "PackedMatrices",
     "RaggedMatrices",
+    "ReferenceLayer",
     "choose",
     "dense_expert",
     "make_layer",

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from vllm_moeq.format import UsageError
+from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.layer import LayerKernel, PackedExperts
 from vllm_moeq.kernels.reference import ReferenceLayer
 
 VARIABLE = "VLLM_MOEQ_BACKEND"
-BACKENDS = ("auto", "triton", "humming", "reference")
+BACKENDS = ("auto", "triton", "humming", "native", "reference")
 MEASURED = Path(__file__).with_name("measured.json")
 """Backends that were measured to be the fastest, by GPU and layer: rows of :class:`Measurement`."""
 
@@ -68,9 +69,13 @@ def choose(packed: PackedExperts, requested: str = "auto", measurements: list[Me
     if requested != "auto":
         if requested == "triton" and not triton_runs(device):
             raise UsageError(f"{VARIABLE}=triton: expected a GPU and the triton package, found device {device.type}")
+        if requested == "native" and (device.type != "cpu" or build.problem()):
+            raise UsageError(f"{VARIABLE}=native: {build.problem() or f'expected a CPU, found device {device.type}'}")
         return Choice(requested, f"{VARIABLE} asks for it")
+    if device.type == "cpu":
+        return Choice("reference", build.problem()) if build.problem() else Choice("native", "the layer is on a CPU")
     if device.type != "cuda":
-        return Choice("reference", f"no GPU kernel runs on {device.type}")
+        return Choice("reference", f"no kernel runs on {device.type}")
     gpu = torch.cuda.get_device_name(device)
     for row in read_measurements() if measurements is None else measurements:
         same = (row.experts, row.hidden, row.intermediate) == (len(packed.bits), packed.hidden, packed.intermediate)
@@ -106,6 +111,10 @@ def make_layer(packed: PackedExperts, dtype: torch.dtype, backend: str = "auto")
     name = choose(packed, backend).backend
     if name == "reference":
         return ReferenceLayer(packed)
+    if name == "native":
+        from vllm_moeq.kernels.cpu.layer import NativeLayer
+
+        return NativeLayer(packed)
     if dtype not in (torch.float16, torch.bfloat16):
         raise UsageError(f"--dtype: the {name} kernels take float16 or bfloat16, found {dtype}")
     if name == "humming":

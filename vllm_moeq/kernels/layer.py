@@ -66,7 +66,7 @@ class LayerKernel(Protocol):
         Safe under CUDA graph capture once :meth:`warm_up` has run.
 
         Args:
-            x: [tokens, hidden], float16 or bfloat16.
+            x: [tokens, hidden], float16 or bfloat16; on a CPU also float32.
             topk_weights: [tokens, top-k] float32 routing weights.
             topk_ids: [tokens, top-k] local expert indices, negative to skip.
         """

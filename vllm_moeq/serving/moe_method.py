@@ -121,7 +121,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self._choose_kernel(layer)
 
     def _choose_kernel(self, layer: RoutedExperts) -> None:
-        """Repack for a GPU kernel, compile its variants, and give the loaded buffers back."""
+        """Repack for a kernel, compile its variants, and give the loaded buffers back."""
         packed = PackedExperts(*(self._packed(layer, name) for name in ("w13", "w2")))
         requested = os.environ.get(VARIABLE, "auto")
         choice = choose(packed, requested)

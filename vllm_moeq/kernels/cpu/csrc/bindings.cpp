@@ -1,0 +1,242 @@
+// The operators of vllm_moeq that run here: everything they need comes in as tensors and numbers, so that they can be
+// traced, and nothing is kept but scratch memory.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "host.h"
+
+namespace {
+
+using at::Tensor;
+using namespace moeq;
+
+// A batch is computed in parts of this many tokens, so that memory does not grow with it.
+constexpr int64_t kTokensPerPart = 512;
+
+// Memory of the calling thread that grows to what the largest call needs: fresh pages cost more than the call.
+class Scratch {
+   public:
+    template <class T>
+    T* get(int slot, int64_t count) {
+        Buffer& buffer = buffers_[slot];
+        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+        if (buffer.bytes < bytes) {
+            buffer.memory.reset(std::aligned_alloc(256, bytes));
+            buffer.bytes = bytes;
+            if (!buffer.memory) throw std::bad_alloc();
+        }
+        return static_cast<T*>(buffer.memory.get());
+    }
+
+   private:
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    struct Buffer {
+        std::unique_ptr<void, Free> memory;
+        size_t bytes = 0;
+    };
+    Buffer buffers_[8];
+};
+
+thread_local Scratch scratch;
+
+Planes planes_of(int slot, int64_t rows, const Matrices& m, int64_t digits) {
+    Planes planes;
+    planes.digits = scratch.get<int8_t>(slot, rows * m.columns * digits);
+    planes.scale = scratch.get<float>(slot + 1, rows * m.num_segments * 2);
+    planes.sum = planes.scale + rows * m.num_segments;
+    planes.rows = rows;
+    return planes;
+}
+
+const Kernel& find_kernel(int64_t index) {
+    static const std::vector<Kernel> found = kernels();
+    TORCH_CHECK(index < static_cast<int64_t>(found.size()), "this processor has no kernel ", index);
+    return index < 0 ? found.back() : found[index];
+}
+
+template <class F>
+void in_parallel(F&& work) {
+#ifdef _OPENMP
+    const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    work(0, 1);
+}
+
+int32_t dtype_of(const Tensor& x) {
+    if (x.scalar_type() == at::kFloat) return kFloat32;
+    if (x.scalar_type() == at::kBFloat16) return kBfloat16;
+    TORCH_CHECK(x.scalar_type() == at::kHalf, "expected float32, bfloat16 or float16, found ", x.scalar_type());
+    return kFloat16;
+}
+
+struct Layer {
+    std::vector<Segment> up_segments, down_segments;
+    Matrices gate_up, down;
+};
+
+// What a layer is, as int64: one tensor instead of many arguments, each of which torch would take apart in every call.
+enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kNumbers };
+constexpr int kPerExpert = 3;  // behind the numbers: width, first byte of gate and up, first byte of down
+
+Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers) {
+    const int64_t hidden = numbers[kHidden], intermediate = numbers[kIntermediate];
+    Layer layer;
+    layer.up_segments = make_segments(hidden, numbers[kUpGroup], 0);
+    layer.down_segments = make_segments(intermediate, numbers[kDownGroup], numbers[kDownOffset]);
+    const auto fill = [&](Matrices& m, const Tensor& data, int column, const std::vector<Segment>& segments) {
+        m.data = data.const_data_ptr<uint8_t>();
+        TORCH_CHECK(reinterpret_cast<uintptr_t>(m.data) % kVector == 0, "expected weights aligned to 64 bytes");
+        m.offsets = numbers + kNumbers + column;
+        m.stride = kPerExpert;
+        m.segments = segments.data();
+        m.num_segments = static_cast<int32_t>(segments.size());
+        m.groups = segments.back().group + 1;
+        m.wide = static_cast<int32_t>(numbers[kWide]);
+    };
+    fill(layer.gate_up, gate_up, 1, layer.up_segments);
+    fill(layer.down, down, 2, layer.down_segments);
+    layer.gate_up.columns = static_cast<int32_t>(hidden);
+    layer.gate_up.panels = static_cast<int32_t>(panels_of(2 * intermediate, true));
+    layer.down.columns = static_cast<int32_t>(intermediate);
+    layer.down.panels = static_cast<int32_t>(panels_of(hidden, false));
+    return layer;
+}
+
+void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float* weights, int64_t top_k,
+              int64_t experts) {
+    const Routing routing = sort_pairs(ids, weights, call.tokens, top_k, experts);
+    const int threads = at::get_num_threads();
+    call.active = routing.active.data();
+    call.num_active = static_cast<int32_t>(routing.active.size());
+    call.token = routing.token.data();
+    call.weight = routing.weight.data();
+    call.pair = routing.pair.data();
+    call.pairs = static_cast<int64_t>(routing.pair.size());
+    call.x_planes = planes_of(0, call.tokens, call.gate_up, call.digits);
+    call.hidden_planes = planes_of(2, call.pairs, call.down, call.digits);
+    call.inner = scratch.get<float>(4, call.pairs * call.intermediate);
+    call.sums = scratch.get<float>(5, call.tokens * call.down.panels * kPanelRows);
+    const std::vector<Item> items = make_items(call, threads);
+    call.items = items.data();
+    call.num_items = static_cast<int32_t>(items.size());
+    call.down_panels = std::max(1, call.down.panels / (8 * threads));
+    call.next_gate_up = call.next_down = 0;
+    in_parallel([&](int thread, int count) { kernel.run(&call, thread, count); });
+}
+
+Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up,
+           const Tensor& down, const Tensor& layer) {
+    TORCH_CHECK(layer.is_contiguous() && layer.numel() >= kNumbers, "expected the numbers of a layer");
+    const int64_t* numbers = layer.const_data_ptr<int64_t>();
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == numbers[kHidden], "expected x [tokens, ", numbers[kHidden], "], found ",
+                x.sizes());
+    TORCH_CHECK(topk_ids.dim() == 2 && topk_ids.size(0) == x.size(0) && topk_ids.sizes() == topk_weights.sizes(),
+                "expected routing weights and indices [tokens, top-k]");
+    const Tensor input = x.contiguous(), ids = topk_ids.to(at::kInt).contiguous();
+    const Tensor weights = topk_weights.to(at::kFloat).contiguous();
+    Tensor out = at::empty(input.sizes(), input.options());
+    if (!input.numel()) return out;
+    const Layer described = describe(gate_up, down, numbers);
+    const Kernel& kernel = find_kernel(numbers[kIsa]);
+    Call call{};
+    call.dtype = dtype_of(input);
+    call.digits = call.dtype == kFloat32 ? 4 : 2;  // two lose far less than a rounding to bfloat16, four than float32's
+    call.hidden = numbers[kHidden];
+    call.intermediate = numbers[kIntermediate];
+    call.gate_up = described.gate_up;
+    call.down = described.down;
+    call.bits = numbers + kNumbers;
+    call.bits_stride = kPerExpert;
+    const int64_t top_k = ids.size(1), row = call.hidden * static_cast<int64_t>(input.element_size());
+    for (int64_t first = 0; first < input.size(0); first += kTokensPerPart) {
+        call.tokens = std::min(kTokensPerPart, input.size(0) - first);
+        call.x = static_cast<const char*>(input.const_data_ptr()) + first * row;
+        call.out = static_cast<char*>(out.mutable_data_ptr()) + first * row;
+        run_part(kernel, call, ids.const_data_ptr<int32_t>() + first * top_k,
+                 weights.const_data_ptr<float>() + first * top_k, top_k,
+                 (layer.numel() - kNumbers) / kPerExpert);
+    }
+    return out;
+}
+
+// Returns one projection of a layer in the order of core.h. numbers: rows, columns, group size, offset within a group, 1
+// for gate and up. experts: int64 [E, 2], width and first word; the result's offsets are written to `offsets` [E].
+Tensor repack(const Tensor& words, const Tensor& scales, const Tensor& zeros, const Tensor& experts,
+              at::IntArrayRef numbers, Tensor& offsets) {
+    TORCH_CHECK(words.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() && experts.is_contiguous());
+    const int64_t rows = numbers[0], columns = numbers[1], count = experts.size(0);
+    const bool gated = numbers[4] != 0, wide = scales.scalar_type() == at::kFloat;
+    const std::vector<Segment> segments = make_segments(columns, numbers[2], numbers[3]);
+    Matrices m{};
+    m.columns = static_cast<int32_t>(columns);
+    m.groups = segments.back().group + 1;
+    m.wide = wide;
+    m.panels = static_cast<int32_t>(panels_of(rows, gated));
+    const int64_t* table = experts.const_data_ptr<int64_t>();
+    int64_t* first = offsets.mutable_data_ptr<int64_t>();
+    int64_t total = 0;
+    for (int64_t e = 0; e < count; ++e) {
+        first[e] = total;
+        total += m.panels * panel_bytes(m, table[2 * e]);
+    }
+    Tensor out = at::empty({total}, words.options().dtype(at::kByte));
+    uint8_t* data = out.mutable_data_ptr<uint8_t>();
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kVector == 0, "expected memory aligned to 64 bytes");
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = uintptr_t{1} << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(total)) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+#endif
+    at::parallel_for(0, count * m.panels, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t e = i / m.panels, bits = table[2 * e], scale = e * rows * m.groups * scales.element_size();
+            const Source source = {reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()) + table[2 * e + 1],
+                                   static_cast<const char*>(scales.const_data_ptr()) + scale,
+                                   static_cast<const char*>(zeros.const_data_ptr()) + scale,
+                                   rows, columns, m.groups, bits, wide, gated};
+            repack_panel(source, segments, i % m.panels, data + first[e] + i % m.panels * panel_bytes(m, bits));
+        }
+    });
+    return out;
+}
+
+std::string isas() {
+    std::string names;
+    for (const Kernel& kernel : kernels()) names += (names.empty() ? "" : ",") + kernel.name;
+    return names;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(vllm_moeq, library) {
+    library.def(
+        "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer) -> Tensor");
+    library.def(
+        "native_repack(Tensor words, Tensor scales, Tensor zeros, Tensor experts, int[] numbers, Tensor(a!) offsets) "
+        "-> Tensor");
+    library.def("native_isas() -> str", &isas);
+}
+
+TORCH_LIBRARY_IMPL(vllm_moeq, CPU, library) {
+    library.impl("native_moe", &moe);
+    library.impl("native_repack", &repack);
+}

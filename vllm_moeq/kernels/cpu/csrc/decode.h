@@ -1,0 +1,103 @@
+// Codes of one chunk, four columns at a time.
+#pragma once
+
+namespace moeq {
+namespace {
+
+inline void prefetch(const uint8_t* p) {
+    // Far enough ahead for memory's latency at full speed; a panel's end is the next one's beginning.
+    __builtin_prefetch(p + 4096);
+}
+
+template <int FIELDS, int STEP, int BITS, class F>
+MOEQ_INLINE void fields(Codes word, F&& step) {
+    if constexpr (FIELDS > 0) {
+        constexpr int index = 8 / BITS - FIELDS;
+        step(STEP, masked<(1 << BITS) - 1>(moved<index * BITS>(word)));
+        fields<FIELDS - 1, STEP + 1, BITS>(word, step);
+    }
+}
+
+template <int STEP, class F>
+MOEQ_INLINE void bytes(const uint8_t* p, F&& step) {
+    if constexpr (STEP < kSteps) {
+        step(STEP, load_codes(p + STEP * kVector));
+        bytes<STEP + 1>(p, step);
+    }
+}
+
+// Calls step(index, codes) for the eight steps of a chunk of packed codes.
+template <int BITS>
+struct Packed {
+    template <class F>
+    static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
+        words<0>(p, step);
+    }
+    static constexpr int kBytes = BITS * kVector;
+
+   private:
+    template <int WORD, class F>
+    static MOEQ_INLINE void words(const uint8_t* p, F&& step) {
+        if constexpr (WORD < BITS) {
+            prefetch(p + WORD * kVector);
+            fields<8 / BITS, WORD * (8 / BITS), BITS>(load_codes(p + WORD * kVector), step);
+            words<WORD + 1>(p, step);
+        }
+    }
+};
+
+template <>
+struct Packed<8> {
+    template <class F>
+    static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
+        for (int i = 0; i < kSteps; ++i) prefetch(p + i * kVector);
+        bytes<0>(p, step);
+    }
+    static constexpr int kBytes = 8 * kVector;
+};
+
+// Two vectors of two bits, then one of third bits. Codes are put together two to a byte. A third bit lies where one
+// shift brings it between the fields of its two codes: that of step 4·v + t in bit 2·v + t % 2 + 4·(t / 2).
+template <>
+struct Packed<3> {
+    template <class F>
+    static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
+        for (int i = 0; i < 3; ++i) prefetch(p + i * kVector);
+        const Codes third = load_codes(p + 2 * kVector);
+        half<0>(load_codes(p), third, step);
+        half<1>(load_codes(p + kVector), third, step);
+    }
+    static constexpr int kBytes = 3 * kVector;
+
+   private:
+    template <int V, class F>
+    static MOEQ_INLINE void half(Codes low, Codes third, F&& step) {
+        const Codes even = masked<0x33>(low) | masked<0x44>(moved<2 * V - 2>(third));
+        step(4 * V, masked<7>(even));
+        step(4 * V + 2, masked<7>(moved<4>(even)));
+        const Codes odd = masked<0x33>(moved<2>(low)) | masked<0x44>(moved<2 * V - 1>(third));
+        step(4 * V + 1, masked<7>(odd));
+        step(4 * V + 3, masked<7>(moved<4>(odd)));
+    }
+};
+
+// The same for codes that have been decoded before, a byte each.
+struct Decoded {
+    template <class F>
+    static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
+        bytes<0>(p, step);
+    }
+    static constexpr int kBytes = kSteps * kVector;
+};
+
+template <int BITS>
+void decode(const uint8_t* p, int chunks, uint8_t* tile) {
+    for (int c = 0; c < chunks; ++c) {
+        Packed<BITS>::chunk(p + c * Packed<BITS>::kBytes, [&](int i, Codes codes) MOEQ_LAMBDA {
+            store_codes(tile + (c * kSteps + i) * kVector, codes);
+        });
+    }
+}
+
+}  // namespace
+}  // namespace moeq

@@ -1,0 +1,5 @@
+#pragma GCC target("avx2,fma,f16c")
+#include "vec_avx2.h"
+#include "layer.h"
+
+void moeq::run_avx2(Call* call, int thread, int threads) { run(call, thread, threads); }

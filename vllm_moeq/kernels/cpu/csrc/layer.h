@@ -1,0 +1,143 @@
+// What every thread does in a call: quantize, gate and up, quantize, down. Threads take items as they get free; no result
+// depends on who computes what, nor on the other tokens of the batch.
+#pragma once
+
+#include "core.h"
+#include "decode.h"
+#include "quantize.h"
+#include "panel.h"
+
+namespace moeq {
+namespace {
+
+// e^x for x <= 0 within a few units of the last place: 2^n times a polynomial of the remainder.
+MOEQ_INLINE Floats exponential(Floats x) {
+    x = maximum(x, splat(-87.0f));
+    const Floats n = nearest(x * splat(1.44269504f));
+    Floats r = multiply_add(n, splat(-0.693359375f), x);
+    r = multiply_add(n, splat(2.12194440e-4f), r);
+    constexpr float over[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
+    Floats sum = splat(over[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < 8; ++i) sum = multiply_add(sum, r, splat(over[i]));
+    return sum * as_floats(shift_left<23>(to_ints(n) + splat_int(127)));
+}
+
+// gate / (1 + e^−gate) · up, with the exponential of −|gate| so that it cannot overflow.
+MOEQ_INLINE Floats gated(Floats gate, Floats up) {
+    const Floats zero = splat(0.0f), small = exponential(minimum(gate, zero - gate));
+    const Floats positive = maximum(gate, zero), negative = minimum(gate, zero);
+    return multiply_add(negative, small, positive) / (splat(1.0f) + small) * up;
+}
+
+inline int take(int32_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
+template <int DIGITS>
+void gate_up_item(Call& call, const Item& item) {
+    alignas(64) float sums[kTokensAtOnce * kPanelRows];
+    const Active active = call.active[item.active];
+    const int64_t bits = call.bits[active.expert * call.bits_stride];
+    const Matrices& m = call.gate_up;
+    const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
+    for (int p = item.panel; p < item.panel + item.panels; ++p) {
+        const int64_t left = call.intermediate - static_cast<int64_t>(p) * kLanes;
+        const int columns = left < kLanes ? static_cast<int>(left) : kLanes;
+        for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
+            const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
+            const int first = active.first + begin;
+            multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.x_planes, call.token + first, tokens, sums);
+            for (int t = 0; t < tokens; ++t) {
+                float* both = sums + t * kPanelRows;
+                store(both, gated(load(both), load(both + kLanes)));
+                __builtin_memcpy(call.inner + (first + t) * call.intermediate + p * kLanes, both,
+                                 static_cast<size_t>(columns) * sizeof(float));
+            }
+        }
+    }
+}
+
+template <int DTYPE>
+void store_result(Call& call, int first_panel, int panels) {
+    const int64_t width = static_cast<int64_t>(call.down.panels) * kPanelRows;
+    const int64_t first = static_cast<int64_t>(first_panel) * kPanelRows;
+    int64_t last = first + static_cast<int64_t>(panels) * kPanelRows;
+    if (last > call.hidden) last = call.hidden;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        int64_t c = first;
+        for (; c + kLanes <= last; c += kLanes) {
+            store_as<DTYPE>(call.out, t * call.hidden + c, load(call.sums + t * width + c));
+        }
+        if (c < last) {
+            float tail[kLanes];
+            const size_t item = DTYPE == kFloat32 ? 4 : 2;
+            store_as<DTYPE>(tail, 0, load(call.sums + t * width + c));
+            __builtin_memcpy(static_cast<char*>(call.out) + (t * call.hidden + c) * item, tail, (last - c) * item);
+        }
+    }
+}
+
+// All experts of some output columns, in ascending order: sums need neither locks nor a second pass.
+template <int DIGITS>
+void down_item(Call& call, int number) {
+    alignas(64) float sums[kTokensAtOnce * kPanelRows];
+    const Matrices& m = call.down;
+    const int64_t width = static_cast<int64_t>(m.panels) * kPanelRows;
+    const int first_panel = number * call.down_panels;
+    const int end = first_panel + call.down_panels < m.panels ? first_panel + call.down_panels : m.panels;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        for (int64_t c = first_panel * kPanelRows; c < end * kPanelRows; c += kLanes) {
+            store(call.sums + t * width + c, splat(0.0f));
+        }
+    }
+    for (int a = 0; a < call.num_active; ++a) {
+        const Active active = call.active[a];
+        const int64_t bits = call.bits[active.expert * call.bits_stride];
+        const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
+        for (int p = first_panel; p < end; ++p) {
+            for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
+                const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
+                const int first = active.first + begin;
+                multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.hidden_planes, call.pair + first, tokens,
+                                 sums);
+                for (int t = 0; t < tokens; ++t) {
+                    float* place = call.sums + call.token[first + t] * width + p * kPanelRows;
+                    const Floats weight = splat(call.weight[first + t]);
+                    for (int c = 0; c < kPanelRows; c += kLanes) {
+                        store(place + c, multiply_add(load(sums + t * kPanelRows + c), weight, load(place + c)));
+                    }
+                }
+            }
+        }
+    }
+    if (call.dtype == kFloat32) store_result<kFloat32>(call, first_panel, end - first_panel);
+    if (call.dtype == kBfloat16) store_result<kBfloat16>(call, first_panel, end - first_panel);
+    if (call.dtype == kFloat16) store_result<kFloat16>(call, first_panel, end - first_panel);
+}
+
+inline void barrier(int threads) {
+    if (threads > 1) {
+#pragma omp barrier
+    }
+}
+
+template <int DIGITS>
+void run_digits(Call& call, int thread, int threads) {
+    quantize<DIGITS>(call.x, call.dtype, call.gate_up, call.x_planes, thread, threads);
+    barrier(threads);
+    for (int i = take(&call.next_gate_up); i < call.num_items; i = take(&call.next_gate_up)) {
+        gate_up_item<DIGITS>(call, call.items[i]);
+    }
+    barrier(threads);
+    quantize<DIGITS>(call.inner, kFloat32, call.down, call.hidden_planes, thread, threads);
+    barrier(threads);
+    const int items = (call.down.panels + call.down_panels - 1) / call.down_panels;
+    for (int i = take(&call.next_down); i < items; i = take(&call.next_down)) down_item<DIGITS>(call, i);
+}
+
+inline void run(Call* call, int thread, int threads) {
+    if (call->digits == 2) run_digits<2>(*call, thread, threads);
+    if (call->digits == 4) run_digits<4>(*call, thread, threads);
+}
+
+}  // namespace
+}  // namespace moeq

@@ -1,0 +1,184 @@
+// A panel of weights times the tokens of one expert.
+#pragma once
+
+namespace moeq {
+namespace {
+
+// Sums of one token's digits and of the tokens after it. Structures within structures, not arrays: compilers keep an array
+// in memory when they unroll the loop over it too late.
+template <int BITS, int DIGITS>
+struct DigitDots {
+    Dots<BITS> first;
+    DigitDots<BITS, DIGITS - 1> rest;
+
+    MOEQ_INLINE void clear() {
+        first.clear();
+        rest.clear();
+    }
+    MOEQ_INLINE void add(Codes four, const int8_t* x) {
+        first.add(four, quad(x));
+        rest.add(four, x + kChunk);
+    }
+    // Highest digit first. Two digits are exact: a sum of 128 products of 8 and 7 bits fits a float.
+    MOEQ_INLINE Floats floats() const { return rest.after(first.floats()); }
+    MOEQ_INLINE Floats after(Floats higher) const {
+        return rest.after(multiply_add(higher, splat(128.0f), first.floats()));
+    }
+};
+template <int BITS>
+struct DigitDots<BITS, 0> {
+    MOEQ_INLINE void clear() {}
+    MOEQ_INLINE void add(Codes, const int8_t*) {}
+    MOEQ_INLINE Floats after(Floats all) const { return all; }
+};
+
+template <int BITS, int DIGITS, int TOKENS>
+struct TokenDots {
+    const int8_t* x;
+    DigitDots<BITS, DIGITS> dots;
+    Floats total;
+    TokenDots<BITS, DIGITS, TOKENS - 1> rest;
+
+    MOEQ_INLINE void begin(const int8_t* digits, const int32_t* rows, int64_t bytes) {
+        x = digits + rows[0] * bytes;
+        total = splat(0.0f);
+        rest.begin(digits, rows + 1, bytes);
+    }
+    MOEQ_INLINE void clear() {
+        dots.clear();
+        rest.clear();
+    }
+    MOEQ_INLINE void add(Codes four, int64_t place) {
+        dots.add(four, x + place);
+        rest.add(four, place);
+    }
+    MOEQ_INLINE void flush() {
+        total = total + dots.floats();
+        rest.flush();
+    }
+};
+template <int BITS, int DIGITS>
+struct TokenDots<BITS, DIGITS, 0> {
+    MOEQ_INLINE void begin(const int8_t*, const int32_t*, int64_t) {}
+    MOEQ_INLINE void clear() {}
+    MOEQ_INLINE void add(Codes, int64_t) {}
+    MOEQ_INLINE void flush() {}
+};
+
+struct Scales {
+    Floats scale, zero;
+};
+
+MOEQ_INLINE Scales load_scales(const uint8_t* p, bool wide) {
+    if (wide) {
+        const float* f = reinterpret_cast<const float*>(p);
+        return {load(f), load(f + kLanes)};
+    }
+    const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
+    return {load_half(h), load_half(h + kLanes)};
+}
+
+// Where the activations of one segment are.
+struct Slice {
+    const int8_t* digits;
+    int64_t bytes;  // per row
+    const float* scale;
+    const float* sum;
+    const int32_t* rows;
+    int chunks;
+};
+
+// sums[t · kPanelRows] += scale · (Σ q·a − zero · Σ a).
+template <int BITS, int DIGITS>
+MOEQ_INLINE void add_results(const TokenDots<BITS, DIGITS, 0>&, const Slice&, int, Scales, float*) {}
+
+template <int BITS, int DIGITS, int TOKENS>
+MOEQ_INLINE void add_results(const TokenDots<BITS, DIGITS, TOKENS>& tokens, const Slice& x, int first, Scales w, float* sums) {
+    const int32_t row = x.rows[first];
+    const Floats centred = multiply_add(w.zero, splat(-x.sum[row]), tokens.total);
+    float* place = sums + first * kPanelRows;
+    store(place, multiply_add(centred, w.scale * splat(x.scale[row]), load(place)));
+    add_results(tokens.rest, x, first + 1, w, sums);
+}
+template <class Source, int BITS, int DIGITS, int TOKENS>
+inline void add_tokens(const uint8_t* codes, const Slice& x, int first, Scales w, float* sums) {
+    constexpr int run = Dots<BITS>::kRunChunks;
+    TokenDots<BITS, DIGITS, TOKENS> tokens;
+    tokens.begin(x.digits, x.rows + first, x.bytes);
+    for (int begin = 0; begin < x.chunks; begin += run) {
+        const int end = begin + run < x.chunks ? begin + run : x.chunks;
+        tokens.clear();
+        for (int c = begin; c < end; ++c) {
+            Source::chunk(codes + c * Source::kBytes, [&](int step, Codes four) MOEQ_LAMBDA {
+                tokens.add(four, c * DIGITS * kChunk + 4 * step);
+            });
+        }
+        tokens.flush();
+    }
+    add_results(tokens, x, first, w, sums);
+}
+
+// As many tokens at a time as there are registers for, then the rest in ever smaller groups.
+template <class Source, int BITS, int DIGITS, int MOST>
+inline void add_groups(int first, int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
+    if constexpr (MOST > 0) {
+        for (; first + MOST <= tokens; first += MOST) {
+            add_tokens<Source, BITS, DIGITS, MOST>(codes, x, first, w, sums);
+        }
+        constexpr int next = MOST > 3 ? MOST / 2 : MOST - 1;
+        add_groups<Source, BITS, DIGITS, next>(first, tokens, codes, x, w, sums);
+    }
+}
+
+template <class Source, int BITS, int DIGITS, int MOST>
+inline void add_all(int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
+    constexpr int fitting = kAccumulators / DIGITS > 0 ? kAccumulators / DIGITS : 1;
+    add_groups<Source, BITS, DIGITS, fitting < MOST ? fitting : MOST>(0, tokens, codes, x, w, sums);
+}
+
+// sums [tokens, kPanelRows] = panel · activations of the rows of `planes` that `rows` names.
+template <int BITS, int DIGITS>
+void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows, int tokens,
+                    float* sums) {
+    alignas(64) uint8_t tile[kSegmentChunks * kSteps * kVector];
+    const uint8_t* header[kBlocks] = {panel, panel};
+    for (int i = 0; i < tokens * kPanelRows; i += kLanes) store(sums + i, splat(0.0f));
+    for (int s = 0; s < m.num_segments; ++s) {
+        const Segment segment = m.segments[s];
+        const int64_t bytes = segment.chunks * kChunk * DIGITS;
+        const Slice x = {planes.digits + static_cast<int64_t>(segment.chunk) * kChunk * DIGITS * planes.rows,
+                         bytes, planes.scale + s * planes.rows, planes.sum + s * planes.rows, rows, segment.chunks};
+        for (int block = 0; block < kBlocks; ++block) {
+            if (segment.fresh) {
+                header[block] = panel;
+                panel += header_bytes(m);
+            }
+            const Scales w = load_scales(header[block], m.wide);
+            float* place = sums + block * kLanes;
+            if (tokens <= kDirectTokens) {
+                add_all<Packed<BITS>, BITS, DIGITS, kDirectTokens>(tokens, panel, x, w, place);
+            } else {
+                constexpr int as = BITS < 3 ? 3 : BITS;  // once decoded, narrower codes are no different
+                decode<BITS>(panel, segment.chunks, tile);
+                add_all<Decoded, as, DIGITS, kTokensAtOnce>(tokens, tile, x, w, place);
+            }
+            panel += segment.chunks * Packed<BITS>::kBytes;
+        }
+    }
+}
+
+template <int DIGITS>
+void multiply(int64_t bits, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
+              int tokens, float* sums) {
+    switch (bits) {
+        case 1: return multiply_panel<1, DIGITS>(m, panel, planes, rows, tokens, sums);
+        case 2: return multiply_panel<2, DIGITS>(m, panel, planes, rows, tokens, sums);
+        case 3: return multiply_panel<3, DIGITS>(m, panel, planes, rows, tokens, sums);
+        case 4: return multiply_panel<4, DIGITS>(m, panel, planes, rows, tokens, sums);
+        case 8: return multiply_panel<8, DIGITS>(m, panel, planes, rows, tokens, sums);
+        default: __builtin_trap();  // the binding has checked
+    }
+}
+
+}  // namespace
+}  // namespace moeq
