@@ -1,0 +1,182 @@
+// Random layers through the kernel without torch, in buffers of exactly the needed size: built with sanitizers, it shows
+// accesses outside of them. Prints what went wrong and exits with 1.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "host.h"
+
+namespace {
+
+using namespace moeq;
+
+std::mt19937 generator(1);
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// Memory aligned as torch's, and not a byte longer than asked for.
+template <class T>
+struct Exact {
+    explicit Exact(int64_t count) : memory(nullptr) {
+        const size_t bytes = count ? count * sizeof(T) : 1;
+        if (posix_memalign(reinterpret_cast<void**>(&memory), 64, bytes)) std::abort();
+        std::memset(memory, 0xff, bytes);
+    }
+    ~Exact() { std::free(memory); }
+    Exact(const Exact&) = delete;
+    T* memory;
+};
+
+struct Projection {
+    int64_t rows, columns, group_size, offset;
+    bool gated;
+    std::vector<Segment> segments;
+    std::vector<std::vector<double>> dense;  // per expert [rows, columns]
+    std::unique_ptr<Exact<uint8_t>> data;
+    std::vector<int64_t> first;
+    Matrices matrices{};
+
+    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<int64_t>& bits)
+        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)) {
+        matrices.columns = static_cast<int32_t>(columns);
+        matrices.groups = segments.back().group + 1;
+        matrices.wide = 1;
+        matrices.panels = static_cast<int32_t>(panels_of(rows, gated));
+        matrices.segments = segments.data();
+        matrices.num_segments = static_cast<int32_t>(segments.size());
+        int64_t total = 0;
+        for (int64_t b : bits) {
+            first.push_back(total);
+            total += matrices.panels * panel_bytes(matrices, b);
+        }
+        data = std::make_unique<Exact<uint8_t>>(total);
+        for (size_t e = 0; e < bits.size(); ++e) fill(bits[e], data->memory + first[e]);
+        matrices.data = data->memory;
+        matrices.offsets = first.data();
+        matrices.stride = 1;
+    }
+
+    void fill(int64_t bits, uint8_t* target) {
+        Exact<uint32_t> words(rows * columns / 32 * bits);
+        Exact<float> scales(rows * matrices.groups), zeros(rows * matrices.groups);
+        for (int64_t i = 0; i < rows * columns / 32 * bits; ++i) words.memory[i] = static_cast<uint32_t>(generator());
+        for (int64_t i = 0; i < rows * matrices.groups; ++i) {
+            scales.memory[i] = (1 + 0.1f * normal()) / (1 << bits) / std::sqrt(static_cast<float>(columns));
+            zeros.memory[i] = 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
+        }
+        const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, matrices.groups, bits, true, gated};
+        for (int64_t p = 0; p < matrices.panels; ++p) {
+            repack_panel(source, segments, p, target + p * panel_bytes(matrices, bits));
+        }
+        std::vector<double> values(rows * columns);
+        for (int64_t i = 0; i < rows * columns; ++i) {
+            uint32_t code = 0;
+            for (int64_t b = 0; b < bits; ++b) {
+                const int64_t bit = i * bits + b;
+                code |= (words.memory[bit / 32] >> (bit % 32) & 1u) << b;
+            }
+            const int64_t place = i / columns * matrices.groups + (offset + i % columns) / group_size;
+            values[i] = (static_cast<double>(code) - zeros.memory[place]) * scales.memory[place];
+        }
+        dense.push_back(std::move(values));
+    }
+};
+
+// silu(gate)·up, then down, in double, for one token and expert.
+void add_expected(const Projection& up, const Projection& down, int64_t expert, const float* x, float weight, double* out) {
+    const int64_t inner = down.columns;
+    std::vector<double> both(2 * inner), hidden(inner);
+    for (int64_t r = 0; r < 2 * inner; ++r) {
+        for (int64_t c = 0; c < up.columns; ++c) both[r] += up.dense[expert][r * up.columns + c] * x[c];
+    }
+    for (int64_t r = 0; r < inner; ++r) hidden[r] = both[r] / (1 + std::exp(-both[r])) * both[inner + r];
+    for (int64_t r = 0; r < down.rows; ++r) {
+        for (int64_t c = 0; c < inner; ++c) out[r] += weight * down.dense[expert][r * inner + c] * hidden[c];
+    }
+}
+
+double error_of_one_layer(const Kernel& kernel, int32_t digits) {
+    const int64_t widths[] = {1, 2, 3, 4, 8};
+    const int64_t hidden = 32 * pick(1, 6), inner = 32 * pick(1, 5), experts = pick(1, 4), group = 32 * pick(1, 5);
+    const int64_t tokens = pick(1, 12), top_k = pick(1, experts);
+    std::vector<int64_t> bits;
+    for (int64_t e = 0; e < experts; ++e) bits.push_back(widths[pick(0, 4)]);
+    const Projection up(2 * inner, hidden, group, 0, true, bits);
+    const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, bits);
+    std::vector<int32_t> ids(tokens * top_k);
+    std::vector<float> weights(tokens * top_k);
+    for (auto& id : ids) id = static_cast<int32_t>(pick(-1, experts - 1));
+    for (auto& weight : weights) weight = 0.5f + 0.1f * normal();
+    Exact<float> x(tokens * hidden), out(tokens * hidden);
+    for (int64_t i = 0; i < tokens * hidden; ++i) x.memory[i] = normal();
+
+    const Routing routing = sort_pairs(ids.data(), weights.data(), tokens, top_k, experts);
+    const int64_t pairs = static_cast<int64_t>(routing.pair.size());
+    Exact<int8_t> x_digits(tokens * hidden * digits), inner_digits(pairs * inner * digits);
+    Exact<float> x_scale(tokens * up.segments.size()), x_sum(tokens * up.segments.size());
+    Exact<float> inner_scale(pairs * down.segments.size()), inner_sum(pairs * down.segments.size());
+    Exact<float> activated(pairs * inner), sums(tokens * down.matrices.panels * kPanelRows);
+    Call call{};
+    call.x = x.memory;
+    call.out = out.memory;
+    call.dtype = kFloat32;
+    call.digits = digits;
+    call.tokens = tokens;
+    call.hidden = hidden;
+    call.intermediate = inner;
+    call.pairs = pairs;
+    call.gate_up = up.matrices;
+    call.down = down.matrices;
+    call.bits = bits.data();
+    call.bits_stride = 1;
+    call.active = routing.active.data();
+    call.num_active = static_cast<int32_t>(routing.active.size());
+    call.token = routing.token.data();
+    call.weight = routing.weight.data();
+    call.pair = routing.pair.data();
+    call.x_planes = {x_digits.memory, x_scale.memory, x_sum.memory, tokens};
+    call.hidden_planes = {inner_digits.memory, inner_scale.memory, inner_sum.memory, pairs};
+    call.inner = activated.memory;
+    call.sums = sums.memory;
+    const std::vector<Item> items = make_items(call, 3);
+    call.items = items.data();
+    call.num_items = static_cast<int32_t>(items.size());
+    call.down_panels = static_cast<int32_t>(pick(1, 3));
+    kernel.run(&call, 0, 1);
+
+    double wrong = 0, size = 1e-30;
+    for (int64_t t = 0; t < tokens; ++t) {
+        std::vector<double> expected(hidden);
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t i = t * top_k + k;
+            if (ids[i] >= 0) add_expected(up, down, ids[i], x.memory + t * hidden, weights[i], expected.data());
+        }
+        for (int64_t c = 0; c < hidden; ++c) {
+            wrong += std::pow(out.memory[t * hidden + c] - expected[c], 2);
+            size += std::pow(expected[c], 2);
+        }
+    }
+    return std::sqrt(wrong / size);
+}
+
+}  // namespace
+
+int main() {
+    const Kernel all[] = {{"scalar", run_scalar}, {"avx2", run_avx2}, {"avx512", run_avx512}, {"vnni", run_vnni}};
+    for (const Kernel& kernel : all) {
+        for (int i = 0; i < 60; ++i) {
+            const int32_t digits = i % 2 ? 2 : 4;
+            const double error = error_of_one_layer(kernel, digits);
+            if (!(error < (digits == 2 ? 2e-3 : 2e-6))) {
+                std::printf("%s, layer %d, %d digits: relative error %g\n", kernel.name.c_str(), i, digits, error);
+                return 1;
+            }
+        }
+        std::printf("%s: 60 layers\n", kernel.name.c_str());
+    }
+    return 0;
+}
