@@ -5,7 +5,8 @@
 The client is vLLM's own `vllm bench serve`: the same prompts for both, greedy, a fixed number of new tokens, as many
 requests at a time as asked. The servers run one after the other on the same machine. With --check-dense a third one
 runs the quantized values as an ordinary bfloat16 checkpoint, and its greedy tokens, asked for through the OpenAI
-client, must equal ours up to near-ties. On a CPU the servers run eagerly; on a GPU compiled and with CUDA graphs.
+client, must equal ours up to near-ties. On a CPU the servers have all cores and Intel's OpenMP, and run eagerly unless
+--compiled is given; on a GPU they are compiled and use CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cpu import all_cores
 from benchmarks.report import environment
 from planner.evaluation import read_text
 from planner.evaluation.server import Server, cpu_environment
@@ -138,9 +140,12 @@ def compare(ours: Sequence[Answer], dense: Sequence[Answer]) -> dict[str, Any]:
 def server_for(name: str, folder: Path, args: argparse.Namespace) -> Server:
     """Return a server that is not started yet."""
     flags = [*FLAGS, "--max-model-len", str(args.max_model_len), *shlex.split(args.server_flags)]
+    variables = cpu_environment()
     if not torch.cuda.is_available():
-        flags.append("--enforce-eager")
-    return Server(folder, args.work / f"{name}.log", flags, cpu_environment(), timeout=args.start_seconds)
+        variables |= all_cores()
+        if not args.compiled:
+            flags.append("--enforce-eager")
+    return Server(folder, args.work / f"{name}.log", flags, variables, timeout=args.start_seconds)
 
 
 def told(agreement: dict[str, Any]) -> str:
@@ -185,6 +190,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--server-flags", default="", help="further vLLM flags for every server, in one string")
+    parser.add_argument("--compiled", action="store_true", help="compile on a CPU too, which takes minutes")
     parser.add_argument("--start-seconds", type=float, default=600, help="wait so long for a server")
     parser.add_argument("--check-dense", action="store_true", help="compare tokens with a dense server")
     parser.add_argument("--near-tie", type=float, default=0.25, help="nats that count as a tie at a first difference")
