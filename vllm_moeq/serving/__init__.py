@@ -1,12 +1,12 @@
-"""The vLLM adapter: only this package imports vLLM."""
+"""The vLLM adapter: only this package imports vLLM, and of it only ``seam``."""
 
 
 def register_method() -> None:
     """Register the quantization method; safe to call again."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-
     from vllm_moeq.format import QUANT_METHOD
+    from vllm_moeq.serving.seam import QUANTIZATION_METHODS, register_quantization_config, warn_if_untested
 
+    warn_if_untested()
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
     from vllm_moeq.serving.config import MoeqQuantizationConfig

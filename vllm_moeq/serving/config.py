@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, UsageError, parse_config, verify
 from vllm_moeq.serving.linear_method import UnpackedLinearMethod, unpacked
 from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
+from vllm_moeq.serving.seam import (
+    CompressedTensorsConfig,
+    LinearBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+    get_current_vllm_config,
+    logger,
+)
 
 if TYPE_CHECKING:
-    from vllm.model_executor.models.utils import WeightsMapper
-
-logger = init_logger("vllm.moeq")  # below "vllm": other names are not configured
+    from vllm_moeq.serving.seam import WeightsMapper
 
 OVERRIDE = "moeq_odp"
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
-from vllm.platforms import current_platform
 
 from vllm_moeq.format import PACKED, SCALE, Linear, UsageError, linear_values
+from vllm_moeq.serving.seam import (
+    BasevLLMParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+    UnquantizedLinearMethod,
+    current_platform,
+)
 
 SHAPE = "weight_shape"
 

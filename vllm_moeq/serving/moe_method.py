@@ -6,9 +6,6 @@ import os
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 
 from vllm_moeq.format import MoeqConfig, UsageError, drop_weak
 from vllm_moeq.kernels import (
@@ -22,8 +19,13 @@ from vllm_moeq.kernels import (
     moe,
 )
 from vllm_moeq.serving.loading import ExpertLoader, Partition
-
-logger = init_logger("vllm.moeq")
+from vllm_moeq.serving.seam import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    get_current_vllm_config,
+    logger,
+)
 
 WORDS, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
 
