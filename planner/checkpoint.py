@@ -16,10 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.files import atomic, reason, sync, write_json, write_tensors
-from planner.models import NESTED
 from planner.partial import PartialRun, check_output
 from planner.stored import SourceShards
-from vllm_moeq.format import CheckpointError, ConfigError, ShardSet, UsageError, read_json
+from vllm_moeq.format import NESTED, CheckpointError, ConfigError, ShardSet, UsageError, read_json
 
 __all__ = ["CheckpointWriter", "SourceModel", "check_output", "check_space", "resolve_model"]
 
@@ -202,7 +201,7 @@ class CheckpointWriter:
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
-        write_json(self.partial / "config.json", config)
+        write_json(self.partial / "config.json", without_code(config))
         if describe is not None:
             describe(self.partial)
         try:
@@ -218,6 +217,14 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """After an error: keep whole shards for a later run, remove everything else."""
         self._run.abandon()
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without ``auto_map``, which names code that stays behind with the source."""
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    if isinstance(kept.get(NESTED), dict):
+        kept[NESTED] = {key: value for key, value in kept[NESTED].items() if key != "auto_map"}
+    return kept
 
 
 def check_space(output: Path, needed: int) -> None:

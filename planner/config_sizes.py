@@ -15,9 +15,18 @@ import torch
 from planner.checkpoint import SourceModel, resolve_model
 from planner.estimate import Sizes, estimate
 from planner.layout import Layout, architecture_of
-from planner.models import EXPERT_COUNT, KEPT
+from planner.models import KEPT
 from planner.stored import SourceShards
-from vllm_moeq.format import CheckpointError, ConfigError, Linear, ShardSet, TensorInfo, UsageError, read_json
+from vllm_moeq.format import (
+    EXPERT_COUNT,
+    CheckpointError,
+    ConfigError,
+    Linear,
+    ShardSet,
+    TensorInfo,
+    UsageError,
+    read_json,
+)
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
 
 CONFIG = "config.json"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_moeq.format import CheckpointError, ConfigError, first_problem, read_json
+from vllm_moeq.format.schema import MAX_NAMES, refuse_crowds
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -50,8 +51,14 @@ def read_as(path: Path, kind: type[Kind]) -> Kind:
     Raises:
         ConfigError: no JSON, or other contents than ``kind`` has; names the file and the first violation.
     """
+    return validated(path, read_json(path), kind)
+
+
+def validated(path: Path, data: Any, kind: type[Kind]) -> Kind:
+    """Validate what :func:`read_json` has read; see :func:`read_as`."""
+    refuse_crowds(data, str(path), MAX_NAMES)
     try:
-        return kind.model_validate(read_json(path))
+        return kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from None
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from planner.checkpoint import SourceModel
 from planner.codecs import DECODED
-from planner.models import EXPERT_COUNT, Architecture, Stack, architecture_for
-from vllm_moeq.format import CheckpointError, Projections, TensorInfo, UsageError
+from planner.models import Architecture, Stack, architecture_for
+from vllm_moeq.format import EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
 
 ROWS_MULTIPLE = 32
 """Matrices with other numbers of output neurons are gates and the like, which no low-bit kernel takes."""

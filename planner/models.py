@@ -111,12 +111,6 @@ class Architecture:
         return None
 
 
-EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json; a model has one of them."""
-
-NESTED = "text_config"
-"""Where the config.json of a model for text and images has its language model's keys."""
-
 _BLOCK = ("mlp", "block_sparse_moe")
 _DENSE_SUM = "transformers runs all its experts on all tokens at once"
 

@@ -7,22 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from planner.files import read_as, write_json
+from planner.files import validated, write_json
 from planner.layout import Layout
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
-from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Name, Strict
+from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Ids, Name, Strict, Widths
 
 IMPORTED = "imported"
 """Method of checkpoints that another program quantized."""
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(max_length=MAX_EXPERTS)]
-Scores = Annotated[list[float], Field(max_length=MAX_EXPERTS)]
+Scores = Annotated[list[float], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
 
 class Settings(Strict):
     """The flags that shaped the plan; null where the method does not use one."""
 
-    zeta: Annotated[float, Field(ge=1)] | None = None
+    zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     ranking: Literal["layer", "global"] | None = None
@@ -44,13 +43,10 @@ class Plan(Strict):
 
     version: Literal[1]
     method: Annotated[str, Field(max_length=64)]
-    bit_choices: Annotated[list[Bits], Field(min_length=1, max_length=len(BIT_WIDTHS))]
+    bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
     avg_bits: Annotated[float, Field(ge=1, le=8)]
     achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
-    experts: Annotated[
-        dict[Name, Annotated[list[Bits], Field(min_length=1, max_length=MAX_EXPERTS)]],
-        Field(min_length=1, max_length=MAX_LAYERS),
-    ]
+    experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
     order: dict[Name, Ids] = Field(default_factory=dict)
     scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)
     promoted: dict[Name, Ids] = Field(default_factory=dict)
@@ -116,4 +112,4 @@ def read_plan(path: Path) -> Plan:
     version = data.get("version") if isinstance(data, dict) else None
     if type(version) is not int or version != 1:
         raise ConfigError(f"{path}: expected a plan of version 1, found {version!r}")
-    return read_as(path, Plan)
+    return validated(path, data, Plan)

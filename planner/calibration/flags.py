@@ -13,10 +13,9 @@ from planner.calibration.text import DATASETS, CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
 from planner.completion import some_of
 from planner.methods import METHODS
-from planner.models import NESTED
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.runners.choose import read_devices
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import NESTED, UsageError
 
 SEQUENCE = 2048
 

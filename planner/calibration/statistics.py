@@ -17,6 +17,7 @@ from planner.calibration.routed import Routed
 from planner.files import write_json, write_tensors
 from planner.layout import Layout, MoeLayer
 from vllm_moeq.format import CheckpointError, read_json
+from vllm_moeq.format.headers import read_header
 
 VERSION = 1
 
@@ -136,6 +137,9 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
     facts = read_json(json_path(path))
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise CheckpointError(f"{json_path(path)}: expected statistics of version {VERSION}")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a statistics file, found none")
+    read_header(path)
     layers = {}
     try:
         with safe_open(str(path), framework="pt") as handle:

@@ -65,7 +65,9 @@ def eval_command(
         int | None, typer.Option("--window", min=2, help=f"Tokens of context [{WINDOW}, or what the model can read].")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files, which may run code.")
+    ] = None,
     suite: Annotated[
         Suite | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}.")
     ] = None,

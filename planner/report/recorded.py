@@ -90,7 +90,7 @@ class Layer(_Read):
     """The experts of one layer."""
 
     prefix: Text
-    experts: Annotated[list[Expert], Field(max_length=MAX_EXPERTS)]
+    experts: Annotated[list[Expert], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
 
 class Recorded(_Read):
@@ -98,7 +98,7 @@ class Recorded(_Read):
 
     quantizer: Text | None = None
     one_bit: Text | None = None
-    layers: Annotated[list[Layer], Field(max_length=MAX_LAYERS)] = Field(default_factory=list)
+    layers: Annotated[list[Layer], Field(fail_fast=True, max_length=MAX_LAYERS)] = Field(default_factory=list)
     calibration: Calibration | None = None
     settings: Settings = Field(default_factory=Settings)
     source: Source | None = None

@@ -47,7 +47,7 @@ def test_a_misshapen_tensor_is_named(quantized_copy: Path, change_tensor: Change
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_an_impossible_scale_is_named(value: float, quantized_copy: Path, change_tensor: Change) -> None:
     change_tensor(quantized_copy, f"{EXPERT}.{SCALE}", lambda tensor: tensor.fill_(value))
-    with pytest.raises(CheckpointError, match=f"{EXPERT}.{SCALE}: expected finite"):
+    with pytest.raises(CheckpointError, match=f"{EXPERT}.{SCALE}: expected (finite|no scale of 0)"):
         load(quantized_copy)
 
 

@@ -4,6 +4,8 @@ Needs torch and safetensors; neither vLLM nor a GPU.
 """
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
+from vllm_moeq.format.files import parse_json, read_json
+from vllm_moeq.format.headers import TensorInfo
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, dequantize, linear_values, pack, packed_words, unpack
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
@@ -17,13 +19,16 @@ from vllm_moeq.format.schema import (
     first_problem,
     parse_config,
 )
-from vllm_moeq.format.shards import ShardSet, TensorInfo, read_json
+from vllm_moeq.format.shards import ShardSet
 from vllm_moeq.format.validation import (
+    EXPERT_COUNT,
+    NESTED,
     PACKED,
     SCALE,
     ZERO,
     ExpertMatrix,
     Summary,
+    check_values,
     expert_matrices,
     load_config,
     verify,
@@ -32,7 +37,9 @@ from vllm_moeq.format.validation import (
 __all__ = [
     "BIT_WIDTHS",
     "CODES_PER_BLOCK",
+    "EXPERT_COUNT",
     "FORMAT_VERSION",
+    "NESTED",
     "PACKED",
     "QUANT_METHOD",
     "SCALE",
@@ -50,6 +57,7 @@ __all__ = [
     "Summary",
     "TensorInfo",
     "UsageError",
+    "check_values",
     "dequantize",
     "drop_weak",
     "expert_matrices",
@@ -59,6 +67,7 @@ __all__ = [
     "pack",
     "packed_words",
     "parse_config",
+    "parse_json",
     "read_json",
     "unpack",
     "verify",

@@ -27,6 +27,9 @@ def _integer(value: Any) -> Any:
 
 Integer = BeforeValidator(_integer)
 Bits = Annotated[Literal[1, 2, 3, 4, 8], Integer]
+Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
+"""One per expert. Only the first mistake is reported: a list of four million of them would fill the memory."""
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 WHOLE_ROW = -1
 GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
@@ -89,18 +92,12 @@ class PlanSummary(Strict):
     method: Annotated[str, Field(max_length=64)]
     avg_bits: Annotated[float, Field(ge=1, le=8)]
     achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
-    bit_choices: Annotated[list[Bits], Field(min_length=1, max_length=len(BIT_WIDTHS))]
-    zeta: Annotated[float, Field(ge=1)] | None = None
+    bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
+    zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     quantizer: Annotated[str, Field(max_length=64)] | None = None
-    fallback: (
-        Annotated[
-            dict[Name, Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(max_length=MAX_EXPERTS)]],
-            Field(max_length=MAX_LAYERS),
-        ]
-        | None
-    ) = None
+    fallback: Annotated[dict[Name, Ids], Field(max_length=MAX_LAYERS)] | None = None
 
 
 class MoeqConfig(Strict):
@@ -110,12 +107,9 @@ class MoeqConfig(Strict):
     format_version: Literal[1]
     group_size: GroupSize
     projections: Projections
-    experts: Annotated[
-        dict[Name, Annotated[list[Bits], Field(min_length=1, max_length=MAX_EXPERTS)]],
-        Field(min_length=1, max_length=MAX_LAYERS),
-    ]
+    experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
     linear: Linear
-    unquantized: Annotated[list[Name], Field(max_length=MAX_NAMES)]
+    unquantized: Annotated[list[Name], Field(fail_fast=True, max_length=MAX_NAMES)]
     plan: PlanSummary
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
 
@@ -152,24 +146,47 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
         raise ConfigError(f"{where}: quantization_config must be an object, found {type(data).__name__}")
     method = data.get("quant_method")
     if method != QUANT_METHOD:
-        raise ConfigError(f"{where}: quant_method must be {QUANT_METHOD!r}, found {method!r}")
+        raise ConfigError(f"{where}: quant_method must be {QUANT_METHOD!r}, found {method!r:.80}")
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ConfigError(
-            f"{where}: format_version must be {FORMAT_VERSION}, found {version!r}; "
+            f"{where}: format_version must be {FORMAT_VERSION}, found {version!r:.80}; "
             "a newer version of vllm-moeq may know it"
         )
+    refuse_crowds(data, where)
     try:
         return MoeqConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_problem(error)}") from None
 
 
+def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
+    """Refuse an object with more keys than any of ours has: the schema would list all that is wrong before it says so.
+
+    Args:
+        data: the parsed JSON value, at most 64 levels deep.
+        where: what the error message calls it.
+        most: keys of one object.
+
+    Raises:
+        ConfigError: naming the object.
+    """
+    waiting: list[tuple[str, Any]] = [("", data)]
+    while waiting:
+        place, value = waiting.pop()
+        if not isinstance(value, dict):
+            continue
+        if len(value) > most:
+            raise ConfigError(f"{where}: {place or 'the object'}: expected at most {most} keys, found {len(value)}")
+        for key, child in value.items():
+            waiting.append((f"{place}.{key!s:.80}".removeprefix("."), child))
+
+
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a pydantic error as one line: place, what is wrong, what was found."""
     problem = error.errors(include_url=False)[0]
     parts = (str(part) for part in problem["loc"])
-    place = ".".join(part if part.isprintable() else repr(part) for part in parts) or "the object"
+    place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts) or "the object"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else found[:77] + "..."
     return f"{place}: {problem['msg']} (found {found})"

@@ -5,11 +5,10 @@ Only headers are read here; tensors come lazily from :meth:`ShardSet.load`, one 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,77 +17,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError
+from vllm_moeq.format.files import check_inside, read_json
+from vllm_moeq.format.headers import MAX_TENSORS, TensorInfo, check_name, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 64 << 20
 MAX_SHARDS = 10_000
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+
+def _is_plain(shard: Any) -> bool:
+    plain = isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
+    return plain and len(shard) <= 255 and shard.isprintable()
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a shard's header says of one tensor; ``offset`` is the place of its first byte in the file."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.numel * self.dtype.itemsize
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of bounded size.
-
-    Raises:
-        ConfigError: the file is missing, too large, not a regular file or not JSON.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: expected a JSON file, found {'no file' if not path.exists() else 'none'}")
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {size}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-
-
-def _index_shards(path: Path) -> dict[str, str]:
+def index_shards(path: Path) -> dict[str, str]:
     """Return tensor name → shard file name from an index, refusing anything but plain names."""
+    check_inside(path)
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{path}: expected an object 'weight_map' with the shard of every tensor")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r}")
+        check_name(name, path)
+        if not _is_plain(shard):
+            raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r:.80}")
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise ConfigError(f"{path}: expected at most {MAX_SHARDS} shards")
     return weight_map
@@ -114,7 +66,7 @@ class ShardSet:
         index = folder / INDEX_NAME
         expected: dict[str, str] | None = None
         if index.exists():
-            expected = _index_shards(index)
+            expected = index_shards(index)
             shards = sorted(set(expected.values()))
         elif (folder / SINGLE_NAME).exists():
             shards = [SINGLE_NAME]
@@ -130,35 +82,40 @@ class ShardSet:
     def _open(self, shard: str) -> Any:
         if shard not in self._handles:
             path = self.folder / shard
-            if not path.is_file():
-                raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
+            self._require_file(path)
             try:
                 self._handles[shard] = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 size = path.stat().st_size
-                raise CheckpointError(f"{path}: damaged or truncated shard of {size} bytes ({error})") from None
+                raise CheckpointError(f"{path}: damaged or truncated shard of {size} bytes ({error!s:.300})") from None
         return self._handles[shard]
 
     def _read_header(self, shard: str) -> None:
-        handle = self._open(shard)
-        # The reader has checked that tensors follow each other without holes, behind eight bytes and the header.
-        with (self.folder / shard).open("rb") as file:
-            offset = 8 + int.from_bytes(file.read(8), "little")
-        for name in handle.offset_keys():
+        path = self.folder / shard
+        self._require_file(path)
+        for name, info in read_header(path).items():
             if name in self.tensors:
-                raise CheckpointError(f"{self.folder / shard}: tensor {name} is also in {self.tensors[name].shard}")
-            view = handle.get_slice(name)
-            dtype = DTYPES.get(view.get_dtype())
-            if dtype is None:
-                raise CheckpointError(f"{self.folder / shard}: tensor {name} has unsupported dtype {view.get_dtype()}")
-            self.tensors[name] = TensorInfo(shard, tuple(view.get_shape()), dtype, offset)
-            offset += self.tensors[name].nbytes
+                raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].shard}")
+            self.tensors[name] = info
+        self._open(shard)
+        if len(self.tensors) > 4 * MAX_TENSORS:
+            raise CheckpointError(f"{self.folder}: expected at most {4 * MAX_TENSORS} tensors in all shards")
+
+    @staticmethod
+    def _require_file(path: Path) -> None:
+        check_inside(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
 
     def info(self, name: str) -> TensorInfo:
         """Return a tensor's header entry; raise CheckpointError when it is missing."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self.tensors[name]
+
+    def place(self, name: str) -> str:
+        """Return what a message calls a tensor: its file and its name."""
+        return f"{self.folder / self.info(name).shard}: tensor {name}"
 
     def stored_bytes(self, name: str) -> int:
         """Return the bytes that a tensor takes in its file."""

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError
+from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.packing import CODES_PER_BLOCK, packed_words
 from vllm_moeq.format.schema import WHOLE_ROW, MoeqConfig, parse_config
-from vllm_moeq.format.shards import ShardSet, read_json
+from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, ShardSet, index_shards
 
 PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json; a model has one of them."""
+NESTED = "text_config"
+"""Where the config.json of a model for text and images has its language model's keys."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,41 @@ def load_config(folder: Path) -> MoeqConfig:
         ConfigError: no config.json, no ``quantization_config``, or one that breaks the schema.
     """
     path = folder / "config.json"
+    check_inside(path)
     config = read_json(path)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise ConfigError(f"{path}: expected a quantization_config, found none: not a moeq checkpoint")
-    return parse_config(config["quantization_config"], str(path))
+    parsed = parse_config(config["quantization_config"], str(path))
+    for part in (config, config.get(NESTED)):
+        if isinstance(part, dict):
+            _check_model(part, parsed, path)
+    return parsed
+
+
+def _check_model(part: dict[str, Any], config: MoeqConfig, path: Path) -> None:
+    """Refuse code to run, and widths for other experts than the model has."""
+    if "auto_map" in part:
+        raise ConfigError(f"{path}: auto_map: expected no code in a checkpoint, found {part['auto_map']!r:.80}")
+    counts = [part[key] for key in EXPERT_COUNT if type(part.get(key)) is int]
+    for prefix, widths in config.experts.items():
+        if counts and len(widths) != counts[0]:
+            raise ConfigError(f"{path}: experts.{prefix}: expected {counts[0]} widths, found {len(widths)}")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse weights of which readers might take others than these: they do not agree on an order of preference.
+
+    Raises:
+        CheckpointError: naming the file that nobody has checked.
+    """
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if index.exists():
+        if single.exists() and SINGLE_NAME not in index_shards(index).values():
+            raise CheckpointError(f"{single}: expected no such file beside {INDEX_NAME}")
+        return
+    for path in sorted(folder.glob("*.safetensors")):
+        if single.exists() and path.name != SINGLE_NAME:
+            raise CheckpointError(f"{path}: expected no weights beside {SINGLE_NAME} without {INDEX_NAME}")
 
 
 def _expert_matrix(shards: ShardSet, config: MoeqConfig, prefix: str, expert: int, projection: str) -> ExpertMatrix:
@@ -129,22 +167,21 @@ def expert_matrices(shards: ShardSet, config: MoeqConfig) -> Iterator[ExpertMatr
             )
 
 
-def _check_finite(shards: ShardSet, name: str) -> torch.Tensor:
-    """Return a tensor's values."""
-    values = shards.load(name)
+def check_values(values: torch.Tensor, suffix: str, place: str) -> None:
+    """Check scales or zeros; the one check that all readers call.
+
+    Args:
+        values: any float dtype and shape.
+        suffix: :data:`SCALE` or :data:`ZERO`.
+        place: file and tensor, as the message names them.
+
+    Raises:
+        CheckpointError: a value that is NaN or infinite, or a scale of 0.
+    """
     if not bool(torch.isfinite(values).all()):
-        raise CheckpointError(
-            f"{shards.folder / shards.info(name).shard}: tensor {name}: expected finite values, found NaN or infinity"
-        )
-    return values
-
-
-def _check_values(shards: ShardSet, matrix: ExpertMatrix) -> None:
-    for suffix in (SCALE, ZERO):
-        name = matrix.name(suffix)
-        values = _check_finite(shards, name)
-        if suffix == SCALE and bool((values == 0).any()):
-            raise CheckpointError(f"{shards.folder / shards.info(name).shard}: tensor {name}: expected no scale of 0")
+        raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")
+    if suffix == SCALE and bool((values == 0).any()):
+        raise CheckpointError(f"{place}: expected no scale of 0")
 
 
 def verify(folder: Path, *, values: bool = True) -> Summary:
@@ -152,8 +189,9 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
 
     Args:
         folder: the checkpoint.
-        values: also read scales and zeros and require them to be finite; packed codes need no such
-            check, since every bit pattern is a valid code.
+        values: also read the scales and zeros of experts and check them as :func:`check_values` does;
+            the loaders do that on the way. Packed codes need no such check, since every bit pattern is
+            a valid code, and the few scales of other packed linears are always read.
 
     Returns:
         Counts and sizes.
@@ -164,6 +202,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
+    _check_files(folder)
     with ShardSet(folder) as shards:
         summary = Summary(str(folder), layers=len(config.experts))
         known: set[str] = set()
@@ -174,10 +213,11 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
                 summary.expert_bytes += shards.info(matrix.name(suffix)).nbytes
             summary.expert_weights += matrix.weights
             bit_sum += matrix.weights * matrix.bits
-            if values:
-                _check_values(shards, matrix)
+            for suffix in (SCALE, ZERO) if values else ():
+                name = matrix.name(suffix)
+                check_values(shards.load(name), suffix, shards.place(name))
         _refuse_strays(shards, config, known)
-        _check_linears(shards, config, known, values)
+        _check_linears(shards, config, known)
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes
@@ -208,8 +248,8 @@ def _is_of_an_expert(name: str, config: MoeqConfig) -> bool:
     return False
 
 
-def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str], values: bool) -> None:
-    """Check the shapes of every packed linear that is not an expert, and on request its scales."""
+def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
+    """Check the shapes of every packed linear that is not an expert, and that its scales are finite."""
     bits, group = config.linear.bits, config.linear.group_size
     for name, info in shards.tensors.items():
         if name in known or not name.endswith(f".{PACKED}"):
@@ -220,10 +260,11 @@ def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str], values
         scale = shards.info(f"{base}.{SCALE}")
         rows, words = info.shape if len(info.shape) == 2 else (0, 0)
         columns = words * 32 // bits
-        if info.dtype != torch.int32 or columns == 0 or scale.shape != (rows, columns // group):
+        fits = columns % group == 0 and scale.dtype.is_floating_point and scale.shape == (rows, columns // group)
+        if info.dtype != torch.int32 or columns == 0 or not fits:
             raise CheckpointError(
                 f"{shards.folder / info.shard}: tensor {name}: {list(info.shape)} words do not fit "
                 f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
             )
-        if values:
-            _check_finite(shards, f"{base}.{SCALE}")
+        # A group of weights that are all 0 may have a scale of 0.
+        check_values(shards.load(f"{base}.{SCALE}"), ZERO, shards.place(f"{base}.{SCALE}"))

@@ -23,7 +23,7 @@ class MoeqQuantizationConfig(QuantizationConfigMixin):
     def __init__(self, **data: Any) -> None:
         # What transformers and its users look at; the attribute ``moeq`` holds everything.
         self.quant_method = QUANT_METHOD
-        self.moeq = parse_config({"quant_method": QUANT_METHOD, **data}, "quantization_config")
+        self.moeq = parse_config({"quant_method": QUANT_METHOD, **data}, "config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object as config.json has it."""

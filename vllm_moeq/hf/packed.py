@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError
+from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError, check_values
 from vllm_moeq.hf.layout import PARTS, Layer
 from vllm_moeq.kernels import PackedMatrices
 
@@ -77,14 +77,13 @@ class PackedStorage(torch.nn.Module):
             begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
             target = buffer[begin:end].view(matrices.rows, -1)[rows]
         else:
-            if not bool(torch.isfinite(tensor).all()) or (suffix == SCALE and bool((tensor == 0).any())):
-                raise CheckpointError(f"tensor {name}: expected finite values (and no scale of 0)")
+            check_values(tensor, suffix, shards.place(name))
             if buffer.dtype == torch.float16 and not torch.equal(tensor.half().to(tensor.dtype), tensor):
                 buffer = buffer.float()
                 self._buffers[f"{part}_{suffix}"] = buffer
             target = buffer[expert, rows]
         if target.shape != tensor.shape:
-            raise CheckpointError(f"tensor {name}: expected {list(target.shape)}, found {list(tensor.shape)}")
+            raise CheckpointError(f"{shards.place(name)}: expected {list(target.shape)}, found {list(tensor.shape)}")
         target.copy_(tensor)
 
     def release(self) -> None:

@@ -33,6 +33,7 @@ class MoeqHfQuantizer(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._folder = Path()
+        self._checked: Path | None = None
 
     def validate_environment(self, *arguments: Any, **options: Any) -> None:
         """Refuse to quantize.
@@ -42,6 +43,21 @@ class MoeqHfQuantizer(HfQuantizer):
         """
         if not self.pre_quantized:
             raise UsageError("expected a checkpoint that `moeq quantize` wrote: transformers cannot quantize to it")
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Check a folder's headers: the first step that knows the folder, before transformers reads index and shards.
+
+        Raises:
+            MoeqError: a damaged checkpoint.
+        """
+        if config.name_or_path and Path(config.name_or_path).is_dir():
+            self._check(Path(config.name_or_path))
+        return super().update_tp_plan(config)
+
+    def _check(self, folder: Path) -> None:
+        if self._checked != folder:
+            verify(folder, values=False)
+            self._checked = folder
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
         """See :class:`transformers.quantizers.base.HfQuantizer`, which does not pass the dtype on."""
@@ -58,8 +74,9 @@ class MoeqHfQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise UsageError("expected the folder of a checkpoint: its experts cannot come from a state_dict")
+        # Not resolved: the files of the Hub's cache are links to a folder of another name.
         self._folder = Path(checkpoint_files[0]).parent
-        verify(self._folder, values=False)
+        self._check(self._folder)
         names = Names(model)
         with ShardSet(self._folder) as shards:
             layers = list(read_layers(shards, self.config))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, UsageError, parse_config, verify
+from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Summary, UsageError, parse_config
+from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.linear_method import UnpackedLinearMethod, unpacked
 from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
@@ -106,6 +107,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
         self.moeq = config
         self.widths: dict[str, list[int]] = {prefix: list(bits) for prefix, bits in config.experts.items()}
         self.odp: dict[str, float] = dict(config.odp or {})
+        self._checkpoint: Checkpoint | None = None
         self._linear: CompressedTensorsConfig | None = None
         if config.linear.bits != 16:
             self._linear = CompressedTensorsConfig.from_config(
@@ -151,18 +153,29 @@ class MoeqQuantizationConfig(QuantizationConfig):
             self.odp = parse_thresholds(getattr(hf_config, OVERRIDE), self.moeq.experts)
         self._log_odp()
         publish(self.moeq)
-        folder = Path(model_name)
-        if folder.is_dir():
-            summary = verify(folder, values=False)
-            widths = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(summary.widths.items()))
-            logger.info_once(
-                "moeq: %d MoE layers, %d experts (%s), %.2f bits on average, %.2f GiB of experts",
-                summary.layers,
-                summary.experts,
-                widths,
-                summary.average_bits,
-                summary.expert_bytes / 2**30,
-            )
+        self._checkpoint = Checkpoint(model_name, revision)
+        if Path(model_name).is_dir():  # else it may have to be downloaded, and is checked before its first expert
+            self._log_summary(self._checkpoint.check())
+
+    @staticmethod
+    def _log_summary(summary: Summary | None) -> None:
+        if summary is None:
+            return
+        widths = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(summary.widths.items()))
+        logger.info_once(
+            "moeq: %d MoE layers, %d experts (%s), %.2f bits on average, %.2f GiB of experts",
+            summary.layers,
+            summary.experts,
+            widths,
+            summary.average_bits,
+            summary.expert_bytes / 2**30,
+        )
+
+    def _loaded_from(self) -> Checkpoint | None:
+        """Return what all layers' experts are loaded from, or None if vLLM has not named it."""
+        if self._checkpoint is not None and not Path(self._checkpoint.model).is_dir():
+            self._checkpoint.cache = get_current_vllm_config().load_config.download_dir
+        return self._checkpoint
 
     def _log_odp(self) -> None:
         active = [threshold for threshold in self.odp.values() if threshold > 0]
@@ -188,7 +201,8 @@ class MoeqQuantizationConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             check_parallel(layer.moe_config.moe_parallel_config)
             known = find_layer(prefix, self.widths)
-            return MoeqMoEMethod(layer.moe_config, self.moeq, known, self.widths[known], self.odp.get(known, 0.0))
+            threshold = self.odp.get(known, 0.0)
+            return MoeqMoEMethod(layer.moe_config, self.moeq, known, self.widths[known], threshold, self._loaded_from())
         if isinstance(layer, LinearBase):
             if self._linear is None:
                 return UnquantizedLinearMethod()

@@ -8,8 +8,19 @@ from functools import cached_property
 
 import torch
 
-from vllm_moeq.format import CODES_PER_BLOCK, PACKED, SCALE, WHOLE_ROW, ZERO, CheckpointError, MoeqConfig, UsageError
+from vllm_moeq.format import (
+    CODES_PER_BLOCK,
+    PACKED,
+    SCALE,
+    WHOLE_ROW,
+    ZERO,
+    CheckpointError,
+    MoeqConfig,
+    UsageError,
+    check_values,
+)
 from vllm_moeq.kernels import RaggedMatrices, ragged
+from vllm_moeq.serving.checkpoint import Checkpoint
 
 WeightLoader = Callable[..., bool | None]
 
@@ -69,10 +80,16 @@ class Partition:
 
 
 class ExpertLoader:
-    """Loads, checks and counts the tensors of one layer."""
+    """Loads, checks and counts the tensors of one layer.
 
-    def __init__(self, partition: Partition) -> None:
+    Args:
+        partition: what this rank has of it.
+        checkpoint: where the tensors come from: checked before the first of them is loaded, and named by messages.
+    """
+
+    def __init__(self, partition: Partition, checkpoint: Checkpoint | None = None) -> None:
         self.partition = partition
+        self._checkpoint = checkpoint
         self._local = {expert: local for local, expert in enumerate(partition.local_experts)}
         self._projection = dict(zip(("w1", "w3", "w2"), partition.config.projections.names(), strict=True))
         self._loaded: set[str] = set()
@@ -100,8 +117,10 @@ class ExpertLoader:
     def _load(
         self, param: torch.nn.Parameter, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int
     ) -> None:
+        if not self._loaded and self._checkpoint is not None:
+            self._checkpoint.check()
         if name in self._loaded:
-            raise CheckpointError(f"tensor {name} is in the checkpoint twice")
+            raise CheckpointError(f"{self._place(name)} is in the checkpoint twice")
         matrices = self.partition.w2 if shard_id == "w2" else self.partition.w13
         rows, columns = self._slice(tensor, name, suffix, shard_id, matrices.bits[local])
         part = tensor[rows, columns]
@@ -116,7 +135,7 @@ class ExpertLoader:
         target = {"w1": target[:half], "w3": target[half:], "w2": target}[shard_id]
         if target.shape != part.shape:
             raise CheckpointError(
-                f"tensor {name}: expected {list(target.shape)} on this rank, found {list(part.shape)}"
+                f"{self._place(name)}: expected {list(target.shape)} on this rank, found {list(part.shape)}"
             )
         target.copy_(part)
         self._loaded.add(name)
@@ -125,7 +144,7 @@ class ExpertLoader:
         """Return this rank's rows and columns of a checkpoint tensor, after checking its dtype."""
         integer = tensor.dtype == torch.int32
         if tensor.ndim != 2 or integer != (suffix == PACKED) or not (integer or tensor.is_floating_point()):
-            raise CheckpointError(f"tensor {name}: unexpected {tensor.dtype} {list(tensor.shape)}")
+            raise CheckpointError(f"{self._place(name)}: unexpected {tensor.dtype} {list(tensor.shape)}")
         begin, end = self.partition.begin, self.partition.begin + self.partition.intermediate
         if shard_id != "w2":
             return slice(begin, end), slice(None)
@@ -136,10 +155,14 @@ class ExpertLoader:
             return slice(None), slice(None)
         return slice(None), slice(begin // size, -(-end // size))
 
-    @staticmethod
-    def _check_values(part: torch.Tensor, name: str, suffix: str) -> None:
-        if not bool(torch.isfinite(part).all()) or (suffix == SCALE and bool((part == 0).any())):
-            raise CheckpointError(f"tensor {name}: expected finite values (and no scale of 0)")
+    def _check_values(self, part: torch.Tensor, name: str, suffix: str) -> None:
+        try:
+            check_values(part, suffix, "")
+        except CheckpointError:
+            check_values(part, suffix, self._place(name))  # finding the file takes a while
+
+    def _place(self, name: str) -> str:
+        return f"tensor {name}" if self._checkpoint is None else self._checkpoint.place(name)
 
     @staticmethod
     def _widen(param: torch.nn.Parameter, part: torch.Tensor) -> None:
@@ -158,5 +181,5 @@ class ExpertLoader:
                 for suffix in (PACKED, SCALE, ZERO):
                     name = f"{self.partition.prefix}.{expert}.{projection}.{suffix}"
                     if name not in self._loaded:
-                        raise CheckpointError(f"tensor {name} was not loaded: the checkpoint is incomplete")
+                        raise CheckpointError(f"{self._place(name)} was not loaded: the checkpoint is incomplete")
         self._loaded.clear()

@@ -18,6 +18,7 @@ from vllm_moeq.kernels import (
     make_layer,
     moe,
 )
+from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 from vllm_moeq.serving.seam import (
     FusedMoEConfig,
@@ -40,6 +41,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         widths: one width per global expert.
         threshold: experts with less than this share of a token's largest routing weight are skipped;
             0 skips none.
+        checkpoint: where the weights come from.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         prefix: str,
         widths: list[int],
         threshold: float = 0.0,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         super().__init__(moe_config)
         self.config = config
         self.prefix = prefix
         self.widths = widths
         self.threshold = threshold
+        self._checkpoint = checkpoint
         self._loader: ExpertLoader | None = None
         self._kernel: LayerKernel | None = None
 
@@ -85,7 +89,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         )
         self.partition = partition
         self._dtype = params_dtype
-        self._loader = ExpertLoader(partition)
+        self._loader = ExpertLoader(partition, self._checkpoint)
         for name, matrices in (("w13", partition.w13), ("w2", partition.w2)):
             shape = (len(experts), matrices.rows, matrices.groups)
             tensors = {

@@ -1,0 +1,119 @@
+"""Read files of a folder that anybody may have made: JSON within bounds, and nothing from outside the folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_moeq.format.errors import CheckpointError, ConfigError
+
+MAX_JSON_BYTES = 32 << 20
+MAX_WIDE_BYTES = 8 << 20
+"""Where text holds anything but ASCII, or escapes of it: one such character makes a string take four bytes for each."""
+MAX_JSON_VALUES = 1 << 20
+"""Commas, colons and opening brackets: each stands for a value that takes 70 bytes on average, and 250 at most."""
+MAX_JSON_DEPTH = 64
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file whose size, number of values and depth are bounded before memory is taken.
+
+    Raises:
+        ConfigError: the file is missing, too large, too deep, not a regular file or not JSON.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected a JSON file, found {'no file' if not path.exists() else 'none'}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read ({error.strerror})") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {path.stat().st_size}")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON text; see :func:`read_json`.
+
+    Args:
+        data: UTF-8.
+        where: what the error message calls it, usually the file's path.
+
+    Raises:
+        ConfigError: too large, too deep, a key that an object has twice, or not JSON.
+    """
+    if len(data) > MAX_WIDE_BYTES and not (data.isascii() and b"\\u" not in data):
+        raise ConfigError(f"{where}: expected at most {MAX_WIDE_BYTES} bytes of text that is not all ASCII")
+    values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if values > MAX_JSON_VALUES:
+        raise ConfigError(f"{where}: expected at most {MAX_JSON_VALUES} values, found {values}")
+    try:
+        with _no_collection():
+            parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        if _is_deep(parsed):
+            raise RecursionError
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid JSON (expected at most {MAX_JSON_DEPTH} levels)") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON ({error!s:.200})") from None
+    return parsed
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Spare the search for cycles, which parsed JSON has none of: a hundred thousand lists would start many."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse what readers disagree on: the first or the last of two values under one key."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    """Tell whether containers are nested deeper than functions that call themselves can follow."""
+    waiting = [(value, 1)]
+    while waiting:
+        container, depth = waiting.pop()
+        if type(container) in (dict, list):
+            if depth > MAX_JSON_DEPTH:
+                return True
+            children = container.values() if type(container) is dict else container
+            waiting += [(child, depth + 1) for child in children if type(child) in (dict, list)]
+    return False
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a link that leads out of its folder, except in the Hub's cache, whose files are links to ``../../blobs``.
+
+    Raises:
+        CheckpointError: such a link, or one that leads in circles.
+    """
+    if not path.is_symlink():
+        return
+    folder = path.parent.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path}: expected a file, found a link to none") from None
+    if target.is_relative_to(folder):
+        return
+    if folder.parent.name == "snapshots" and target.parent == (folder.parents[1] / "blobs").resolve():
+        return
+    raise CheckpointError(f"{path}: expected a file inside the folder, found a link to {target}")

@@ -1,0 +1,162 @@
+"""What a safetensors header says, read within bounds and checked tensor by tensor, so that errors have a name.
+
+The official reader reads the same header again before it hands out a tensor, and has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_moeq.format.errors import CheckpointError
+
+MAX_HEADER_BYTES = 24 << 20
+MAX_TENSORS = 100_000
+"""Per shard, and four times as many in all; a trillion weights in experts of the usual sizes are half of that."""
+MAX_DIMENSIONS = 8
+MAX_NAME = 512
+MAX_SIZE = 1 << 48
+"""Of a number in a header, and of the product of a tensor's sizes."""
+METADATA = "__metadata__"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a shard's header says of one tensor; ``offset`` is the place of its first byte in the file."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.numel * self.dtype.itemsize
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuse a tensor's name that a message could not show as it is.
+
+    Raises:
+        CheckpointError: control characters, such as those that steer terminals, or an endless name.
+    """
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{path}: tensor {name!r:.80}: expected a name of at most {MAX_NAME} characters that can be printed"
+        )
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a shard in the order of their bytes.
+
+    Raises:
+        CheckpointError: a header that is too large or no JSON; a tensor that stands there twice, whose size is not
+            that of its shape and dtype, or that does not begin where the one before ends; bytes that are no tensor's.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            whole = path.stat().st_size
+            if whole < 8 or length > min(MAX_HEADER_BYTES, whole - 8):
+                raise CheckpointError(
+                    f"{path}: damaged or truncated shard of {whole} bytes (expected a header of at most "
+                    f"{MAX_HEADER_BYTES} bytes inside the file, found one of {length})"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read ({error.strerror})") from None
+    entries = _parse(text, path)
+    entries.pop(METADATA, None)
+    found: dict[str, TensorInfo] = {}
+    end = 0
+    for name, begin, until, shape, dtype in sorted(
+        (_entry(path, name, entry) for name, entry in entries.items()), key=lambda it: it[1:3]
+    ):
+        info = TensorInfo(path.name, shape, dtype, 8 + length + begin)
+        if begin != end or until - begin != info.nbytes:
+            raise CheckpointError(
+                f"{path}: tensor {name}: expected {info.nbytes} bytes from {end} on for {dtype} {list(shape)}, "
+                f"found data_offsets [{begin}, {until}]"
+            )
+        found[name], end = info, until
+    if 8 + length + end != whole:
+        raise CheckpointError(
+            f"{path}: damaged or truncated shard of {whole} bytes (expected {8 + length + end}, the end of its tensors)"
+        )
+    return found
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    if (count := text.count(b"{")) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: expected at most {MAX_TENSORS} tensors in a shard, found {count}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry: dict[str, Any] = {}
+        for key, value in pairs:
+            check_name(key, path)
+            if key in entry:
+                raise CheckpointError(f"{path}: tensor {key} stands twice in the header")
+            entry[key] = value
+        return entry
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: damaged or truncated shard (header: expected an object)")
+    return entries
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
+    """Return name, first byte, end, shape and dtype."""
+    place = f"{path}: tensor {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{place}: expected dtype, shape and data_offsets, found {_shown(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{place} has unsupported dtype {_shown(dtype)}")
+    # Strides of an empty tensor are products of the other sizes.
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_SIZE:
+        raise CheckpointError(
+            f"{place}: expected a shape of at most {MAX_DIMENSIONS} dimensions, whole numbers up to {MAX_SIZE} "
+            f"together, found {_shown(shape)}"
+        )
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{place}: expected data_offsets with two whole numbers, found {_shown(offsets)}")
+    return name, offsets[0], offsets[1], tuple(shape), DTYPES[dtype]
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_SIZE for size in value)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value that may be long."""
+    return f"{value!r:.80}"
