@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo docs test test-all lint bench paper compare clean
+.PHONY: setup browser demo docs test test-all lint fuzz bench paper compare clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,15 @@ test: lint browser
 
 test-all: test
 	$(BIN)/python -m pytest -m matrix
+
+# Ten minutes per target, guided by coverage; a crash leaves its input in build/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	mkdir -p build/fuzz
+	for target in schema headers unpack; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) \
+			-print_final_stats=1 -artifact_prefix=build/fuzz/ || exit 1; \
+	done
 
 # All methods without GPTQ on both shipped models; what GPTQ adds to some of them.
 bench: setup

@@ -1,0 +1,140 @@
+"""What is fuzzed: functions of bytes that raise nothing but this project's errors, and whose results are consistent."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save
+
+from planner.plan import Plan
+from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
+from vllm_moeq.format.schema import first_problem
+
+LIMIT = 1 << 16
+PLAN = {"method": "kl", "avg_bits": 2.0, "achieved_avg_bits": 2.0, "bit_choices": [1, 2, 3]}
+CONFIG = {
+    "quant_method": "moeq",
+    "format_version": 1,
+    "group_size": 32,
+    "projections": {"gate": "w1", "up": "w3", "down": "w2"},
+    "experts": {"model.layers.0.experts": [1, 2, 3]},
+    "linear": {"bits": 4, "group_size": 32},
+    "unquantized": ["lm_head"],
+    "plan": {**PLAN, "zeta": 3.0, "fallback": {"model.layers.0.experts": [0]}},
+    "odp": {"model.layers.0.experts": 0.5},
+}
+WHOLE_PLAN = {
+    "version": 1,
+    **PLAN,
+    "experts": {"a.b": [1, 3]},
+    "order": {"a.b": [1, 0]},
+    "scores": {"a.b": {"x": [1.0]}},
+}
+
+
+def schema(data: bytes) -> None:
+    """Config and plan: an error of one line, or an object that says the same when it is read again."""
+    try:
+        parsed = parse_json(data, "fuzz")
+    except MoeqError as error:
+        _one_line(error)
+        return
+    try:
+        config = parse_config(parsed, "fuzz")
+        assert parse_config(json.loads(config.model_dump_json(exclude_none=True)), "again") == config
+    except MoeqError as error:
+        _one_line(error)
+    try:
+        plan = Plan.model_validate(parsed)
+        assert Plan.model_validate(plan.model_dump(mode="json")).experts == plan.experts
+    except ValidationError as error:
+        _one_line(MoeqError(first_problem(error)))
+
+
+def _one_line(error: MoeqError) -> None:
+    text = str(error)
+    assert text.isprintable(), repr(text)
+    assert len(text) < 4096
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def headers(data: bytes) -> None:
+    """A shard, or an index, a NUL and its shard: refused, or every tensor reads the same in all three ways."""
+    with _folder() as folder:
+        if data[:1] == b"\x00" or b"\x00" not in data:
+            (folder / "model.safetensors").write_bytes(data[1:])
+        else:
+            index, _, shard = data.partition(b"\x00")
+            (folder / "model.safetensors.index.json").write_bytes(index)
+            (folder / "a.safetensors").write_bytes(shard)
+        try:
+            shards = ShardSet(folder)
+        except MoeqError as error:
+            _one_line(error)
+            return
+        with shards:
+            for name, info in shards.tensors.items():
+                _reads_alike(shards, name, (folder / info.shard).stat().st_size)
+
+
+def _reads_alike(shards: ShardSet, name: str, size: int) -> None:
+    info = shards.info(name)
+    assert 8 <= info.offset <= info.offset + info.nbytes <= size
+    try:
+        whole = shards.load(name)
+        assert tuple(whole.shape) == info.shape
+        others = [shards.map(name)]
+        if info.shape and info.numel:
+            others.append(shards.read_rows(name, 0, info.shape[0]))
+    except MoeqError as error:
+        _one_line(error)
+        return
+    for other in others:
+        assert torch.equal(other.contiguous().view(-1).view(torch.uint8), whole.contiguous().view(-1).view(torch.uint8))
+
+
+def unpacking(data: bytes) -> None:
+    """Words, a width and a number of codes: a ValueError, or the bitstream read as one integer says the same."""
+    if len(data) < 3:
+        return
+    bits, count = data[0] % 10, int.from_bytes(data[1:3], "little") % 600
+    body = data[3:][: len(data[3:]) // 4 * 4]
+    words = torch.frombuffer(bytearray(body), dtype=torch.int32) if body else torch.empty(0, dtype=torch.int32)
+    try:
+        codes = unpack(words, bits, count)
+    except ValueError:
+        assert bits not in BIT_WIDTHS or count % 32 or words.numel() != count * bits // 32
+        return
+    stream = int.from_bytes(body, "little")
+    assert codes.tolist() == [stream >> (i * bits) & ((1 << bits) - 1) for i in range(count)]
+    assert torch.equal(pack(codes, bits), words)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"schema": schema, "headers": headers, "unpack": unpacking}
+
+
+def seeds(target: str) -> list[bytes]:
+    """Return inputs that a target accepts, to start from."""
+    if target == "schema":
+        return [json.dumps(value).encode() for value in (CONFIG, WHOLE_PLAN)]
+    if target == "headers":
+        shard = save({"a": torch.arange(6).view(2, 3).int(), "b": torch.ones(2, 2).bfloat16()}, {"format": "pt"})
+        index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}).encode()
+        return [b"\x00" + shard, index + b"\x00" + shard]
+    generator = random.Random(0)
+    return [
+        bytes([bits]) + (64).to_bytes(2, "little") + generator.randbytes(64 * bits // 8) for bits in (*BIT_WIDTHS, 5)
+    ]
