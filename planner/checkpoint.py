@@ -158,7 +158,7 @@ class CheckpointWriter:
         self._run = PartialRun(output, fingerprint, resume)
         self.partial = self._run.folder
         self._weight_map: dict[str, str] = {}
-        self._bytes = 0
+        self._bytes: dict[str, int] = {}
 
     def has_shard(self, shard: str) -> bool:
         """Tell whether a whole shard is there, from this run or an earlier one, and count its tensors if so."""
@@ -171,7 +171,7 @@ class CheckpointWriter:
         except SafetensorError:
             return False  # damaged since: written again
         self._weight_map.update(dict.fromkeys(names, shard))
-        self._bytes += path.stat().st_size
+        self._bytes[shard] = path.stat().st_size
         return True
 
     def write_shard(self, shard: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -179,7 +179,7 @@ class CheckpointWriter:
         write_tensors(self.partial / shard, tensors)
         for name in tensors:
             self._weight_map[name] = shard
-        self._bytes += (self.partial / shard).stat().st_size
+        self._bytes[shard] = (self.partial / shard).stat().st_size
 
     def copy_companions(self, folder: Path) -> None:
         """Copy tokenizer, generation settings and chat template from another model folder."""
@@ -197,7 +197,10 @@ class CheckpointWriter:
             extra: file name → contents of further JSON files.
             describe: called with the folder when everything else is in it, to write what is said of it.
         """
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        index = {
+            "metadata": {"total_size": sum(self._bytes.values())},
+            "weight_map": dict(sorted(self._weight_map.items())),
+        }
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
