@@ -49,6 +49,7 @@ from planner.flags import (
     planned_quantizer,
 )
 from planner.layout import read_layout
+from planner.memory import out_of_memory
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
 from planner.needs.flags import Concurrency, Context, GpuGib
@@ -191,6 +192,12 @@ def main() -> NoReturn:
     except MoeqError as error:
         line = " ".join(str(error).splitlines())  # names come from files and may hold anything
         Console(stderr=True, highlight=False).print(f"error: {line}", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        line = "error: not enough memory; what is finished is kept"
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -61,11 +61,13 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     with ShardSet(folder) as shards:
         matrices = {matrix.name(PACKED): matrix for matrix in expert_matrices(shards, config)}
         dense = _Dense(shards, config, matrices, find_architecture(source), dtype)
-        writer = CheckpointWriter(output, {"export": name, "config": json.loads(config.model_dump_json())})
+        about = {"config": json.loads(config.model_dump_json()), "files": shards.stamps()}
+        writer = CheckpointWriter(output, {"export": name, **about})
         try:
             for shard in progress.track(sorted({info.shard for info in shards.tensors.values()}), "exporting"):
                 if not writer.has_shard(shard):
                     writer.write_shard(shard, dense.shard(shard))
+            shards.check_unchanged()
             writer.copy_companions(folder)
             source.pop("quantization_config")
             writer.finish({**source, "dtype": name}, {})

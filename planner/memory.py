@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from vllm_moeq.format import MoeqError
 
 MMAP_THRESHOLD = -3
 """``M_MMAP_THRESHOLD`` of glibc's malloc.h."""
 
 LARGE_BLOCK = 4 << 20
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: Python, the system, a GPU and a CPU each say so in their own way."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+
+
+@contextmanager
+def explained_if_out_of_memory(explanation: str) -> Iterator[None]:
+    """Turn running out of memory into an error of one line.
+
+    Args:
+        explanation: where or for what there was not enough memory, and what takes less.
+
+    Raises:
+        MoeqError: there was not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise MoeqError(f"not enough memory {explanation}") from None
 
 
 def return_large_blocks() -> None:

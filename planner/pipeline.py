@@ -108,6 +108,7 @@ def quantize(
     try:
         tasks = plan_tasks(model, layout, plan, settings, writer.partial)
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
+        model.shards.check_unchanged()
         writer.copy_companions(model.folder)
         report = merged_report(tasks, [read_json(task.entry) for task in tasks], settings)
         report["source"] = describe_source(model)

@@ -115,6 +115,10 @@ class SourceShards(ShardSet):
         matrix = self.matrices.get(name)
         return self.files.info(name).nbytes if matrix is None else matrix.nbytes
 
+    def check_unchanged(self) -> None:
+        """See :meth:`ShardSet.check_unchanged`."""
+        self.files.check_unchanged()
+
     def close(self) -> None:
         """See :meth:`ShardSet.close`."""
         self.files.close()

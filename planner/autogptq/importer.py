@@ -39,6 +39,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
                     tensors = _shard(checkpoint, shard, experts, linears)
                     if tensors:
                         writer.write_shard(shard, tensors)
+            model.shards.check_unchanged()
             writer.copy_companions(folder)
             quantization_config = config.model_dump(mode="json", exclude_none=True)
             writer.finish({**model.config, "quantization_config": quantization_config}, {}, write_card)

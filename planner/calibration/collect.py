@@ -109,6 +109,7 @@ def collect(
         _forward(run)
         for name in wanted.measures:
             _measure(run, name, MEASURES[name], text.tokens)
+        model.shards.check_unchanged()
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in run.found.items()}
         told = {"model": model.fingerprint(), "calibration": facts, **names, "cost": run.cost, "tokens": coverage}
         write_statistics(output, run.found, told)

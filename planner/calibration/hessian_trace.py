@@ -20,6 +20,7 @@ from planner.calibration.experts import load_expert
 from planner.calibration.rounding import rounded
 from planner.checkpoint import SourceModel
 from planner.layout import Layout, architecture_of
+from planner.memory import explained_if_out_of_memory, out_of_memory
 from planner.progress import Progress
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
@@ -87,14 +88,15 @@ def layer_traces(
     if probes < 2 or tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(f"expected probes >= 2 and tokens [>= 1, >= 2], found {probes} and {list(tokens.shape)}")
     check_memory(model, layout, device)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            network = load_network(model, device)
-            parameters = expert_parameters(network, model, layout)
-            samples = _samples(network, parameters, tokens.split(batch), progress, probes, seed)
-    except (MemoryError, torch.OutOfMemoryError):
-        size = f"the Hessian of {batch} sequences of {tokens.shape[1]} tokens"
-        raise UsageError(f"not enough memory on {device.type} for {size}; fewer or shorter ones take less") from None
+    size = f"the Hessian of {batch} sequences of {tokens.shape[1]} tokens"
+    with (
+        explained_if_out_of_memory(f"on {device.type} for {size}; fewer or shorter ones take less"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        network = load_network(model, device)
+        parameters = expert_parameters(network, model, layout)
+        samples = _samples(network, parameters, tokens.split(batch), progress, probes, seed)
     if not bool(torch.isfinite(samples).all()):
         raise CheckpointError(f"{model.folder}: expected a finite Hessian, found NaN or infinity")
     sizes = torch.tensor([parameter.numel() for parameter in parameters]).reshape(-1, len(PARTS))
@@ -155,9 +157,9 @@ def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         network, report = load(model.folder, **plain, device_map=device, output_loading_info=True)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
     if report["missing_keys"]:  # transformers has drawn them at random
         raise CheckpointError(f"{model.folder}: expected the weights {sorted(report['missing_keys'])}, found none")

@@ -19,9 +19,10 @@ from planner.checkpoint import SourceModel
 from planner.experts import ExpertReport, pack_expert
 from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
 from planner.layout import read_layout
+from planner.memory import explained_if_out_of_memory
 from planner.rows import open_threads
 from planner.runners.base import KEPT, Work
-from vllm_moeq.format import PACKED, SCALE, CheckpointError, MoeqError, linear_values
+from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -48,15 +49,12 @@ class GptqRunner:
     def run(self, work: Work) -> Generator[Finished, None, None]:
         """See :class:`planner.runners.base.Runner`; layers come in order."""
         *layers, rest = work.tasks
-        try:
+        with explained_if_out_of_memory(f"on {self.devices[0].type}; {KEPT}; fewer --jobs take less"):
             if any(task in work.pending for task in layers):
                 yield from self._layers(layers, work.pending, rest.shard.parent)
             if rest in work.pending:
                 yield run_task(rest, self.threads, self.devices[0])
             remove_hidden(rest.shard.parent)
-        except (MemoryError, torch.OutOfMemoryError):
-            device = self.devices[0].type
-            raise MoeqError(f"not enough memory on {device}; {KEPT}; fewer --jobs take less") from None
 
     def _layers(
         self, layers: Sequence[LayerTask], pending: Sequence[LayerTask], folder: Path

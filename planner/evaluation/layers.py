@@ -44,7 +44,9 @@ class LayerReader:
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
         """See :class:`planner.evaluation.readers.Reader`; continues behind the last whole layer."""
         self._decoder.rows = ROWS if self._batch is None else self._batch * tokens.shape[1]
-        return read_layers(self._decoder, first_hidden(self._decoder, tokens, folder), progress, what, self._odp)
+        found = read_layers(self._decoder, first_hidden(self._decoder, tokens, folder), progress, what, self._odp)
+        self._model.shards.check_unchanged()
+        return found
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
         """See :class:`planner.evaluation.readers.Reader`."""

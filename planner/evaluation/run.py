@@ -20,10 +20,11 @@ from planner.evaluation.readers import Reader, open_reader
 from planner.evaluation.record import Divergence, TaskResult, TextResult
 from planner.evaluation.task_files import is_file_name
 from planner.evaluation.tasks import run_tasks
+from planner.memory import explained_if_out_of_memory
 from planner.partial import PartialRun
 from planner.progress import Progress
 from planner.runners.choose import read_devices
-from vllm_moeq.format import MoeqError, UsageError
+from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def evaluate(wanted: Wanted, partial: PartialRun, progress: Progress) -> Found:
     Raises:
         MoeqError: models with different vocabularies, a damaged checkpoint, an unknown task, too little memory.
     """
-    try:
+    with explained_if_out_of_memory(f"on {wanted.device}; what is finished is kept; a smaller --batch-size takes less"):
         text = None if wanted.text is None else _read(wanted, wanted.text, partial.folder, progress)
         tasks: list[TaskResult] = []
         if wanted.tasks:
@@ -123,10 +124,6 @@ def evaluate(wanted: Wanted, partial: PartialRun, progress: Progress) -> Found:
                 wanted.folder, wanted.tasks, limit=wanted.limit, batch_size=wanted.batch_size, device=wanted.device,
                 backend=wanted.backend, store=partial.folder, progress=progress,
             )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError):
-        raise MoeqError(
-            f"not enough memory on {wanted.device}; what is finished is kept; a smaller --batch-size takes less"
-        ) from None
     return Found(text, tasks)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from planner.layer_task import Finished, LayerTask
+from planner.memory import out_of_memory
 from vllm_moeq.format import MoeqError
 
 KEPT = "finished layers are kept, and the same command continues behind them"
@@ -84,9 +85,9 @@ def attempt(task: Task[Result], threads: int, device: str) -> Result | Failure:
         return task.run(threads, torch.device(device))
     except MoeqError as error:
         return Failure(task.label, str(error), expected=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        return Failure(task.label, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            return Failure(task.label, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
         return Failure(task.label, traceback.format_exc(), expected=False)
 
 

@@ -46,6 +46,11 @@ def index_shards(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class ShardSet:
     """The tensors of a folder: headers in memory, data on demand.
 
@@ -62,6 +67,7 @@ class ShardSet:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._files: dict[str, int] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
         index = folder / INDEX_NAME
         expected: dict[str, str] | None = None
@@ -93,6 +99,7 @@ class ShardSet:
     def _read_header(self, shard: str) -> None:
         path = self.folder / shard
         self._require_file(path)
+        self._stamps[shard] = _stamp(path)
         for name, info in read_header(path).items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].shard}")
@@ -106,6 +113,21 @@ class ShardSet:
         check_inside(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Return size and time of every shard, which another file in its place rarely has."""
+        return {shard: list(stamp[1:]) for shard, stamp in sorted(self._stamps.items())}
+
+    def check_unchanged(self) -> None:
+        """Require that every shard is still the file whose header was read.
+
+        Raises:
+            CheckpointError: another file or other contents, by inode, size and time.
+        """
+        for shard, stamp in self._stamps.items():
+            path = self.folder / shard
+            if not path.is_file() or _stamp(path) != stamp:
+                raise CheckpointError(f"{path}: expected it unchanged since it was opened, found another file")
 
     def info(self, name: str) -> TensorInfo:
         """Return a tensor's header entry; raise CheckpointError when it is missing."""
