@@ -74,6 +74,13 @@ class Server:
         """Base URL for OpenAI clients."""
         return f"http://127.0.0.1:{self.port}/v1"
 
+    @property
+    def process(self) -> int:
+        """Number of the server's process, which leads a session of its own."""
+        if self._process is None:
+            raise ServerError("expected a server that has been started")
+        return self._process.pid
+
     def __enter__(self) -> Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port), *self.flags]

@@ -1,0 +1,22 @@
+"""A short run of benchmarks/load.py: clients that come, cancel and send nonsense do not change each other's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load import run
+from planner.evaluation import read_text
+from tests.serving.conftest import Pair
+
+
+@pytest.mark.server
+def test_answers_under_load_are_those_of_an_idle_server(mixtral: Pair, tmp_path: Path) -> None:
+    found = run(mixtral.quantized, read_text(mixtral.source / "held_out.txt"), 16, 20, tmp_path / "log")
+    assert not found.unexpected
+    assert not found.mismatches
+    assert found.answers > 0
+    assert found.cancelled > 0
+    assert found.malformed > 0
+    assert not found.left_processes
