@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from vllm_moeq.kernels.cpu.build import problem
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("planner", "vllm_moeq", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as it; print('built', getattr(it, 'build_' + sys.argv[1])(sys.argv[2]))"
 
 
-def build(kind: str, folder: Path) -> Path:
-    """Build a wheel or an sdist of a fresh copy, whose files are as old as the copy."""
+def build(kind: str, folder: Path, native: bool = False) -> Path:
+    """Build a wheel or an sdist of a fresh copy, whose files are as old as the copy; without the compiled kernel."""
     source, target = folder / "source", folder / "built"
     target.mkdir(parents=True)
     for part in (*PARTS, "setup.py", "MANIFEST.in"):
@@ -31,7 +33,7 @@ def build(kind: str, folder: Path) -> Path:
             shutil.copy(ROOT / part, source / part)
     for path in source.rglob("*"):
         os.utime(path)
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "VLLM_MOEQ_BUILD_NATIVE": str(int(native))}
     command = [sys.executable, "-c", BUILD, kind, str(target)]
     result = subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True, text=True)
     return target / result.stdout.splitlines()[-1].removeprefix("built ")
@@ -87,6 +89,7 @@ def test_installed_elsewhere_it_works(
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--force-reinstall", "--no-warn-script-location"]
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *options, str(archive)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["VLLM_MOEQ_BUILD_NATIVE"] = "0"
     subprocess.run(command, check=True, env=environment)
     code = (
         "import importlib.metadata as m, planner, vllm_moeq, pathlib\n"
@@ -100,3 +103,21 @@ def test_installed_elsewhere_it_works(
     verified = subprocess.run([moeq, "verify", quantized_mixtral, "--json"], env=environment, capture_output=True)
     assert verified.returncode == 0
     assert b'"experts": 16' in verified.stdout
+
+
+@pytest.mark.matrix
+def test_a_wheel_brings_the_cpu_kernel(tmp_path: Path) -> None:
+    """Where it is installed nothing is compiled, and nothing could be."""
+    if problem():
+        pytest.skip(problem())
+    with zipfile.ZipFile(build("wheel", tmp_path / "made", native=True)) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = "from vllm_moeq.kernels.cpu import build; print(build.__file__, build.problem())"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "CXX": "false",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+    }
+    found = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path, env=environment)
+    assert found == f"{tmp_path / 'installed/vllm_moeq/kernels/cpu/build.py'} \n"
