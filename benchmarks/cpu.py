@@ -16,12 +16,12 @@ def preloaded() -> str:
     return ":".join(part for part in (str(library), before) if part)
 
 
-def restart_with_openmp(module: str) -> None:
+def restart_with_openmp() -> None:
     """Start this program again with :func:`preloaded`, unless it was."""
     wanted = preloaded()
     if wanted != os.environ.get("LD_PRELOAD", ""):
         os.environ["LD_PRELOAD"] = wanted
-        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def all_cores() -> dict[str, str]:

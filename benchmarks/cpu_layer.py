@@ -1,6 +1,6 @@
 """Time of one MoE layer on the CPU: the native kernel against vLLM's bfloat16 fused MoE, and against memory.
 
-    python -m benchmarks.cpu_layer --shapes qwen3-30b-a3b,mixtral-8x7b --tokens 1,8,32,128 --mix 2,3 1,2,3 4
+    python benchmarks/cpu_layer.py --shapes qwen3-30b-a3b,mixtral-8x7b --tokens 1,8,32,128 --mix 2,3 1,2,3 4
 
 Both are called in turn, each time with another routing, which both get, so that a call finds its experts in memory and
 not in a cache, and whatever slows the machine down for a while slows both. Milliseconds are medians. The share of the
@@ -20,9 +20,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the script's own folder there
 
 from benchmarks.cpu import restart_with_openmp
 from benchmarks.peers import random_experts
@@ -210,7 +213,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help=f"per row; at least {MIN_ROUNDS} rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    restart_with_openmp("benchmarks.cpu_layer")
+    restart_with_openmp()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     result = run(args)
     if args.json:

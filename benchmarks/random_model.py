@@ -1,6 +1,6 @@
 """Writes a checkpoint with random weights, for speed: a published model's layers, fewer of them, a small vocabulary.
 
-    python -m benchmarks.random_model qwen3-30b-a3b --layers 4 -o random-qwen3
+    python benchmarks/random_model.py qwen3-30b-a3b --layers 4 -o random-qwen3
 
 The tokenizer and the prompts are those of a shipped model. Embeddings are as small as its vocabulary, so that a few
 layers take the share of the time that all take in the published model.
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the script's own folder there
 
 from benchmarks.routing import MODELS
 

@@ -1,6 +1,6 @@
 """Throughput and latency of real vLLM servers: the bfloat16 checkpoint against the quantized one.
 
-    python -m benchmarks.serving --source benchmarks/models/stdlib-mixtral --output results
+    python benchmarks/serving.py --source benchmarks/models/stdlib-mixtral --output results
 
 The client is vLLM's own `vllm bench serve`: the same prompts for both, greedy, a fixed number of new tokens, as many
 requests at a time as asked. The servers run one after the other on the same machine. With --check-dense a third one
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the script's own folder there
 
 from benchmarks.cpu import all_cores
 from benchmarks.report import environment
