@@ -7,6 +7,9 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
+
+from vllm_moeq.format import ConfigError, Linear
 
 
 def run(code: str) -> str:
@@ -43,28 +46,21 @@ def test_register_twice() -> None:
     [(8, "bfloat16", "serve 4 bits, not 8"), (4, "float32", "half precision"), (8, "float32", "half precision")],
 )
 def test_linears_that_vllm_has_no_cpu_kernel_for_are_unpacked(bits: int, dtype: str, reason: str) -> None:
-    code = (
-        "import torch\n"
-        "from vllm_moeq.format import Linear\n"
-        "from vllm_moeq.serving.linear_method import unpacked\n"
-        f"print(unpacked(Linear(bits={bits}), torch.{dtype}))"
-    )
-    assert reason in run(code)
+    from vllm_moeq.serving.linear_method import unpacked
+
+    assert reason in unpacked(Linear(bits=bits), getattr(torch, dtype))
 
 
 def test_a_layer_is_found_under_the_name_that_a_model_class_gives_it() -> None:
-    code = (
-        "from vllm_moeq.serving.config import find_layer\n"
-        "known = ['model.layers.0.block_sparse_moe.experts', 'model.layers.10.block_sparse_moe.experts']\n"
-        "print(find_layer('model.layers.10.mlp.experts', known), find_layer(known[0], known))"
-    )
-    assert run(code).split() == ["model.layers.10.block_sparse_moe.experts", "model.layers.0.block_sparse_moe.experts"]
+    from vllm_moeq.serving.config import find_layer
+
+    known = ["model.layers.0.block_sparse_moe.experts", "model.layers.10.block_sparse_moe.experts"]
+    assert find_layer("model.layers.10.mlp.experts", known) == known[1]
+    assert find_layer(known[0], known) == known[0]
 
 
 def test_a_layer_without_widths_is_named() -> None:
-    code = (
-        "from vllm_moeq.serving.config import find_layer\n"
-        "try:\n    find_layer('model.layers.1.mlp.experts', ['model.layers.0.mlp.experts'])\n"
-        "except Exception as error:\n    print(error)"
-    )
-    assert "no widths for model.layers.1.mlp.experts" in run(code)
+    from vllm_moeq.serving.config import find_layer
+
+    with pytest.raises(ConfigError, match=r"no widths for model\.layers\.1\.mlp\.experts"):
+        find_layer("model.layers.1.mlp.experts", ["model.layers.0.mlp.experts"])
