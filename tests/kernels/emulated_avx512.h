@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define MOEQ_EMULATED
@@ -59,6 +60,12 @@ inline Vector load(const void* p) {
     return r;
 }
 inline void store(void* p, Vector v) { std::memcpy(p, &v, 64); }
+inline const void* aligned(const void* p) {  // as the instructions demand
+    if (reinterpret_cast<uintptr_t>(p) % 64) std::abort();
+    return p;
+}
+inline Vector load_aligned(const void* p) { return load(aligned(p)); }
+inline void store_aligned(void* p, Vector v) { store(const_cast<void*>(aligned(p)), v); }
 inline Vector same(Vector v) { return v; }
 
 inline Vector add_ps(Vector x, Vector y) { return floats([&](int k) { return x.f[k] + y.f[k]; }); }
@@ -143,9 +150,9 @@ inline Vector dpbusd(Vector sum, Vector x, Vector y) {
 #define _mm512_set1_epi16 emulated::set_epi16
 #define _mm512_set1_epi8 emulated::set_epi8
 #define _mm512_loadu_ps emulated::load
-#define _mm512_load_si512 emulated::load
+#define _mm512_load_si512 emulated::load_aligned
 #define _mm512_storeu_ps emulated::store
-#define _mm512_store_si512 emulated::store
+#define _mm512_store_si512 emulated::store_aligned
 #define _mm512_castsi512_ps emulated::same
 #define _mm512_castps_si512 emulated::same
 #define _mm512_add_ps emulated::add_ps

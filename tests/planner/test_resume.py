@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -95,7 +96,8 @@ def interrupt(output: Path) -> tuple[int, str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not list(output.parent.glob("out.partial/*.safetensors")):
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate()[1]
     return process.returncode, errors
 
