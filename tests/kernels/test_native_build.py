@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +33,13 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def fails(*_: object, **__: object) -> None:
     raise RuntimeError("Error building extension\nand many lines of a compiler")
+
+
+@pytest.mark.skipif(platform.machine() not in build.MACHINES, reason="the kernel is for x86")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_it_can_be_built_here() -> None:
+    """Other tests are skipped where it cannot; a mistake in the sources must not pass for that."""
+    assert build.problem() == ""
 
 
 @pytest.mark.usefixtures("unbuilt")
