@@ -62,3 +62,20 @@ def random_routing(tokens: int, experts: int, top_k: int, *, seed: int = 0) -> t
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand((tokens, experts), generator=generator).topk(top_k).indices.int()
     return torch.rand((tokens, top_k), generator=generator) + 0.1, ids
+
+
+EDGE_ROUTINGS = ("one expert", "padding rows", "nothing local", "half local")
+
+
+def edge_routing(kind: str, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a routing to at least four experts into one of :data:`EDGE_ROUTINGS`."""
+    if kind == "one expert":
+        return weights[:, :1], torch.full_like(ids[:, :1], 2)
+    skipped = torch.zeros_like(ids, dtype=torch.bool)
+    if kind == "padding rows":
+        skipped[len(ids) // 2 :] = True
+    elif kind == "nothing local":
+        skipped[:] = True
+    else:
+        skipped = ids >= 2
+    return weights, ids.masked_fill(skipped, -1)

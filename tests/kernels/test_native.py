@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.layers import dense, exact, random_layer, random_routing
+from tests.kernels.layers import EDGE_ROUTINGS, dense, edge_routing, exact, random_layer, random_routing
 from vllm_moeq.format import BIT_WIDTHS, UsageError, pack
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ReferenceLayer, make_layer, ragged
 from vllm_moeq.kernels.cpu import build
@@ -61,20 +61,15 @@ def test_agrees_with_the_reference(dtype: torch.dtype) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("routing", ["one expert", "padding rows", "nothing local", "half local", "one slot"])
+@pytest.mark.parametrize("routing", [*EDGE_ROUTINGS, "one slot"])
 @pytest.mark.parametrize("tokens", [1, 9, 200])
 def test_edge_routings(tokens: int, routing: str) -> None:
     packed = random_layer([1, 3, 2, 3], 128, 64, 64)
     x, weights, ids = inputs(packed, tokens, torch.float32)
-    if routing in ("one expert", "one slot"):
+    if routing == "one slot":
         weights, ids = weights[:, :1], ids[:, :1]
-        ids = torch.full_like(ids, 2) if routing == "one expert" else ids
-    elif routing == "padding rows":
-        ids[tokens // 2 :] = -1
-    elif routing == "nothing local":
-        ids[:] = -1
     else:
-        ids[ids >= 2] = -1
+        weights, ids = edge_routing(routing, weights, ids)
     found = NativeLayer(packed)(x, weights, ids)
     skipped = (ids < 0).all(1)
     assert not found[skipped].any()

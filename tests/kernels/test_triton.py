@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.kernels.layers import dense, exact, random_layer, random_matrices, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    dense,
+    edge_routing,
+    exact,
+    random_layer,
+    random_matrices,
+    random_routing,
+)
 from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
 from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer, sums_of
@@ -88,18 +96,11 @@ def test_slices_of_tensor_parallelism(group_size: int, offset: int, intermediate
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
-@pytest.mark.parametrize("routing", ["one expert", "padding rows", "nothing local", "half local"])
+@pytest.mark.parametrize("routing", EDGE_ROUTINGS)
 def test_edge_routing(tokens: int, routing: str) -> None:
     packed = random_layer([1, 3, 2, 3], 128, 64, 64, device=DEVICE)
     weights, ids = random_routing(tokens, 4, 2)
-    if routing == "one expert":
-        weights, ids = weights[:, :1], torch.full_like(ids[:, :1], 2)
-    elif routing == "padding rows":
-        ids[tokens // 2 :] = -1
-    elif routing == "nothing local":
-        ids[:] = -1
-    else:
-        ids[ids >= 2] = -1
+    weights, ids = edge_routing(routing, weights, ids)
     found, expected = run(packed, torch.float16, weights, ids)
     skipped = (ids < 0).all(1)
     assert not found[skipped.to(DEVICE)].any()
