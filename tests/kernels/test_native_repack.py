@@ -23,9 +23,10 @@ def chunk_codes(vectors: torch.Tensor, bits: int) -> torch.Tensor:
     for k in range(32):
         step, j = divmod(k, 4)
         if bits == 3:
-            v, t = divmod(step, 4)
-            low = words[v, :, j] >> 2 * t & 3
-            codes[:, k] = low | (words[2, :, j] >> 2 * v + t % 2 + 4 * (t // 2) & 1) << 2
+            word, t = divmod(step, 3)
+            codes[:, k] = words[word, :, j] >> 3 * t & 7
+            if t == 2:  # bits 6 and 7, and bit 6 or 7 of the last word
+                codes[:, k] |= (words[2, :, j] >> 6 + word & 1) << 2
         else:
             word, t = divmod(step, 8 // bits)
             codes[:, k] = words[word, :, j] >> bits * t & (1 << bits) - 1

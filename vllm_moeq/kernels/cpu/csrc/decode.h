@@ -56,28 +56,30 @@ struct Packed<8> {
     static constexpr int kBytes = 8 * kVector;
 };
 
-// Two vectors of two bits, then one of third bits. Codes are put together two to a byte. A third bit lies where one
-// shift brings it between the fields of its two codes: that of step 4·v + t in bit 2·v + t % 2 + 4·(t / 2).
+// Each of three vectors has two codes in a byte's low six bits. The bits left are two more codes: their low bits in the
+// first two vectors, their third bits in the last.
 template <>
 struct Packed<3> {
     template <class F>
     static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
         for (int i = 0; i < 3; ++i) prefetch(p + i * kVector);
-        const Codes third = load_codes(p + 2 * kVector);
-        half<0>(load_codes(p), third, step);
-        half<1>(load_codes(p + kVector), third, step);
+        const Codes last = load_codes(p + 2 * kVector);
+        three<0>(load_codes(p), masked<4>(moved<4>(last)), step);
+        three<3>(load_codes(p + kVector), masked<4>(moved<5>(last)), step);
+        pair<6>(last, step);
     }
     static constexpr int kBytes = 3 * kVector;
 
    private:
-    template <int V, class F>
-    static MOEQ_INLINE void half(Codes low, Codes third, F&& step) {
-        const Codes even = masked<0x33>(low) | masked<0x44>(moved<2 * V - 2>(third));
-        step(4 * V, masked<7>(even));
-        step(4 * V + 2, masked<7>(moved<4>(even)));
-        const Codes odd = masked<0x33>(moved<2>(low)) | masked<0x44>(moved<2 * V - 1>(third));
-        step(4 * V + 1, masked<7>(odd));
-        step(4 * V + 3, masked<7>(moved<4>(odd)));
+    template <int STEP, class F>
+    static MOEQ_INLINE void pair(Codes word, F&& step) {
+        step(STEP, masked<7>(word));
+        step(STEP + 1, masked<7>(moved<3>(word)));
+    }
+    template <int STEP, class F>
+    static MOEQ_INLINE void three(Codes word, Codes third, F&& step) {
+        pair<STEP>(word, step);
+        step(STEP + 2, masked<3>(moved<6>(word)) | third);
     }
 };
 

@@ -30,27 +30,31 @@ uint32_t order_twos(uint32_t x) { return exchange<2, 1, 3>(exchange<2, 0, 2>(x))
 
 uint32_t order_fours(uint32_t x) { return exchange<4, 1, 2>(exchange<4, 0, 2>(x)); }
 
-// 32 codes of three bits: two words of low bits, and the third bits where decode.h looks for them.
-void split_threes(const uint32_t* words, uint32_t* low, uint32_t* third) {
-    uint64_t two = 0;
-    *third = 0;
+// 32 codes of three bits to the three words of decode.h, from the field that each code has in them: word and lowest bit,
+// then, of the two codes that are split, those of the third bit.
+struct Field {
+    int word, shift, third;
+};
+constexpr Field kThrees[kSteps] = {{0, 0, 0}, {0, 3, 0}, {0, 6, 6}, {1, 0, 0}, {1, 3, 0}, {1, 6, 7}, {2, 0, 0}, {2, 3, 0}};
+
+void order_threes(const uint32_t* words, uint32_t* ordered) {
+    ordered[0] = ordered[1] = ordered[2] = 0;
     for (int k = 0; k < kChunk; ++k) {
         const int word = 3 * k / 32, shift = 3 * k % 32;
-        uint32_t code = words[word] >> shift;
-        if (shift > 29) code |= words[word + 1] << (32 - shift);
-        two |= static_cast<uint64_t>(code & 3) << (2 * k);
-        const int v = k / 16, t = k / 4 % 4, j = k % 4;
-        *third |= (code >> 2 & 1) << (8 * j + 2 * v + t % 2 + 4 * (t / 2));
+        uint32_t code = words[word] >> shift & 7;
+        if (shift > 29) code |= words[word + 1] << (32 - shift) & 7;
+        const Field field = kThrees[k / 4];
+        const int byte = 8 * (k % 4);
+        ordered[field.word] |= (field.third ? code & 3 : code) << (byte + field.shift);
+        if (field.third) ordered[2] |= code >> 2 << (byte + field.third);
     }
-    low[0] = order_twos(static_cast<uint32_t>(two));
-    low[1] = order_twos(static_cast<uint32_t>(two >> 32));
 }
 
 // Puts one row's codes of a chunk into the row's lane of `bits` vectors.
 void repack_chunk(const uint32_t* words, int64_t bits, int lane, uint8_t* target) {
     uint32_t ordered[8];
     if (bits == 3) {
-        split_threes(words, ordered, ordered + 2);
+        order_threes(words, ordered);
     } else {
         for (int64_t w = 0; w < bits; ++w) {
             const uint32_t word = words[w];
