@@ -4,9 +4,10 @@
 
 Both are called in turn, each time with another routing, which both get, so that a call finds its experts in memory and
 not in a cache, and whatever slows the machine down for a while slows both. Milliseconds are medians. The share of the
-bandwidth is that of the bytes which a call must move, each expert in it once, at the rate of large reads between the
-calls: their median as well, and, the stricter figure, the best of the whole run. vLLM's kernel is the one that its server calls on this processor, on all cores, with Intel's OpenMP
-preloaded if it is installed, as vLLM advises; ours uses the same threads.
+bandwidth is that of the bytes which a call must move, each expert in it once, at the rate of large reads between these
+calls: their median as well, and, the stricter figure, the best of the whole run. vLLM's kernel is the one that its
+server calls on this processor, on all cores, with Intel's OpenMP preloaded if it is installed, as vLLM advises; ours
+uses the same threads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_s
 GROUP = 128
 READ_BYTES = 256 << 20
 """Read by the probe: many times a cache."""
-MIN_ROUNDS, MAX_ROUNDS = 5, 400
+PASSES = 4
+"""Over the rows of a layer, so that a busy neighbour of some seconds does not decide about a row."""
+MIN_ROUNDS, MAX_ROUNDS = 2, 400
+"""Of one pass."""
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -124,56 +128,69 @@ def relative_error(ours: Call, packed: PackedExperts, shape: Shape) -> float:
     return float((ours(x, weights, ids).double() - expected).norm() / expected.norm())
 
 
-def measure(
-    layers: Layers, ours: Call, bits: list[int], tokens: int, probe: ReadProbe, seconds: float
-) -> dict[str, Any]:
-    """Time both in turn; the medians, and the floor that memory sets."""
-    times: dict[str, list[float]] = {"ours": [], "bf16": []}
-    moved, moved_bf16 = [], []
-    calls = {"ours": ours, "bf16": layers.bf16}
-    began = time.monotonic()
+@dataclass
+class Timing:
+    """What was measured for one number of tokens, over all passes."""
+
+    tokens: int
+    ours: list[float] = field(default_factory=list)
+    bf16: list[float] = field(default_factory=list)
+    moved: list[int] = field(default_factory=list)
+    moved_bf16: list[int] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Return the medians and, per call, the mean bytes."""
+        ours, bf16 = statistics.median(self.ours), statistics.median(self.bf16)
+        return {
+            "tokens": self.tokens, "ms": ours * 1e3, "bf16_ms": bf16 * 1e3, "speedup_vs_bf16": bf16 / ours,
+            "rounds": len(self.ours), "read_bandwidth": statistics.median(self.rates),
+            "bytes": statistics.fmean(self.moved), "bf16_bytes": statistics.fmean(self.moved_bf16),
+        }  # fmt: skip
+
+
+def measure(timing: Timing, layers: Layers, ours: Call, bits: list[int], probe: ReadProbe, seconds: float) -> None:
+    """Time both in turn, for a part of the row's time."""
+    calls = {"ours": (ours, timing.ours), "bf16": (layers.bf16, timing.bf16)}
+    done, probed, began = len(timing.ours), len(probe.rates), time.monotonic()
     for round_ in range(-1, MAX_ROUNDS):
-        arguments = inputs(layers.shape, tokens, 1000 + round_)
+        arguments = inputs(layers.shape, timing.tokens, 1000 + done + round_)
         for name in sorted(calls, reverse=bool(round_ % 2)):
+            call, times = calls[name]
             start = time.perf_counter()
-            calls[name](*arguments)
+            call(*arguments)
             if round_ >= 0:  # the one before is a warm-up
-                times[name].append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
         if round_ >= 0:
-            moved.append(bytes_moved(bits, arguments[2], layers.shape, GROUP))
-            moved_bf16.append(bytes_moved([16] * len(bits), arguments[2], layers.shape, GROUP, scale_bytes=0))
+            timing.moved.append(bytes_moved(bits, arguments[2], layers.shape, GROUP))
+            timing.moved_bf16.append(bytes_moved([16] * len(bits), arguments[2], layers.shape, GROUP, scale_bytes=0))
         if round_ % 4 == 0:
             probe.read()
         if round_ + 1 >= MIN_ROUNDS and time.monotonic() - began > seconds:
             break
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "shape": layers.name, "tokens": tokens, "ms": medians["ours"] * 1e3, "bf16_ms": medians["bf16"] * 1e3,
-        "speedup_vs_bf16": medians["bf16"] / medians["ours"], "rounds": len(times["ours"]),
-        "bytes": statistics.fmean(moved), "bf16_bytes": statistics.fmean(moved_bf16),
-    }  # fmt: skip
+    timing.rates.extend(probe.rates[probed:])
 
 
-def finish(rows: list[dict[str, Any]], rates: list[float]) -> None:
-    """Add what depends on the bandwidth of the whole run."""
-    median, best = statistics.median(rates), max(rates)
+def finish(rows: list[dict[str, Any]], best: float) -> None:
+    """Add what depends on the bandwidth."""
     for row in rows:
-        row["floor_ms"], row["bf16_floor_ms"] = row["bytes"] / median * 1e3, row["bf16_bytes"] / median * 1e3
+        rate = row["read_bandwidth"]
+        row["floor_ms"], row["bf16_floor_ms"] = row["bytes"] / rate * 1e3, row["bf16_bytes"] / rate * 1e3
         row["bandwidth_share"] = row["floor_ms"] / row["ms"]
-        row["share_of_best"] = row["bandwidth_share"] * median / best
+        row["share_of_best"] = row["bandwidth_share"] * rate / best
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
-    lines = [
-        "| layer | widths (average) | tokens | ms | floor | of bandwidth (of the best) | bf16, ms | floor | speedup | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("layer", "widths (average)", "tokens", "GB/s", "ms", "floor", "share (of best)", "bf16, ms", "its floor",
+               "speedup", "error")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         lines.append(
-            f"| {row['shape']} | {row['mix']} ({row['average_bits']:.2f}) | {row['tokens']} | {row['ms']:.2f} "
-            f"| {row['floor_ms']:.2f} | {row['bandwidth_share']:.0%} ({row['share_of_best']:.0%}) | {row['bf16_ms']:.2f} "
-            f"| {row['bf16_floor_ms']:.2f} | {row['speedup_vs_bf16']:.2f} | {row['error']:.1e} |"
+            f"| {row['shape']} | {row['mix']} ({row['average_bits']:.2f}) | {row['tokens']} "
+            f"| {row['read_bandwidth'] / 1e9:.1f} | {row['ms']:.2f} | {row['floor_ms']:.2f} "
+            f"| {row['bandwidth_share']:.0%} ({row['share_of_best']:.0%}) "
+            f"| {row['bf16_ms']:.2f} | {row['bf16_floor_ms']:.2f} | {row['speedup_vs_bf16']:.2f} | {row['error']:.1e} |"
         )
     return "\n".join(lines)
 
@@ -192,18 +209,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ours = NativeLayer(packed)
             found = relative_error(ours, packed, shape)
             del packed
-            for tokens in (int(part) for part in args.tokens.split(",")):
-                row = measure(layers, ours, bits, tokens, probe, args.seconds)
-                row.update(mix=mix, average_bits=sum(bits) / len(bits), error=found)
+            timings = [Timing(int(tokens)) for tokens in args.tokens.split(",")]
+            for _ in range(PASSES):
+                for timing in timings:
+                    measure(timing, layers, ours, bits, probe, args.seconds / PASSES)
+            for row in (timing.row() for timing in timings):
+                row.update(shape=name, mix=mix, average_bits=sum(bits) / len(bits), error=found)
                 rows.append(row)
                 if not args.json:
-                    print(f"{name} {mix} M={tokens}: {row['ms']:.2f} ms, bf16 {row['bf16_ms']:.2f}", flush=True)
+                    print(f"{name} {mix} M={row['tokens']}: {row['ms']:.2f} ms, bf16 {row['bf16_ms']:.2f}", flush=True)
         result["bf16_kernel"] = f"cpu_fused_moe, {layers.bf16_kernel}"
-    finish(rows, probe.rates)
+    finish(rows, max(probe.rates))
     isa = os.environ.get(ISA_VARIABLE) or instruction_sets()[-1]
     openmp = "Intel" if "libiomp5" in os.environ.get("LD_PRELOAD", "") else "GNU"
-    result.update(threads=torch.get_num_threads(), isa=isa, openmp=openmp, rows=rows)
-    result.update(read_bandwidth=statistics.median(probe.rates), best_read_bandwidth=max(probe.rates))
+    result.update(threads=torch.get_num_threads(), isa=isa, openmp=openmp)
+    result.update(best_read_bandwidth=max(probe.rates), rows=rows)
     return result
 
 
@@ -213,7 +233,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="qwen3-30b-a3b,mixtral-8x7b", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tokens", default="1,8,32,128", help="numbers of tokens")
     parser.add_argument("--mix", nargs="+", default=["2,3"], help="widths of one layer each, such as 2,3 or 4")
-    parser.add_argument("--seconds", type=float, default=5.0, help=f"per row; at least {MIN_ROUNDS} rounds")
+    parser.add_argument("--seconds", type=float, default=10.0, help=f"per row; at least {PASSES * MIN_ROUNDS} rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     restart_with_openmp()
@@ -223,8 +243,7 @@ def main() -> int:
         print(json.dumps(result))
     else:
         print(f"{result['isa']}, {result['threads']} threads, {result['openmp']} OpenMP")
-        rates = f"{result['read_bandwidth'] / 1e9:.1f} GB/s, at best {result['best_read_bandwidth'] / 1e9:.1f}"
-        print(f"read bandwidth {rates}; bf16: {result['bf16_kernel']}")
+        print(f"read bandwidth at best {result['best_read_bandwidth'] / 1e9:.1f} GB/s; bf16: {result['bf16_kernel']}")
         print(table(result["rows"]))
     return int(any(row["error"] > 1e-2 for row in result["rows"]))
 
