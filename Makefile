@@ -66,7 +66,7 @@ fuzz: setup
 audit: setup
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet pip-audit
-	build/audit/bin/pip-audit --disable-pip --no-deps -r requirements/cpu.lock
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/cpu.lock
 
 # All methods without GPTQ on both shipped models; what GPTQ adds to some of them.
 bench: setup
