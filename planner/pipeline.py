@@ -149,9 +149,10 @@ def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
     widths = done.task.widths
     counts = ", ".join(f"{widths.count(bits)} × {bits} bit" for bits in sorted(set(widths), reverse=True))
     worst = max(done.experts, key=lambda report: report.relative_error)
-    fallbacks = sum(report.fallback is not None for report in done.experts)
+    count = sum(report.fallback is not None for report in done.experts)
+    fallbacks = f"{count} fallback{'s' if count > 1 else ''}, " if count else ""
     progress.line(
         f"{done.task.label}: {counts}; largest relative error {worst.relative_error:.3f} "
-        f"(expert {worst.expert}, {worst.bits} bit), {f'{fallbacks} fallbacks, ' if fallbacks else ''}"
+        f"(expert {worst.expert}, {worst.bits} bit), {fallbacks}"
         f"{done.seconds:.1f} s; about {duration(seconds_left)} left, {done.memory_bytes / (1 << 30):.2f} GiB"
     )
