@@ -1,4 +1,4 @@
-// Random layers through the kernel without torch, in buffers of exactly the needed size: built with sanitizers, it shows
+// Random layers and linears through the kernel without torch, in buffers of exactly the needed size: built with sanitizers, it shows
 // accesses outside of them. Prints what went wrong and exits with 1.
 #include <cmath>
 #include <cstdio>
@@ -37,11 +37,11 @@ struct Projection {
     std::vector<Segment> segments;
     std::vector<std::vector<double>> dense;  // per expert [rows, columns]
     std::unique_ptr<Exact<uint8_t>> data;
-    std::vector<int64_t> first;
+    std::vector<int64_t> bits, first;
     Matrices matrices{};
 
-    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<int64_t>& bits)
-        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)) {
+    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<int64_t>& widths)
+        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)), bits(widths) {
         matrices.columns = static_cast<int32_t>(columns);
         matrices.groups = segments.back().group + 1;
         matrices.wide = 1;
@@ -163,20 +163,58 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     return std::sqrt(wrong / size);
 }
 
+double error_of_one_linear(const Kernel& kernel, int32_t digits) {
+    const int64_t rows = pick(1, 100), columns = 32 * pick(1, 9), tokens = pick(1, 70);
+    const Projection matrix(rows, columns, 32 * pick(1, 5), 0, false, {pick(0, 1) ? 4 : 8});
+    Exact<float> x(tokens * columns), out(tokens * rows);
+    for (int64_t i = 0; i < tokens * columns; ++i) x.memory[i] = normal();
+    Exact<int8_t> planes(tokens * columns * digits);
+    Exact<float> scale(tokens * matrix.segments.size()), sum(tokens * matrix.segments.size());
+    Exact<int32_t> token(tokens);
+    for (int64_t t = 0; t < tokens; ++t) token.memory[t] = static_cast<int32_t>(t);
+    LinearCall call{};
+    call.x = x.memory;
+    call.out = out.memory;
+    call.dtype = kFloat32;
+    call.digits = digits;
+    call.tokens = tokens;
+    call.rows = rows;
+    call.bits = matrix.bits[0];
+    call.weights = matrix.matrices;
+    call.token = token.memory;
+    call.planes = {planes.memory, scale.memory, sum.memory, tokens};
+    call.panels = static_cast<int32_t>(pick(1, 3));
+    kernel.linear(&call, 0, 1);
+
+    double wrong = 0, size = 1e-30;
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t r = 0; r < rows; ++r) {
+            double expected = 0;
+            for (int64_t c = 0; c < columns; ++c) expected += matrix.dense[0][r * columns + c] * x.memory[t * columns + c];
+            wrong += std::pow(out.memory[t * rows + r] - expected, 2);
+            size += std::pow(expected, 2);
+        }
+    }
+    return std::sqrt(wrong / size);
+}
+
 }  // namespace
 
 int main() {
-    const Kernel all[] = {{"scalar", run_scalar}, {"avx2", run_avx2}, {"avx512", run_avx512}, {"vnni", run_vnni}};
+    const Kernel all[] = {{"scalar", run_scalar, run_linear_scalar},
+                          {"avx2", run_avx2, run_linear_avx2},
+                          {"avx512", run_avx512, run_linear_avx512},
+                          {"vnni", run_vnni, run_linear_vnni}};
     for (const Kernel& kernel : all) {
         for (int i = 0; i < 60; ++i) {
             const int32_t digits = i % 2 ? 2 : 4;
-            const double error = error_of_one_layer(kernel, digits);
-            if (!(error < (digits == 2 ? 2e-3 : 2e-6))) {
-                std::printf("%s, layer %d, %d digits: relative error %g\n", kernel.name.c_str(), i, digits, error);
+            for (const double error : {error_of_one_layer(kernel, digits), error_of_one_linear(kernel, digits)}) {
+                if (error < (digits == 2 ? 2e-3 : 2e-6)) continue;
+                std::printf("%s, pair %d, %d digits: relative error %g\n", kernel.name.c_str(), i, digits, error);
                 return 1;
             }
         }
-        std::printf("%s: 60 layers\n", kernel.name.c_str());
+        std::printf("%s: 60 layers and linears\n", kernel.name.c_str());
     }
     return 0;
 }

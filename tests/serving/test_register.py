@@ -45,10 +45,10 @@ def test_register_twice() -> None:
     ("bits", "dtype", "reason"),
     [(8, "bfloat16", "serve 4 bits, not 8"), (4, "float32", "half precision"), (8, "float32", "half precision")],
 )
-def test_linears_that_vllm_has_no_cpu_kernel_for_are_unpacked(bits: int, dtype: str, reason: str) -> None:
-    from vllm_moeq.serving.linear_method import unpacked
+def test_linears_that_vllm_has_no_cpu_kernel_for(bits: int, dtype: str, reason: str) -> None:
+    from vllm_moeq.serving.linear_method import unserved
 
-    assert reason in unpacked(Linear(bits=bits), getattr(torch, dtype))
+    assert reason in unserved(Linear(bits=bits), getattr(torch, dtype))
 
 
 def test_a_layer_is_found_under_the_name_that_a_model_class_gives_it() -> None:

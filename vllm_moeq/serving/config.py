@@ -10,7 +10,7 @@ import torch
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Summary, UsageError, parse_config
 from vllm_moeq.serving.checkpoint import Checkpoint
-from vllm_moeq.serving.linear_method import UnpackedLinearMethod, unpacked
+from vllm_moeq.serving.linear_method import choose_method, unserved
 from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
 from vllm_moeq.serving.seam import (
@@ -209,9 +209,8 @@ class MoeqQuantizationConfig(QuantizationConfig):
             # Models fill in this mapping (q, k, v → qkv) after the config is made.
             self._linear.packed_modules_mapping = self.packed_modules_mapping
             method = self._linear.get_quant_method(layer, prefix)
-            reason = unpacked(self.moeq.linear, get_current_vllm_config().model_config.dtype)
+            reason = unserved(self.moeq.linear, get_current_vllm_config().model_config.dtype)
             if reason is None or isinstance(method, UnquantizedLinearMethod):
                 return method
-            logger.info_once("moeq: other linears take 16 bits in memory: %s", reason)
-            return UnpackedLinearMethod(self.moeq.linear, prefix)
+            return choose_method(self.moeq.linear, prefix, reason)
         return None

@@ -1,25 +1,31 @@
-"""Packed linears that are no experts, where vLLM has no kernel for their width: unpacked while the model loads."""
+"""Packed linears that are no experts, where vLLM has no kernel for them: on CPUs, our own, or unpacked as they load."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from vllm_moeq.format import PACKED, SCALE, Linear, UsageError, linear_values
+from vllm_moeq.kernels import VARIABLE
+from vllm_moeq.kernels.cpu.build import problem
+from vllm_moeq.kernels.cpu.linear import NativeLinear
 from vllm_moeq.serving.seam import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
     PackedvLLMParameter,
+    QuantizeMethodBase,
     UnquantizedLinearMethod,
     current_platform,
+    logger,
 )
 
 SHAPE = "weight_shape"
 
 
-def unpacked(linear: Linear, dtype: torch.dtype) -> str | None:
-    """Return why linears of this format have to be unpacked on this platform, or None where vLLM serves them.
+def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
+    """Return why vLLM's own kernels cannot have linears of this format on this platform, or None where they can.
 
     Args:
         linear: the format.
@@ -34,8 +40,96 @@ def unpacked(linear: Linear, dtype: torch.dtype) -> str | None:
     return None if hasattr(torch.ops._C, "cpu_gemm_wna16") else "vLLM's CPU kernel for 4 bits needs AVX-512"
 
 
+def choose_method(linear: Linear, prefix: str, reason: str) -> NativeLinearMethod | UnpackedLinearMethod:
+    """Return the method of a linear that vLLM's kernels cannot have for this reason: packed where our kernel runs."""
+    requested = os.environ.get(VARIABLE, "auto")
+    missing = f"{VARIABLE} asks for it" if requested not in ("auto", "native") else problem()
+    if not missing:
+        logger.info_once("moeq: other linears run in the native kernel, packed: %s", reason)
+        return NativeLinearMethod(linear, prefix)
+    logger.info_once("moeq: other linears take 16 bits in memory: %s; %s", reason, missing)
+    return UnpackedLinearMethod(linear, prefix)
+
+
+def create_packed(
+    layer: torch.nn.Module, linear: Linear, prefix: str, inputs: int, rows: int, dtype: torch.dtype, loader: Any
+) -> None:
+    """Allocate what compressed-tensors' symmetric ``pack-quantized`` form has of a linear, for this rank.
+
+    Args:
+        layer: gets packed words and scales [rows, inputs / …].
+        linear: the checkpoint's format.
+        prefix: the layer's name.
+        inputs: columns on this rank.
+        rows: outputs on this rank.
+        dtype: of the scales.
+        loader: vLLM's, which fills them.
+
+    Raises:
+        UsageError: tensor parallelism splits the input dimension inside a group.
+    """
+    bits, group = linear.bits, linear.group_size
+    if inputs % group:
+        raise UsageError(
+            f"{prefix}: expected an input size per rank that is a multiple of the group size {group}, "
+            f"found {inputs}; lower --tensor-parallel-size or quantize again with --linear-group-size"
+        )
+    words = torch.empty(rows, inputs * bits // 32, dtype=torch.int32)
+    scales = torch.empty(rows, inputs // group, dtype=dtype)
+    packed = PackedvLLMParameter(
+        data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
+    )
+    layer.register_parameter(PACKED, packed)
+    layer.register_parameter(
+        SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+    )
+    layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
+
+
+class NativeLinearMethod(QuantizeMethodBase):
+    """Keeps a linear packed, and multiplies with it in the native CPU kernel.
+
+    Args:
+        linear: the checkpoint's format.
+        prefix: the layer's name.
+    """
+
+    def __init__(self, linear: Linear, prefix: str) -> None:
+        super().__init__()
+        self.linear = linear
+        self.prefix = prefix
+        self.kernel: NativeLinear | None = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Allocate this rank's packed words and scales; see :func:`create_packed`."""
+        rows, loader = sum(output_partition_sizes), extra["weight_loader"]
+        create_packed(layer, self.linear, self.prefix, input_size_per_partition, rows, params_dtype, loader)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Put the words and scales into the kernel's order, under the name of the words."""
+        self.kernel = NativeLinear(getattr(layer, PACKED).data, getattr(layer, SCALE).data, self.linear.bits)
+        for name in (PACKED, SCALE, SHAPE):
+            delattr(layer, name)
+        layer.register_parameter(PACKED, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [..., rows on this rank] in x's dtype."""
+        assert self.kernel is not None
+        result = self.kernel(x)
+        return result if bias is None else result + bias
+
+
 class UnpackedLinearMethod(UnquantizedLinearMethod):
-    """Loads compressed-tensors' symmetric ``pack-quantized`` form and multiplies in the activations' dtype.
+    """Unpacks a linear while the model loads, and multiplies in the activations' dtype.
 
     Args:
         linear: the checkpoint's format.
@@ -57,29 +151,9 @@ class UnpackedLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Allocate packed words and scales [outputs, inputs / …] for this rank.
-
-        Raises:
-            UsageError: tensor parallelism splits the input dimension inside a group.
-        """
-        bits, group = self.linear.bits, self.linear.group_size
-        if input_size_per_partition % group:
-            raise UsageError(
-                f"{self.prefix}: expected an input size per rank that is a multiple of the group size {group}, "
-                f"found {input_size_per_partition}; lower --tensor-parallel-size or quantize again with "
-                "--linear-group-size"
-            )
+        """Allocate this rank's packed words and scales; see :func:`create_packed`."""
         rows, loader = sum(output_partition_sizes), extra["weight_loader"]
-        words = torch.empty(rows, input_size_per_partition * bits // 32, dtype=torch.int32)
-        scales = torch.empty(rows, input_size_per_partition // group, dtype=params_dtype)
-        packed = PackedvLLMParameter(
-            data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
-        )
-        layer.register_parameter(PACKED, packed)
-        layer.register_parameter(
-            SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
-        )
-        layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
+        create_packed(layer, self.linear, self.prefix, input_size_per_partition, rows, params_dtype, loader)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the packed words by the values that they stand for, rounded once."""

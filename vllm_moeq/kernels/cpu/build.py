@@ -35,6 +35,7 @@ def problem() -> str:
         if library is None:
             library = compile_once()
         torch.ops.load_library(str(library))
+        _register_shapes()
     except Exception as error:  # whatever a compiler, a linker or a file system does, the reference remains
         lines = str(error).strip().splitlines()
         reason = f"the native kernel could not be built: {lines[0] if lines else type(error).__name__}"
@@ -42,6 +43,12 @@ def problem() -> str:
         logger.debug("moeq: %s", error)
         return reason
     return ""
+
+
+def _register_shapes() -> None:
+    """Tell torch.compile the shapes of the operators' results."""
+    torch.library.register_fake("vllm_moeq::native_moe", lambda x, *_: torch.empty_like(x))
+    torch.library.register_fake("vllm_moeq::native_linear", lambda x, _, rows, *__: x.new_empty((x.shape[0], rows)))
 
 
 def module_name() -> str:

@@ -49,7 +49,6 @@ class NativeLayer:
         if problem():
             raise UsageError(problem())
         isa = forced_instruction_set()
-        _register_shape()
         self.hidden, self.intermediate = packed.hidden, packed.intermediate
         wide = packed.gate_up.scales.dtype != packed.down.scales.dtype
         self.gate_up, first = repack(packed.gate_up, gated=True, wide=wide)
@@ -95,14 +94,3 @@ def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[
     numbers = [matrices.rows, matrices.columns, matrices.group_size, matrices.group_offset, int(gated)]
     data = torch.ops.vllm_moeq.native_repack(packed.words, scales, zeros, experts, numbers, offsets)
     return data, offsets
-
-
-_registered: list[torch.library.Library] = []
-
-
-def _register_shape() -> None:
-    """Tell torch.compile, once, the shape of the operator's result."""
-    if not _registered:
-        library = torch.library.Library("vllm_moeq", "FRAGMENT")
-        torch.library.register_fake("vllm_moeq::native_moe", lambda x, *_: torch.empty_like(x), lib=library)
-        _registered.append(library)

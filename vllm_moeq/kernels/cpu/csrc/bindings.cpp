@@ -2,91 +2,15 @@
 // traced, and nothing is kept but scratch memory.
 #include <sys/mman.h>
 
-#include <cstdlib>
-#include <memory>
-#include <stdexcept>
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
-#include "host.h"
+#include "call.h"
 
 namespace {
 
 using at::Tensor;
 using namespace moeq;
-
-// A batch is computed in parts of this many tokens, so that memory does not grow with it.
-constexpr int64_t kTokensPerPart = 512;
-
-// Memory of the calling thread that grows to what the largest call needs: fresh pages cost more than the call.
-class Scratch {
-   public:
-    template <class T>
-    T* get(int slot, int64_t count) {
-        Buffer& buffer = buffers_[slot];
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-        if (buffer.bytes < bytes) {
-            buffer.memory.reset(std::aligned_alloc(256, bytes));
-            buffer.bytes = bytes;
-            if (!buffer.memory) throw std::bad_alloc();
-        }
-        return static_cast<T*>(buffer.memory.get());
-    }
-
-   private:
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    struct Buffer {
-        std::unique_ptr<void, Free> memory;
-        size_t bytes = 0;
-    };
-    Buffer buffers_[8];
-};
-
-thread_local Scratch scratch;
-
-Planes planes_of(int slot, int64_t rows, const Matrices& m, int64_t digits) {
-    Planes planes;
-    planes.digits = scratch.get<int8_t>(slot, rows * m.columns * digits);
-    planes.scale = scratch.get<float>(slot + 1, rows * m.num_segments * 2);
-    planes.sum = planes.scale + rows * m.num_segments;
-    planes.rows = rows;
-    return planes;
-}
-
-const Kernel& find_kernel(int64_t index) {
-    static const std::vector<Kernel> found = kernels();
-    TORCH_CHECK(index < static_cast<int64_t>(found.size()), "this processor has no kernel ", index);
-    return index < 0 ? found.back() : found[index];
-}
-
-template <class F>
-void in_parallel(F&& work) {
-#ifdef _OPENMP
-    const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        work(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    work(0, 1);
-}
-
-int32_t dtype_of(const Tensor& x) {
-    if (x.scalar_type() == at::kFloat) return kFloat32;
-    if (x.scalar_type() == at::kBFloat16) return kBfloat16;
-    TORCH_CHECK(x.scalar_type() == at::kHalf, "expected float32, bfloat16 or float16, found ", x.scalar_type());
-    return kFloat16;
-}
 
 struct Layer {
     std::vector<Segment> up_segments, down_segments;
@@ -159,7 +83,7 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     const Kernel& kernel = find_kernel(numbers[kIsa]);
     Call call{};
     call.dtype = dtype_of(input);
-    call.digits = call.dtype == kFloat32 ? 4 : 2;  // two lose far less than a rounding to bfloat16, four than float32's
+    call.digits = digits_of(call.dtype);
     call.hidden = numbers[kHidden];
     call.intermediate = numbers[kIntermediate];
     call.gate_up = described.gate_up;

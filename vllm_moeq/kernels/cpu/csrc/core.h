@@ -95,11 +95,31 @@ struct Call {
     int32_t next_gate_up, next_down;
 };
 
+// One matrix times all tokens.
+struct LinearCall {
+    const void* x;
+    void* out;
+    int32_t dtype;
+    int32_t digits;
+    int64_t tokens, rows, bits;
+    Matrices weights;      // of one expert
+    const int32_t* token;  // 0 … tokens − 1
+    Planes planes;
+    int32_t panels;  // per item
+    int32_t next;
+};
+
 using Run = void (*)(Call*, int thread, int threads);
+using RunLinear = void (*)(LinearCall*, int thread, int threads);
 
 void run_scalar(Call* call, int thread, int threads);
 void run_avx2(Call* call, int thread, int threads);
 void run_avx512(Call* call, int thread, int threads);
 void run_vnni(Call* call, int thread, int threads);
+
+void run_linear_scalar(LinearCall* call, int thread, int threads);
+void run_linear_avx2(LinearCall* call, int thread, int threads);
+void run_linear_avx512(LinearCall* call, int thread, int threads);
+void run_linear_vnni(LinearCall* call, int thread, int threads);
 
 }  // namespace moeq

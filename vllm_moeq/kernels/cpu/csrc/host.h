@@ -42,6 +42,7 @@ std::vector<Item> make_items(const Call& call, int threads);
 struct Kernel {
     std::string name;
     Run run;
+    RunLinear linear;
 };
 
 // Kernels that this processor runs, the slowest first.

@@ -63,16 +63,7 @@ void store_result(Call& call, int first_panel, int panels) {
     int64_t last = first + static_cast<int64_t>(panels) * kPanelRows;
     if (last > call.hidden) last = call.hidden;
     for (int64_t t = 0; t < call.tokens; ++t) {
-        int64_t c = first;
-        for (; c + kLanes <= last; c += kLanes) {
-            store_as<DTYPE>(call.out, t * call.hidden + c, load(call.sums + t * width + c));
-        }
-        if (c < last) {
-            float tail[kLanes];
-            const size_t item = DTYPE == kFloat32 ? 4 : 2;
-            store_as<DTYPE>(tail, 0, load(call.sums + t * width + c));
-            __builtin_memcpy(static_cast<char*>(call.out) + (t * call.hidden + c) * item, tail, (last - c) * item);
-        }
+        store_columns<DTYPE>(call.out, t * call.hidden + first, call.sums + t * width + first, last - first);
     }
 }
 

@@ -31,6 +31,19 @@ MOEQ_INLINE void store_as(void* p, int64_t index, Floats x) {
     if constexpr (DTYPE == kFloat16) store_half(static_cast<uint16_t*>(p) + index, x);
 }
 
+// The first `count` of `from`, which ends with a whole vector.
+template <int DTYPE>
+MOEQ_INLINE void store_columns(void* out, int64_t first, const float* from, int64_t count) {
+    constexpr size_t item = DTYPE == kFloat32 ? 4 : 2;
+    int64_t c = 0;
+    for (; c + kLanes <= count; c += kLanes) store_as<DTYPE>(out, first + c, load(from + c));
+    if (c < count) {
+        float tail[kLanes];
+        store_as<DTYPE>(tail, 0, load(from + c));
+        __builtin_memcpy(static_cast<char*>(out) + (first + c) * item, tail, static_cast<size_t>(count - c) * item);
+    }
+}
+
 inline float power_of_two(int exponent) {  // of normal numbers
     const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
     float r;
