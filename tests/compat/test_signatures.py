@@ -25,6 +25,7 @@ VERSIONS: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
 OURS = {
     "MoeqQuantizationConfig": ("config.py", f"{LAYERS}.quantization.base_config:QuantizationConfig"),
     "MoeqMoEMethod": ("moe_method.py", f"{LAYERS}.fused_moe.fused_moe_method_base:FusedMoEMethodBase"),
+    "PackedLinearMethod": ("linear_method.py", f"{LAYERS}.linear:UnquantizedLinearMethod"),
     "NativeLinearMethod": ("linear_method.py", f"{LAYERS}.linear:UnquantizedLinearMethod"),
     "UnpackedLinearMethod": ("linear_method.py", f"{LAYERS}.linear:UnquantizedLinearMethod"),
 }

@@ -31,6 +31,15 @@ struct Exact {
     T* memory;
 };
 
+struct Error {
+    double wrong = 0, size = 1e-30;
+    void add(double found, double expected) {
+        wrong += (found - expected) * (found - expected);
+        size += expected * expected;
+    }
+    double relative() const { return std::sqrt(wrong / size); }
+};
+
 struct Projection {
     int64_t rows, columns, group_size, offset;
     bool gated;
@@ -148,19 +157,16 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.down_panels = static_cast<int32_t>(pick(1, 3));
     kernel.run(&call, 0, 1);
 
-    double wrong = 0, size = 1e-30;
+    Error error;
     for (int64_t t = 0; t < tokens; ++t) {
         std::vector<double> expected(hidden);
         for (int64_t k = 0; k < top_k; ++k) {
             const int64_t i = t * top_k + k;
             if (ids[i] >= 0) add_expected(up, down, ids[i], x.memory + t * hidden, weights[i], expected.data());
         }
-        for (int64_t c = 0; c < hidden; ++c) {
-            wrong += std::pow(out.memory[t * hidden + c] - expected[c], 2);
-            size += std::pow(expected[c], 2);
-        }
+        for (int64_t c = 0; c < hidden; ++c) error.add(out.memory[t * hidden + c], expected[c]);
     }
-    return std::sqrt(wrong / size);
+    return error.relative();
 }
 
 double error_of_one_linear(const Kernel& kernel, int32_t digits) {
@@ -186,16 +192,15 @@ double error_of_one_linear(const Kernel& kernel, int32_t digits) {
     call.panels = static_cast<int32_t>(pick(1, 3));
     kernel.linear(&call, 0, 1);
 
-    double wrong = 0, size = 1e-30;
+    Error error;
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t r = 0; r < rows; ++r) {
             double expected = 0;
             for (int64_t c = 0; c < columns; ++c) expected += matrix.dense[0][r * columns + c] * x.memory[t * columns + c];
-            wrong += std::pow(out.memory[t * rows + r] - expected, 2);
-            size += std::pow(expected, 2);
+            error.add(out.memory[t * rows + r], expected);
         }
     }
-    return std::sqrt(wrong / size);
+    return error.relative();
 }
 
 }  // namespace

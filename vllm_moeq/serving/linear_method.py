@@ -51,43 +51,8 @@ def choose_method(linear: Linear, prefix: str, reason: str) -> NativeLinearMetho
     return UnpackedLinearMethod(linear, prefix)
 
 
-def create_packed(
-    layer: torch.nn.Module, linear: Linear, prefix: str, inputs: int, rows: int, dtype: torch.dtype, loader: Any
-) -> None:
-    """Allocate what compressed-tensors' symmetric ``pack-quantized`` form has of a linear, for this rank.
-
-    Args:
-        layer: gets packed words and scales [rows, inputs / …].
-        linear: the checkpoint's format.
-        prefix: the layer's name.
-        inputs: columns on this rank.
-        rows: outputs on this rank.
-        dtype: of the scales.
-        loader: vLLM's, which fills them.
-
-    Raises:
-        UsageError: tensor parallelism splits the input dimension inside a group.
-    """
-    bits, group = linear.bits, linear.group_size
-    if inputs % group:
-        raise UsageError(
-            f"{prefix}: expected an input size per rank that is a multiple of the group size {group}, "
-            f"found {inputs}; lower --tensor-parallel-size or quantize again with --linear-group-size"
-        )
-    words = torch.empty(rows, inputs * bits // 32, dtype=torch.int32)
-    scales = torch.empty(rows, inputs // group, dtype=dtype)
-    packed = PackedvLLMParameter(
-        data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
-    )
-    layer.register_parameter(PACKED, packed)
-    layer.register_parameter(
-        SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
-    )
-    layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
-
-
-class NativeLinearMethod(QuantizeMethodBase):
-    """Keeps a linear packed, and multiplies with it in the native CPU kernel.
+class PackedLinearMethod(QuantizeMethodBase):
+    """Loads compressed-tensors' symmetric ``pack-quantized`` form.
 
     Args:
         linear: the checkpoint's format.
@@ -98,7 +63,6 @@ class NativeLinearMethod(QuantizeMethodBase):
         super().__init__()
         self.linear = linear
         self.prefix = prefix
-        self.kernel: NativeLinear | None = None
 
     def create_weights(
         self,
@@ -110,15 +74,46 @@ class NativeLinearMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Allocate this rank's packed words and scales; see :func:`create_packed`."""
+        """Allocate packed words and scales [outputs, inputs / …] for this rank.
+
+        Raises:
+            UsageError: tensor parallelism splits the input dimension inside a group.
+        """
+        bits, group = self.linear.bits, self.linear.group_size
+        if input_size_per_partition % group:
+            raise UsageError(
+                f"{self.prefix}: expected an input size per rank that is a multiple of the group size {group}, "
+                f"found {input_size_per_partition}; lower --tensor-parallel-size or quantize again with "
+                "--linear-group-size"
+            )
         rows, loader = sum(output_partition_sizes), extra["weight_loader"]
-        create_packed(layer, self.linear, self.prefix, input_size_per_partition, rows, params_dtype, loader)
+        words = torch.empty(rows, input_size_per_partition * bits // 32, dtype=torch.int32)
+        scales = torch.empty(rows, input_size_per_partition // group, dtype=params_dtype)
+        packed = PackedvLLMParameter(
+            data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
+        )
+        layer.register_parameter(PACKED, packed)
+        layer.register_parameter(
+            SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+        )
+        layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
+
+    def take_loaded(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return words and scales, and take them off the layer."""
+        words, scales = getattr(layer, PACKED).data, getattr(layer, SCALE).data
+        for name in (PACKED, SCALE, SHAPE):
+            delattr(layer, name)
+        return words, scales
+
+
+class NativeLinearMethod(PackedLinearMethod):
+    """Keeps a linear packed, and multiplies with it in the native CPU kernel."""
+
+    kernel: NativeLinear | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Put the words and scales into the kernel's order, under the name of the words."""
-        self.kernel = NativeLinear(getattr(layer, PACKED).data, getattr(layer, SCALE).data, self.linear.bits)
-        for name in (PACKED, SCALE, SHAPE):
-            delattr(layer, name)
+        self.kernel = NativeLinear(*self.take_loaded(layer), self.linear.bits)
         layer.register_parameter(PACKED, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,38 +123,12 @@ class NativeLinearMethod(QuantizeMethodBase):
         return result if bias is None else result + bias
 
 
-class UnpackedLinearMethod(UnquantizedLinearMethod):
-    """Unpacks a linear while the model loads, and multiplies in the activations' dtype.
-
-    Args:
-        linear: the checkpoint's format.
-        prefix: the layer's name.
-    """
-
-    def __init__(self, linear: Linear, prefix: str) -> None:
-        super().__init__()
-        self.linear = linear
-        self.prefix = prefix
-
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra: Any,
-    ) -> None:
-        """Allocate this rank's packed words and scales; see :func:`create_packed`."""
-        rows, loader = sum(output_partition_sizes), extra["weight_loader"]
-        create_packed(layer, self.linear, self.prefix, input_size_per_partition, rows, params_dtype, loader)
+class UnpackedLinearMethod(PackedLinearMethod, UnquantizedLinearMethod):
+    """Unpacks a linear while the model loads, and multiplies in the activations' dtype."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the packed words by the values that they stand for, rounded once."""
-        scales = getattr(layer, SCALE).data
-        values = linear_values(getattr(layer, PACKED).data, scales, self.linear.bits).to(scales.dtype)
-        for name in (PACKED, SCALE, SHAPE):
-            delattr(layer, name)
+        words, scales = self.take_loaded(layer)
+        values = linear_values(words, scales, self.linear.bits).to(scales.dtype)
         layer.register_parameter("weight", torch.nn.Parameter(values, requires_grad=False))
         super().process_weights_after_loading(layer)
