@@ -48,7 +48,8 @@ def extension() -> dict[str, Any]:
     module = cpp_extension.CppExtension(
         f"{FOLDER.replace('/', '.')}._native_torch{major}_{minor}",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / FOLDER / "csrc").glob("*.cpp")),
-        extra_compile_args=FLAGS,
+        # torch's checks name their file: the folder of the build must not make another library.
+        extra_compile_args=[*FLAGS, f"-ffile-prefix-map={ROOT.absolute()}=."],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
