@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.routing import Shape, nearest_width
 from vllm_moeq.kernels import dense_expert, ragged
-from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 MARLIN_TILE = 64

@@ -10,7 +10,7 @@ import torch
 
 from vllm_moeq.format import BIT_WIDTHS, UsageError, pack, unpack
 from vllm_moeq.kernels import dense_expert, humming, moe_reference, ragged
-from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 
 HIDDEN, INTERMEDIATE = 128, 192
 MIXED = [8, 1, 3, 3, 2, 1, 4, 2]

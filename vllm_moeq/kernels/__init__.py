@@ -1,10 +1,10 @@
 """The arithmetic: one MoE layer whose experts have different widths."""
 
 from vllm_moeq.kernels.backends import BACKENDS, VARIABLE, choose, make_layer
-from vllm_moeq.kernels.layer import LayerKernel, PackedExperts, PackedMatrices
-from vllm_moeq.kernels.ops import moe
+from vllm_moeq.kernels.interface import LayerKernel, PackedExperts, PackedMatrices
+from vllm_moeq.kernels.operator import moe
+from vllm_moeq.kernels.ragged import RaggedMatrices, ragged
 from vllm_moeq.kernels.reference import ReferenceLayer, dense_expert, moe_reference
-from vllm_moeq.kernels.storage import RaggedMatrices, ragged
 
 __all__ = [
     "BACKENDS",

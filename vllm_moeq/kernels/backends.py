@@ -11,7 +11,7 @@ import torch
 
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels.cpu import build
-from vllm_moeq.kernels.layer import LayerKernel, PackedExperts
+from vllm_moeq.kernels.interface import LayerKernel, PackedExperts
 from vllm_moeq.kernels.reference import ReferenceLayer
 
 VARIABLE = "VLLM_MOEQ_BACKEND"

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 
 from vllm_moeq.format import UsageError
-from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
-from vllm_moeq.kernels.storage import RaggedMatrices
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.ragged import RaggedMatrices
 
 MIN_GROUP, MAX_GROUP = 32, 128
 """Weights per scale that are handed to humming; scales of larger groups are repeated."""

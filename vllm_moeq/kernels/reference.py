@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_moeq.format import unpack
-from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
-from vllm_moeq.kernels.storage import RaggedMatrices
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
 def dense_expert(

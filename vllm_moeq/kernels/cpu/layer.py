@@ -8,7 +8,7 @@ import torch
 
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels.cpu.build import problem
-from vllm_moeq.kernels.layer import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
 """Forces an instruction set: scalar, avx2, avx512 or vnni (which is avx512 with dot products of bytes)."""
@@ -66,7 +66,7 @@ class NativeLayer:
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.layer.LayerKernel`."""
+        """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.interface.LayerKernel`."""
         result: torch.Tensor = torch.ops.vllm_moeq.native_moe.default(
             x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers
         )

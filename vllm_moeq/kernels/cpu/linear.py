@@ -7,8 +7,8 @@ import torch
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels.cpu.build import problem
 from vllm_moeq.kernels.cpu.layer import forced_instruction_set, instruction_sets, repack
-from vllm_moeq.kernels.layer import PackedMatrices
-from vllm_moeq.kernels.storage import ragged
+from vllm_moeq.kernels.interface import PackedMatrices
+from vllm_moeq.kernels.ragged import ragged
 
 
 class NativeLinear:

@@ -8,8 +8,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from vllm_moeq.kernels.layer import PackedExperts
-from vllm_moeq.kernels.triton.around import column_sums, reduce_pairs, sort_pairs
+from vllm_moeq.kernels.interface import PackedExperts
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.repack import Repacked, repack
 from vllm_moeq.kernels.triton.schedule import (
@@ -22,6 +21,7 @@ from vllm_moeq.kernels.triton.schedule import (
     splits_for,
     weighted_splits,
 )
+from vllm_moeq.kernels.triton.sums_and_sort import column_sums, reduce_pairs, sort_pairs
 
 CHUNK = 32
 """Columns per sum of the hidden activations: what one tile of gate and up covers."""
@@ -93,7 +93,7 @@ class TritonLayer:
         }
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.layer.LayerKernel`."""
+        """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.interface.LayerKernel`."""
         x = x.contiguous()
         out = torch.empty_like(x)
         if not x.shape[0]:

@@ -15,7 +15,7 @@ from math import gcd
 import torch
 
 from vllm_moeq.format import unpack
-from vllm_moeq.kernels.layer import PackedMatrices
+from vllm_moeq.kernels.interface import PackedMatrices
 
 TILE = 64
 FIELDS = 16

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_moeq.kernels.ragged import ragged
 from vllm_moeq.kernels.reference import moe_reference
-from vllm_moeq.kernels.storage import ragged
 
 _library = torch.library.Library("vllm_moeq", "FRAGMENT")
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_moeq.kernels.storage import RaggedMatrices
+from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
 @dataclass(frozen=True)
