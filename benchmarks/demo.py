@@ -17,10 +17,10 @@ from openai import OpenAI
 from rich.console import Console
 from rich.text import Text
 
+from planner.commands.show import size
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, cpu_environment
 from planner.progress import Progress
-from planner.show import size
 
 HERE = Path(__file__).parent
 PROMPT = 'def read(self, size=-1):\n    """Read up to size bytes from the'

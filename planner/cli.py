@@ -9,18 +9,16 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from planner import show
-from planner.calibration.command import calibrate
-from planner.calibration.flags import Data, Samples, SeqLen, expert_devices, read_calibration
 from planner.calibration.for_plan import with_statistics
 from planner.checkpoint import SourceModel, resolve_model
-from planner.comparison.command import compare_command
-from planner.config_show import report_dry_run
-from planner.config_sizes import open_model
-from planner.estimate import estimate
-from planner.evaluation.command import eval_command
-from planner.exchange import export, import_checkpoint
-from planner.flags import (
+from planner.commands import show
+from planner.commands.calibrate import calibrate
+from planner.commands.calibration_flags import Data, Samples, SeqLen, expert_devices, read_calibration
+from planner.commands.compare import compare_command
+from planner.commands.dry_run import report_dry_run
+from planner.commands.evaluate import eval_command
+from planner.commands.exchange import export, import_checkpoint
+from planner.commands.flags import (
     AvgBits,
     Bits,
     Budget,
@@ -48,17 +46,19 @@ from planner.flags import (
     plan_options,
     planned_quantizer,
 )
+from planner.commands.push import push_command
+from planner.commands.quantize import quantize_command, uses_text
+from planner.commands.report import report_command
+from planner.commands.serve import serve
+from planner.commands.service_flags import Concurrency, Context, GpuGib
+from planner.config_sizes import open_model
+from planner.estimate import estimate
 from planner.layout import read_layout
 from planner.memory import out_of_memory
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
-from planner.needs.flags import Concurrency, Context, GpuGib
 from planner.planning import make_plan
 from planner.progress import Progress
-from planner.quantize_command import quantize_command, uses_text
-from planner.report.command import report_command
-from planner.report.push import push_command
-from planner.serve import serve
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 

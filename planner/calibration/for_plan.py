@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.flags import calibration_facts
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
+from planner.commands.calibration_flags import calibration_facts
 from planner.layout import Layout
 from planner.methods import METHODS
 from planner.options import PlanOptions, check_options

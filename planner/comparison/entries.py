@@ -9,10 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.flags import calibration_facts
 from planner.calibration.measures import check_measures
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
+from planner.commands.calibration_flags import calibration_facts
 from planner.comparison.wanted import Run
 from planner.memory import resident_bytes
 from planner.methods import METHODS

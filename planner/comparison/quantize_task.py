@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.flags import calibration_facts
 from planner.calibration.runner import GptqRunner, compute_dtype
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
+from planner.commands.calibration_flags import calibration_facts
 from planner.layout import read_layout
 from planner.pipeline import quantize
 from planner.plan import Plan

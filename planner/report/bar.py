@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.commands.show import size
 from planner.report.facts import Facts, Part
-from planner.show import size
 
 WIDTH = 1096
 HEIGHT = 34

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from planner.commands.show import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.files import atomic
 from planner.report.commands import auto_class, method_in_words, quantize_command, serve_commands, unserved
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD
 from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
-from planner.show import size
 
 DIR = "DIR"
 """Stands for the folder: its name must not change its contents."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from planner.commands.show import layer_number
 from planner.estimate import SCALE_AND_ZERO_BYTES
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.plan import IMPORTED, Plan, read_plan
 from planner.report.recorded import Recorded, printable, read_recorded
-from planner.show import layer_number
 from vllm_moeq.format import (
     PACKED,
     ConfigError,

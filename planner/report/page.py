@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
+from planner.commands.show import size
 from planner.report.bar import part_class, size_bar
 from planner.report.commands import (
     auto_class,
@@ -27,7 +28,6 @@ from planner.report.heatmap import value_map, width_map
 from planner.report.palette import DARK, LIGHT, css_classes, css_variables
 from planner.report.scale import number
 from planner.report.tables import evaluation_tables, layer_table, named, size_table
-from planner.show import size
 
 ROOM = 1096
 """Pixels of content: what 1280 leave after the margins."""

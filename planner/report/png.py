@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planner.commands.show import size
 from planner.files import atomic
 from planner.report.facts import Facts
 from planner.report.files import picture
 from planner.report.grids import Grid, Grids
 from planner.report.palette import LIGHT, ink_on
 from planner.report.scale import STEPS, Scale, number
-from planner.show import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from planner.commands.show import size
 from planner.evaluation.record import Evaluations, TextResult
 from planner.report.facts import Facts
 from planner.report.recorded import printable, without_folder
 from planner.report.scale import number
-from planner.show import size
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 LIMIT = 160

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.completion import one_of, some_of
+from planner.commands.completion import one_of, some_of
 
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 

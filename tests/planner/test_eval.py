@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from planner.commands.evaluate import Suite, _tasks
 from planner.dense import export_dense
-from planner.evaluation.command import Suite, _tasks
 from planner.evaluation.record import read_evaluations
 from planner.evaluation.tasks import PAPER_SUITE
 from planner.progress import Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.serve import check_flags
+from planner.commands.serve import check_flags
 from tests.conftest import Outcome
 from vllm_moeq.format import UsageError
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from planner import show
+from planner.commands import show
+from planner.commands.show import size
 from planner.estimate import Sizes
 from planner.needs.needs import Needs
 from planner.needs.serving import FIXED_BYTES, RANKS, ServingNeeds
 from planner.progress import duration
-from planner.show import size
 
 
 def report_needs(average: float, sizes: Sizes, needs: Needs, serving: ServingNeeds, as_json: bool) -> None:

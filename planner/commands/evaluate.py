@@ -14,9 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from planner import show
-from planner.calibration.flags import longest_text
 from planner.checkpoint import resolve_model
+from planner.commands import show
+from planner.commands.calibration_flags import longest_text
+from planner.commands.flags import Json, Model, Resume
+from planner.commands.service_flags import DryRun
+from planner.commands.show_needs import report
 from planner.config_sizes import open_folder
 from planner.dequantized import is_moeq
 from planner.evaluation.perplexity import read_text, read_tokens
@@ -24,12 +27,9 @@ from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
 from planner.evaluation.tasks import PAPER_SUITE
 from planner.files import write_json
-from planner.flags import Json, Model, Resume
 from planner.memory import return_large_blocks
 from planner.needs import Needs
 from planner.needs.evaluation import eval_needs
-from planner.needs.flags import DryRun
-from planner.needs.show import report
 from planner.partial import PartialRun
 from planner.progress import Progress
 from planner.report.card import refresh_card

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from planner import show
-from planner.flags import Folder, Json
+from planner.commands import show
+from planner.commands.flags import Folder, Json
+from planner.commands.show import size
 from planner.progress import Progress
 from planner.report.files import checkpoint_files
-from planner.show import size
 from vllm_moeq.format import UsageError, verify
 
 REASONS = {

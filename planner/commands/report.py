@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from planner import show
 from planner.checkpoint import SourceModel, resolve_model
+from planner.commands import show
+from planner.commands.flags import Folder, Json
 from planner.files import atomic
-from planner.flags import Folder, Json
 from planner.progress import Progress
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect

@@ -12,7 +12,7 @@ import typer
 
 from planner.calibration.statistics import json_path
 from planner.checkpoint import SourceModel
-from planner.completion import one_of
+from planner.commands.completion import one_of
 from planner.estimate import average_for_budget
 from planner.layout import Layout
 from planner.methods import METHODS, Method

@@ -11,7 +11,7 @@ import typer
 
 from planner.calibration.text import DATASETS, CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
-from planner.completion import some_of
+from planner.commands.completion import some_of
 from planner.methods import METHODS
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.runners.choose import read_devices

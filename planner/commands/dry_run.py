@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from planner import show
 from planner.checkpoint import SourceModel
+from planner.commands import show
+from planner.commands.show_needs import print_needs
 from planner.config_sizes import ConfigModel, config_sizes
 from planner.estimate import GIB, estimate
 from planner.layout import Layout
 from planner.needs import Needs, Service, serving_needs
-from planner.needs.show import print_needs
 from planner.plan import Plan
 from planner.settings import QuantizeSettings, check_sizes
 

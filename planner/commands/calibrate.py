@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from planner import show
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.flags import (
+from planner.calibration.runner import compute_dtype
+from planner.calibration.statistics import LayerStatistics, json_path
+from planner.checkpoint import check_output
+from planner.commands import show
+from planner.commands.calibration_flags import (
     Data,
     For,
     Samples,
@@ -19,18 +22,15 @@ from planner.calibration.flags import (
     expert_devices,
     read_calibration,
 )
-from planner.calibration.runner import compute_dtype
-from planner.calibration.statistics import LayerStatistics, json_path
-from planner.checkpoint import check_output
+from planner.commands.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
+from planner.commands.service_flags import DryRun
+from planner.commands.show_needs import report
 from planner.config_sizes import open_model
-from planner.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS, OURS
 from planner.needs import Reading
 from planner.needs.commands import calibrate_needs
-from planner.needs.flags import DryRun
-from planner.needs.show import report
 from planner.progress import Progress
 from vllm_moeq.format import UsageError
 

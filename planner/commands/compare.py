@@ -8,16 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from planner import show
-from planner.calibration.flags import Data, MinTokens, Samples, expert_devices, longest_text
 from planner.checkpoint import check_output
-from planner.comparison.compare import compare
-from planner.comparison.report import print_rows, write_report
-from planner.comparison.wanted import Comparison, Run
-from planner.completion import some_of
-from planner.config_sizes import open_model
-from planner.evaluation.perplexity import read_text, read_tokens
-from planner.flags import (
+from planner.commands import show
+from planner.commands.calibration_flags import Data, MinTokens, Samples, expert_devices, longest_text
+from planner.commands.completion import some_of
+from planner.commands.flags import (
     Bits,
     Device,
     GroupSize,
@@ -33,12 +28,17 @@ from planner.flags import (
     linear_format,
     read_choices,
 )
+from planner.commands.service_flags import DryRun
+from planner.commands.show_needs import report
+from planner.comparison.compare import compare
+from planner.comparison.report import print_rows, write_report
+from planner.comparison.wanted import Comparison, Run
+from planner.config_sizes import open_model
+from planner.evaluation.perplexity import read_text, read_tokens
 from planner.layout import read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
 from planner.needs.comparison import compare_needs
-from planner.needs.flags import DryRun
-from planner.needs.show import report
 from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, check_sizes

@@ -9,8 +9,11 @@ import torch
 import typer
 from rich.console import Console
 
-from planner import show
-from planner.calibration.flags import (
+from planner.calibration.for_plan import with_statistics
+from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.checkpoint import check_output
+from planner.commands import show
+from planner.commands.calibration_flags import (
     ActOrder,
     ActOrderFlag,
     Compat,
@@ -28,12 +31,7 @@ from planner.calibration.flags import (
     gptq_settings,
     read_calibration,
 )
-from planner.calibration.for_plan import with_statistics
-from planner.calibration.runner import GptqRunner, compute_dtype
-from planner.checkpoint import check_output
-from planner.config_sizes import open_model
-from planner.estimate import estimate
-from planner.flags import (
+from planner.commands.flags import (
     AvgBits,
     Bits,
     Budget,
@@ -64,13 +62,15 @@ from planner.flags import (
     linear_format,
     plan_options,
 )
+from planner.commands.service_flags import Concurrency, Context, GpuGib
+from planner.commands.show_needs import report_needs
+from planner.config_sizes import open_model
+from planner.estimate import estimate
 from planner.layout import architecture_of, read_layout
 from planner.memory import return_large_blocks
 from planner.methods import METHODS
 from planner.needs import Reading, Service, serving_needs
 from planner.needs.commands import quantize_needs
-from planner.needs.flags import Concurrency, Context, GpuGib
-from planner.needs.show import report_needs
 from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
