@@ -31,8 +31,8 @@ from benchmarks import paper_curves, paper_experts, paper_maxvar, paper_tables, 
 from benchmarks.paper_common import Asked, Bench, Result, markdown_table  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from planner.checkpoint import SourceModel  # noqa: E402
-from planner.files import atomic, write_json  # noqa: E402
-from planner.memory import return_large_blocks  # noqa: E402
+from planner.common.memory import return_large_blocks  # noqa: E402
+from planner.output.files import atomic, write_json  # noqa: E402
 from vllm_moeq.format import MoeqError, read_json  # noqa: E402
 
 MODELS = ROOT / "benchmarks" / "models"

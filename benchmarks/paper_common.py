@@ -14,6 +14,7 @@ import torch
 
 from planner.calibration.hidden import remove_hidden
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import evaluate
@@ -24,7 +25,6 @@ from planner.layout import read_layout
 from planner.methods import METHODS
 from planner.options import PlanOptions
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, default_linear
 

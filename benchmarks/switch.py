@@ -32,7 +32,7 @@ from benchmarks.switch_quantize import Scores, moved, orders  # noqa: E402
 from benchmarks.switch_stages import STARTS, finetune, pretrain  # noqa: E402
 from benchmarks.switch_text import Text, prepare  # noqa: E402
 from benchmarks.switch_train import QUICK, Model, Recipe, Routers, routers  # noqa: E402
-from planner.files import atomic, write_json  # noqa: E402
+from planner.output.files import atomic, write_json  # noqa: E402
 from planner.sensitivity import router_norm  # noqa: E402
 from vllm_moeq.format import MoeqError  # noqa: E402
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.switch_text import TARGET_TOKENS, Batch, Text, collate, encode_examples
 from benchmarks.switch_train import Model
-from planner.files import write_json
+from planner.output.files import write_json
 from vllm_moeq.format import read_json
 
 BATCH = 256

@@ -30,7 +30,7 @@ from benchmarks.switch_train import (
     restart_routers,
     routers,
 )
-from planner.files import write_json, write_tensors
+from planner.output.files import write_json, write_tensors
 from vllm_moeq.format import CheckpointError, read_json
 
 PRETRAINING_RATE = 1e-2

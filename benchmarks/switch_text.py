@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks import train_model
 from benchmarks.switch_describe import Example, common_calls, describe, functions
-from planner.files import write_json
+from planner.output.files import write_json
 from vllm_moeq.format import read_json
 
 PAD = "<|pad|>"

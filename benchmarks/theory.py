@@ -34,7 +34,7 @@ from benchmarks.theory_checks import (  # noqa: E402
 )
 from benchmarks.theory_model import Setting, pretrained, train  # noqa: E402
 from benchmarks.theory_report import Measured, readme  # noqa: E402
-from planner.files import atomic, write_json  # noqa: E402
+from planner.output.files import atomic, write_json  # noqa: E402
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.24)
 QUICK = Setting(dim=64, experts=8, neurons=100, tokens=40, chosen=3, router_rate=0.002, batch=200)

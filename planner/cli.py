@@ -51,14 +51,14 @@ from planner.commands.quantize import quantize_command, uses_text
 from planner.commands.report import report_command
 from planner.commands.serve import serve
 from planner.commands.service_flags import Concurrency, Context, GpuGib
+from planner.common.memory import out_of_memory
+from planner.common.progress import Progress
 from planner.config_sizes import open_model
 from planner.estimate import estimate
 from planner.layout import read_layout
-from planner.memory import out_of_memory
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from planner.checkpoint import CheckpointWriter
+from planner.common.progress import Progress
 from planner.models import Architecture, find_architecture
-from planner.progress import Progress
 from planner.stored import fuse
 from vllm_moeq.format import (
     PACKED,

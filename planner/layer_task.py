@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from planner.checkpoint import SourceModel
+from planner.common.memory import peak_bytes
 from planner.experts import ExpertReport, pack_expert
-from planner.files import write_json, write_tensors
 from planner.layout import Layout, MoeLayer
-from planner.memory import peak_bytes
+from planner.output.files import write_json, write_tensors
 from planner.plan import Plan
 from planner.quantizers import quantizer_for
 from planner.rows import Threads, open_threads, quantize_linear_rows, quantize_rows

@@ -19,12 +19,12 @@ from planner.assignment import (
     solve,
 )
 from planner.checkpoint import SourceModel
+from planner.common.memory import peak_bytes, reset_peak
+from planner.common.progress import Progress
 from planner.layout import Layout
-from planner.memory import peak_bytes, reset_peak
 from planner.methods import METHODS, UNRANKED, Method, Scores
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, Settings
-from planner.progress import Progress
 from planner.scoring import score_experts
 from vllm_moeq.format import UsageError
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 BLOCKS = 4
 """Blocks of the hqq quantizer in one part: float32 temporaries of 2 MiB are reused by malloc, those of 4 MiB would be
-mapped anew each time (:mod:`planner.memory`)."""
+mapped anew each time (:mod:`planner.common.memory`)."""
 
 
 class Threads:

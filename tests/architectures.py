@@ -242,10 +242,10 @@ def build(name: str, folder: Path) -> Any:
 def quantize(source: Path, output: Path, linear_bits: int = 4) -> Path:
     """Quantize by rounding, groups of 32, with every width in every layer."""
     from planner.checkpoint import SourceModel
+    from planner.common.progress import Progress
     from planner.layout import read_layout
     from planner.pipeline import quantize as write
     from planner.plan import Plan
-    from planner.progress import Progress
     from planner.settings import QuantizeSettings, default_linear
 
     with SourceModel(source) as model:

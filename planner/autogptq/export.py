@@ -13,8 +13,8 @@ from planner.autogptq.config import gptq_config
 from planner.autogptq.layout import Version, encode
 from planner.autogptq.names import module_name
 from planner.checkpoint import CheckpointWriter, SourceModel, check_output
+from planner.common.progress import Progress
 from planner.layout import architecture_of
-from planner.progress import Progress
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     PACKED,

@@ -20,11 +20,11 @@ from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel, check_output
-from planner.files import write_tensors
+from planner.common.memory import peak_bytes, reset_peak, resident_bytes
+from planner.common.progress import Progress
 from planner.layout import Layout
-from planner.memory import peak_bytes, reset_peak, resident_bytes
-from planner.partial import PartialRun
-from planner.progress import Progress
+from planner.output.files import write_tensors
+from planner.output.unfinished import PartialRun
 from vllm_moeq.format import CheckpointError
 
 

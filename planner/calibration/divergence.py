@@ -12,7 +12,7 @@ from planner.calibration.hidden import HiddenStates
 from planner.calibration.interactions import Table, with_interactions
 from planner.calibration.measured import Variant, measure_divergence
 from planner.calibration.second_order import WEIGHT, Terms, isotropic, projected, second_order
-from planner.progress import Progress
+from planner.common.progress import Progress
 
 MEASURED_TOKENS = 4096
 """Tokens, at most, on which single experts are measured."""

@@ -17,10 +17,10 @@ from planner.calibration.statistics import json_path
 from planner.calibration.text import CalibrationText
 from planner.checkpoint import SourceModel
 from planner.commands.calibration_flags import calibration_facts
+from planner.common.progress import Progress
 from planner.layout import Layout
 from planner.methods import METHODS
 from planner.options import PlanOptions, check_options
-from planner.progress import Progress
 from vllm_moeq.format import UsageError, read_json
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from planner.files import write_json
+from planner.output.files import write_json
 from vllm_moeq.format import CheckpointError, read_json
 
 

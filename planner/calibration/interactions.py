@@ -13,7 +13,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.exact import advance
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.measured import Background, Variant, measure_divergence
-from planner.progress import Progress
+from planner.common.progress import Progress
 
 Table = dict[int, torch.Tensor]
 """Width → Σ KL over tokens, nats, float64 [experts]."""

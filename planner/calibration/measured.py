@@ -13,7 +13,7 @@ from planner.calibration.gradients import head_rows
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import changes
 from planner.calibration.routed import finish, route
-from planner.progress import Progress
+from planner.common.progress import Progress
 
 AT_A_TIME = 1 << 30
 """Bytes of hidden states of all variants that pass through the model together."""

@@ -14,8 +14,8 @@ from planner.calibration.hidden import HiddenStates
 from planner.calibration.second_order import elementwise, second_order
 from planner.calibration.statistics import LayerStatistics
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import Layout
-from planner.progress import Progress
 
 Found = dict[str, dict[str, torch.Tensor]]
 """Experts prefix → name → one value per expert."""

@@ -11,7 +11,7 @@ from planner.calibration.gradients import Labels, backward
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import changes
 from planner.calibration.routed import Routed
-from planner.progress import Progress
+from planner.common.progress import Progress
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(gradient [n, hidden], change [n, hidden]) → one number per token [n]."""

@@ -25,13 +25,13 @@ from planner.commands.calibration_flags import (
 from planner.commands.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
+from planner.common.memory import return_large_blocks
+from planner.common.progress import Progress
 from planner.config_sizes import open_model
 from planner.layout import read_layout
-from planner.memory import return_large_blocks
 from planner.methods import METHODS, OURS
 from planner.needs import Reading
 from planner.needs.commands import calibrate_needs
-from planner.progress import Progress
 from vllm_moeq.format import UsageError
 
 

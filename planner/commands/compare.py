@@ -30,16 +30,16 @@ from planner.commands.flags import (
 )
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
+from planner.common.memory import return_large_blocks
+from planner.common.progress import Progress
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.wanted import Comparison, Run
 from planner.config_sizes import open_model
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.layout import read_layout
-from planner.memory import return_large_blocks
 from planner.methods import METHODS
 from planner.needs.comparison import compare_needs
-from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError

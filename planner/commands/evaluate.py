@@ -20,18 +20,18 @@ from planner.commands.calibration_flags import longest_text
 from planner.commands.flags import Json, Model, Resume
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
+from planner.common.memory import return_large_blocks
+from planner.common.progress import Progress
 from planner.config_sizes import open_folder
 from planner.dequantized import is_moeq
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
 from planner.evaluation.tasks import PAPER_SUITE
-from planner.files import write_json
-from planner.memory import return_large_blocks
 from planner.needs import Needs
 from planner.needs.evaluation import eval_needs
-from planner.partial import PartialRun
-from planner.progress import Progress
+from planner.output.files import write_json
+from planner.output.unfinished import PartialRun
 from planner.report.card import refresh_card
 from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json

@@ -14,9 +14,9 @@ from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
+from planner.common.progress import Progress
 from planner.dense import export_dense
 from planner.needs.exchange import export_needs, import_needs
-from planner.progress import Progress
 from vllm_moeq.format import UsageError
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.commands.show import size
-from planner.progress import Progress
+from planner.common.progress import Progress
 from planner.report.files import checkpoint_files
 from vllm_moeq.format import UsageError, verify
 

@@ -64,17 +64,17 @@ from planner.commands.flags import (
 )
 from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.commands.show_needs import report_needs
+from planner.common.memory import return_large_blocks
+from planner.common.progress import Progress
 from planner.config_sizes import open_model
 from planner.estimate import estimate
 from planner.layout import architecture_of, read_layout
-from planner.memory import return_large_blocks
 from planner.methods import METHODS
 from planner.needs import Reading, Service, serving_needs
 from planner.needs.commands import quantize_needs
 from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.runners import Runner, choose_runner
 from planner.settings import QuantizeSettings, check_sizes

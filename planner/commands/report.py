@@ -13,8 +13,8 @@ from rich.console import Console
 from planner.checkpoint import SourceModel, resolve_model
 from planner.commands import show
 from planner.commands.flags import Folder, Json
-from planner.files import atomic
-from planner.progress import Progress
+from planner.common.progress import Progress
+from planner.output.files import atomic
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD, PAGE

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.estimate import GIB, Sizes
 from planner.layout import Layout, architecture_of
 from planner.methods import PAPER
 from planner.options import PlanOptions
 from planner.plan import Plan
-from planner.progress import Progress
 from planner.sensitivity import router_norm
 from vllm_moeq.format import Summary
 

@@ -6,10 +6,10 @@ from rich.console import Console
 
 from planner.commands import show
 from planner.commands.show import size
+from planner.common.progress import duration
 from planner.estimate import Sizes
 from planner.needs.needs import Needs
 from planner.needs.serving import FIXED_BYTES, RANKS, ServingNeeds
-from planner.progress import duration
 
 
 def report_needs(average: float, sizes: Sizes, needs: Needs, serving: ServingNeeds, as_json: bool) -> None:

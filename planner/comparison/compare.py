@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
 from planner.comparison.wanted import Comparison, Run
 from planner.estimate import estimate
 from planner.layout import Layout
-from planner.partial import PartialRun
-from planner.progress import Progress
+from planner.output.unfinished import PartialRun
 
 Row = dict[str, Any]
 """method, average, seed, odp, achieved, bytes, cost, scores and, of tasks, [value, standard error]."""

@@ -13,13 +13,13 @@ from planner.calibration.measures import check_measures
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.commands.calibration_flags import calibration_facts
+from planner.common.memory import resident_bytes
+from planner.common.progress import Progress
 from planner.comparison.wanted import Run
-from planner.memory import resident_bytes
 from planner.methods import METHODS
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
-from planner.progress import Progress
 from vllm_moeq.format import BIT_WIDTHS
 
 QUIET = Progress(quiet=True)

@@ -16,6 +16,7 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.routed import first_hidden
 from planner.calibration.runner import compute_dtype
+from planner.common.progress import duration
 from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
 from planner.comparison.entries import Entry
 from planner.comparison.forward import read_text
@@ -27,8 +28,7 @@ from planner.evaluation.layers import read_layers
 from planner.evaluation.perplexity import read_tokens
 from planner.evaluation.scores import windows
 from planner.evaluation.tasks import run_tasks
-from planner.files import write_json
-from planner.progress import duration
+from planner.output.files import write_json
 from planner.runners.processes import ProcessRunner
 from vllm_moeq.format import read_json
 

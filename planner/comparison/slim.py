@@ -10,10 +10,10 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed, finish, first_hidden, route
+from planner.common.progress import Progress
 from planner.comparison.forward import rounded_linears
-from planner.files import write_json, write_tensors
 from planner.layout import MoeLayer
-from planner.progress import Progress
+from planner.output.files import write_json, write_tensors
 from planner.quantizers import quantizer_for
 from planner.quantizers.gptq import GptqSettings
 from planner.quantizers.hessian import NotPositiveDefiniteError

@@ -11,8 +11,8 @@ import torch
 
 from planner.calibration.text import CalibrationText, calibration_text
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import Layout
-from planner.progress import Progress
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 

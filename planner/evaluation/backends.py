@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from planner.common.progress import Progress
 from planner.evaluation.server import Server, cpu_environment
-from planner.progress import Progress
 from vllm_moeq.format import ConfigError, UsageError
 
 Backend = Literal["transformers", "vllm"]

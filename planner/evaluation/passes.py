@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from planner.calibration.gradients import head_rows
+from planner.common.progress import Progress
 from planner.evaluation.readers import Reader
 from planner.evaluation.scores import Score, perplexity_of, summarize, token_distances, token_losses
-from planner.files import write_tensors
-from planner.progress import Progress
+from planner.output.files import write_tensors
 
 STATES = 1 << 30
 """Bytes of a model's states, at most, between two of its layers; a pass takes five times as much on the disk."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from planner.calibration.text import load_tokenizer
+from planner.common.progress import Progress
 from planner.evaluation.passes import evaluate_text
 from planner.evaluation.readers import open_reader
 from planner.evaluation.scores import windows
-from planner.progress import Progress
 from vllm_moeq.format import UsageError
 
 

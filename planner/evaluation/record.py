@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from planner.files import read_as, write_json
+from planner.output.files import read_as, write_json
 from vllm_moeq.format.schema import Strict
 
 FILE = "evaluation.json"

@@ -25,8 +25,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from planner.calibration.text import load_tokenizer
+from planner.common.progress import Progress
 from planner.evaluation.server import ServerError
-from planner.progress import Progress
 
 SECONDS = 3600
 """How long one answer may take: a CPU may need minutes for a long prompt."""

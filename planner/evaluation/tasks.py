@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from planner.common.progress import Progress
 from planner.evaluation.backends import Backend, open_model
 from planner.evaluation.record import TaskResult
 from planner.evaluation.task_files import load_tasks, reason_of
-from planner.files import write_json
-from planner.progress import Progress
+from planner.output.files import write_json
 from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json
 

@@ -13,8 +13,8 @@ from planner.calibration.decoder import ROWS
 from planner.calibration.hidden import file_tensor
 from planner.calibration.routed import batches
 from planner.calibration.runner import compute_dtype
-from planner.files import sync, write_json
-from planner.progress import Progress
+from planner.common.progress import Progress
+from planner.output.files import sync, write_json
 from vllm_moeq.format import ConfigError, UsageError, read_json
 
 

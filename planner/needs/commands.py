@@ -8,10 +8,10 @@ import torch
 
 from planner.calibration.measures import MEASURES
 from planner.checkpoint import SourceModel
+from planner.common.memory import resident_bytes
 from planner.config_sizes import ConfigModel
 from planner.estimate import Sizes
 from planner.layout import Layout
-from planner.memory import resident_bytes
 from planner.methods import METHODS
 from planner.needs.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
 from planner.needs.needs import Needs

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from planner.calibration.gradients import head_rows
 from planner.calibration.runner import compute_dtype
+from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.wanted import Run
 from planner.estimate import estimate
-from planner.memory import resident_bytes
 from planner.methods import METHODS
 from planner.needs.commands import passes_of, quantize_needs
 from planner.needs.evaluation import FILES, LOGITS_BESIDE

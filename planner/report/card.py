@@ -9,7 +9,7 @@ from typing import Any
 
 from planner.commands.show import size
 from planner.evaluation.record import Evaluations, read_evaluations
-from planner.files import atomic
+from planner.output.files import atomic
 from planner.report.commands import auto_class, method_in_words, quantize_command, serve_commands, unserved
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planner.commands.show import size
-from planner.files import atomic
+from planner.output.files import atomic
 from planner.report.facts import Facts
 from planner.report.files import picture
 from planner.report.grids import Grid, Grids

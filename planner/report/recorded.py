@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from planner.checkpoint import SourceModel
-from planner.files import read_as
+from planner.output.files import read_as
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 FILE = "quantization_report.json"

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from planner.common.memory import return_large_blocks
 from planner.layer_task import Finished
-from planner.memory import return_large_blocks
 from planner.runners.base import KEPT, Failure, Result, Task, Work, attempt, checked
 from vllm_moeq.format import MoeqError
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner.memory import peak_bytes, reset_peak, resident_bytes
+from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 from tests.attacks.cases import CORPUS, Attack
 from vllm_moeq.format import PACKED, SCALE, ZERO, MoeqError, load_config, verify
 from vllm_moeq.serving.checkpoint import Checkpoint

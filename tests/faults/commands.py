@@ -22,7 +22,7 @@ import torch
 import transformers.models.mixtral.modeling_mixtral
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import planner.files
+import planner.output.files
 import vllm_moeq.format.shards
 from planner.cli import main
 
@@ -164,7 +164,7 @@ def _child(folder: Path, command: Command, fault: Callable[[Path], None] | None,
 
 def _at_write(number: int, fault: Callable[[], None]) -> None:
     """Have a fault happen when a file is about to get its name, for the ``number``-th time: two syncs are one write."""
-    sync, count = planner.files.sync, 0
+    sync, count = planner.output.files.sync, 0
 
     def counted(path: Path) -> None:
         nonlocal count
@@ -173,7 +173,7 @@ def _at_write(number: int, fault: Callable[[], None]) -> None:
             fault()
         sync(path)
 
-    planner.files.sync = counted
+    planner.output.files.sync = counted
 
 
 def prepare(folder: Path, quantized: Path) -> Path:

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import vllm_moeq.hf  # noqa: F401  (registers the method)
+from planner.common.progress import Progress
 from planner.dense import export_dense
-from planner.progress import Progress
 from tests.architectures import TINY, build, quantize
 
 

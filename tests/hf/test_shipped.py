@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from planner.progress import Progress
+from planner.common.progress import Progress
 from tests.architectures import MODELS
 from tests.hf.conftest import Pair, dense_of, logits
 from tests.tasks import write_task

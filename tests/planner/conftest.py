@@ -10,10 +10,10 @@ import pytest
 
 from planner.autogptq import export_gptq
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import read_layout
 from planner.pipeline import quantize
 from planner.plan import Plan
-from planner.progress import Progress
 from planner.settings import QuantizeSettings, default_linear
 
 WIDTHS = (2, 3, 4, 8)

@@ -13,7 +13,7 @@ import torch
 
 from planner.autogptq import export_gptq, import_gptq
 from planner.autogptq.layout import decode_zeros, encode
-from planner.progress import Progress
+from planner.common.progress import Progress
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from planner.commands.evaluate import Suite, _tasks
+from planner.common.progress import Progress
 from planner.dense import export_dense
 from planner.evaluation.record import read_evaluations
 from planner.evaluation.tasks import PAPER_SUITE
-from planner.progress import Progress
 from tests.architectures import build, quantize
 from tests.conftest import Outcome, run_here
 from vllm_moeq.format import verify

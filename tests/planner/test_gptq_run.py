@@ -20,12 +20,12 @@ from planner.calibration.routed import Routed
 from planner.calibration.runner import GptqRunner
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.evaluation import perplexity
 from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome

@@ -27,8 +27,8 @@ from planner.calibration.hessian_trace import (
     summed_loss,
 )
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import read_layout
-from planner.progress import Progress
 from planner.quantizers import quantize_rtn, quantize_sign
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 

@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from planner.memory import out_of_memory
+from planner.common.memory import out_of_memory
 
 
 def test_a_tensor_that_no_machine_can_hold() -> None:

@@ -13,8 +13,8 @@ import torch
 from planner.calibration.collect import Wanted, collect
 from planner.calibration.text import calibration_text
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import read_layout
-from planner.progress import Progress
 from tests.conftest import Outcome
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

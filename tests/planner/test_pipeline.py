@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from planner.checkpoint import CheckpointWriter, SourceModel, check_space
+from planner.common.progress import Progress
 from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.plan import read_plan
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.quantizers import quantize_linear, quantizer_for
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, pack, verify

@@ -12,11 +12,11 @@ import torch
 
 from planner.allocation import rank_experts
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import read_layout
 from planner.options import PlanOptions, read_overrides
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
-from planner.progress import Progress
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, UsageError
 
 LAYERS = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]

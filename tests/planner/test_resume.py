@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layout import read_layout
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan
-from planner.progress import Progress
 from planner.runners import InlineRunner, ProcessRunner, Runner
 from planner.settings import QuantizeSettings, default_linear
 from tests.planner.folders import contents
@@ -91,14 +91,14 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
-import planner.cli, planner.files
-sync = planner.files.sync
+import planner.cli, planner.output.files
+sync = planner.output.files.sync
 def interrupt(path):
     if list(Path(sys.argv[-1] + ".partial").glob("*.safetensors")):
-        planner.files.sync = sync
+        planner.output.files.sync = sync
         os.killpg(0, signal.SIGINT)
     sync(path)
-planner.files.sync = interrupt
+planner.output.files.sync = interrupt
 planner.cli.main()
 """
 """The command, which has Ctrl-C sent to it and its workers when it has written the first shard: no clock is in it."""

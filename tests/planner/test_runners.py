@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from planner.checkpoint import SourceModel
+from planner.common.progress import Progress
 from planner.layer_task import LayerTask, plan_tasks, run_task
 from planner.layout import read_layout
 from planner.pipeline import quantize
 from planner.plan import read_plan
-from planner.progress import Progress
 from planner.runners import InlineRunner, ProcessRunner, Runner, Work, choose_runner
 from planner.runners.choose import read_devices
 from planner.runners.ray_cluster import RayRunner

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import planner.files
+import planner.output.files
 from planner.checkpoint import CheckpointWriter
-from planner.files import write_json
+from planner.output.files import write_json
 from tests.planner.folders import contents
 from vllm_moeq.format import UsageError
 
@@ -71,7 +71,7 @@ class Writing(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3), sync=st.integers(1, 2))
     def die_while_writing(self, number: int, sync: int) -> None:
         """Before the file has its name, or just after."""
-        original, count = planner.files.sync, 0
+        original, count = planner.output.files.sync, 0
 
         def dying(path: Path) -> None:
             nonlocal count
@@ -80,13 +80,13 @@ class Writing(RuleBasedStateMachine):
                 raise Died
             original(path)
 
-        planner.files.sync = dying
+        planner.output.files.sync = dying
         try:
             self.writer.write_shard(SHARDS[number], tensors(number))
         except Died:
             (self.writer.partial / ".left.1.tmp").write_bytes(b"half a shard")
         finally:
-            planner.files.sync = original
+            planner.output.files.sync = original
         self.die()
 
     @precondition(lambda self: self.writer is not None)

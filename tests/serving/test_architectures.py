@@ -15,10 +15,10 @@ import pytest
 import torch
 from openai import OpenAI
 
+from planner.common.progress import Progress
 from planner.dense import export_dense
 from planner.evaluation.server import Server, cpu_environment
 from planner.models import ARCHITECTURES
-from planner.progress import Progress
 from tests.architectures import TINY, VOCABULARY, build, quantize
 from tests.conftest import bound_to_cores
 

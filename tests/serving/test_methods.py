@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, cpu_environment
-from planner.progress import Progress
 from tests.serving.conftest import MODELS, MOEQ
 
 SOURCE = MODELS / "stdlib-mixtral"

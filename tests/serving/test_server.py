@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.server import Server, ServerError, cpu_environment
-from planner.progress import Progress
 from tests.conftest import bound_to_cores
 from tests.serving.conftest import MODELS, Pair
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.files import TEMPORARY, reason, write_json
+from planner.output.files import TEMPORARY, reason, write_json
 from vllm_moeq.format import MoeqError, UsageError, read_json
 
 WORTH_KEEPING = ("*.safetensors", "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json")

@@ -1,0 +1,1 @@
+"""Quantize layer after layer with GPTQ, each on what the quantized layers before it produce."""

@@ -1,0 +1,1 @@
+"""Run a model over a text, one layer at a time."""

@@ -1,0 +1,1 @@
+"""What every room uses: progress, memory, units."""

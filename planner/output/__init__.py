@@ -1,0 +1,1 @@
+"""Files and folders that appear only when they are whole."""
