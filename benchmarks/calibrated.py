@@ -18,11 +18,11 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import load_expert
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.text import calibration_text
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.dense import export_dense
 from planner.evaluation import perplexity, read_text
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 
 QUIET = Progress(quiet=True)
 TEXT = Path(__file__).parent / "models" / "calibration.jsonl"

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there, and 
 from benchmarks import paper_curves, paper_experts, paper_maxvar, paper_tables, train_model  # noqa: E402
 from benchmarks.paper_common import Asked, Bench, Result, markdown_table  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
-from planner.checkpoint import SourceModel  # noqa: E402
 from planner.common.memory import return_large_blocks  # noqa: E402
+from planner.model.source import SourceModel  # noqa: E402
 from planner.output.files import atomic, write_json  # noqa: E402
 from vllm_moeq.format import MoeqError, read_json  # noqa: E402
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from planner.calibration.hidden import remove_hidden
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries
@@ -21,8 +20,9 @@ from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
 from planner.comparison.wanted import Comparison, Run
 from planner.evaluation.perplexity import read_text
-from planner.layout import read_layout
 from planner.methods import METHODS
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.planning import make_plan
 from planner.quantizers.gptq import GptqSettings

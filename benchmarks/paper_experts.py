@@ -20,7 +20,7 @@ from planner.calibration.experts import load_expert
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.runner import compute_dtype
 from planner.evaluation.scores import windows
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.sensitivity import router_norm
 
 TOP = 256

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from planner.allocation import level_counts, solve_budget
-from planner.layout import Layout
 from planner.methods import Method, OrderOptions, Scores
 from planner.methods.base import CostTable
+from planner.model.layout import Layout
 from planner.options import PlanOptions
 from vllm_moeq.format import UsageError
 

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from planner.calibration.for_plan import with_statistics
-from planner.checkpoint import SourceModel, resolve_model
 from planner.commands import show
 from planner.commands.calibrate import calibrate
 from planner.commands.calibration_flags import Data, Samples, SeqLen, expert_devices, read_calibration
@@ -53,9 +52,10 @@ from planner.commands.serve import serve
 from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.common.memory import out_of_memory
 from planner.common.progress import Progress
-from planner.config_sizes import open_model
-from planner.estimate import estimate
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.sizes import estimate
+from planner.model.skeleton import open_model
+from planner.model.source import SourceModel, resolve_model
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
 from planner.planning import make_plan

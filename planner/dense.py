@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from planner.checkpoint import CheckpointWriter
 from planner.common.progress import Progress
-from planner.models import Architecture, find_architecture
-from planner.stored import fuse
+from planner.model.architectures import Architecture, find_architecture
+from planner.model.source import CheckpointWriter
+from planner.model.tensors import fuse
 from vllm_moeq.format import (
     PACKED,
     SCALE,

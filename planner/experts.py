@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.quantizers import Quantized
 from vllm_moeq.format import PACKED, SCALE, ZERO, pack
 

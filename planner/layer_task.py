@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel
 from planner.common.memory import peak_bytes
 from planner.experts import ExpertReport, pack_expert
-from planner.layout import Layout, MoeLayer
+from planner.model.layout import Layout, MoeLayer
+from planner.model.source import SourceModel
 from planner.output.files import write_json, write_tensors
 from planner.plan import Plan
 from planner.quantizers import quantizer_for

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import CheckpointWriter, SourceModel, check_output, check_space
 from planner.common.progress import Progress, duration
-from planner.estimate import Sizes, estimate
 from planner.layer_task import Finished, LayerTask, merged_report, plan_tasks
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import Sizes, estimate
+from planner.model.source import CheckpointWriter, SourceModel, check_output, check_space
 from planner.plan import Plan
 from planner.report.card import write_card
 from planner.report.recorded import FILE as REPORT

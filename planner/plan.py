@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from planner.layout import Layout
+from planner.model.layout import Layout
 from planner.output.files import validated, write_json
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Ids, Name, Strict, Widths

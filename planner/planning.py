@@ -18,11 +18,11 @@ from planner.assignment import (
     ranking_groups,
     solve,
 )
-from planner.checkpoint import SourceModel
 from planner.common.memory import peak_bytes, reset_peak
 from planner.common.progress import Progress
-from planner.layout import Layout
 from planner.methods import METHODS, UNRANKED, Method, Scores
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions, check_options
 from planner.plan import Plan, Settings
 from planner.scoring import score_experts

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from planner.checkpoint import SourceModel
 from planner.experts import PackedMatrix, join_rows, pack_matrix
+from planner.model.source import SourceModel
 from planner.quantizers import Quantizer, quantize_linear
 from planner.quantizers.hqq import BLOCK_WEIGHTS
 from vllm_moeq.format import CheckpointError, Linear

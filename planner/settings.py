@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from planner.checkpoint import SourceModel
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 from planner.quantizers import ZeroPoints, linear_group_size
 from planner.quantizers.gptq import GptqSettings
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear

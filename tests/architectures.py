@@ -241,9 +241,9 @@ def build(name: str, folder: Path) -> Any:
 
 def quantize(source: Path, output: Path, linear_bits: int = 4) -> Path:
     """Quantize by rounding, groups of 32, with every width in every layer."""
-    from planner.checkpoint import SourceModel
     from planner.common.progress import Progress
-    from planner.layout import read_layout
+    from planner.model.layout import read_layout
+    from planner.model.source import SourceModel
     from planner.pipeline import quantize as write
     from planner.plan import Plan
     from planner.settings import QuantizeSettings, default_linear

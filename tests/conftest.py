@@ -129,9 +129,9 @@ def all_widths_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral with every width, group size 32; not to be changed."""
-    from planner.checkpoint import SourceModel
     from planner.common.progress import Progress
-    from planner.layout import read_layout
+    from planner.model.layout import read_layout
+    from planner.model.source import SourceModel
     from planner.pipeline import quantize
     from planner.plan import read_plan
     from planner.settings import QuantizeSettings, default_linear

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from planner.autogptq.read import GptqCheckpoint, Module
-from planner.models import KEPT
+from planner.model.architectures import KEPT
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.autogptq.layout import FORMATS, Version
 from planner.autogptq.names import module_name
-from planner.models import Architecture
+from planner.model.architectures import Architecture
 from vllm_moeq.format import MoeqConfig
 
 PRODUCER = "vllm-moeq:0.1.0"

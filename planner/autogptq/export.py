@@ -12,9 +12,9 @@ import torch
 from planner.autogptq.config import gptq_config
 from planner.autogptq.layout import Version, encode
 from planner.autogptq.names import module_name
-from planner.checkpoint import CheckpointWriter, SourceModel, check_output
 from planner.common.progress import Progress
-from planner.layout import architecture_of
+from planner.model.layout import architecture_of
+from planner.model.source import CheckpointWriter, SourceModel, check_output
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     PACKED,

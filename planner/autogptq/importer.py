@@ -10,8 +10,8 @@ import torch
 from planner.autogptq.assign import Experts, Linears, assign_experts, assign_linears
 from planner.autogptq.layout import QWEIGHT, SCALES, decode
 from planner.autogptq.read import GptqCheckpoint, Module, read_gptq
-from planner.checkpoint import CheckpointWriter, SourceModel, check_output
 from planner.common.progress import Progress
+from planner.model.source import CheckpointWriter, SourceModel, check_output
 from planner.plan import IMPORTED
 from planner.report.card import write_card
 from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from planner.models import Architecture
+from planner.model.architectures import Architecture
 
 LAYER = re.compile(r"^model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)$")
 EXPERT = re.compile(r"^mlp\.experts\.([0-9]+)\.([^.]+)(.*)$")

@@ -25,9 +25,9 @@ from planner.autogptq.layout import (
     group_index,
 )
 from planner.autogptq.names import checkpoint_name
-from planner.checkpoint import SourceModel
-from planner.layout import architecture_of
-from planner.models import Architecture
+from planner.model.architectures import Architecture
+from planner.model.layout import architecture_of
+from planner.model.source import SourceModel
 from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, ShardSet, UsageError, read_json, unpack
 from vllm_moeq.format import dequantize as dequantize_codes
 

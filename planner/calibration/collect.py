@@ -19,10 +19,10 @@ from planner.calibration.measures import MEASURES, Measure, Run, check_measures
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.calibration.text import CalibrationText
-from planner.checkpoint import SourceModel, check_output
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 from planner.common.progress import Progress
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.source import SourceModel, check_output
 from planner.output.files import write_tensors
 from planner.output.unfinished import PartialRun
 from vllm_moeq.format import CheckpointError

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel
-from planner.layout import Layout, architecture_of
+from planner.model.layout import Layout, architecture_of
+from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]

@@ -12,7 +12,7 @@ from planner.calibration.experts import load_expert
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import load_rounded
 from planner.calibration.routed import Routed, finish, route
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from vllm_moeq.format import drop_weak
 
 

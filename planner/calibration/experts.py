@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.checkpoint import SourceModel
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
+from planner.model.source import SourceModel
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

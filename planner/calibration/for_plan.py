@@ -15,11 +15,11 @@ from planner.calibration.collect import Wanted, collect
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.calibration.text import CalibrationText
-from planner.checkpoint import SourceModel
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
-from planner.layout import Layout
 from planner.methods import METHODS
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions, check_options
 from vllm_moeq.format import UsageError, read_json
 

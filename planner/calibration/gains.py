@@ -9,7 +9,7 @@ from planner.calibration.experts import Expert, load_expert
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import group_size, rounded
 from planner.calibration.routed import Routed, route
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantizers.hessian import NotPositiveDefiniteError
 

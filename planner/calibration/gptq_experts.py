@@ -11,7 +11,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed
 from planner.experts import PackedMatrix, pack_matrix
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.quantizers import Quantized, quantizer_for
 from planner.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantizers.hessian import NotPositiveDefiniteError

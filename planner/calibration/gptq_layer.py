@@ -11,7 +11,7 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.gptq_experts import CalibratedExpert, Experts, UnusableError
 from planner.calibration.routed import Routed
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.settings import QuantizeSettings
 
 Work = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]

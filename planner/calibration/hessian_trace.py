@@ -18,10 +18,10 @@ import torch
 
 from planner.calibration.experts import load_expert
 from planner.calibration.rounding import rounded
-from planner.checkpoint import SourceModel
 from planner.common.memory import explained_if_out_of_memory, out_of_memory
 from planner.common.progress import Progress
-from planner.layout import Layout, architecture_of
+from planner.model.layout import Layout, architecture_of
+from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 PARTS = {"gate_up_proj": "gate_up", "down_proj": "down"}

@@ -13,9 +13,9 @@ from planner.calibration.gains import gptq_gains
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.second_order import elementwise, second_order
 from planner.calibration.statistics import LayerStatistics
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 
 Found = dict[str, dict[str, torch.Tensor]]
 """Experts prefix → name → one value per expert."""

@@ -9,7 +9,7 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.quantizers import quantizer_for
 from vllm_moeq.format import CODES_PER_BLOCK
 

@@ -15,11 +15,11 @@ from planner.calibration.gptq_layer import quantize_layer
 from planner.calibration.hidden import HiddenStates, remove_hidden
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.text import CalibrationText
-from planner.checkpoint import SourceModel
 from planner.common.memory import explained_if_out_of_memory
 from planner.experts import ExpertReport, pack_expert
 from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.rows import open_threads
 from planner.runners.base import KEPT, Work
 from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values

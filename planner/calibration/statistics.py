@@ -14,7 +14,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import load_expert
 from planner.calibration.rounding import rounded
 from planner.calibration.routed import Routed
-from planner.layout import Layout, MoeLayer
+from planner.model.layout import Layout, MoeLayer
 from planner.output.files import write_json, write_tensors
 from vllm_moeq.format import CheckpointError, read_json
 from vllm_moeq.format.headers import read_header

@@ -10,7 +10,6 @@ from rich.table import Table
 from planner.calibration.collect import Wanted, collect
 from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
-from planner.checkpoint import check_output
 from planner.commands import show
 from planner.commands.calibration_flags import (
     Data,
@@ -27,9 +26,10 @@ from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
-from planner.config_sizes import open_model
-from planner.layout import read_layout
 from planner.methods import METHODS, OURS
+from planner.model.layout import read_layout
+from planner.model.skeleton import open_model
+from planner.model.source import check_output
 from planner.needs import Reading
 from planner.needs.commands import calibrate_needs
 from vllm_moeq.format import UsageError

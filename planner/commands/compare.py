@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from planner.checkpoint import check_output
 from planner.commands import show
 from planner.commands.calibration_flags import Data, MinTokens, Samples, expert_devices, longest_text
 from planner.commands.completion import some_of
@@ -35,10 +34,11 @@ from planner.common.progress import Progress
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.wanted import Comparison, Run
-from planner.config_sizes import open_model
 from planner.evaluation.perplexity import read_text, read_tokens
-from planner.layout import read_layout
 from planner.methods import METHODS
+from planner.model.layout import read_layout
+from planner.model.skeleton import open_model
+from planner.model.source import check_output
 from planner.needs.comparison import compare_needs
 from planner.quantizers.gptq import GptqSettings
 from planner.settings import QuantizeSettings, check_sizes

@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from planner.checkpoint import SourceModel
 from planner.commands import show
 from planner.commands.show_needs import print_needs
-from planner.config_sizes import ConfigModel, config_sizes
-from planner.estimate import GIB, estimate
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import GIB, estimate
+from planner.model.skeleton import ConfigModel, config_sizes
+from planner.model.source import SourceModel
 from planner.needs import Needs, Service, serving_needs
 from planner.plan import Plan
 from planner.settings import QuantizeSettings, check_sizes

@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from planner.checkpoint import resolve_model
 from planner.commands import show
 from planner.commands.calibration_flags import longest_text
 from planner.commands.flags import Json, Model, Resume
@@ -22,12 +21,13 @@ from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
-from planner.config_sizes import open_folder
-from planner.dequantized import is_moeq
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
 from planner.evaluation.tasks import PAPER_SUITE
+from planner.model.quantized import is_moeq
+from planner.model.skeleton import open_folder
+from planner.model.source import resolve_model
 from planner.needs import Needs
 from planner.needs.evaluation import eval_needs
 from planner.output.files import write_json

@@ -9,13 +9,13 @@ from typing import Annotated
 import torch
 import typer
 
-from planner.checkpoint import check_output, resolve_model
 from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.progress import Progress
 from planner.dense import export_dense
+from planner.model.source import check_output, resolve_model
 from planner.needs.exchange import export_needs, import_needs
 from vllm_moeq.format import UsageError
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from planner.calibration.for_plan import with_statistics
 from planner.calibration.runner import GptqRunner, compute_dtype
-from planner.checkpoint import check_output
 from planner.commands import show
 from planner.commands.calibration_flags import (
     ActOrder,
@@ -66,10 +65,11 @@ from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
-from planner.config_sizes import open_model
-from planner.estimate import estimate
-from planner.layout import architecture_of, read_layout
 from planner.methods import METHODS
+from planner.model.layout import architecture_of, read_layout
+from planner.model.sizes import estimate
+from planner.model.skeleton import open_model
+from planner.model.source import check_output
 from planner.needs import Reading, Service, serving_needs
 from planner.needs.commands import quantize_needs
 from planner.pipeline import quantize

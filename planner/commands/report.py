@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from planner.checkpoint import SourceModel, resolve_model
 from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.common.progress import Progress
+from planner.model.source import SourceModel, resolve_model
 from planner.output.files import atomic
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.estimate import GIB, Sizes
-from planner.layout import Layout, architecture_of
 from planner.methods import PAPER
+from planner.model.layout import Layout, architecture_of
+from planner.model.sizes import GIB, Sizes
+from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.plan import Plan
 from planner.sensitivity import router_norm

@@ -7,7 +7,7 @@ from rich.console import Console
 from planner.commands import show
 from planner.commands.show import size
 from planner.common.progress import duration
-from planner.estimate import Sizes
+from planner.model.sizes import Sizes
 from planner.needs.needs import Needs
 from planner.needs.serving import FIXED_BYTES, RANKS, ServingNeeds
 

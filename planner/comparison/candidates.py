@@ -11,8 +11,8 @@ import torch
 
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
-from planner.dequantized import DequantizedModel
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
+from planner.model.quantized import DequantizedModel
 from planner.quantizers import quantizer_for
 from vllm_moeq.format import ShardSet
 

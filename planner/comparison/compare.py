@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
 from planner.comparison.wanted import Comparison, Run
-from planner.estimate import estimate
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import estimate
+from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
 
 Row = dict[str, Any]

@@ -9,10 +9,10 @@ import torch
 
 from planner.calibration.runner import GptqRunner, compute_dtype
 from planner.calibration.text import CalibrationText
-from planner.checkpoint import SourceModel
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.pipeline import quantize
 from planner.plan import Plan
 from planner.settings import QuantizeSettings

@@ -12,7 +12,7 @@ from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.common.progress import Progress
 from planner.comparison.forward import rounded_linears
-from planner.layout import MoeLayer
+from planner.model.layout import MoeLayer
 from planner.output.files import write_json, write_tensors
 from planner.quantizers import quantizer_for
 from planner.quantizers.gptq import GptqSettings

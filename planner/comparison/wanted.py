@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from planner.calibration.text import CalibrationText, calibration_text
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 from planner.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 

@@ -13,10 +13,10 @@ from planner.calibration.exact import advance
 from planner.calibration.hidden import HiddenStates
 from planner.calibration.routed import first_hidden
 from planner.calibration.runner import compute_dtype
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.dequantized import DequantizedModel, is_moeq
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.quantized import DequantizedModel, is_moeq
+from planner.model.source import SourceModel
 from vllm_moeq.format import read_json
 
 

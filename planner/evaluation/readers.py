@@ -9,12 +9,12 @@ from typing import Protocol
 
 import torch
 
-from planner.codecs import DECODED
 from planner.common.progress import Progress
-from planner.dequantized import is_moeq
 from planner.evaluation.layers import LayerReader
 from planner.evaluation.whole import WholeReader
-from planner.models import find_architecture
+from planner.model.architectures import find_architecture
+from planner.model.encodings import DECODED
+from planner.model.quantized import is_moeq
 from vllm_moeq.format import ConfigError, read_json
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from planner.calibration.text import load_tokenizer
-from planner.checkpoint import SourceModel
 from planner.common.memory import explained_if_out_of_memory
 from planner.common.progress import Progress
 from planner.evaluation.backends import Backend
@@ -22,6 +21,7 @@ from planner.evaluation.readers import Reader, open_reader
 from planner.evaluation.record import Divergence, TaskResult, TextResult
 from planner.evaluation.task_files import is_file_name
 from planner.evaluation.tasks import run_tasks
+from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
 from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError

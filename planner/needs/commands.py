@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from planner.calibration.measures import MEASURES
-from planner.checkpoint import SourceModel
 from planner.common.memory import resident_bytes
-from planner.config_sizes import ConfigModel
-from planner.estimate import Sizes
-from planner.layout import Layout
 from planner.methods import METHODS
+from planner.model.layout import Layout
+from planner.model.sizes import Sizes
+from planner.model.skeleton import ConfigModel
+from planner.model.source import SourceModel
 from planner.needs.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
 from planner.needs.needs import Needs
 from planner.needs.seconds import reading_seconds, rounding_seconds, variance_seconds

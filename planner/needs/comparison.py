@@ -10,8 +10,8 @@ from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.wanted import Run
-from planner.estimate import estimate
 from planner.methods import METHODS
+from planner.model.sizes import estimate
 from planner.needs.commands import passes_of, quantize_needs
 from planner.needs.evaluation import FILES, LOGITS_BESIDE
 from planner.needs.memory import FLOAT, Reading, hidden_bytes, reading_ram

@@ -13,11 +13,11 @@ from planner.calibration.decoder import ROWS
 from planner.calibration.gradients import head_rows
 from planner.calibration.runner import compute_dtype
 from planner.common.memory import resident_bytes
-from planner.config_sizes import open_folder
-from planner.dequantized import DequantizedModel, is_moeq
 from planner.evaluation.passes import STATES
 from planner.evaluation.readers import reads_by_layers
-from planner.layout import Layout, read_layout
+from planner.model.layout import Layout, read_layout
+from planner.model.quantized import DequantizedModel, is_moeq
+from planner.model.skeleton import open_folder
 from planner.needs.memory import FLOAT, Reading
 from planner.needs.needs import Needs
 from planner.needs.seconds import reading_seconds

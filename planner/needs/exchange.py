@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from planner.checkpoint import companions
 from planner.common.memory import resident_bytes
+from planner.model.source import companions
 from planner.needs.memory import SHARD_COPIES
 from planner.needs.needs import Needs
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config

@@ -10,8 +10,8 @@ from planner.calibration.decoder import ROWS
 from planner.calibration.gptq_layer import BATCH_BYTES
 from planner.calibration.text import CalibrationText
 from planner.common.memory import resident_bytes
-from planner.estimate import WORKING_BYTES_PER_WEIGHT, Sizes
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import WORKING_BYTES_PER_WEIGHT, Sizes
 from planner.needs.serving import text_config
 from planner.quantizers.hqq import BLOCK_WEIGHTS
 from planner.rows import BLOCKS

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from planner.calibration.decoder import ROWS
-from planner.checkpoint import SourceModel
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
 from planner.needs.memory import Reading
 from planner.needs.serving import text_config
 from planner.quantizers import quantizer_for

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from planner.estimate import GIB, Sizes
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import GIB, Sizes
 from vllm_moeq.format import UsageError
 
 MEMORY_SHARE = 0.9

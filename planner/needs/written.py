@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.checkpoint import SourceModel, companions
-from planner.estimate import Sizes
-from planner.layout import Layout
+from planner.model.layout import Layout
+from planner.model.sizes import Sizes
+from planner.model.source import SourceModel, companions
 from vllm_moeq.format import PACKED, SCALE, ZERO, Linear
 
 HEADER_ENTRY = 72

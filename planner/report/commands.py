@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from planner.evaluation.record import TaskResult, TextResult
 from planner.methods import METHODS, OURS, PAPER
-from planner.models import find_architecture
+from planner.model.architectures import find_architecture
 from planner.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.report.facts import Facts
 from planner.report.recorded import printable, without_folder

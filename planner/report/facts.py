@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.commands.show import layer_number
-from planner.estimate import SCALE_AND_ZERO_BYTES
 from planner.evaluation.record import Evaluations, read_evaluations
+from planner.model.sizes import SCALE_AND_ZERO_BYTES
 from planner.plan import IMPORTED, Plan, read_plan
 from planner.report.recorded import Recorded, printable, read_recorded
 from vllm_moeq.format import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from planner.checkpoint import COMPANIONS
 from planner.evaluation.record import FILE as EVALUATION
+from planner.model.source import COMPANIONS
 from planner.report.recorded import FILE as RECORDED
 from vllm_moeq.format import CheckpointError, ShardSet
 from vllm_moeq.format.shards import INDEX_NAME

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.checkpoint import SourceModel
-from planner.layout import read_layout
-from planner.models import find_architecture
+from planner.model.architectures import find_architecture
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.report.facts import Facts
 from planner.report.recorded import Expert
 from planner.rows import open_threads

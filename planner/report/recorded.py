@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from planner.checkpoint import SourceModel
+from planner.model.source import SourceModel
 from planner.output.files import read_as
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS
 

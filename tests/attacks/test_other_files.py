@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from planner.calibration.statistics import LayerStatistics, json_path, read_statistics, write_statistics
-from planner.checkpoint import SourceModel
-from planner.layout import Layout, read_layout
+from planner.model.layout import Layout, read_layout
+from planner.model.source import SourceModel
 from tests.attacks.cases import ESCAPE, nested
 from tests.attacks.forge import LAYER, with_header
 from tests.attacks.test_corpus import bounded

@@ -19,8 +19,8 @@ PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 @pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    from planner.checkpoint import SourceModel
-    from planner.layout import read_layout
+    from planner.model.layout import read_layout
+    from planner.model.source import SourceModel
     from planner.pipeline import quantize
     from planner.plan import Plan
     from planner.settings import QuantizeSettings, default_linear

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from planner.autogptq import export_gptq
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.pipeline import quantize
 from planner.plan import Plan
 from planner.settings import QuantizeSettings, default_linear

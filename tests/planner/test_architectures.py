@@ -14,11 +14,11 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.exact import advance
 from planner.calibration.routed import first_hidden
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.dense import dequantize_expert, export_dense
-from planner.layout import Layout, read_layout
-from planner.models import ARCHITECTURES
+from planner.model.architectures import ARCHITECTURES
+from planner.model.layout import Layout, read_layout
+from planner.model.source import SourceModel
 from tests.architectures import EXPERTS, FP4, TINY, build, quantize
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError, expert_matrices, load_config, verify
 

@@ -12,8 +12,8 @@ import torch
 
 from planner.autogptq import import_gptq
 from planner.autogptq.layout import encode
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
+from planner.model.source import SourceModel
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 EXPERT = "model.layers.0.mlp.experts.1.gate_proj"  # 3 bits, [128, 64] in groups of 32

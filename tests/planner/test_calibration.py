@@ -16,8 +16,8 @@ from planner.calibration.hidden import HiddenStates
 from planner.calibration.routed import Routed, finish, first_hidden, route
 from planner.calibration.statistics import observe, read_statistics
 from planner.calibration.text import calibration_text, documents
-from planner.checkpoint import SourceModel
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
 from vllm_moeq.format import CheckpointError, UsageError

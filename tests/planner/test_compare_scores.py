@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from planner.calibration.decoder import Decoder
-from planner.checkpoint import SourceModel
 from planner.comparison.scores import score
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 
 MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 

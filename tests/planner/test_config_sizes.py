@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from planner.checkpoint import SourceModel
-from planner.config_sizes import ConfigModel, count_weights
-from planner.estimate import GIB
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.sizes import GIB
+from planner.model.skeleton import ConfigModel, count_weights
+from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -16,9 +16,9 @@ from planner.calibration.rounding import rounded
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.statistics import LayerStatistics, observe
 from planner.calibration.text import calibration_text
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.estimate import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
-from planner.layout import Layout, MoeLayer, read_layout
+from planner.model.layout import Layout, MoeLayer, read_layout
+from planner.model.sizes import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
+from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan

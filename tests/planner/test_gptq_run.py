@@ -19,10 +19,10 @@ from planner.calibration.gptq_layer import quantize_layer
 from planner.calibration.routed import Routed
 from planner.calibration.runner import GptqRunner
 from planner.calibration.text import calibration_text
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.evaluation import perplexity
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan

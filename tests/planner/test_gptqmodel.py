@@ -18,7 +18,7 @@ from planner.autogptq import export_gptq, import_gptq
 from planner.autogptq.names import module_name
 from planner.common.progress import Progress
 from planner.dense import dequantize_expert, dequantize_linear, export_dense
-from planner.models import ARCHITECTURES
+from planner.model.architectures import ARCHITECTURES
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

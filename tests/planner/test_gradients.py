@@ -19,9 +19,9 @@ from planner.calibration.rounding import rounded
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.second_order import WEIGHT, elementwise, isotropic, projected, second_order
 from planner.calibration.statistics import observe
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 CPU = torch.device("cpu")

@@ -26,9 +26,9 @@ from planner.calibration.hessian_trace import (
     perturbations,
     summed_loss,
 )
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.quantizers import quantize_rtn, quantize_sign
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 

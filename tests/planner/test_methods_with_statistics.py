@@ -12,9 +12,9 @@ import torch
 
 from planner.calibration.collect import Wanted, collect
 from planner.calibration.text import calibration_text
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from tests.conftest import Outcome
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.checkpoint import SourceModel
-from planner.layout import Layout, read_layout
-from planner.models import ARCHITECTURES
+from planner.model.architectures import ARCHITECTURES
+from planner.model.layout import Layout, read_layout
+from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, UsageError
 
 MIXTRAL = "model.layers.1.block_sparse_moe"

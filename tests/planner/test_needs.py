@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from planner.checkpoint import SourceModel
-from planner.estimate import GIB, Sizes
-from planner.layout import Layout, read_layout
+from planner.model.layout import Layout, read_layout
+from planner.model.sizes import GIB, Sizes
+from planner.model.source import SourceModel
 from planner.needs import Service, serving_needs
 from planner.needs.serving import FIXED_BYTES
 from vllm_moeq.format import UsageError

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.checkpoint import CheckpointWriter, SourceModel, check_space
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import CheckpointWriter, SourceModel, check_space
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.plan import read_plan

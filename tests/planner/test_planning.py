@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from planner.allocation import rank_experts
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions, read_overrides
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan

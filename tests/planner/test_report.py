@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.checkpoint import SourceModel
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
+from planner.model.source import SourceModel
 from planner.report.facts import collect
 from planner.report.grids import collect_grids
 from planner.report.page import render

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.pipeline import quantize
 from planner.planning import make_plan

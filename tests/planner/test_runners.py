@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from planner.checkpoint import SourceModel
 from planner.common.progress import Progress
 from planner.layer_task import LayerTask, plan_tasks, run_task
-from planner.layout import read_layout
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
 from planner.pipeline import quantize
 from planner.plan import read_plan
 from planner.runners import InlineRunner, ProcessRunner, Runner, Work, choose_runner

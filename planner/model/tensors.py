@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from planner.codecs import PLAIN, Codec, codec_of
-from planner.models import Architecture, Fused, find_architecture
+from planner.model.architectures import Architecture, Fused, find_architecture
+from planner.model.encodings import PLAIN, Codec, codec_of
 from vllm_moeq.format import CheckpointError, ShardSet, TensorInfo
 
 

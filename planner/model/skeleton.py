@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel, resolve_model
-from planner.estimate import Sizes, estimate
-from planner.layout import Layout, architecture_of
-from planner.models import KEPT
-from planner.stored import SourceShards
+from planner.model.architectures import KEPT
+from planner.model.layout import Layout, architecture_of
+from planner.model.sizes import Sizes, estimate
+from planner.model.source import SourceModel, resolve_model
+from planner.model.tensors import SourceShards
 from vllm_moeq.format import (
     EXPERT_COUNT,
     CheckpointError,
@@ -230,7 +230,7 @@ def config_sizes(
 ) -> ConfigSizes:
     """Return the sizes of a model whose experts have certain widths, from names and shapes alone.
 
-    Ours are those of :func:`planner.estimate.estimate`: N·K·b/8 bytes and 4 per group for an expert matrix, and
+    Ours are those of :func:`planner.model.sizes.estimate`: N·K·b/8 bytes and 4 per group for an expert matrix, and
     what ``linear`` takes for the others.
 
     Args:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from planner.model.tensors import SourceShards
 from planner.output.files import atomic, reason, sync, write_json, write_tensors
 from planner.output.unfinished import PartialRun, check_output
-from planner.stored import SourceShards
 from vllm_moeq.format import NESTED, CheckpointError, ConfigError, ShardSet, UsageError, read_json
 
 __all__ = ["CheckpointWriter", "SourceModel", "check_output", "check_space", "resolve_model"]

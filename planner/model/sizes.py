@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from planner.checkpoint import SourceModel
-from planner.layout import Layout, MoeLayer
+from planner.model.layout import Layout, MoeLayer
+from planner.model.source import SourceModel
 from vllm_moeq.format import WHOLE_ROW, Linear, TensorInfo, UsageError
 
 GIB = 1 << 30

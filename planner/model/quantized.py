@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import SourceModel
-from planner.codecs import Codec, Parts
-from planner.stored import Matrix, SourceShards
+from planner.model.encodings import Codec, Parts
+from planner.model.source import SourceModel
+from planner.model.tensors import Matrix, SourceShards
 from vllm_moeq.format import (
     PACKED,
     QUANT_METHOD,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from planner.checkpoint import SourceModel
-from planner.codecs import DECODED
-from planner.models import Architecture, Stack, architecture_for
+from planner.model.architectures import Architecture, Stack, architecture_for
+from planner.model.encodings import DECODED
+from planner.model.source import SourceModel
 from vllm_moeq.format import EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
 
 ROWS_MULTIPLE = 32
