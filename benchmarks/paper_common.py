@@ -25,8 +25,8 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.options import PlanOptions
 from planner.planning import make_plan
-from planner.quantizers.gptq import GptqSettings
-from planner.settings import QuantizeSettings, default_linear
+from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.settings import QuantizeSettings, default_linear
 
 THREE_LEVELS = (1, 2, 3)
 """The widths of Table 1; calibration measures all of them, whatever a part chooses from."""

@@ -14,7 +14,7 @@ from benchmarks.paper_tables import TWO_LEVEL_BITS
 from planner.comparison.compare import Row
 from planner.comparison.entries import Entry
 from planner.comparison.report import cell, grouped
-from planner.settings import QuantizeSettings
+from planner.quantization.settings import QuantizeSettings
 
 FIGURE8_BITS = ("1.25", "1.375", "1.5", "1.625", "1.75")
 METHODS = {

@@ -32,7 +32,7 @@ Case = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 def ours(name: str) -> Case:
     """Return one of our quantizers without calibration, packing included."""
-    from planner.quantizers import quantizer_for
+    from planner.quantization.quantizers import quantizer_for
     from vllm_moeq.format import pack
 
     def run(weight: torch.Tensor, _moments: torch.Tensor, bits: int) -> Any:
@@ -45,7 +45,7 @@ def ours(name: str) -> Case:
 
 def our_gptq(**settings: Any) -> Case:
     """Return our GPTQ, packing included."""
-    from planner.quantizers.gptq import GptqSettings, quantize_gptq
+    from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
     from vllm_moeq.format import pack
 
     def run(weight: torch.Tensor, moments: torch.Tensor, bits: int) -> Any:

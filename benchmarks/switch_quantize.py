@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.switch_text import Batch
 from benchmarks.switch_train import Model, Routers, moe_layers
 from planner.allocation import level_counts, rank_experts
-from planner.quantizers import quantize_hqq, quantize_rtn
+from planner.quantization.quantizers import quantize_hqq, quantize_rtn
 from planner.sensitivity import max_variance, router_norm
 from vllm_moeq.format import WHOLE_ROW
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.theory_model import Model, activation, counted, draw, gates
-from planner.quantizers import quantize_rtn
+from planner.quantization.quantizers import quantize_rtn
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW
 
 WIDTHS = range(1, 9)

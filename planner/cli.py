@@ -59,7 +59,7 @@ from planner.model.source import SourceModel, resolve_model
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
 from planner.planning import make_plan
-from planner.settings import QuantizeSettings
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 
 app = typer.Typer(

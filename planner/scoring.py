@@ -17,7 +17,7 @@ from planner.methods import Method
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from planner.options import PlanOptions
-from planner.rows import open_threads
+from planner.quantization.rows import open_threads
 from planner.sensitivity import max_variance_of_rows, router_norm, spectral_scores
 from planner.sensitivity.max_var import BLOCK_WEIGHTS
 from planner.sensitivity.spectrum import MATRICES

@@ -244,9 +244,9 @@ def quantize(source: Path, output: Path, linear_bits: int = 4) -> Path:
     from planner.common.progress import Progress
     from planner.model.layout import read_layout
     from planner.model.source import SourceModel
-    from planner.pipeline import quantize as write
     from planner.plan import Plan
-    from planner.settings import QuantizeSettings, default_linear
+    from planner.quantization.run import quantize as write
+    from planner.quantization.settings import QuantizeSettings, default_linear
 
     with SourceModel(source) as model:
         layout = read_layout(model)

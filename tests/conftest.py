@@ -132,9 +132,9 @@ def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factor
     from planner.common.progress import Progress
     from planner.model.layout import read_layout
     from planner.model.source import SourceModel
-    from planner.pipeline import quantize
     from planner.plan import read_plan
-    from planner.settings import QuantizeSettings, default_linear
+    from planner.quantization.run import quantize
+    from planner.quantization.settings import QuantizeSettings, default_linear
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"
     with SourceModel(tiny_mixtral) as model:

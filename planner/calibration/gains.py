@@ -10,8 +10,8 @@ from planner.calibration.hidden import HiddenStates
 from planner.calibration.rounding import group_size, rounded
 from planner.calibration.routed import Routed, route
 from planner.model.layout import MoeLayer
-from planner.quantizers.gptq import GptqSettings, quantize_gptq
-from planner.quantizers.hessian import NotPositiveDefiniteError
+from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 
 TRIED = 2
 """Experts of each layer."""

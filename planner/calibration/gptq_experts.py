@@ -10,12 +10,12 @@ import torch
 from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed
-from planner.experts import PackedMatrix, pack_matrix
 from planner.model.layout import MoeLayer
-from planner.quantizers import Quantized, quantizer_for
-from planner.quantizers.gptq import GptqSettings, quantize_gptq
-from planner.quantizers.hessian import NotPositiveDefiniteError
-from planner.settings import QuantizeSettings
+from planner.quantization.packed import PackedMatrix, pack_matrix
+from planner.quantization.quantizers import Quantized, quantizer_for
+from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError
 
 FALLBACK = "hqq"

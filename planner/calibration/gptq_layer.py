@@ -12,7 +12,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.gptq_experts import CalibratedExpert, Experts, UnusableError
 from planner.calibration.routed import Routed
 from planner.model.layout import MoeLayer
-from planner.settings import QuantizeSettings
+from planner.quantization.settings import QuantizeSettings
 
 Work = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
 

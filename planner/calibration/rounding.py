@@ -10,7 +10,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.calibration.routed import Routed
 from planner.model.layout import MoeLayer
-from planner.quantizers import quantizer_for
+from planner.quantization.quantizers import quantizer_for
 from vllm_moeq.format import CODES_PER_BLOCK
 
 QUANTIZER, ONE_BIT = "rtn", "sign"

@@ -16,12 +16,12 @@ from planner.calibration.hidden import HiddenStates, remove_hidden
 from planner.calibration.routed import finish, first_hidden, route
 from planner.calibration.text import CalibrationText
 from planner.common.memory import explained_if_out_of_memory
-from planner.experts import ExpertReport, pack_expert
-from planner.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.rows import open_threads
-from planner.runners.base import KEPT, Work
+from planner.quantization.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
+from planner.quantization.packed import ExpertReport, pack_expert
+from planner.quantization.rows import open_threads
+from planner.quantization.runners.base import KEPT, Work
 from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
 
 
@@ -47,7 +47,7 @@ class GptqRunner:
     dtype: torch.dtype
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
-        """See :class:`planner.runners.base.Runner`; layers come in order."""
+        """See :class:`planner.quantization.runners.base.Runner`; layers come in order."""
         *layers, rest = work.tasks
         with explained_if_out_of_memory(f"on {self.devices[0].type}; {KEPT}; fewer --jobs take less"):
             if any(task in work.pending for task in layers):

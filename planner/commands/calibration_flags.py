@@ -13,8 +13,8 @@ from planner.calibration.text import DATASETS, CalibrationText, calibration_text
 from planner.commands.completion import some_of
 from planner.methods import METHODS
 from planner.model.source import SourceModel
-from planner.quantizers.gptq import PUBLISHED, GptqSettings
-from planner.runners.choose import read_devices
+from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import NESTED, UsageError
 
 SEQUENCE = 2048

@@ -40,8 +40,8 @@ from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import check_output
 from planner.needs.comparison import compare_needs
-from planner.quantizers.gptq import GptqSettings
-from planner.settings import QuantizeSettings, check_sizes
+from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
 

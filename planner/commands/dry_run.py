@@ -18,7 +18,7 @@ from planner.model.skeleton import ConfigModel, config_sizes
 from planner.model.source import SourceModel
 from planner.needs import Needs, Service, serving_needs
 from planner.plan import Plan
-from planner.settings import QuantizeSettings, check_sizes
+from planner.quantization.settings import QuantizeSettings, check_sizes
 
 
 def report_dry_run(

@@ -32,8 +32,8 @@ from planner.needs import Needs
 from planner.needs.evaluation import eval_needs
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
+from planner.quantization.runners.choose import read_devices
 from planner.report.card import refresh_card
-from planner.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json
 
 WINDOW = 512

@@ -17,7 +17,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
 from planner.options import PlanOptions, check_choices, read_overrides, resolved_method
-from planner.settings import QuantizeSettings, default_linear
+from planner.quantization.settings import QuantizeSettings, default_linear
 from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError, read_json
 
 

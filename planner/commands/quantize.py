@@ -72,12 +72,12 @@ from planner.model.skeleton import open_model
 from planner.model.source import check_output
 from planner.needs import Reading, Service, serving_needs
 from planner.needs.commands import quantize_needs
-from planner.pipeline import quantize
 from planner.plan import Plan, read_plan
 from planner.planning import make_plan
-from planner.quantizers.gptq import GptqSettings
-from planner.runners import Runner, choose_runner
-from planner.settings import QuantizeSettings, check_sizes
+from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.run import quantize
+from planner.quantization.runners import Runner, choose_runner
+from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
 

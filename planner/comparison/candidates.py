@@ -13,7 +13,7 @@ from planner.calibration.decoder import Decoder
 from planner.calibration.experts import Expert, load_expert
 from planner.model.layout import MoeLayer
 from planner.model.quantized import DequantizedModel
-from planner.quantizers import quantizer_for
+from planner.quantization.quantizers import quantizer_for
 from vllm_moeq.format import ShardSet
 
 

@@ -29,7 +29,7 @@ from planner.evaluation.perplexity import read_tokens
 from planner.evaluation.scores import windows
 from planner.evaluation.tasks import run_tasks
 from planner.output.files import write_json
-from planner.runners.processes import ProcessRunner
+from planner.quantization.runners.processes import ProcessRunner
 from vllm_moeq.format import read_json
 
 AT_A_TIME = 1 << 30

@@ -13,7 +13,7 @@ from planner.calibration.routed import Routed, finish, route
 from planner.common.progress import Progress
 from planner.comparison.candidates import Candidate
 from planner.model.layout import MoeLayer
-from planner.quantizers import quantize_linear
+from planner.quantization.quantizers import quantize_linear
 from vllm_moeq.format import Linear, drop_weak, linear_values
 
 

@@ -13,9 +13,9 @@ from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.pipeline import quantize
 from planner.plan import Plan
-from planner.settings import QuantizeSettings
+from planner.quantization.run import quantize
+from planner.quantization.settings import QuantizeSettings
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from planner.common.progress import Progress
 from planner.comparison.forward import rounded_linears
 from planner.model.layout import MoeLayer
 from planner.output.files import write_json, write_tensors
-from planner.quantizers import quantizer_for
-from planner.quantizers.gptq import GptqSettings
-from planner.quantizers.hessian import NotPositiveDefiniteError
-from planner.quantizers.slim import quantize_slim
+from planner.quantization.quantizers import quantizer_for
+from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
+from planner.quantization.quantizers.slim import quantize_slim
 from vllm_moeq.format import Linear
 
 SAMPLE = 2048

@@ -13,7 +13,7 @@ from planner.calibration.text import CalibrationText, calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.settings import QuantizeSettings
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 
 

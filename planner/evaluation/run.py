@@ -23,7 +23,7 @@ from planner.evaluation.task_files import is_file_name
 from planner.evaluation.tasks import run_tasks
 from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
-from planner.runners.choose import read_devices
+from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import UsageError
 
 

@@ -14,7 +14,7 @@ from planner.evaluation.backends import Backend, open_model
 from planner.evaluation.record import TaskResult
 from planner.evaluation.task_files import load_tasks, reason_of
 from planner.output.files import write_json
-from planner.runners.choose import read_devices
+from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json
 
 PAPER_SUITE: tuple[str, ...] = (

@@ -18,7 +18,7 @@ from planner.needs.needs import Needs
 from planner.needs.seconds import reading_seconds, rounding_seconds, variance_seconds
 from planner.needs.written import quantized_bytes
 from planner.options import PlanOptions
-from planner.settings import QuantizeSettings
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS
 
 COUNTING_PASSES = 2.0

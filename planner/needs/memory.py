@@ -13,8 +13,8 @@ from planner.common.memory import resident_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import WORKING_BYTES_PER_WEIGHT, Sizes
 from planner.needs.serving import text_config
-from planner.quantizers.hqq import BLOCK_WEIGHTS
-from planner.rows import BLOCKS
+from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.rows import BLOCKS
 
 SHARD_COPIES = 2
 """A layer's packed tensors, and the bytes that safetensors writes."""

@@ -13,10 +13,10 @@ from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.needs.memory import Reading
 from planner.needs.serving import text_config
-from planner.quantizers import quantizer_for
-from planner.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.quantizers import quantizer_for
+from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.settings import QuantizeSettings
 from planner.sensitivity import max_variance_of_rows
-from planner.settings import QuantizeSettings
 from vllm_moeq.format import WHOLE_ROW
 
 SIDE = 1024

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from planner.evaluation.record import TaskResult, TextResult
 from planner.methods import METHODS, OURS, PAPER
 from planner.model.architectures import find_architecture
-from planner.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.quantization.record import printable, without_folder
+from planner.quantization.settings import QuantizeSettings
 from planner.report.facts import Facts
-from planner.report.recorded import printable, without_folder
-from planner.settings import QuantizeSettings
 
 UNNAMED = "SOURCE"
 """Stands for a source that is not recorded."""

@@ -12,7 +12,7 @@ from planner.commands.show import layer_number
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.model.sizes import SCALE_AND_ZERO_BYTES
 from planner.plan import IMPORTED, Plan, read_plan
-from planner.report.recorded import Recorded, printable, read_recorded
+from planner.quantization.record import Recorded, printable, read_recorded
 from vllm_moeq.format import (
     PACKED,
     ConfigError,

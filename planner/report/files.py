@@ -6,7 +6,7 @@ from pathlib import Path
 
 from planner.evaluation.record import FILE as EVALUATION
 from planner.model.source import COMPANIONS
-from planner.report.recorded import FILE as RECORDED
+from planner.quantization.record import FILE as RECORDED
 from vllm_moeq.format import CheckpointError, ShardSet
 from vllm_moeq.format.shards import INDEX_NAME
 

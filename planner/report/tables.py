@@ -10,8 +10,8 @@ from html import escape
 
 from planner.commands.show import size
 from planner.evaluation.record import Evaluations, TextResult
+from planner.quantization.record import printable, without_folder
 from planner.report.facts import Facts
-from planner.report.recorded import printable, without_folder
 from planner.report.scale import number
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")

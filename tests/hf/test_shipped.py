@@ -21,9 +21,9 @@ PROMPTS = ["def main(", "import os\n\nclass Path"]
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from planner.model.layout import read_layout
     from planner.model.source import SourceModel
-    from planner.pipeline import quantize
     from planner.plan import Plan
-    from planner.settings import QuantizeSettings, default_linear
+    from planner.quantization.run import quantize
+    from planner.quantization.settings import QuantizeSettings, default_linear
 
     folder = tmp_path_factory.mktemp("shipped")
     with SourceModel(MODELS / request.param) as model:

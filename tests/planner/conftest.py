@@ -12,9 +12,9 @@ from planner.autogptq import export_gptq
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.pipeline import quantize
 from planner.plan import Plan
-from planner.settings import QuantizeSettings, default_linear
+from planner.quantization.run import quantize
+from planner.quantization.settings import QuantizeSettings, default_linear
 
 WIDTHS = (2, 3, 4, 8)
 QUIET = Progress(quiet=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from planner.evaluation.record import Evaluations
 from planner.plan import Plan
+from planner.quantization.record import Recorded
 from planner.report.facts import Facts, LayerFacts, Part, Sizes
 from planner.report.grids import Grid, Grids
-from planner.report.recorded import Recorded
 from vllm_moeq.format import parse_config
 
 WIDTHS = (1, 2, 3, 4, 8)

@@ -18,7 +18,7 @@ from planner.calibration.statistics import observe, read_statistics
 from planner.calibration.text import calibration_text, documents
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.quantizers import quantize_rtn, quantize_sign
+from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
 from vllm_moeq.format import CheckpointError, UsageError
 

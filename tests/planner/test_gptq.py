@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from planner.quantizers import quantize_hqq, quantize_rtn
-from planner.quantizers.gptq import PUBLISHED, GptqSettings, quantize_gptq
-from planner.quantizers.hessian import NotPositiveDefiniteError, column_order, factorize
+from planner.quantization.quantizers import quantize_hqq, quantize_rtn
+from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings, quantize_gptq
+from planner.quantization.quantizers.hessian import NotPositiveDefiniteError, column_order, factorize
 from vllm_moeq.format import BIT_WIDTHS, CheckpointError
 
 PLAIN = GptqSettings(act_order="none", search="range")

@@ -24,10 +24,10 @@ from planner.evaluation import perplexity
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.options import PlanOptions
-from planner.pipeline import quantize
 from planner.planning import make_plan
-from planner.quantizers.gptq import GptqSettings
-from planner.settings import QuantizeSettings, default_linear
+from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.run import quantize
+from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
 from tests.planner.folders import contents
 

@@ -29,7 +29,7 @@ from planner.calibration.hessian_trace import (
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.quantizers import quantize_rtn, quantize_sign
+from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 QUIET = Progress(quiet=True)

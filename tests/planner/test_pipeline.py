@@ -19,11 +19,11 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import CheckpointWriter, SourceModel, check_space
 from planner.options import PlanOptions
-from planner.pipeline import quantize
 from planner.plan import read_plan
 from planner.planning import make_plan
-from planner.quantizers import quantize_linear, quantizer_for
-from planner.settings import QuantizeSettings
+from planner.quantization.quantizers import quantize_linear, quantizer_for
+from planner.quantization.run import quantize
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, pack, verify
 
 LAYER = "model.layers.0.block_sparse_moe.experts"

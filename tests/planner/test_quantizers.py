@@ -7,7 +7,7 @@ from hqq.core.quantize import Quantizer as ReferenceHqq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.quantizers import (
+from planner.quantization.quantizers import (
     ONE_BIT_QUANTIZERS,
     QUANTIZERS,
     linear_group_size,

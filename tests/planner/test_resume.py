@@ -20,10 +20,10 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.options import PlanOptions
-from planner.pipeline import quantize
 from planner.planning import make_plan
-from planner.runners import InlineRunner, ProcessRunner, Runner
-from planner.settings import QuantizeSettings, default_linear
+from planner.quantization.run import quantize
+from planner.quantization.runners import InlineRunner, ProcessRunner, Runner
+from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.planner.folders import contents
 from vllm_moeq.format import UsageError, verify
 

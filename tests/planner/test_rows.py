@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from planner.experts import PackedMatrix, pack_matrix
 from planner.model.source import SourceModel
-from planner.quantizers import quantize_linear, quantizer_for
-from planner.rows import open_threads, quantize_linear_rows, quantize_rows
+from planner.quantization.packed import PackedMatrix, pack_matrix
+from planner.quantization.quantizers import quantize_linear, quantizer_for
+from planner.quantization.rows import open_threads, quantize_linear_rows, quantize_rows
 from vllm_moeq.format import CheckpointError, Linear
 
 COLUMNS = 1024

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from planner.common.progress import Progress
-from planner.layer_task import LayerTask, plan_tasks, run_task
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.pipeline import quantize
 from planner.plan import read_plan
-from planner.runners import InlineRunner, ProcessRunner, Runner, Work, choose_runner
-from planner.runners.choose import read_devices
-from planner.runners.ray_cluster import RayRunner
-from planner.settings import QuantizeSettings
+from planner.quantization.layer_task import LayerTask, plan_tasks, run_task
+from planner.quantization.run import quantize
+from planner.quantization.runners import InlineRunner, ProcessRunner, Runner, Work, choose_runner
+from planner.quantization.runners.choose import read_devices
+from planner.quantization.runners.ray_cluster import RayRunner
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import Linear, MoeqError, UsageError, verify
 
 SETTINGS = QuantizeSettings(group_size=32, linear=Linear(bits=4, group_size=32))
@@ -81,7 +81,7 @@ def test_ray_writes_the_same_files(
 
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planner.runners.ray_cluster.find_spec", lambda _: None)
+    monkeypatch.setattr("planner.quantization.runners.ray_cluster.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"--ray: Ray is not installed: pip install 'vllm-moeq\[ray\]'"):
         choose_runner(ray=True)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from planner.quantizers import slim
-from planner.quantizers.gptq import PUBLISHED, GptqSettings, quantize_gptq
-from planner.quantizers.hessian import NotPositiveDefiniteError, factorize
-from planner.quantizers.slim import group_salience, quantize_slim
+from planner.quantization.quantizers import slim
+from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings, quantize_gptq
+from planner.quantization.quantizers.hessian import NotPositiveDefiniteError, factorize
+from planner.quantization.quantizers.slim import group_salience, quantize_slim
 from vllm_moeq.format import CheckpointError
 
 PLAIN = GptqSettings(act_order="none", search="range")

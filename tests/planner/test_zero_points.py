@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.quantizers import INTEGER_QUANTIZERS, quantize_rtn, quantizer_for
+from planner.quantization.quantizers import INTEGER_QUANTIZERS, quantize_rtn, quantizer_for
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 NAMES = sorted(INTEGER_QUANTIZERS)

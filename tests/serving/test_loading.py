@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from planner.quantizers import quantize_rtn
+from planner.quantization.quantizers import quantize_rtn
 from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, UsageError, pack, parse_config
 from vllm_moeq.kernels import dense_expert
 from vllm_moeq.serving.loading import ExpertLoader, Partition

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from planner.common.memory import return_large_blocks
-from planner.layer_task import Finished
-from planner.runners.base import KEPT, Failure, Result, Task, Work, attempt, checked
+from planner.quantization.layer_task import Finished
+from planner.quantization.runners.base import KEPT, Failure, Result, Task, Work, attempt, checked
 from vllm_moeq.format import MoeqError
 
 SECONDS_TO_STOP = 5.0
@@ -39,7 +39,7 @@ class ProcessRunner:
     start_method: str = "spawn"
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
-        """See :class:`planner.runners.base.Runner`."""
+        """See :class:`planner.quantization.runners.base.Runner`."""
         yield from self.each(work.pending)
 
     def each(self, tasks: Sequence[Task[Result]]) -> Generator[Result, None, None]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from planner.common.memory import peak_bytes
-from planner.experts import ExpertReport, pack_expert
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from planner.output.files import write_json, write_tensors
 from planner.plan import Plan
-from planner.quantizers import quantizer_for
-from planner.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
-from planner.settings import QuantizeSettings
+from planner.quantization.packed import ExpertReport, pack_expert
+from planner.quantization.quantizers import quantizer_for
+from planner.quantization.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
+from planner.quantization.settings import QuantizeSettings
 
 
 @dataclass(frozen=True)

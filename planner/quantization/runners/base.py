@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from planner.common.memory import out_of_memory
-from planner.layer_task import Finished, LayerTask
+from planner.quantization.layer_task import Finished, LayerTask
 from vllm_moeq.format import MoeqError
 
 KEPT = "finished layers are kept, and the same command continues behind them"

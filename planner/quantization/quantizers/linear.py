@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import to_groups
+from planner.quantization.quantizers.base import to_groups
 from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
 
 CLIP_RATIOS = tuple(0.5 + 0.02 * i for i in range(31))
@@ -19,7 +19,7 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
         dtype [N, K / G], ``weight_shape`` int64 [2].
 
     Raises:
-        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, spec.group_size)
     half = 2 ** (spec.bits - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
+from planner.quantization.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
 
 
 def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, zero_points: ZeroPoints = "float") -> Quantized:
@@ -14,7 +14,7 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, zero_points: 
     is eq. 2. The zero point is rounded in any case; ``zero_points`` "integer" also makes it a code.
 
     Raises:
-        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, group_size)
     low, high = group_range(groups, zero_points)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.quantizers.base import Quantized, ZeroPoints
-from planner.quantizers.grid import Grid, Search, fit_group
-from planner.quantizers.hessian import ActOrder, Factor, column_order, factorize
+from planner.quantization.quantizers.base import Quantized, ZeroPoints
+from planner.quantization.quantizers.grid import Grid, Search, fit_group
+from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
 LEAF = 16
@@ -58,7 +58,7 @@ def quantize_gptq(
         bits: width of the codes; one bit is the sign times the mean magnitude.
         group_size: weights per scale along K, or −1.
         settings: see :class:`GptqSettings`.
-        zero_points: see :data:`planner.quantizers.base.ZeroPoints`.
+        zero_points: see :data:`planner.quantization.quantizers.base.ZeroPoints`.
 
     Returns:
         One result per matrix, on the device of the weights.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from planner.runners.base import Runner
-from planner.runners.inline import InlineRunner
-from planner.runners.processes import ProcessRunner
-from planner.runners.ray_cluster import RayRunner, import_ray
+from planner.quantization.runners.base import Runner
+from planner.quantization.runners.inline import InlineRunner
+from planner.quantization.runners.processes import ProcessRunner
+from planner.quantization.runners.ray_cluster import RayRunner, import_ray
 from vllm_moeq.format import UsageError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import Quantized, finish, to_groups
+from planner.quantization.quantizers.base import Quantized, finish, to_groups
 
 
 def quantize_sign(weight: torch.Tensor, bits: int, group_size: int) -> Quantized:
@@ -12,7 +12,7 @@ def quantize_sign(weight: torch.Tensor, bits: int, group_size: int) -> Quantized
 
     Raises:
         ValueError: ``bits`` is not 1.
-        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
     if bits != 1:
         raise ValueError(f"the sign quantizer has 1 bit, got {bits}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planner.model.layout import MoeLayer
-from planner.quantizers import Quantized
+from planner.quantization.quantizers import Quantized
 from vllm_moeq.format import PACKED, SCALE, ZERO, pack
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from planner.layer_task import Finished, LayerTask
-from planner.runners.base import KEPT, Failure, Work, attempt, checked
+from planner.quantization.layer_task import Finished, LayerTask
+from planner.quantization.runners.base import KEPT, Failure, Work, attempt, checked
 from vllm_moeq.format import MoeqError, UsageError
 
 
@@ -29,7 +29,7 @@ class RayRunner:
     threads: int | None = None
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
-        """See :class:`planner.runners.base.Runner`."""
+        """See :class:`planner.quantization.runners.base.Runner`."""
         ray = import_ray()
         started = not ray.is_initialized()
         if started:

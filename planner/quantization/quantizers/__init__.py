@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from planner.quantizers.base import Quantized, Quantizer, ZeroPoints
-from planner.quantizers.hqq import quantize_hqq
-from planner.quantizers.linear import linear_group_size, quantize_linear
-from planner.quantizers.rtn import quantize_rtn
-from planner.quantizers.sign import quantize_sign
+from planner.quantization.quantizers.base import Quantized, Quantizer, ZeroPoints
+from planner.quantization.quantizers.hqq import quantize_hqq
+from planner.quantization.quantizers.linear import linear_group_size, quantize_linear
+from planner.quantization.quantizers.rtn import quantize_rtn
+from planner.quantization.quantizers.sign import quantize_sign
 
 QUANTIZERS: dict[str, Quantizer] = {"hqq": quantize_hqq, "rtn": quantize_rtn}
 """For two bits and more."""

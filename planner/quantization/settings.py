@@ -7,8 +7,8 @@ from typing import Any
 
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.quantizers import ZeroPoints, linear_group_size
-from planner.quantizers.gptq import GptqSettings
+from planner.quantization.quantizers import ZeroPoints, linear_group_size
+from planner.quantization.quantizers.gptq import GptqSettings
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from planner.common.progress import Progress, duration
-from planner.layer_task import Finished, LayerTask, merged_report, plan_tasks
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import CheckpointWriter, SourceModel, check_output, check_space
 from planner.plan import Plan
+from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
+from planner.quantization.record import FILE as REPORT
+from planner.quantization.record import describe_source
+from planner.quantization.runners import KEPT, InlineRunner, Runner, Work
+from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
-from planner.report.recorded import FILE as REPORT
-from planner.report.recorded import describe_source
-from planner.runners import KEPT, InlineRunner, Runner, Work
-from planner.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
 
 HEADROOM_BYTES = 4 << 20

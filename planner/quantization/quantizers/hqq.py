@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
+from planner.quantization.quantizers.base import Quantized, ZeroPoints, finish, group_range, to_groups
 
 NORM = 0.7
 BETA = 10.0
@@ -21,7 +21,7 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int, zero_points: 
     falls. Integer zero points are rounded after every step.
 
     Raises:
-        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
     groups = to_groups(weight, group_size)
     rows = max(1, BLOCK_WEIGHTS // weight.shape[1])

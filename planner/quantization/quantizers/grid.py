@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from planner.quantizers.base import MAX_ZERO, NARROWEST, ZeroPoints
+from planner.quantization.quantizers.base import MAX_ZERO, NARROWEST, ZeroPoints
 
 Search = Literal["range", "mse", "published"]
 """The group's range as it is; the least weighted squared error; the paper's published grid."""

@@ -59,7 +59,7 @@ class Calibration(_Read):
 
 
 class Gptq(_Read):
-    """How GPTQ worked; see :class:`planner.quantizers.gptq.GptqSettings`."""
+    """How GPTQ worked; see :class:`planner.quantization.quantizers.gptq.GptqSettings`."""
 
     damping: float
     act_order: Text
@@ -77,7 +77,7 @@ class Settings(_Read):
 
 
 class Expert(_Read):
-    """How well one expert survived; see :class:`planner.experts.ExpertReport`."""
+    """How well one expert survived; see :class:`planner.quantization.packed.ExpertReport`."""
 
     expert: Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
     relative_error: float | None = None

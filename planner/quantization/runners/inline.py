@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from planner.layer_task import Finished
-from planner.runners.base import Work, attempt, checked
+from planner.quantization.layer_task import Finished
+from planner.quantization.runners.base import Work, attempt, checked
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,6 @@ class InlineRunner:
     device: str = "cpu"
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
-        """See :class:`planner.runners.base.Runner`."""
+        """See :class:`planner.quantization.runners.base.Runner`."""
         for task in work.pending:
             yield checked(attempt(task, self.threads, self.device))

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import torch
 
-from planner.experts import PackedMatrix, join_rows, pack_matrix
 from planner.model.source import SourceModel
-from planner.quantizers import Quantizer, quantize_linear
-from planner.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
+from planner.quantization.quantizers import Quantizer, quantize_linear
+from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from vllm_moeq.format import CheckpointError, Linear
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def quantize_rows(
     """Quantize and pack a matrix [N, K] of a model.
 
     Raises:
-        CheckpointError: see :func:`planner.quantizers.base.to_groups`.
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
 
     def part(rows: torch.Tensor) -> PackedMatrix:
@@ -87,7 +87,7 @@ def quantize_rows(
 
 
 def quantize_linear_rows(threads: Threads, model: SourceModel, name: str, spec: Linear) -> dict[str, torch.Tensor]:
-    """Return what :func:`planner.quantizers.quantize_linear` does, for a matrix of a model."""
+    """Return what :func:`planner.quantization.quantizers.quantize_linear` does, for a matrix of a model."""
     parts = threads.parts(lambda rows: quantize_linear(rows, spec), model, name)
     joined = {suffix: torch.cat([found[suffix].cpu() for found in parts]) for suffix in parts[0]}
     return {**joined, "weight_shape": torch.tensor(model.shards.info(name).shape, dtype=torch.int64)}

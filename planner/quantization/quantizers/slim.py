@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from planner.quantizers.base import to_groups
-from planner.quantizers.gptq import GptqSettings, quantize_gptq
-from planner.quantizers.grid import Grid, fit_group
-from planner.quantizers.hessian import Factor, column_order, factorize
+from planner.quantization.quantizers.base import to_groups
+from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantization.quantizers.grid import Grid, fit_group
+from planner.quantization.quantizers.hessian import Factor, column_order, factorize
 from vllm_moeq.format import WHOLE_ROW
 
 WIDEST = 8
@@ -41,7 +41,7 @@ def quantize_slim(
             any (n = 0), or at 1 and 8 bits, none do.
         bits: average width, 1 … 8.
         group_size: a multiple of 32 that divides K, or −1: then there is but one group, of ``bits``.
-        settings: as for :func:`planner.quantizers.gptq.quantize_gptq`, but each group's scale is fitted in its turn.
+        settings: as for :func:`planner.quantization.quantizers.gptq.quantize_gptq`, but each group's scale is fitted in its turn.
 
     Returns:
         The dequantized weights, float32 [N, K], and the width of each group in the order of the columns.
@@ -70,7 +70,7 @@ def group_salience(weight: torch.Tensor, cost: torch.Tensor, size: int) -> torch
     """Return the salience [K / G] of each group of ``size`` columns, from weights [N, K] and costs [K], float32.
 
     That is Σ W² / diag(R)² with R the upper Cholesky factor of the damped Hessian's inverse. In the terms of
-    :class:`planner.quantizers.hessian.Factor` R = d^(−1/2) · (I + U)⁻¹, so that diag(R)⁻² is its ``cost``.
+    :class:`planner.quantization.quantizers.hessian.Factor` R = d^(−1/2) · (I + U)⁻¹, so that diag(R)⁻² is its ``cost``.
     """
     return (weight.square().sum(dim=0) * cost).reshape(-1, size).sum(dim=1)
 
