@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import load_expert
-from planner.calibration.routed import Routed, finish, first_hidden, route
-from planner.calibration.text import calibration_text
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import load_expert
+from planner.calibration.reading.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.dense import export_dense
 from planner.evaluation import perplexity, read_text

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.hidden import remove_hidden
+from planner.calibration.reading.hidden import remove_hidden
 from planner.common.progress import Progress
 from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries

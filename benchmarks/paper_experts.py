@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from benchmarks.paper_common import Bench, Result, by_layer, markdown_table
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import load_expert
-from planner.calibration.routed import Routed, finish, first_hidden, route
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import load_expert
+from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.evaluation.scores import windows
 from planner.model.layout import MoeLayer
 from planner.sensitivity import router_norm

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from planner.calibration.block_score import block_cosine, train_predictor
-from planner.calibration.decoder import Decoder
-from planner.calibration.hidden import HiddenStates
 from planner.calibration.measures import MEASURES, Measure, Run, check_measures
-from planner.calibration.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.text import CalibrationText
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
-from planner.calibration.text import CalibrationText
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 from planner.common.progress import Progress
 from planner.model.layout import Layout

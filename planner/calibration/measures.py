@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.divergence import Effort, divergences
-from planner.calibration.gains import gptq_gains
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.second_order import elementwise, second_order
+from planner.calibration.kl.divergence import Effort, divergences
+from planner.calibration.kl.gains import gptq_gains
+from planner.calibration.kl.second_order import elementwise, second_order
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.statistics import LayerStatistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.commands import show
 from planner.commands.calibration_flags import (

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from planner.calibration.text import DATASETS, CalibrationText, calibration_text
+from planner.calibration.reading.text import DATASETS, CalibrationText, calibration_text
 from planner.commands.completion import some_of
 from planner.methods import METHODS
 from planner.model.source import SourceModel

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from planner.calibration.for_plan import with_statistics
-from planner.calibration.runner import GptqRunner, compute_dtype
+from planner.calibration.gptq.runner import GptqRunner, compute_dtype
 from planner.commands import show
 from planner.commands.calibration_flags import (
     ActOrder,

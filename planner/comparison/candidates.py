@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
 from planner.model.layout import MoeLayer
 from planner.model.quantized import DequantizedModel
 from planner.quantization.quantizers import quantizer_for

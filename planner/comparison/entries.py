@@ -9,8 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from planner.calibration.collect import Wanted, collect
+from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.measures import check_measures
-from planner.calibration.runner import compute_dtype
 from planner.calibration.statistics import json_path
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.memory import resident_bytes

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.routed import first_hidden
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import duration
 from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
 from planner.comparison.entries import Entry

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from planner.calibration.decoder import ROWS, Decoder
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import Routed, finish, route
+from planner.calibration.reading.decoder import ROWS, Decoder
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, finish, route
 from planner.common.progress import Progress
 from planner.comparison.candidates import Candidate
 from planner.model.layout import MoeLayer

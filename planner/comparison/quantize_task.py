@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.runner import GptqRunner, compute_dtype
-from planner.calibration.text import CalibrationText
+from planner.calibration.gptq.runner import GptqRunner, compute_dtype
+from planner.calibration.reading.text import CalibrationText
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.gradients import head_rows
+from planner.calibration.kl.gradients import head_rows
+from planner.calibration.reading.decoder import Decoder
 from planner.evaluation.scores import Score, summarize, token_distances, token_losses
 
 

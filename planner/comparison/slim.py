@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
-from planner.calibration.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.common.progress import Progress
 from planner.comparison.forward import rounded_linears
 from planner.model.layout import MoeLayer

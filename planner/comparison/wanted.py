@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.text import CalibrationText, calibration_text
+from planner.calibration.reading.text import CalibrationText, calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.decoder import ROWS, Decoder
-from planner.calibration.exact import advance
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import first_hidden
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.reading.decoder import ROWS, Decoder
+from planner.calibration.reading.exact import advance
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.quantized import DequantizedModel, is_moeq

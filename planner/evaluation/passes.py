@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from planner.calibration.gradients import head_rows
+from planner.calibration.kl.gradients import head_rows
 from planner.common.progress import Progress
 from planner.evaluation.readers import Reader
 from planner.evaluation.scores import Score, perplexity_of, summarize, token_distances, token_losses

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.text import load_tokenizer
+from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
 from planner.evaluation.passes import evaluate_text
 from planner.evaluation.readers import open_reader

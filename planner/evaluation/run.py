@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.text import load_tokenizer
+from planner.calibration.reading.text import load_tokenizer
 from planner.common.memory import explained_if_out_of_memory
 from planner.common.progress import Progress
 from planner.evaluation.backends import Backend

@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from planner.calibration.text import load_tokenizer
+from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
 from planner.evaluation.server import ServerError
 

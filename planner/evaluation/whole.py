@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from planner.calibration.decoder import ROWS
-from planner.calibration.hidden import file_tensor
-from planner.calibration.routed import batches
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.reading.decoder import ROWS
+from planner.calibration.reading.hidden import file_tensor
+from planner.calibration.reading.routed import batches
 from planner.common.progress import Progress
 from planner.output.files import sync, write_json
 from vllm_moeq.format import ConfigError, UsageError, read_json

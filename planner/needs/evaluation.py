@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from planner.calibration.decoder import ROWS
-from planner.calibration.gradients import head_rows
-from planner.calibration.runner import compute_dtype
+from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.kl.gradients import head_rows
+from planner.calibration.reading.decoder import ROWS
 from planner.common.memory import resident_bytes
 from planner.evaluation.passes import STATES
 from planner.evaluation.readers import reads_by_layers

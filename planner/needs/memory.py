@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from planner.calibration.decoder import ROWS
-from planner.calibration.gptq_layer import BATCH_BYTES
-from planner.calibration.text import CalibrationText
+from planner.calibration.gptq.layer import BATCH_BYTES
+from planner.calibration.reading.decoder import ROWS
+from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import resident_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import WORKING_BYTES_PER_WEIGHT, Sizes

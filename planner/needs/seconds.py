@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.decoder import ROWS
+from planner.calibration.reading.decoder import ROWS
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.needs.memory import Reading

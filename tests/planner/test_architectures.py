@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.exact import advance
-from planner.calibration.routed import first_hidden
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import advance
+from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import Progress
 from planner.dense import dequantize_expert, export_dense
 from planner.model.architectures import ARCHITECTURES

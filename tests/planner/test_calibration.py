@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.text import calibration_text, documents
 from planner.calibration.statistics import observe, read_statistics
-from planner.calibration.text import calibration_text, documents
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planner.calibration.decoder import Decoder
+from planner.calibration.reading.decoder import Decoder
 from planner.comparison.scores import score
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

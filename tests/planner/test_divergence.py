@@ -9,13 +9,13 @@ import torch
 from scipy.stats import spearmanr
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert
-from planner.calibration.measured import measure_divergence
-from planner.calibration.rounding import rounded
-from planner.calibration.routed import finish, first_hidden, route
+from planner.calibration.kl.measured import measure_divergence
+from planner.calibration.kl.rounding import rounded
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert
+from planner.calibration.reading.routed import finish, first_hidden, route
+from planner.calibration.reading.text import calibration_text
 from planner.calibration.statistics import LayerStatistics, observe
-from planner.calibration.text import calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

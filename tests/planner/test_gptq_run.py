@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.gptq_layer import quantize_layer
-from planner.calibration.routed import Routed
-from planner.calibration.runner import GptqRunner
-from planner.calibration.text import calibration_text
+from planner.calibration.gptq.layer import quantize_layer
+from planner.calibration.gptq.runner import GptqRunner
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.routed import Routed
+from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.evaluation import perplexity
 from planner.model.layout import read_layout

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert
-from planner.calibration.gradients import backward
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.rounding import rounded
-from planner.calibration.routed import finish, first_hidden, route
-from planner.calibration.second_order import WEIGHT, elementwise, isotropic, projected, second_order
+from planner.calibration.kl.gradients import backward
+from planner.calibration.kl.rounding import rounded
+from planner.calibration.kl.second_order import WEIGHT, elementwise, isotropic, projected, second_order
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.statistics import observe
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
@@ -134,8 +134,8 @@ def test_neither_batches_nor_further_sequences_of_the_store_matter(
     tokens = random_tokens(tiny_mixtral, 5, 40)
     expected = Whole(tiny_mixtral).gradients(tokens[:3])
     with reading(tiny_mixtral, tokens, tmp_path) as (decoder, store):
-        monkeypatch.setattr("planner.calibration.routed.ROWS", 80)  # two sequences at a time
-        monkeypatch.setattr("planner.calibration.gradients.LOGITS", 256 * 7)
+        monkeypatch.setattr("planner.calibration.reading.routed.ROWS", 80)  # two sequences at a time
+        monkeypatch.setattr("planner.calibration.kl.gradients.LOGITS", 256 * 7)
         for step in backward(decoder, store, tokens[:3], "text", 0):
             assert relative(step.routed.outputs, expected[step.index]) < 1e-4
 

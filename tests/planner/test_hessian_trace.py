@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from planner.calibration import hessian_trace
-from planner.calibration.experts import load_expert
 from planner.calibration.hessian_trace import (
     CPU,
     LayerTrace,
@@ -26,6 +25,7 @@ from planner.calibration.hessian_trace import (
     perturbations,
     summed_loss,
 )
+from planner.calibration.reading.expert import load_expert
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from planner.calibration.measures import MEASURES
-from planner.calibration.text import calibration_text
+from planner.calibration.reading.text import calibration_text
 from planner.methods import METHODS
 from planner.plan import read_plan
 from tests.conftest import Outcome, run_here

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.text import calibration_text
+from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

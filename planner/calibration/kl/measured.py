@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.exact import add_experts, advance
-from planner.calibration.gradients import head_rows
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.rounding import changes
-from planner.calibration.routed import finish, route
+from planner.calibration.kl.gradients import head_rows
+from planner.calibration.kl.rounding import changes
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import add_experts, advance
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import finish, route
 from planner.common.progress import Progress
 
 AT_A_TIME = 1 << 30

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.gradients import Labels, backward
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.rounding import changes
-from planner.calibration.routed import Routed
+from planner.calibration.kl.gradients import Labels, backward
+from planner.calibration.kl.rounding import changes
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed
 from planner.common.progress import Progress
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -57,7 +57,7 @@ def second_order(
 
     Args:
         decoder: the model.
-        store: see :func:`planner.calibration.gradients.backward`.
+        store: see :func:`planner.calibration.kl.gradients.backward`.
         tokens: int64 [sequences, length].
         widths: to round to.
         terms: name → what is summed.

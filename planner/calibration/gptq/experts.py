@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
-from planner.calibration.routed import Routed
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
 from planner.quantization.quantizers import Quantized, quantizer_for

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.decoder import ROWS, Decoder
-from planner.calibration.hidden import HiddenStates, hidden_folder
+from planner.calibration.reading.decoder import ROWS, Decoder
+from planner.calibration.reading.hidden import HiddenStates, hidden_folder
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Recording(torch.nn.Module):
         self.logits = output[self.place]
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See :meth:`planner.calibration.decoder.Decoder.layer`."""
+        """See :meth:`planner.calibration.reading.decoder.Decoder.layer`."""
         place = slice(self.next, self.next + hidden.shape[0])
         self.next = place.stop
         self.inputs[place] = hidden.to(self.inputs.device)
@@ -86,7 +86,7 @@ class _Replaying(torch.nn.Module):
         self.outputs, self.next = outputs, 0
 
     def forward(self, hidden: torch.Tensor, _ids: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:
-        """See :class:`planner.calibration.decoder.Decoder`."""
+        """See :class:`planner.calibration.reading.decoder.Decoder`."""
         place = slice(self.next, self.next + hidden.shape[0])
         self.next = place.stop
         return self.outputs[place].to(hidden)

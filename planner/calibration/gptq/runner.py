@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.gptq_experts import FALLBACK
-from planner.calibration.gptq_layer import quantize_layer
-from planner.calibration.hidden import HiddenStates, remove_hidden
-from planner.calibration.routed import finish, first_hidden, route
-from planner.calibration.text import CalibrationText
+from planner.calibration.gptq.experts import FALLBACK
+from planner.calibration.gptq.layer import quantize_layer
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.hidden import HiddenStates, remove_hidden
+from planner.calibration.reading.routed import finish, first_hidden, route
+from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import explained_if_out_of_memory
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.exact import ExactExperts
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.routed import Routed, batches
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import ExactExperts
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, batches
 
 Labels = Literal["sampled", "text"]
 """Next tokens: drawn from the model's own distribution, or those of the text."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
-from planner.calibration.routed import Routed
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers import quantizer_for
 from vllm_moeq.format import CODES_PER_BLOCK

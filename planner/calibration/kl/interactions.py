@@ -9,10 +9,10 @@ from fractions import Fraction
 import torch
 
 from planner.allocation import solve_budget
-from planner.calibration.decoder import Decoder
-from planner.calibration.exact import advance
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.measured import Background, Variant, measure_divergence
+from planner.calibration.kl.measured import Background, Variant, measure_divergence
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import advance
+from planner.calibration.reading.hidden import HiddenStates
 from planner.common.progress import Progress
 
 Table = dict[int, torch.Tensor]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import Expert, load_expert
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.rounding import group_size, rounded
-from planner.calibration.routed import Routed, route
+from planner.calibration.kl.rounding import group_size, rounded
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, route
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.interactions import Table, with_interactions
-from planner.calibration.measured import Variant, measure_divergence
-from planner.calibration.second_order import WEIGHT, Terms, isotropic, projected, second_order
+from planner.calibration.kl.interactions import Table, with_interactions
+from planner.calibration.kl.measured import Variant, measure_divergence
+from planner.calibration.kl.second_order import WEIGHT, Terms, isotropic, projected, second_order
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.hidden import HiddenStates
 from planner.common.progress import Progress
 
 MEASURED_TOKENS = 4096
@@ -60,7 +60,7 @@ def divergences(
 ) -> tuple[dict[str, Table], int]:
     """Return what each width of each expert adds to the KL divergence to the original, and how many were measured.
 
-    Estimated from one backward pass (:mod:`planner.calibration.second_order`) over all tokens; then those with the
+    Estimated from one backward pass (:mod:`planner.calibration.kl.second_order`) over all tokens; then those with the
     largest estimates are measured on some of the tokens, as many as the effort allows, and the estimates corrected by
     what the measurements say, of the expert alone and among others that are rounded too.
 

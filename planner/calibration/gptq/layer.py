@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.gptq_experts import CalibratedExpert, Experts, UnusableError
-from planner.calibration.routed import Routed
+from planner.calibration.gptq.experts import CalibratedExpert, Experts, UnusableError
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.settings import QuantizeSettings
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from planner.calibration.decoder import Decoder
-from planner.calibration.experts import load_expert
-from planner.calibration.hidden import HiddenStates
-from planner.calibration.rounding import load_rounded
-from planner.calibration.routed import Routed, finish, route
+from planner.calibration.kl.rounding import load_rounded
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.expert import load_expert
+from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed, finish, route
 from planner.model.layout import MoeLayer
 from vllm_moeq.format import drop_weak
 
@@ -30,7 +30,7 @@ class ExactExperts(torch.nn.Module):
         self.inputs = self.ids = self.weights = self.outputs = torch.empty(0)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See :meth:`planner.calibration.decoder.Decoder.layer`."""
+        """See :meth:`planner.calibration.reading.decoder.Decoder.layer`."""
         result = torch.zeros_like(hidden)
         for expert in range(self.layer.num_experts):
             tokens, slots = (ids == expert).nonzero(as_tuple=True)
