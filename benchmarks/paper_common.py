@@ -20,11 +20,11 @@ from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
 from planner.comparison.wanted import Comparison, Run
 from planner.evaluation.perplexity import read_text
-from planner.methods import METHODS
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.methods import METHODS
+from planner.planning.request import PlanOptions
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.settings import QuantizeSettings, default_linear
 

@@ -11,7 +11,7 @@ from benchmarks.paper_common import THREE_LEVELS, Bench, Result, conditions, mar
 from planner.comparison.compare import Row
 from planner.comparison.entries import Entry
 from planner.comparison.report import cell, grouped, write_report
-from planner.methods import METHODS
+from planner.planning.methods import METHODS
 
 THREE_LEVEL_BITS = ("1.75", "2", "2.25", "2.5", "2.75")
 TWO_LEVEL_BITS = ("2.125", "2.25", "2.375", "2.5", "2.625", "2.75")

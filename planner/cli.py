@@ -9,7 +9,6 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from planner.calibration.for_plan import with_statistics
 from planner.commands import show
 from planner.commands.calibrate import calibrate
 from planner.commands.calibration_flags import Data, Samples, SeqLen, expert_devices, read_calibration
@@ -58,7 +57,8 @@ from planner.model.skeleton import open_model
 from planner.model.source import SourceModel, resolve_model
 from planner.needs import Reading, Service
 from planner.needs.commands import plan_needs
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.statistics import with_statistics
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import MoeqError, UsageError, verify
 

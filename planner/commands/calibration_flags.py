@@ -11,8 +11,8 @@ import typer
 
 from planner.calibration.reading.text import DATASETS, CalibrationText, calibration_text
 from planner.commands.completion import some_of
-from planner.methods import METHODS
 from planner.model.source import SourceModel
+from planner.planning.methods import METHODS
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import NESTED, UsageError

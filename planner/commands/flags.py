@@ -12,11 +12,11 @@ import typer
 
 from planner.calibration.statistics import json_path
 from planner.commands.completion import one_of
-from planner.methods import METHODS, Method
 from planner.model.layout import Layout
 from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
-from planner.options import PlanOptions, check_choices, read_overrides, resolved_method
+from planner.planning.methods import METHODS, Method
+from planner.planning.request import PlanOptions, check_choices, read_overrides, resolved_method
 from planner.quantization.settings import QuantizeSettings, default_linear
 from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError, read_json
 

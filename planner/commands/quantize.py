@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.console import Console
 
-from planner.calibration.for_plan import with_statistics
 from planner.calibration.gptq.runner import GptqRunner, compute_dtype
 from planner.commands import show
 from planner.commands.calibration_flags import (
@@ -65,7 +64,6 @@ from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
-from planner.methods import METHODS
 from planner.model.layout import architecture_of, read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
@@ -73,7 +71,9 @@ from planner.model.source import check_output
 from planner.needs import Reading, Service, serving_needs
 from planner.needs.commands import quantize_needs
 from planner.plan import Plan, read_plan
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.methods import METHODS
+from planner.planning.statistics import with_statistics
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.runners import Runner, choose_runner

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.common.progress import Progress
-from planner.methods import PAPER
 from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import GIB, Sizes
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
 from planner.plan import Plan
+from planner.planning.methods import PAPER
+from planner.planning.request import PlanOptions
 from planner.sensitivity import router_norm
 from vllm_moeq.format import Summary
 

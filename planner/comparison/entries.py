@@ -16,10 +16,10 @@ from planner.commands.calibration_flags import calibration_facts
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
 from planner.comparison.wanted import Run
-from planner.methods import METHODS
-from planner.options import PlanOptions, check_options
 from planner.plan import Plan, read_plan
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.methods import METHODS
+from planner.planning.request import PlanOptions, check_options
 from vllm_moeq.format import BIT_WIDTHS
 
 QUIET = Progress(quiet=True)

@@ -16,8 +16,8 @@ from rich.table import Table
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.wanted import Comparison
-from planner.methods import METHODS
 from planner.output.files import atomic, write_json
+from planner.planning.methods import METHODS
 
 Value = tuple[float, float]
 """Mean over seeds, and its spread: over seeds where there are several, else the standard error over sequences."""

@@ -8,7 +8,6 @@ import torch
 
 from planner.calibration.measures import MEASURES
 from planner.common.memory import resident_bytes
-from planner.methods import METHODS
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
 from planner.model.skeleton import ConfigModel
@@ -17,7 +16,8 @@ from planner.needs.memory import Reading, device_working, hidden_bytes, reading_
 from planner.needs.needs import Needs
 from planner.needs.seconds import reading_seconds, rounding_seconds, variance_seconds
 from planner.needs.written import quantized_bytes
-from planner.options import PlanOptions
+from planner.planning.methods import METHODS
+from planner.planning.request import PlanOptions
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS
 

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterable
 
 from planner.evaluation.record import TaskResult, TextResult
-from planner.methods import METHODS, OURS, PAPER
 from planner.model.architectures import find_architecture
+from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.record import printable, without_folder
 from planner.quantization.settings import QuantizeSettings

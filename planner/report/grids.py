@@ -11,10 +11,10 @@ import torch
 from planner.model.architectures import find_architecture
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from planner.planning.scores import METRICS, READERS
 from planner.quantization.record import Expert
 from planner.quantization.rows import open_threads
 from planner.report.facts import Facts
-from planner.scoring import METRICS, READERS
 from planner.sensitivity import router_norm
 from vllm_moeq.format import ShardSet, UsageError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.allocation import solve_budget
-from planner.methods import METHODS
+from planner.planning.methods import METHODS
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 WIDTHS = [1, 2, 3]

@@ -11,8 +11,8 @@ from planner.common.progress import Progress
 from planner.model.layout import Layout, MoeLayer, read_layout
 from planner.model.sizes import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.request import PlanOptions
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import Linear, Projections, ShardSet, UsageError, verify

@@ -23,8 +23,8 @@ from planner.common.progress import Progress
 from planner.evaluation import perplexity
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.request import PlanOptions
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear

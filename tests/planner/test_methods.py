@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from planner.calibration.measures import MEASURES
 from planner.calibration.reading.text import calibration_text
-from planner.methods import METHODS
 from planner.plan import read_plan
+from planner.planning.methods import METHODS
 from tests.conftest import Outcome, run_here
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

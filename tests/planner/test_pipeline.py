@@ -18,9 +18,9 @@ import torch
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import CheckpointWriter, SourceModel, check_space
-from planner.options import PlanOptions
 from planner.plan import read_plan
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.request import PlanOptions
 from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings

@@ -14,9 +14,9 @@ from planner.allocation import rank_experts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.options import PlanOptions, read_overrides
 from planner.plan import Plan, read_plan
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.request import PlanOptions, read_overrides
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, UsageError
 
 LAYERS = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]

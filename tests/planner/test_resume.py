@@ -19,8 +19,8 @@ import torch
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
-from planner.planning import make_plan
+from planner.planning.make import make_plan
+from planner.planning.request import PlanOptions
 from planner.quantization.run import quantize
 from planner.quantization.runners import InlineRunner, ProcessRunner, Runner
 from planner.quantization.settings import QuantizeSettings, default_linear

@@ -13,10 +13,10 @@ import torch
 from planner.calibration.measures import MEASURES
 from planner.calibration.statistics import LayerStatistics, read_statistics
 from planner.common.progress import Progress
-from planner.methods import Method
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
-from planner.options import PlanOptions
+from planner.planning.methods import Method
+from planner.planning.request import PlanOptions
 from planner.quantization.rows import open_threads
 from planner.sensitivity import max_variance_of_rows, router_norm, spectral_scores
 from planner.sensitivity.max_var import BLOCK_WEIGHTS

@@ -3,6 +3,6 @@
 Its fine-tuning of the routers afterwards is not part of the allocation, and not done here.
 """
 
-from planner.methods.base import Method, measured
+from planner.planning.method import Method, measured
 
 METHOD = Method(measures=("gemq",), costs=measured("gemq"), scope="global")

@@ -1,7 +1,7 @@
 """The paper's rule: small router norm first, then those of unusually large variance (section 3.3)."""
 
 from planner.allocation import rank_experts
-from planner.methods.base import LayerScores, Method, OrderOptions
+from planner.planning.method import LayerScores, Method, OrderOptions
 
 
 def _order(scores: LayerScores, _experts: int, options: OrderOptions) -> list[int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from planner.methods.base import CostTable, Method, Scores
+from planner.planning.method import CostTable, Method, Scores
 from planner.sensitivity.spectrum import MATRICES, alpha_costs
 
 

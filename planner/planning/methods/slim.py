@@ -1,5 +1,5 @@
 """Slim-LLM (Huang et al., ICML 2025): widths per group of weights in every expert (``planner/quantization/quantizers/slim.py``)."""
 
-from planner.methods.base import Method
+from planner.planning.method import Method
 
 METHOD = Method(only_compared="the format has one width per expert; moeq compare measures it on dequantized weights")

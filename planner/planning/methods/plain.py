@@ -2,7 +2,7 @@
 
 import random
 
-from planner.methods.base import LayerScores, Method, OrderOptions
+from planner.planning.method import LayerScores, Method, OrderOptions
 
 
 def _shuffled(_scores: LayerScores, experts: int, options: OrderOptions) -> list[int]:

@@ -17,10 +17,10 @@ from planner.calibration.reading.text import CalibrationText
 from planner.calibration.statistics import json_path
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
-from planner.methods import METHODS
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.options import PlanOptions, check_options
+from planner.planning.methods import METHODS
+from planner.planning.request import PlanOptions, check_options
 from vllm_moeq.format import UsageError, read_json
 
 

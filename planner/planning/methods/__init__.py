@@ -1,6 +1,7 @@
 """Allocation methods, a file for each idea; a new one is a file and a row here."""
 
-from planner.methods import (
+from planner.planning.method import LayerScores, Method, OrderOptions, Scores
+from planner.planning.methods import (
     ablations,
     activation,
     alphaq,
@@ -13,7 +14,6 @@ from planner.methods import (
     pmq,
     slim,
 )
-from planner.methods.base import LayerScores, Method, OrderOptions, Scores
 
 METHODS: dict[str, Method] = {
     "kl": kl.METHOD,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from planner.methods.base import CostTable, LayerScores, Method, Scores
+from planner.planning.method import CostTable, LayerScores, Method, Scores
 
 FREQUENCY_POWER, WEIGHT_POWER = 1.0, 1.5
 """α and β, as in its published code."""

@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from planner.assignment import (
+from planner.common.memory import peak_bytes, reset_peak
+from planner.common.progress import Progress
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
+from planner.plan import Plan, Settings
+from planner.planning.assign import (
     Slot,
     Widths,
     assign,
@@ -18,14 +23,9 @@ from planner.assignment import (
     ranking_groups,
     solve,
 )
-from planner.common.memory import peak_bytes, reset_peak
-from planner.common.progress import Progress
-from planner.methods import METHODS, UNRANKED, Method, Scores
-from planner.model.layout import Layout
-from planner.model.source import SourceModel
-from planner.options import PlanOptions, check_options
-from planner.plan import Plan, Settings
-from planner.scoring import score_experts
+from planner.planning.methods import METHODS, UNRANKED, Method, Scores
+from planner.planning.request import PlanOptions, check_options
+from planner.planning.scores import score_experts
 from vllm_moeq.format import UsageError
 
 NEAR_TIE = 1e-6

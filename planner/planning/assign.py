@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from planner.allocation import level_counts, solve_budget
-from planner.methods import Method, OrderOptions, Scores
-from planner.methods.base import CostTable
 from planner.model.layout import Layout
-from planner.options import PlanOptions
+from planner.planning.method import CostTable
+from planner.planning.methods import Method, OrderOptions, Scores
+from planner.planning.request import PlanOptions
 from vllm_moeq.format import UsageError
 
 Slot = tuple[str, int]

@@ -1,6 +1,6 @@
 """Ours: one budget over the experts of all layers, spent where it lowers the KL divergence to the original most."""
 
-from planner.methods.base import Method, measured
+from planner.planning.method import Method, measured
 
 CHOICES = (1, 2, 3, 4)
 """Where experts differ much, four bits for some are worth one bit for others."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from planner.methods import METHODS, OURS, PAPER
 from planner.model.layout import Layout
+from planner.planning.methods import METHODS, OURS, PAPER
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 

@@ -1,0 +1,1 @@
+"""From scores to a plan: which expert gets which width."""
