@@ -19,8 +19,8 @@ from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
-from planner.dense import export_dense
 from planner.evaluation import perplexity, read_text
+from planner.exchange.dense import export_dense
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 

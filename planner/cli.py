@@ -51,12 +51,12 @@ from planner.commands.serve import serve
 from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.common.memory import out_of_memory
 from planner.common.progress import Progress
+from planner.estimates import Reading, Service
+from planner.estimates.commands import plan_needs
 from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel, resolve_model
-from planner.needs import Reading, Service
-from planner.needs.commands import plan_needs
 from planner.planning.make import make_plan
 from planner.planning.statistics import with_statistics
 from planner.quantization.settings import QuantizeSettings

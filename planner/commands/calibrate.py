@@ -26,11 +26,11 @@ from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.estimates import Reading
+from planner.estimates.commands import calibrate_needs
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import check_output
-from planner.needs import Reading
-from planner.needs.commands import calibrate_needs
 from planner.planning.methods import METHODS, OURS
 from vllm_moeq.format import UsageError
 

@@ -34,11 +34,11 @@ from planner.common.progress import Progress
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.wanted import Comparison, Run
+from planner.estimates.comparison import compare_needs
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import check_output
-from planner.needs.comparison import compare_needs
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.settings import QuantizeSettings, check_sizes

@@ -21,6 +21,8 @@ from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.estimates import Needs
+from planner.estimates.evaluation import eval_needs
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
@@ -28,8 +30,6 @@ from planner.evaluation.tasks import PAPER_SUITE
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
 from planner.model.source import resolve_model
-from planner.needs import Needs
-from planner.needs.evaluation import eval_needs
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
 from planner.quantization.runners.choose import read_devices

@@ -14,9 +14,9 @@ from planner.commands.flags import Folder, Json
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report
 from planner.common.progress import Progress
-from planner.dense import export_dense
+from planner.estimates.exchange import export_needs, import_needs
+from planner.exchange.dense import export_dense
 from planner.model.source import check_output, resolve_model
-from planner.needs.exchange import export_needs, import_needs
 from vllm_moeq.format import UsageError
 
 
@@ -67,7 +67,7 @@ def export(
     if format_ in DENSE:
         export_dense(folder, output, Progress(), DENSE[format_])
     else:
-        from planner.autogptq import export_gptq
+        from planner.exchange.autogptq import export_gptq
 
         export_gptq(folder, output, (zero_points or StoredZeros.v2).value, Progress())
     _done(output, as_json)
@@ -83,7 +83,7 @@ def import_checkpoint(
 
     Example: moeq import Mixtral-8x7B-gptq -o Mixtral-8x7B-imported
     """
-    from planner.autogptq import import_gptq
+    from planner.exchange.autogptq import import_gptq
 
     check_output(output)
     if dry_run:

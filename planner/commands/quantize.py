@@ -64,12 +64,12 @@ from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.estimates import Reading, Service, serving_needs
+from planner.estimates.commands import quantize_needs
 from planner.model.layout import architecture_of, read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
 from planner.model.source import check_output
-from planner.needs import Reading, Service, serving_needs
-from planner.needs.commands import quantize_needs
 from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS

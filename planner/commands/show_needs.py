@@ -7,9 +7,9 @@ from rich.console import Console
 from planner.commands import show
 from planner.commands.show import size
 from planner.common.progress import duration
+from planner.estimates.needs import Needs
+from planner.estimates.serving import FIXED_BYTES, RANKS, ServingNeeds
 from planner.model.sizes import Sizes
-from planner.needs.needs import Needs
-from planner.needs.serving import FIXED_BYTES, RANKS, ServingNeeds
 
 
 def report_needs(average: float, sizes: Sizes, needs: Needs, serving: ServingNeeds, as_json: bool) -> None:

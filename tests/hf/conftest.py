@@ -12,7 +12,7 @@ import transformers
 
 import vllm_moeq.hf  # noqa: F401  (registers the method)
 from planner.common.progress import Progress
-from planner.dense import export_dense
+from planner.exchange.dense import export_dense
 from tests.architectures import TINY, build, quantize
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.autogptq import export_gptq
 from planner.common.progress import Progress
+from planner.exchange.autogptq import export_gptq
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.plan import Plan

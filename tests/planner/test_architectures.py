@@ -15,7 +15,7 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.exact import advance
 from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import Progress
-from planner.dense import dequantize_expert, export_dense
+from planner.exchange.dense import dequantize_expert, export_dense
 from planner.model.architectures import ARCHITECTURES
 from planner.model.layout import Layout, read_layout
 from planner.model.source import SourceModel

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.autogptq import export_gptq, import_gptq
-from planner.autogptq.layout import decode_zeros, encode
 from planner.common.progress import Progress
+from planner.exchange.autogptq import export_gptq, import_gptq
+from planner.exchange.autogptq.layout import decode_zeros, encode
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from planner.autogptq import import_gptq
-from planner.autogptq.layout import encode
 from planner.common.progress import Progress
+from planner.exchange.autogptq import import_gptq
+from planner.exchange.autogptq.layout import encode
 from planner.model.source import SourceModel
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 

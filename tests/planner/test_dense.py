@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 from planner.common.progress import Progress
-from planner.dense import export_dense
+from planner.exchange.dense import export_dense
 from planner.model.source import CheckpointWriter
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError, dequantize, load_config, unpack
 

@@ -16,9 +16,9 @@ import torch
 
 from planner.commands.evaluate import Suite, _tasks
 from planner.common.progress import Progress
-from planner.dense import export_dense
 from planner.evaluation.record import read_evaluations
 from planner.evaluation.tasks import PAPER_SUITE
+from planner.exchange.dense import export_dense
 from tests.architectures import build, quantize
 from tests.conftest import Outcome, run_here
 from vllm_moeq.format import verify

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from planner.autogptq import export_gptq, import_gptq
-from planner.autogptq.names import module_name
 from planner.common.progress import Progress
-from planner.dense import dequantize_expert, dequantize_linear, export_dense
+from planner.exchange.autogptq import export_gptq, import_gptq
+from planner.exchange.autogptq.names import module_name
+from planner.exchange.dense import dequantize_expert, dequantize_linear, export_dense
 from planner.model.architectures import ARCHITECTURES
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
 

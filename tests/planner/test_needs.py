@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from planner.estimates import Service, serving_needs
+from planner.estimates.serving import FIXED_BYTES
 from planner.model.layout import Layout, read_layout
 from planner.model.sizes import GIB, Sizes
 from planner.model.source import SourceModel
-from planner.needs import Service, serving_needs
-from planner.needs.serving import FIXED_BYTES
 from vllm_moeq.format import UsageError
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from planner.common.progress import Progress
-from planner.dense import export_dense
 from planner.evaluation.record import TaskResult
 from planner.evaluation.tasks import PAPER_SUITE, run_tasks
+from planner.exchange.dense import export_dense
 from tests.conftest import Outcome
 from tests.tasks import write_task
 from vllm_moeq.format import ConfigError, UsageError

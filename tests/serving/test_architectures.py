@@ -16,8 +16,8 @@ import torch
 from openai import OpenAI
 
 from planner.common.progress import Progress
-from planner.dense import export_dense
 from planner.evaluation.server import Server, cpu_environment
+from planner.exchange.dense import export_dense
 from planner.model.architectures import ARCHITECTURES
 from tests.architectures import TINY, VOCABULARY, build, quantize
 from tests.conftest import bound_to_cores

@@ -1,4 +1,4 @@
-"""Slim-LLM (Huang et al., ICML 2025): widths per group of weights in every expert (``planner/quantization/quantizers/slim.py``)."""
+"""Slim-LLM (Huang et al., ICML 2025): widths per group of weights in every expert (see ``quantizers/slim.py``)."""
 
 from planner.planning.method import Method
 

@@ -41,7 +41,8 @@ def quantize_slim(
             any (n = 0), or at 1 and 8 bits, none do.
         bits: average width, 1 … 8.
         group_size: a multiple of 32 that divides K, or −1: then there is but one group, of ``bits``.
-        settings: as for :func:`planner.quantization.quantizers.gptq.quantize_gptq`, but each group's scale is fitted in its turn.
+        settings: as for :func:`~planner.quantization.quantizers.gptq.quantize_gptq`, but each group's scale is
+            fitted in its turn.
 
     Returns:
         The dequantized weights, float32 [N, K], and the width of each group in the order of the columns.

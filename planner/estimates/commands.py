@@ -8,14 +8,14 @@ import torch
 
 from planner.calibration.measures import MEASURES
 from planner.common.memory import resident_bytes
+from planner.estimates.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
+from planner.estimates.needs import Needs
+from planner.estimates.seconds import reading_seconds, rounding_seconds, variance_seconds
+from planner.estimates.written import quantized_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
-from planner.needs.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
-from planner.needs.needs import Needs
-from planner.needs.seconds import reading_seconds, rounding_seconds, variance_seconds
-from planner.needs.written import quantized_bytes
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions
 from planner.quantization.settings import QuantizeSettings

@@ -13,15 +13,15 @@ from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.kl.gradients import head_rows
 from planner.calibration.reading.decoder import ROWS
 from planner.common.memory import resident_bytes
+from planner.estimates.memory import FLOAT, Reading
+from planner.estimates.needs import Needs
+from planner.estimates.seconds import reading_seconds
+from planner.estimates.serving import text_config
 from planner.evaluation.passes import STATES
 from planner.evaluation.readers import reads_by_layers
 from planner.model.layout import Layout, read_layout
 from planner.model.quantized import DequantizedModel, is_moeq
 from planner.model.skeleton import open_folder
-from planner.needs.memory import FLOAT, Reading
-from planner.needs.needs import Needs
-from planner.needs.seconds import reading_seconds
-from planner.needs.serving import text_config
 from vllm_moeq.format import read_json
 
 FILES = 4

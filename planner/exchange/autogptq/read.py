@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from planner.autogptq.layout import (
+from planner.exchange.autogptq.layout import (
     FORMATS,
     G_IDX,
     QWEIGHT,
@@ -24,7 +24,7 @@ from planner.autogptq.layout import (
     decode_zeros,
     group_index,
 )
-from planner.autogptq.names import checkpoint_name
+from planner.exchange.autogptq.names import checkpoint_name
 from planner.model.architectures import Architecture
 from planner.model.layout import architecture_of
 from planner.model.source import SourceModel

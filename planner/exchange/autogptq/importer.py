@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from planner.autogptq.assign import Experts, Linears, assign_experts, assign_linears
-from planner.autogptq.layout import QWEIGHT, SCALES, decode
-from planner.autogptq.read import GptqCheckpoint, Module, read_gptq
 from planner.common.progress import Progress
+from planner.exchange.autogptq.assign import Experts, Linears, assign_experts, assign_linears
+from planner.exchange.autogptq.layout import QWEIGHT, SCALES, decode
+from planner.exchange.autogptq.read import GptqCheckpoint, Module, read_gptq
 from planner.model.source import CheckpointWriter, SourceModel, check_output
 from planner.plan import IMPORTED
 from planner.report.card import write_card

@@ -10,13 +10,13 @@ from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.wanted import Run
+from planner.estimates.commands import passes_of, quantize_needs
+from planner.estimates.evaluation import FILES, LOGITS_BESIDE
+from planner.estimates.memory import FLOAT, Reading, hidden_bytes, reading_ram
+from planner.estimates.needs import Needs
+from planner.estimates.seconds import reading_seconds
+from planner.estimates.serving import text_config
 from planner.model.sizes import estimate
-from planner.needs.commands import passes_of, quantize_needs
-from planner.needs.evaluation import FILES, LOGITS_BESIDE
-from planner.needs.memory import FLOAT, Reading, hidden_bytes, reading_ram
-from planner.needs.needs import Needs
-from planner.needs.seconds import reading_seconds
-from planner.needs.serving import text_config
 from planner.planning.methods import METHODS
 
 ROW_BYTES, PLOT_BYTES = 1024, 96 << 10

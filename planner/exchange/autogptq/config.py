@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from planner.autogptq.layout import FORMATS, Version
-from planner.autogptq.names import module_name
+from planner.exchange.autogptq.layout import FORMATS, Version
+from planner.exchange.autogptq.names import module_name
 from planner.model.architectures import Architecture
 from vllm_moeq.format import MoeqConfig
 

@@ -10,9 +10,9 @@ from planner.calibration.gptq.layer import BATCH_BYTES
 from planner.calibration.reading.decoder import ROWS
 from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import resident_bytes
+from planner.estimates.serving import text_config
 from planner.model.layout import Layout
 from planner.model.sizes import WORKING_BYTES_PER_WEIGHT, Sizes
-from planner.needs.serving import text_config
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.rows import BLOCKS
 

@@ -9,10 +9,10 @@ from typing import NoReturn
 
 import torch
 
-from planner.autogptq.config import gptq_config
-from planner.autogptq.layout import Version, encode
-from planner.autogptq.names import module_name
 from planner.common.progress import Progress
+from planner.exchange.autogptq.config import gptq_config
+from planner.exchange.autogptq.layout import Version, encode
+from planner.exchange.autogptq.names import module_name
 from planner.model.layout import architecture_of
 from planner.model.source import CheckpointWriter, SourceModel, check_output
 from vllm_moeq.format import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from planner.autogptq.read import GptqCheckpoint, Module
+from planner.exchange.autogptq.read import GptqCheckpoint, Module
 from planner.model.architectures import KEPT
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear
 

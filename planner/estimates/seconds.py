@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from planner.calibration.reading.decoder import ROWS
+from planner.estimates.memory import Reading
+from planner.estimates.serving import text_config
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.needs.memory import Reading
-from planner.needs.serving import text_config
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.settings import QuantizeSettings
