@@ -20,7 +20,7 @@ from rich.text import Text
 from planner.commands.show import size
 from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 
 HERE = Path(__file__).parent
 PROMPT = 'def read(self, size=-1):\n    """Read up to size bytes from the'

@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 from openai import AsyncOpenAI, OpenAIError
 
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 
 FLAGS = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "64", "--enforce-eager"]
 # A cache of this size has been used all over within seconds; a larger one looks like a leak until it has.

@@ -18,7 +18,7 @@ from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
-from planner.comparison.wanted import Comparison, Run
+from planner.comparison.request import Comparison, Run
 from planner.evaluation.perplexity import read_text
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

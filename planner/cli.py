@@ -52,7 +52,7 @@ from planner.commands.service_flags import Concurrency, Context, GpuGib
 from planner.common.memory import out_of_memory
 from planner.common.progress import Progress
 from planner.estimates import Reading, Service
-from planner.estimates.commands import plan_needs
+from planner.estimates.quantizing import plan_needs
 from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model

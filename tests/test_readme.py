@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.evaluation.server import cpu_environment
+from planner.evaluation.vllm_server import cpu_environment
 
 ROOT = Path(__file__).parents[1]
 HEALTH = "http://localhost:8000/health"

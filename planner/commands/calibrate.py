@@ -27,7 +27,7 @@ from planner.commands.show_needs import report
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Reading
-from planner.estimates.commands import calibrate_needs
+from planner.estimates.quantizing import calibrate_needs
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import check_output

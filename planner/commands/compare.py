@@ -33,7 +33,7 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
-from planner.comparison.wanted import Comparison, Run
+from planner.comparison.request import Comparison, Run
 from planner.estimates.comparison import compare_needs
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.model.layout import read_layout

@@ -23,10 +23,10 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
+from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
-from planner.evaluation.tasks import PAPER_SUITE
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
 from planner.model.source import resolve_model

@@ -65,7 +65,7 @@ from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Reading, Service, serving_needs
-from planner.estimates.commands import quantize_needs
+from planner.estimates.quantizing import quantize_needs
 from planner.model.layout import architecture_of, read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model

@@ -14,7 +14,7 @@ import torch
 from planner.common.progress import Progress
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
-from planner.comparison.wanted import Comparison, Run
+from planner.comparison.request import Comparison, Run
 from planner.model.layout import Layout
 from planner.model.sizes import estimate
 from planner.model.source import SourceModel

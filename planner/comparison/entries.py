@@ -15,7 +15,7 @@ from planner.calibration.statistics import json_path
 from planner.commands.calibration_flags import calibration_facts
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
-from planner.comparison.wanted import Run
+from planner.comparison.request import Run
 from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS

@@ -21,13 +21,13 @@ from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, 
 from planner.comparison.entries import Entry
 from planner.comparison.forward import read_text
 from planner.comparison.quantize_task import QuantizeTask
+from planner.comparison.request import Run
 from planner.comparison.scores import score
 from planner.comparison.slim import write_slim
-from planner.comparison.wanted import Run
-from planner.evaluation.layers import read_layers
+from planner.evaluation.lm_eval_tasks import run_tasks
 from planner.evaluation.perplexity import read_tokens
+from planner.evaluation.reader_by_layer import read_layers
 from planner.evaluation.scores import windows
-from planner.evaluation.tasks import run_tasks
 from planner.output.files import write_json
 from planner.quantization.runners.processes import ProcessRunner
 from vllm_moeq.format import read_json

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
-from planner.comparison.wanted import Comparison
+from planner.comparison.request import Comparison
 from planner.output.files import atomic, write_json
 from planner.planning.methods import METHODS
 

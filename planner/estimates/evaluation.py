@@ -18,7 +18,7 @@ from planner.estimates.needs import Needs
 from planner.estimates.seconds import reading_seconds
 from planner.estimates.serving import text_config
 from planner.evaluation.passes import STATES
-from planner.evaluation.readers import reads_by_layers
+from planner.evaluation.reader import reads_by_layers
 from planner.model.layout import Layout, read_layout
 from planner.model.quantized import DequantizedModel, is_moeq
 from planner.model.skeleton import open_folder

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from planner.calibration.kl.gradients import head_rows
 from planner.common.progress import Progress
-from planner.evaluation.readers import Reader
+from planner.evaluation.reader import Reader
 from planner.evaluation.scores import Score, perplexity_of, summarize, token_distances, token_losses
 from planner.output.files import write_tensors
 

@@ -10,7 +10,7 @@ import torch
 from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
 from planner.evaluation.passes import evaluate_text
-from planner.evaluation.readers import open_reader
+from planner.evaluation.reader import open_reader
 from planner.evaluation.scores import windows
 from vllm_moeq.format import UsageError
 

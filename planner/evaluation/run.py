@@ -14,13 +14,13 @@ import torch
 from planner.calibration.reading.text import load_tokenizer
 from planner.common.memory import explained_if_out_of_memory
 from planner.common.progress import Progress
-from planner.evaluation.backends import Backend
+from planner.evaluation.lm_eval_backends import Backend
+from planner.evaluation.lm_eval_task_files import is_file_name
+from planner.evaluation.lm_eval_tasks import run_tasks
 from planner.evaluation.passes import TextScore, evaluate_text
 from planner.evaluation.perplexity import cut, read_tokens
-from planner.evaluation.readers import Reader, open_reader
+from planner.evaluation.reader import Reader, open_reader
 from planner.evaluation.record import Divergence, TaskResult, TextResult
-from planner.evaluation.task_files import is_file_name
-from planner.evaluation.tasks import run_tasks
 from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
 from planner.quantization.runners.choose import read_devices

@@ -10,7 +10,7 @@ from typing import Any
 from planner.commands.show import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
-from planner.report.commands import auto_class, method_in_words, quantize_command, serve_commands, unserved
+from planner.report.command_lines import auto_class, method_in_words, quantize_command, serve_commands, unserved
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD
 from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table

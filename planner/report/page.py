@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from planner.commands.show import size
 from planner.report.bar import part_class, size_bar
-from planner.report.commands import (
+from planner.report.command_lines import (
     auto_class,
     evaluate_commands,
     method_in_words,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.evaluation.server import Server, ServerError, cpu_environment
+from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from tests.attacks.forge import filled, ours, point, shard, tensor
 from tests.serving.conftest import MODELS, MOEQ
 

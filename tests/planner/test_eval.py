@@ -16,8 +16,8 @@ import torch
 
 from planner.commands.evaluate import Suite, _tasks
 from planner.common.progress import Progress
+from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.record import read_evaluations
-from planner.evaluation.tasks import PAPER_SUITE
 from planner.exchange.dense import export_dense
 from tests.architectures import build, quantize
 from tests.conftest import Outcome, run_here

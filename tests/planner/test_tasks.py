@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from planner.common.progress import Progress
+from planner.evaluation.lm_eval_tasks import PAPER_SUITE, run_tasks
 from planner.evaluation.record import TaskResult
-from planner.evaluation.tasks import PAPER_SUITE, run_tasks
 from planner.exchange.dense import export_dense
 from tests.conftest import Outcome
 from tests.tasks import write_task

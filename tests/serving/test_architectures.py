@@ -16,7 +16,7 @@ import torch
 from openai import OpenAI
 
 from planner.common.progress import Progress
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 from planner.exchange.dense import export_dense
 from planner.model.architectures import ARCHITECTURES
 from tests.architectures import TINY, VOCABULARY, build, quantize

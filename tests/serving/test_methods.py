@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 from tests.serving.conftest import MODELS, MOEQ
 
 SOURCE = MODELS / "stdlib-mixtral"

@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
-from planner.evaluation.server import Server, ServerError, cpu_environment
+from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from tests.conftest import bound_to_cores
 from tests.serving.conftest import MODELS, Pair
 
@@ -168,7 +168,7 @@ def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path)
 
 @pytest.mark.server
 def test_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    start = "import sys; from pathlib import Path; from planner.evaluation.server import Server; "
+    start = "import sys; from pathlib import Path; from planner.evaluation.vllm_server import Server; "
     start += "Server(Path(sys.argv[1]), Path(sys.argv[2])).__enter__()"
     parent = subprocess.Popen([sys.executable, "-c", start, MODELS / "stdlib-mixtral", tmp_path / "log"])
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")

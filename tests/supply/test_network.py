@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 from tests.serving.conftest import MODELS, MOEQ
 
 ROOT = Path(__file__).parents[2]

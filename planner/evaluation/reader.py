@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from planner.common.progress import Progress
-from planner.evaluation.layers import LayerReader
-from planner.evaluation.whole import WholeReader
+from planner.evaluation.reader_by_layer import LayerReader
+from planner.evaluation.reader_whole import WholeReader
 from planner.model.architectures import find_architecture
 from planner.model.encodings import DECODED
 from planner.model.quantized import is_moeq

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from planner.common.progress import Progress
-from planner.evaluation.server import Server, cpu_environment
+from planner.evaluation.vllm_server import Server, cpu_environment
 from vllm_moeq.format import ConfigError, UsageError
 
 Backend = Literal["transformers", "vllm"]
@@ -54,7 +54,7 @@ def open_model(
         return
     if find_spec("vllm") is None:
         raise UsageError("--backend vllm: vLLM is not installed: pip install 'vllm-moeq[gpu]' (README: for CPUs)")
-    from planner.evaluation.served import ServedModel
+    from planner.evaluation.lm_eval_server import ServedModel
 
     with tempfile.TemporaryDirectory() as temporary:
         log = (store or Path(temporary)) / "server.log"

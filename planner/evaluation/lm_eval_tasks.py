@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.common.progress import Progress
-from planner.evaluation.backends import Backend, open_model
+from planner.evaluation.lm_eval_backends import Backend, open_model
+from planner.evaluation.lm_eval_task_files import load_tasks, reason_of
 from planner.evaluation.record import TaskResult
-from planner.evaluation.task_files import load_tasks, reason_of
 from planner.output.files import write_json
 from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import UsageError, read_json
@@ -56,7 +56,7 @@ def run_tasks(
         batch_size: sequences at a time; None for what the backend is good at.
         device: ``cpu``, ``cuda`` or one GPU such as ``cuda:1``; vLLM shares a model among several.
         seed: chooses the examples in prompts, and resamples where a standard error needs it.
-        backend: what computes; see :func:`planner.evaluation.backends.open_model`.
+        backend: what computes; see :func:`planner.evaluation.lm_eval_backends.open_model`.
         store: folder of results by task; those that are there are not computed again.
         progress: says how far it is.
 

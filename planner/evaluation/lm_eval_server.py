@@ -26,7 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
-from planner.evaluation.server import ServerError
+from planner.evaluation.vllm_server import ServerError
 
 SECONDS = 3600
 """How long one answer may take: a CPU may need minutes for a long prompt."""

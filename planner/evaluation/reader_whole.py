@@ -42,7 +42,7 @@ class _Replaying(torch.nn.Module):
 
 
 class WholeReader:
-    """See :class:`planner.evaluation.readers.Reader`.
+    """See :class:`planner.evaluation.reader.Reader`.
 
     Whatever a model does behind its base (a bias, a scale, a cap of the logits) is its own code in :meth:`head` too.
 
@@ -67,7 +67,7 @@ class WholeReader:
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
-        """See :class:`planner.evaluation.readers.Reader`; continues behind the last whole batch of windows."""
+        """See :class:`planner.evaluation.reader.Reader`; continues behind the last whole batch of windows."""
         folder.mkdir(parents=True, exist_ok=True)
         path, note = folder / "states.bin", folder / "states.json"
         states = file_tensor(path, (*tokens.shape, self._hidden), self._dtype)
@@ -84,7 +84,7 @@ class WholeReader:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """See :class:`planner.evaluation.readers.Reader`."""
+        """See :class:`planner.evaluation.reader.Reader`."""
         if self._model is None:
             self._load()
         replaying = _Replaying()
@@ -102,13 +102,13 @@ class WholeReader:
             setattr(self._model, self._name, self._base or replaying)
 
     def release(self) -> None:
-        """See :class:`planner.evaluation.readers.Reader`."""
+        """See :class:`planner.evaluation.reader.Reader`."""
         if self._base is not None:
             setattr(self._model, self._name, _Replaying())
         self._base = None
 
     def close(self) -> None:
-        """See :class:`planner.evaluation.readers.Reader`."""
+        """See :class:`planner.evaluation.reader.Reader`."""
         self._model = self._base = None
 
     def _load(self) -> torch.nn.Module:

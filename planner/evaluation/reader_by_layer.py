@@ -21,7 +21,7 @@ from vllm_moeq.format import read_json
 
 
 class LayerReader:
-    """See :class:`planner.evaluation.readers.Reader`; a moeq checkpoint computes with its dequantized values.
+    """See :class:`planner.evaluation.reader.Reader`; a moeq checkpoint computes with its dequantized values.
 
     Raises:
         MoeqError: a damaged checkpoint, or one that transformers lays out in another way.
@@ -42,21 +42,21 @@ class LayerReader:
         self.state_bytes = int(self._decoder.config.hidden_size) * self._decoder.dtype.itemsize
 
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
-        """See :class:`planner.evaluation.readers.Reader`; continues behind the last whole layer."""
+        """See :class:`planner.evaluation.reader.Reader`; continues behind the last whole layer."""
         self._decoder.rows = ROWS if self._batch is None else self._batch * tokens.shape[1]
         found = read_layers(self._decoder, first_hidden(self._decoder, tokens, folder), progress, what, self._odp)
         self._model.shards.check_unchanged()
         return found
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
-        """See :class:`planner.evaluation.readers.Reader`."""
+        """See :class:`planner.evaluation.reader.Reader`."""
         return self._decoder.head()
 
     def release(self) -> None:
         """Do nothing: between calls no layer is in memory."""
 
     def close(self) -> None:
-        """See :class:`planner.evaluation.readers.Reader`."""
+        """See :class:`planner.evaluation.reader.Reader`."""
         self._model.shards.close()
 
 
