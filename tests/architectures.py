@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-MODELS = Path(__file__).parents[1] / "benchmarks" / "models"
+from tests.paths import MIXTRAL
+
 VOCABULARY = 2048
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -232,7 +233,7 @@ def build(name: str, folder: Path) -> Any:
                 buffer.uniform_(0, 0.2)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODELS / "stdlib-mixtral" / file, folder / file)
+        shutil.copyfile(MIXTRAL / file, folder / file)
     _edit(folder, **tiny.published)
     if tiny.convert is not None:
         tiny.convert(folder)

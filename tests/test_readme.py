@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from planner.evaluation.vllm_server import cpu_environment
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 HEALTH = "http://localhost:8000/health"
 SECONDS = 600
 

@@ -25,12 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import planner.output.files
 import vllm_moeq.format.shards
 from planner.cli import main
+from tests.paths import MIXTRAL
 
 IMPORTED = (accelerate, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, transformers.models)
 """What the commands import late: once here, and not again in every child."""
 FORK = multiprocessing.get_context("fork")
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-SOURCE = MODELS / "stdlib-mixtral"
+SOURCE = MIXTRAL
 
 
 @dataclass(frozen=True)

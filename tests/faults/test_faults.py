@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.faults.commands import COMMANDS, FAULTS, SOURCE, Command, prepare, run, start
+from tests.paths import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+DOCS = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
 GOOD = {
     2: ("nothing (killed)", "exit 2: "),

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from planner.common.progress import Progress
-from tests.architectures import MODELS
 from tests.hf.conftest import Pair, dense_of, logits
+from tests.paths import MODELS
 from tests.tasks import write_task
 
 PROMPTS = ["def main(", "import os\n\nclass Path"]

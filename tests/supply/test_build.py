@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from vllm_moeq.kernels.cpu.build import problem
 
-ROOT = Path(__file__).parents[2]
 PARTS = ("planner", "vllm_moeq", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as it; print('built', getattr(it, 'build_' + sys.argv[1])(sys.argv[2]))"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-REQUIREMENTS = Path(__file__).parents[2] / "requirements"
+from tests.paths import ROOT
+
+REQUIREMENTS = ROOT / "requirements"
 
 
 def pinned(name: str) -> list[str]:

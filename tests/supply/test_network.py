@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from planner.evaluation.vllm_server import Server, cpu_environment
-from tests.serving.conftest import MODELS, MOEQ
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import MIXTRAL, ROOT
+from tests.serving.conftest import MOEQ
 
 GUARD = '''
 """Python imports this module when it starts: look-ups of names and connections beyond this machine are noted."""
@@ -96,7 +95,7 @@ def test_serving(guarded: tuple[dict[str, str], Path], tmp_path: Path) -> None:
 
     variables, log = guarded
     folder = tmp_path / "quantized"
-    subprocess.run([MOEQ, "quantize", MODELS / "stdlib-mixtral", "-o", folder, "--quantizer", "rtn"], check=True)
+    subprocess.run([MOEQ, "quantize", MIXTRAL, "-o", folder, "--quantizer", "rtn"], check=True)
     flags = ["--max-model-len", "128", "--max-num-seqs", "2", "--dtype", "bfloat16", "--enforce-eager"]
     with Server(folder, tmp_path / "log", flags, {**cpu_environment(), **variables}) as server:
         client = OpenAI(base_url=server.url, api_key="none")

@@ -15,9 +15,9 @@ from planner.model.layout import read_layout
 from planner.model.sizes import GIB
 from planner.model.skeleton import ConfigModel, count_weights
 from planner.model.source import SourceModel
+from tests.paths import MODELS, QWEN
 from vllm_moeq.format import CheckpointError
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 SHIPPED = ["stdlib-mixtral", "stdlib-qwen3-moe"]
 
 MIXTRAL: dict[str, Any] = {
@@ -120,7 +120,7 @@ class TestTensors:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(MODELS / "stdlib-qwen3-moe", **change)
+        config = AutoConfig.from_pretrained(QWEN, **change)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
         alone = write_config(tmp_path / "alone", json.loads((tmp_path / "saved" / "config.json").read_text()))
         self.compare(alone, tmp_path / "saved")

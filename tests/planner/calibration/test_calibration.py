@@ -20,9 +20,9 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
+from tests.paths import MIXTRAL, MODELS
 from vllm_moeq.format import CheckpointError, UsageError
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
@@ -65,7 +65,7 @@ def test_layer_by_layer_equals_transformers(shipped: Path, tmp_path: Path) -> No
 
 class TestText:
     def test_sequences_are_drawn_by_seed_and_do_not_overlap(self) -> None:
-        folder = MODELS / "stdlib-mixtral"
+        folder = MIXTRAL
         one, two = (calibration_text(folder, str(TEXT), 8, 64, seed) for seed in (0, 1))
         assert one.tokens.shape == (8, 64)
         assert not torch.equal(one.tokens, two.tokens)
@@ -75,7 +75,7 @@ class TestText:
         assert len(everything.unique(dim=0)) > 0.99 * len(everything)
 
     def test_plain_text_and_lines_of_json_are_the_same_tokens(self, tmp_path: Path) -> None:
-        folder = MODELS / "stdlib-mixtral"
+        folder = MIXTRAL
         (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 50)
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "def f(x):\n    return x\n" * 50}) + "\n\n")
         plain, lines = (calibration_text(folder, str(tmp_path / name), 2, 64, 0) for name in ("a.txt", "a.jsonl"))
@@ -94,7 +94,7 @@ class TestText:
     def test_refusals(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=message) as error:
-            calibration_text(MODELS / "stdlib-mixtral", str(tmp_path / name), 2, 64, 0)
+            calibration_text(MIXTRAL, str(tmp_path / name), 2, 64, 0)
         assert name in str(error.value)
 
     @pytest.mark.parametrize("data", ["nothing.txt", "owner/name", "owner/name@main", "owner/name@" + "g" * 40])
@@ -139,7 +139,7 @@ class TestStatistics:
         assert facts["calibration"]["sequences"] == 4
 
     def test_a_killed_run_continues(self, tmp_path: Path, moeq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        arguments = ("calibrate", MODELS / "stdlib-mixtral", "--data", TEXT, "--samples", 2, "--seq-len", 64)
+        arguments = ("calibrate", MIXTRAL, "--data", TEXT, "--samples", 2, "--seq-len", 64)
         assert moeq(*arguments, "-o", tmp_path / "whole.safetensors").code == 0
         original, calls = observe, []
 
@@ -161,7 +161,7 @@ class TestStatistics:
 
     def test_errors_are_changes_of_the_block(self, tmp_path: Path) -> None:
         """ε of one expert: quantize it alone, run the block, and compare sequence by sequence."""
-        source = MODELS / "stdlib-mixtral"
+        source = MIXTRAL
         tokens = calibration_text(source, str(TEXT), 3, 64, 0).tokens
         with SourceModel(source) as model:
             decoder = Decoder(model, read_layout(model), CPU, torch.float32)
@@ -193,7 +193,7 @@ class TestStatistics:
         ],
     )
     def test_refusals(self, tmp_path: Path, moeq: Run, flags: tuple[object, ...], message: str) -> None:
-        found = moeq("calibrate", MODELS / "stdlib-mixtral", "-o", tmp_path / "stats.safetensors", *flags)
+        found = moeq("calibrate", MIXTRAL, "-o", tmp_path / "stats.safetensors", *flags)
         assert (found.code, message in found.err) == (2, True), found.err
         assert not list(tmp_path.iterdir())
 

@@ -22,8 +22,8 @@ from planner.calibration.statistics import observe
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from tests.paths import MIXTRAL, MODELS
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)
 TERMS = {"projected": projected, "isotropic": isotropic, "gemq": elementwise}
@@ -153,7 +153,7 @@ def test_sampled_labels_follow_the_seed(tiny_mixtral: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("index", [0, 2])
 def test_squared_projections_average_to_the_second_order_divergence(index: int, tmp_path: Path) -> None:
     """One token of each sequence has its experts' output changed: ½ Δzᵀ(diag p − p pᵀ)Δz, over what follows."""
-    folder, place, step, seeds = MODELS / "stdlib-mixtral", 5, 1e-3, 16
+    folder, place, step, seeds = MIXTRAL, 5, 1e-3, 16
     tokens = random_tokens(folder, 64, 12)
     whole = Whole(folder)
     change = torch.zeros(*tokens.shape, 128, dtype=torch.float64)

@@ -17,9 +17,9 @@ from planner.calibration.reading.text import calibration_text
 from planner.plan import read_plan
 from planner.planning.methods import METHODS
 from tests.conftest import Outcome, run_here
+from tests.paths import MIXTRAL, MODELS
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-MIXTRAL, TEXT = MODELS / "stdlib-mixtral", MODELS / "calibration.jsonl"
+TEXT = MODELS / "calibration.jsonl"
 READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]
 PLANNED = [name for name, method in METHODS.items() if not method.only_compared]

@@ -25,12 +25,11 @@ from planner.report.palette import LIGHT
 from planner.sensitivity import max_variance, router_norm
 from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
+from tests.paths import MIXTRAL
 from tests.planner.folders import contents
-from tests.planner.test_report_figures import cells
+from tests.planner.report.test_report_figures import cells
 from vllm_moeq.format import verify
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-MIXTRAL = MODELS / "stdlib-mixtral"
 HOSTILE = """<img src=x onerror=alert(1)>"'&</script><script>alert(2)</script>`$(rm -rf ~)` | ]]>\u202e"""
 Moeq = Callable[..., Outcome]
 

@@ -17,9 +17,9 @@ from planner.estimates.serving import FIXED_BYTES
 from planner.model.layout import Layout, read_layout
 from planner.model.sizes import GIB, Sizes
 from planner.model.source import SourceModel
+from tests.paths import MIXTRAL, MODELS
 from vllm_moeq.format import UsageError
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 GPTQ = ("--data", TEXT, "--samples", "16", "--seq-len", "512", "--method", "router-norm-maxvar")
@@ -62,8 +62,8 @@ def test_quantizing_takes_what_was_announced(name: str, flags: tuple[object, ...
 @pytest.mark.parametrize("flags", [(), ESTIMATED], ids=["weights", "text"])
 def test_planning_takes_what_was_announced(flags: tuple[object, ...], tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
-    needs = announced("plan", MODELS / "stdlib-mixtral", *flags)["needs"]
-    measured = peak("plan", MODELS / "stdlib-mixtral", *flags, "-o", output)
+    needs = announced("plan", MIXTRAL, *flags)["needs"]
+    measured = peak("plan", MIXTRAL, *flags, "-o", output)
     assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
     assert needs["written_bytes"] == pytest.approx(output.stat().st_size, rel=0.5)
 
@@ -78,9 +78,9 @@ def test_exporting_takes_what_was_announced(flags: tuple[str, ...], quantized_mi
     assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("more", [(), ("--reference", MODELS / "stdlib-mixtral")], ids=["alone", "reference"])
+@pytest.mark.parametrize("more", [(), ("--reference", MIXTRAL)], ids=["alone", "reference"])
 def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path: Path) -> None:
-    model = MODELS / "stdlib-mixtral"
+    model = MIXTRAL
     arguments = ("eval", model, "--data", model / "held_out.txt", "--max-tokens", "6000", *more, "-o", tmp_path / "out")
     needs = announced(*arguments)["needs"]
     assert not (tmp_path / "out").exists()
@@ -89,7 +89,7 @@ def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path:
 
 
 def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
-    model, output = MODELS / "stdlib-mixtral", tmp_path / "out"
+    model, output = MIXTRAL, tmp_path / "out"
     wanted = ("--methods", "router-norm-maxvar,weight", "--avg-bits", "2,2.5", "--data", TEXT, "--samples", "4")
     arguments = ("compare", model, "--held-out", model / "held_out.txt", "--max-tokens", "6000", *wanted, "-o", output)
     needs = announced(*arguments)["needs"]
@@ -100,7 +100,7 @@ def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def layout() -> Layout:
-    with SourceModel(MODELS / "stdlib-mixtral") as model:
+    with SourceModel(MIXTRAL) as model:
         return read_layout(model)
 
 

@@ -24,10 +24,11 @@ from planner.planning.request import PlanOptions
 from planner.quantization.run import quantize
 from planner.quantization.runners import InlineRunner, ProcessRunner, Runner
 from planner.quantization.settings import QuantizeSettings, default_linear
+from tests.paths import MIXTRAL
 from tests.planner.folders import contents
 from vllm_moeq.format import UsageError, verify
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+SOURCE = MIXTRAL
 KILLS = 10
 
 Moeq = Callable[..., Any]

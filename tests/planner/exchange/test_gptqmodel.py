@@ -19,9 +19,9 @@ from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.names import module_name
 from planner.exchange.dense import dequantize_expert, dequantize_linear, export_dense
 from planner.model.architectures import ARCHITECTURES
+from tests.paths import MIXTRAL, MODELS, QWEN
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 SCRIPT = Path(__file__).with_name("gptqmodel_process.py")
 QUIET = Progress(quiet=True)
 TOKENS = 128
@@ -61,7 +61,7 @@ def symmetric(folder: Path) -> None:
 def seen(integer_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     """Run GPTQModel once, for all tests."""
     folder = tmp_path_factory.mktemp("gptqmodel")
-    mixtral, qwen = MODELS / "stdlib-mixtral", MODELS / "stdlib-qwen3-moe"
+    mixtral, qwen = MIXTRAL, QWEN
     ours = {
         "mixtral": integer_checkpoint(mixtral, "rtn", 4, 128),
         "qwen": integer_checkpoint(qwen, "hqq", 16, 64),

@@ -14,9 +14,9 @@ import torch
 from planner.common.progress import Progress
 from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import decode_zeros, encode
+from tests.paths import MODELS
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1"
 ATTENTION = "model.layers.0.self_attn"
 QUIET = Progress(quiet=True)

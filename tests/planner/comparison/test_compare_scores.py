@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +9,7 @@ from planner.calibration.reading.decoder import Decoder
 from planner.comparison.scores import score
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-
-MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+from tests.paths import MIXTRAL
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:

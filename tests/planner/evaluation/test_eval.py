@@ -21,9 +21,9 @@ from planner.evaluation.record import read_evaluations
 from planner.exchange.dense import export_dense
 from tests.architectures import build, quantize
 from tests.conftest import Outcome, run_here
+from tests.paths import MIXTRAL
 from vllm_moeq.format import verify
 
-MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS, WINDOW = 1100, 256
 READ = ("--data", HELD_OUT, "--max-tokens", TOKENS, "--window", WINDOW)

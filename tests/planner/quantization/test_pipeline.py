@@ -24,6 +24,7 @@ from planner.planning.request import PlanOptions
 from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
+from tests.paths import MIXTRAL
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, pack, verify
 
 LAYER = "model.layers.0.block_sparse_moe.experts"
@@ -259,7 +260,7 @@ def test_shards_of_an_unfinished_run_count_as_written(tmp_path: Path) -> None:
 
 
 def test_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    source = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+    source = MIXTRAL
     command = [str(Path(sys.executable).with_name("moeq")), "quantize", str(source), "--avg-bits", "2.5", "-o"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, str(whole)], check=True, capture_output=True)

@@ -29,9 +29,9 @@ from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
+from tests.paths import MIXTRAL, MODELS
 from tests.planner.folders import contents
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
@@ -63,7 +63,7 @@ class TestGptqRun:
     def test_experts_with_few_tokens_are_named(self, tmp_path: Path, moeq: Run) -> None:
         output = tmp_path / "out"
         flags = ("--data", TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40, "--jobs", 2)
-        assert moeq("quantize", MODELS / "stdlib-mixtral", "-o", output, *flags).code == 0
+        assert moeq("quantize", MIXTRAL, "-o", output, *flags).code == 0
         config = json.loads((output / "config.json").read_text())["quantization_config"]["plan"]
         report = json.loads((output / "quantization_report.json").read_text())
         for layer in report["layers"]:
@@ -87,7 +87,7 @@ class TestGptqRun:
         ],
     )
     def test_refusals(self, tmp_path: Path, moeq: Run, flags: tuple[object, ...], message: str) -> None:
-        found = moeq("quantize", MODELS / "stdlib-mixtral", "-o", tmp_path / "out", *flags)
+        found = moeq("quantize", MIXTRAL, "-o", tmp_path / "out", *flags)
         assert (found.code, message in found.err) == (2, True), found.err
         assert not list(tmp_path.iterdir())
 
@@ -138,7 +138,7 @@ def one_thread() -> Iterator[None]:
 
 
 def write_gptq(output: Path, devices: int = 1) -> None:
-    source = MODELS / "stdlib-mixtral"
+    source = MIXTRAL
     with SourceModel(source) as model:
         layout = read_layout(model)
         plan = make_plan(model, layout, PlanOptions(Fraction(5, 2), (1, 2, 3)), Progress(quiet=True))

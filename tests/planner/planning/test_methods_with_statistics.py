@@ -16,8 +16,8 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.conftest import Outcome
+from tests.paths import MIXTRAL, MODELS, QWEN
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
@@ -26,7 +26,7 @@ Run = Callable[..., Outcome]
 class TestMethodsThatUseStatistics:
     @pytest.fixture(scope="class")
     def stats(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder, source = tmp_path_factory.mktemp("stats"), MODELS / "stdlib-mixtral"
+        folder, source = tmp_path_factory.mktemp("stats"), MIXTRAL
         text = calibration_text(source, str(TEXT), 4, 128, 0)
         with SourceModel(source) as model:
             layout = read_layout(model)
@@ -37,7 +37,7 @@ class TestMethodsThatUseStatistics:
     @pytest.mark.parametrize(("method", "metric"), [("frequency", "tokens"), ("weight", "gate_probability")])
     def test_most_used_first(self, stats: Path, moeq: Run, method: str, metric: str) -> None:
         flags = ("--method", method, "--stats", stats, "--avg-bits", 2.5, "--json")
-        found = moeq("plan", MODELS / "stdlib-mixtral", *flags)
+        found = moeq("plan", MIXTRAL, *flags)
         assert found.code == 0, found.err
         plan = json.loads(found.out)
         for prefix, order in plan["order"].items():
@@ -48,7 +48,7 @@ class TestMethodsThatUseStatistics:
     @pytest.mark.parametrize("average", [1, 1.125, 2, 2.5])
     @pytest.mark.parametrize("ranking", ["layer", "global"])
     def test_pmq_is_the_cheapest_choice(self, stats: Path, moeq: Run, average: float, ranking: str) -> None:
-        source = MODELS / "stdlib-mixtral"
+        source = MIXTRAL
         flags = ("--method", "pmq", "--stats", stats, "--avg-bits", average, "--ranking", ranking, "--json")
         found = moeq("plan", source, *flags)
         assert found.code == 0, found.err
@@ -74,7 +74,7 @@ class TestMethodsThatUseStatistics:
         prefix = "model.layers.2.block_sparse_moe.experts"
         (tmp_path / "fixed.json").write_text(json.dumps({f"{prefix}.{expert}": 3 for expert in (0, 6)}))
         flags = ("--method", "pmq", "--stats", stats, "--avg-bits", 2, "--overrides", tmp_path / "fixed.json", "--json")
-        plan = json.loads(moeq("plan", MODELS / "stdlib-mixtral", *flags).out)
+        plan = json.loads(moeq("plan", MIXTRAL, *flags).out)
         assert plan["experts"][prefix][0] == plan["experts"][prefix][6] == 3
         assert sum(plan["experts"][prefix]) <= 16
 
@@ -88,9 +88,9 @@ class TestMethodsThatUseStatistics:
         ],
     )
     def test_refusals(self, stats: Path, moeq: Run, flags: tuple[str, ...], message: str) -> None:
-        found = moeq("plan", MODELS / "stdlib-mixtral", *(str(stats) if flag == "STATS" else flag for flag in flags))
+        found = moeq("plan", MIXTRAL, *(str(stats) if flag == "STATS" else flag for flag in flags))
         assert (found.code, message in found.err) == (2, True), found.err
 
     def test_statistics_of_another_model_are_refused(self, stats: Path, moeq: Run) -> None:
-        found = moeq("plan", MODELS / "stdlib-qwen3-moe", "--method", "weight", "--stats", stats)
+        found = moeq("plan", QWEN, "--method", "weight", "--stats", stats)
         assert (found.code, "s.safetensors" in found.err) == (2, True), found.err

@@ -17,10 +17,11 @@ from planner.evaluation.lm_eval_tasks import PAPER_SUITE, run_tasks
 from planner.evaluation.record import TaskResult
 from planner.exchange.dense import export_dense
 from tests.conftest import Outcome
+from tests.paths import MIXTRAL
 from tests.tasks import write_task
 from vllm_moeq.format import ConfigError, UsageError
 
-MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+MODEL = MIXTRAL
 
 GROUP = """\
 group: both_halves

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.paths import MIXTRAL
 from tests.planner.hub import Hub, open_hub
 
-MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
+MODEL = MIXTRAL
 NAME = "someone/stdlib-mixtral"
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 OWN = ("hf_", "hugging")

@@ -19,8 +19,8 @@ from planner.calibration.statistics import LayerStatistics, observe
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from tests.paths import MIXTRAL, MODELS
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)
@@ -78,7 +78,7 @@ def test_one_rounded_expert_diverges_as_in_memory(name: str, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """What both measures say of 3,072 tokens."""
-    folder, source = tmp_path_factory.mktemp("divergence"), MODELS / "stdlib-mixtral"
+    folder, source = tmp_path_factory.mktemp("divergence"), MIXTRAL
     text = calibration_text(source, str(TEXT), 12, 256, 0)
     wanted = Wanted(("kl", "kl-estimated"), WIDTHS)
     with SourceModel(source) as model, pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from planner.report.heatmap import _short
 from planner.report.page import render
 from planner.report.palette import DARK, LIGHT, contrast, ink_on
 from planner.report.scale import STEPS, Scale, number
-from tests.planner.synthetic import synthetic
+from tests.planner.report.synthetic import synthetic
 
 
 def cells(html: str) -> list[dict[str, int]]:

@@ -13,10 +13,10 @@ import torch
 
 from planner.evaluation.record import read_evaluations
 from tests.conftest import Outcome, run_here
-from tests.planner.test_tasks import accuracies, code_documents
+from tests.paths import MIXTRAL
+from tests.planner.evaluation.test_tasks import accuracies, code_documents
 from tests.tasks import write_task
 
-MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 NEW_TOKENS = 6
 
 ROLLING = """\

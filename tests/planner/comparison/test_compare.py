@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.conftest import Outcome, run_here
+from tests.paths import MIXTRAL, MODELS
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-MIXTRAL, TEXT = MODELS / "stdlib-mixtral", MODELS / "calibration.jsonl"
+TEXT = MODELS / "calibration.jsonl"
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS = 2048
 READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)

@@ -14,9 +14,9 @@ from PIL import Image
 from planner.report.facts import collect
 from planner.report.page import render
 from tests.conftest import run_here
-from tests.planner.browser import Page, find_browser, open_browser
-from tests.planner.synthetic import synthetic
-from tests.planner.test_report import EVALUATIONS, MIXTRAL
+from tests.planner.report.browser import Page, find_browser, open_browser
+from tests.planner.report.synthetic import synthetic
+from tests.planner.report.test_report import EVALUATIONS, MIXTRAL
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(

@@ -18,9 +18,9 @@ import torch
 
 from tests.architectures import build
 from tests.conftest import Outcome, run_here
-from tests.planner.test_tasks import accuracies, code_documents, write_task
+from tests.paths import MIXTRAL
+from tests.planner.evaluation.test_tasks import accuracies, code_documents, write_task
 
-MIXTRAL = Path(__file__).parents[2] / "benchmarks" / "models" / "stdlib-mixtral"
 READ = ("--data", MIXTRAL / "held_out.txt", "--max-tokens", 2501, "--window", 250)
 NUMBERS = ("perplexity", "perplexity_error", "reference_perplexity", "kl")
 
