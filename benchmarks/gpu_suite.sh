@@ -84,7 +84,7 @@ assert "vllm_moeq:register" in plugins
 layer() { # output limit budget peers...
     local output=$1 limit=$2 budget=$3
     shift 3
-    step "$output" "$limit" "$python" -m benchmarks.moe_layer --output "$results/$output" --budget-seconds "$budget" \
+    step "$output" "$limit" "$python" -m benchmarks.kernels.moe_layer --output "$results/$output" --budget-seconds "$budget" \
         --seconds-per-point 0.5 --probe-seconds 45 ${1:+--peers "$@"}
 }
 
@@ -106,13 +106,13 @@ for statistics in "${STATISTICS:-}" "${PARTS:-.gpu}/$table"; do
     [ -f "$statistics" ] && break
 done
 if [ -f "$statistics" ]; then
-    step figure3 45 "$python" -m benchmarks.figure3 --statistics "$statistics" --output "$results/figure3" \
+    step figure3 45 "$python" -m benchmarks.kernels.figure3 --statistics "$statistics" --output "$results/figure3" \
         --seconds-per-point 0.3
 else
     note figure3 "skipped: no STATISTICS" 0
 fi
 
-step serving 240 "$python" -m benchmarks.serving --source "$model" ${QUANTIZED:+--quantized "$QUANTIZED"} \
+step serving 240 "$python" -m benchmarks.serving.throughput --source "$model" ${QUANTIZED:+--quantized "$QUANTIZED"} \
     --text "${TEXT:-$shipped/held_out.txt}" --output "$results/serving" --check-dense
 
 tar --exclude='*.safetensors' -czf "$results.tar.gz" -C "$(dirname "$results")" "$(basename "$results")"

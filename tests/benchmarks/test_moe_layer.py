@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.figure3 import LayerStatistics, allocations, bytes_table, pmq_widths, read
-from benchmarks.moe_layer import KEY_TOKENS, TOKENS, points
-from benchmarks.peers import Setting, UnavailableError, build, random_experts
-from benchmarks.report import fraction, markdown, ratio
-from benchmarks.routing import (
+from benchmarks.common.results import fraction, markdown, ratio
+from benchmarks.common.timing import spread, summary
+from benchmarks.kernels.figure3 import LayerStatistics, allocations, bytes_table, pmq_widths, read
+from benchmarks.kernels.moe_layer import KEY_TOKENS, TOKENS, points
+from benchmarks.kernels.peers import Setting, UnavailableError, build, random_experts
+from benchmarks.kernels.routing import (
     MIXES,
     MODELS,
     ROUTINGS,
@@ -27,8 +28,7 @@ from benchmarks.routing import (
     route_by_frequency,
     visit_probability,
 )
-from benchmarks.serving import Answer, compare, cut, requests
-from benchmarks.timing import spread, summary
+from benchmarks.serving.throughput import Answer, compare, cut, requests
 from vllm_moeq.kernels import dense_expert
 
 SMALL = Shape(experts=8, top_k=2, hidden=256, intermediate=96)

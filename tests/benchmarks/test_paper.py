@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import paper
-from benchmarks.paper_common import Result, markdown_table
-from benchmarks.paper_tables import ABLATION, ZETAS
-from benchmarks.train_model import LARGE, architecture, layer_balance, limited
+from benchmarks.models.train_model import LARGE, architecture, layer_balance, limited
+from benchmarks.replication.paper import run as paper
+from benchmarks.replication.paper.common import Result, markdown_table
+from benchmarks.replication.paper.tables import ABLATION, ZETAS
 
 PARTS = ("figure2", "figure9", "figure10", "figure11", "table2", "table5")
 LAYERS, EXPERTS = 4, 8

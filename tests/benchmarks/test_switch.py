@@ -14,12 +14,12 @@ import pytest
 import torch
 from scipy.stats import kendalltau, spearmanr
 
-from benchmarks import switch
-from benchmarks.switch_describe import common_calls, describe, functions
-from benchmarks.switch_evaluate import Bootstrap, likelihood
-from benchmarks.switch_quantize import Scores, Shelf, assign, moved, orders, random_order, uniform, usage
-from benchmarks.switch_stages import STARTS, finetune
-from benchmarks.switch_text import (
+from benchmarks.replication.switch import run as switch
+from benchmarks.replication.switch.describe import common_calls, describe, functions
+from benchmarks.replication.switch.evaluate import Bootstrap, likelihood
+from benchmarks.replication.switch.quantize import Scores, Shelf, assign, moved, orders, random_order, uniform, usage
+from benchmarks.replication.switch.stages import STARTS, finetune
+from benchmarks.replication.switch.text import (
     SOURCE_TOKENS,
     SPAN,
     SPANS,
@@ -31,7 +31,7 @@ from benchmarks.switch_text import (
     prepare,
     split_functions,
 )
-from benchmarks.switch_train import PAPER_SIGMA, QUICK, Model, moe_layers, objective, routers
+from benchmarks.replication.switch.train import PAPER_SIGMA, QUICK, Model, moe_layers, objective, routers
 
 LAYERS, EXPERTS = 2, QUICK.experts
 METHODS = ("change", "change + MaxVar", "norm", "norm + MaxVar", "frequency", "weight", "random")
@@ -184,8 +184,8 @@ def test_a_second_run_trains_and_evaluates_nothing(output: Path, monkeypatch: py
     def never(*_: object) -> None:
         raise AssertionError("ran again")
 
-    monkeypatch.setattr("benchmarks.switch_stages.fit", never)
-    monkeypatch.setattr("benchmarks.switch_evaluate.evaluate", never)
+    monkeypatch.setattr("benchmarks.replication.switch.stages.fit", never)
+    monkeypatch.setattr("benchmarks.replication.switch.evaluate.evaluate", never)
     before = (output / "switch.csv").read_text()
     assert switch.main(["--quick", "--output", str(output)]) == 0
     assert (output / "switch.csv").read_text() == before

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import theory
-from benchmarks.theory_bits import quantized, smallest_widths, test_outputs
-from benchmarks.theory_checks import LemmaError, Run, check, violations
-from benchmarks.theory_model import Model, Setting, counted, draw, gates, pretrained, train_step
+from benchmarks.replication.theory import run as theory
+from benchmarks.replication.theory.bits import quantized, smallest_widths, test_outputs
+from benchmarks.replication.theory.checks import LemmaError, Run, check, violations
+from benchmarks.replication.theory.model import Model, Setting, counted, draw, gates, pretrained, train_step
 
 test_outputs.__test__ = False  # type: ignore[attr-defined]
 SETTING = Setting(dim=32, experts=4, neurons=12, tokens=20, chosen=3, deviation=0.3, router_rate=0.1, batch=16)

@@ -39,7 +39,7 @@ SETTINGS = [
 @pytest.fixture(scope="module", params=SETTINGS)
 def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Every variant, with several widths compiled in."""
-    return json.loads(run("benchmarks/kernel_static.py", *request.param.split(), "--json"))  # type: ignore[no-any-return]
+    return json.loads(run("benchmarks/kernels/kernel_static.py", *request.param.split(), "--json"))  # type: ignore[no-any-return]
 
 
 def test_no_spills(rows: list[dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ def test_fits_the_shared_memory_of_small_gpus(rows: list[dict[str, Any]]) -> Non
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "gfx942"])
 def test_compiles_for_other_gpus(arch: str) -> None:
     script = f"""
-from benchmarks.kernel_static import compile_variant, variants
+from benchmarks.kernels.kernel_static import compile_variant, variants
 for variant in list(variants([2, 3], "fp16"))[::4]:
     kernel = compile_variant(variant, {arch!r})
     print(len(kernel.asm["hsaco" if {arch!r} == "gfx942" else "cubin"]))

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/load.py: clients that come, cancel and send nonsense do not change each other's answers."""
+"""A short run of serving/load.py: clients that come, cancel and send nonsense do not change each other's answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import run
+from benchmarks.serving.load import run
 from planner.evaluation import read_text
 from tests.serving.conftest import Pair
 

@@ -1,0 +1,217 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, and the instructions of each width's loop.
+
+python benchmarks/kernels/kernel_static.py [--arch sm_90 …] [--widths 1,2,3 …] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
+from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+TARGETS = {
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CODES_PER_LANE = 16
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
+BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+KINDS = (
+    ("mma", r"HMMA|HGMMA"),
+    ("convert", r"I2F|F2F|I2HF|F2I"),
+    ("float", r"H(FMA|ADD|MUL)2|F(FMA|ADD|MUL)"),
+    ("memory", r"LD|ST|ATOM|RED"),
+    ("integer", r"LOP3|SHF|PRMT|I(MAD|ADD|SETP|ABS|MNMX)|LEA|SEL|MOV|VIADD|V?IMNMX|PLOP3|U|R2U|S2"),
+    ("other", r""),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel at fixed compile-time parameters."""
+
+    kernel: str
+    gated: bool
+    schedule: Schedule
+    widths: tuple[int, ...]
+    group_size: int = 128
+    lanes: int = 16
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        """Short description."""
+        schedule = self.schedule
+        projection = "gate_up" if self.gated else "down"
+        return f"{self.kernel} {projection} {schedule.rows}x{schedule.tokens}"
+
+
+def variants(widths: Sequence[int], dtype: str = "bf16", group_size: int = 128) -> Iterator[Variant]:
+    """Every schedule of both kernels and both projections."""
+    for kernel, schedules in (("few_tokens", FEW), ("many_tokens", MANY)):
+        for schedule in schedules:
+            for gated in (True, False):
+                yield Variant(kernel, gated, schedule, tuple(widths), group_size, dtype=dtype)
+
+
+def compile_variant(variant: Variant, arch: str) -> Any:
+    """Compile ahead of time; return Triton's compiled kernel."""
+    few, schedule = variant.kernel == "few_tokens", variant.schedule
+    kernel = few_tokens if few else many_tokens
+    block = CODES_PER_LANE * variant.lanes
+    chunked = few and not variant.gated
+    constants: dict[str, Any] = {
+        "SHARE": 1, "ROWS": schedule.rows, "TOKENS": schedule.tokens, "LANES": variant.lanes,
+        "WIDTHS": sum(1 << width for width in variant.widths), "GROUPS": block // variant.group_size,
+        "SUM": 32 if chunked else variant.group_size, "EVEN": True, "GATED": variant.gated, "STAGES": schedule.stages,
+        "MODE": "plain" if TARGETS[arch].backend == "hip" else "ptx",
+    }  # fmt: skip
+    constants |= {"PAIRS": 8 * schedule.tokens} if few else {"EXPERTS": 128, "TOGETHER": 8}
+    out = variant.dtype if variant.gated or not few else "fp32"
+    pointers = {
+        "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
+        "words": "i16", "scales": "i32", "widths": "i32", "offsets": "i32", "splits": "i32",
+        "out": out, "out_sums": "fp32",
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
+        if name not in ("pairs", "blocks", "ids", "weights"):  # not specialized on
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": schedule.warps}
+    limit = schedule.register_limit(len(variant.widths))
+    if limit is not None and constants["MODE"] == "ptx":
+        options["maxnreg"] = limit
+    return triton.compile(source, target=TARGETS[arch], options=options)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row of the table; counts per loop are the worst of the widths' loops."""
+
+    arch: str
+    variant: str
+    dtype: str
+    widths: tuple[int, ...]
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loops: int
+    i2f_in_loop: int
+    async_copies_in_loop: int
+    per_weight: dict[str, float]
+
+
+def cuobjdump(flag: str, cubin: Path) -> str:
+    """Run the cuobjdump of Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def loops_of(sass: str) -> list[Counter[str]]:
+    """Return opcode counts of each innermost loop that multiplies."""
+    code = [(int(m[1], 16), m[2]) for m in map(INSTRUCTION.match, sass.splitlines()) if m]
+    ranges = []
+    for address, text in code:
+        branch = BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            ranges.append((int(branch[1], 16), address))
+    loops = []
+    for begin, end in ranges:
+        inside = [text for address, text in code if begin <= address <= end]
+        opcodes = Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in inside)
+        innermost = not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ranges)
+        if innermost and (opcodes["HMMA"] or opcodes["HGMMA"]):
+            loops.append(opcodes)
+    return loops
+
+
+def report(variant: Variant, arch: str) -> Report:
+    """Compile for an NVIDIA GPU and read the machine code."""
+    kernel = compile_variant(variant, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, sass = cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage}")
+    loops = loops_of(sass)
+    schedule = variant.schedule
+    lanes = schedule.warps * 32 / (schedule.rows * CODES_PER_LANE * variant.lanes)
+    kinds = [Counter(kind_of(opcode) for opcode in loop.elements()) for loop in loops]
+    return Report(
+        arch, variant.name, variant.dtype, variant.widths, int(found[1]), int(found[2]), int(kernel.metadata.shared),
+        loops=len(loops),
+        i2f_in_loop=max(sum(n for op, n in loop.items() if op.startswith("I2F")) for loop in loops),
+        async_copies_in_loop=min(loop["LDGSTS"] for loop in loops),
+        per_weight={name: round(max(kind[name] for kind in kinds) * lanes, 2) for name, _ in KINDS},
+    )  # fmt: skip
+
+
+def kind_of(opcode: str) -> str:
+    """Return what an opcode does."""
+    return next(name for name, pattern in KINDS if re.match(pattern, opcode))
+
+
+def main() -> None:
+    """Print a Markdown table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=[a for a in TARGETS if a != "gfx942"])
+    parser.add_argument("--widths", nargs="+", default=["1,2,3", "1,2,3,4,8"])
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16"])
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at a time")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    work = [
+        (variant, arch)
+        for arch in args.arch
+        for text in args.widths
+        for dtype in args.dtype
+        for variant in variants([int(width) for width in text.split(",")], dtype, args.group_size)
+    ]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(report, *zip(*work, strict=True)))
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    kinds = [name for name, _ in KINDS]
+    print("| arch | kernel | dtype | widths | registers | spill bytes | shared KiB | I2F | async copies |", end="")
+    print(" | ".join(["", *kinds])[2:] + " |")
+    print("|" + "---|" * (9 + len(kinds)))
+    for row in rows:
+        widths = ",".join(map(str, row.widths))
+        print(
+            f"| {row.arch} | {row.variant} | {row.dtype} | {widths} | {row.registers} | {row.spill_bytes} "
+            f"| {row.shared_bytes / 1024:.1f} | {row.i2f_in_loop} | {row.async_copies_in_loop} | "
+            + " | ".join(f"{row.per_weight[kind]:.2f}" for kind in kinds)
+            + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()
