@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Python puts the script's o
 from benchmarks.kernels.cpu_layer import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
