@@ -53,10 +53,11 @@ from planner.common.memory import out_of_memory
 from planner.common.progress import Progress
 from planner.estimates import Reading, Service
 from planner.estimates.quantizing import plan_needs
+from planner.model.hub import resolve_model
 from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
-from planner.model.source import SourceModel, resolve_model
+from planner.model.source import SourceModel
 from planner.planning.make import make_plan
 from planner.planning.statistics import with_statistics
 from planner.quantization.settings import QuantizeSettings

@@ -22,9 +22,9 @@ from planner.calibration.statistics import LayerStatistics, json_path, observe, 
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 from planner.common.progress import Progress
 from planner.model.layout import Layout
-from planner.model.source import SourceModel, check_output
+from planner.model.source import SourceModel
 from planner.output.files import write_tensors
-from planner.output.unfinished import PartialRun
+from planner.output.unfinished import PartialRun, check_output
 from vllm_moeq.format import CheckpointError
 
 

@@ -30,7 +30,7 @@ from planner.estimates import Reading
 from planner.estimates.quantizing import calibrate_needs
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
-from planner.model.source import check_output
+from planner.output.unfinished import check_output
 from planner.planning.methods import METHODS, OURS
 from vllm_moeq.format import UsageError
 

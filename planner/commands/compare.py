@@ -38,7 +38,7 @@ from planner.estimates.comparison import compare_needs
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
-from planner.model.source import check_output
+from planner.output.unfinished import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.settings import QuantizeSettings, check_sizes

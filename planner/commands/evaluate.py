@@ -27,9 +27,9 @@ from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
+from planner.model.hub import resolve_model
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
-from planner.model.source import resolve_model
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
 from planner.quantization.runners.choose import read_devices

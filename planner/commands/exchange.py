@@ -16,7 +16,8 @@ from planner.commands.show_needs import report
 from planner.common.progress import Progress
 from planner.estimates.exchange import export_needs, import_needs
 from planner.exchange.dense import export_dense
-from planner.model.source import check_output, resolve_model
+from planner.model.hub import resolve_model
+from planner.output.unfinished import check_output
 from vllm_moeq.format import UsageError
 
 

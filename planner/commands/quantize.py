@@ -69,7 +69,7 @@ from planner.estimates.quantizing import quantize_needs
 from planner.model.layout import architecture_of, read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
-from planner.model.source import check_output
+from planner.output.unfinished import check_output
 from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS

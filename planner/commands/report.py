@@ -13,7 +13,8 @@ from rich.console import Console
 from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.common.progress import Progress
-from planner.model.source import SourceModel, resolve_model
+from planner.model.hub import resolve_model
+from planner.model.source import SourceModel
 from planner.output.files import atomic
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect

@@ -8,7 +8,7 @@ from pathlib import Path
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import SHARD_COPIES
 from planner.estimates.needs import Needs
-from planner.model.source import companions
+from planner.model.hub import companions
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config
 
 HEADER_BYTES = 128

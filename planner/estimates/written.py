@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from planner.model.hub import companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
-from planner.model.source import SourceModel, companions
+from planner.model.source import SourceModel
 from vllm_moeq.format import PACKED, SCALE, ZERO, Linear
 
 HEADER_ENTRY = 72

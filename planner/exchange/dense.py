@@ -11,8 +11,9 @@ import torch
 
 from planner.common.progress import Progress
 from planner.model.architectures import Architecture, find_architecture
-from planner.model.source import CheckpointWriter
+from planner.model.hub import companions
 from planner.model.tensors import fuse
+from planner.output.checkpoint import CheckpointWriter
 from vllm_moeq.format import (
     PACKED,
     SCALE,
@@ -68,7 +69,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
                 if not writer.has_shard(shard):
                     writer.write_shard(shard, dense.shard(shard))
             shards.check_unchanged()
-            writer.copy_companions(folder)
+            writer.copy(companions(folder))
             source.pop("quantization_config")
             writer.finish({**source, "dtype": name}, {})
         except BaseException:

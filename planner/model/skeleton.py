@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from planner.model.architectures import KEPT
+from planner.model.hub import resolve_model
 from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes, estimate
-from planner.model.source import SourceModel, resolve_model
+from planner.model.source import SourceModel
 from planner.model.tensors import SourceShards
 from vllm_moeq.format import (
     EXPERT_COUNT,

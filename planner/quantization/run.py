@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from planner.common.progress import Progress, duration
+from planner.model.hub import companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
-from planner.model.source import CheckpointWriter, SourceModel, check_output, check_space
+from planner.model.source import SourceModel
+from planner.output.checkpoint import CheckpointWriter, check_space
+from planner.output.unfinished import check_output
 from planner.plan import Plan
 from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
 from planner.quantization.record import FILE as REPORT
@@ -109,7 +112,7 @@ def quantize(
         tasks = plan_tasks(model, layout, plan, settings, writer.partial)
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         model.shards.check_unchanged()
-        writer.copy_companions(model.folder)
+        writer.copy(companions(model.folder))
         report = merged_report(tasks, [read_json(task.entry) for task in tasks], settings)
         report["source"] = describe_source(model)
         if calibration:

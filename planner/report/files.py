@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from planner.evaluation.record import FILE as EVALUATION
-from planner.model.source import COMPANIONS
+from planner.model.hub import COMPANIONS
 from planner.quantization.record import FILE as RECORDED
 from vllm_moeq.format import CheckpointError, ShardSet
 from vllm_moeq.format.shards import INDEX_NAME

@@ -13,8 +13,11 @@ from planner.common.progress import Progress
 from planner.exchange.autogptq.config import gptq_config
 from planner.exchange.autogptq.layout import Version, encode
 from planner.exchange.autogptq.names import module_name
+from planner.model.hub import companions
 from planner.model.layout import architecture_of
-from planner.model.source import CheckpointWriter, SourceModel, check_output
+from planner.model.source import SourceModel
+from planner.output.checkpoint import CheckpointWriter
+from planner.output.unfinished import check_output
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     PACKED,
@@ -68,7 +71,7 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
                     tensors = _shard(shards, shard, linears, version)
                     writer.write_shard(shard, {module_name(row, name): tensor for name, tensor in tensors.items()})
             shards.check_unchanged()
-            writer.copy_companions(folder)
+            writer.copy(companions(folder))
             writer.finish({**model.config, "quantization_config": settings}, {"quantize_config.json": settings})
         except BaseException:
             writer.abandon()

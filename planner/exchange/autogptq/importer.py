@@ -11,7 +11,10 @@ from planner.common.progress import Progress
 from planner.exchange.autogptq.assign import Experts, Linears, assign_experts, assign_linears
 from planner.exchange.autogptq.layout import QWEIGHT, SCALES, decode
 from planner.exchange.autogptq.read import GptqCheckpoint, Module, read_gptq
-from planner.model.source import CheckpointWriter, SourceModel, check_output
+from planner.model.hub import companions
+from planner.model.source import SourceModel
+from planner.output.checkpoint import CheckpointWriter
+from planner.output.unfinished import check_output
 from planner.plan import IMPORTED
 from planner.report.card import write_card
 from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
@@ -40,7 +43,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
                     if tensors:
                         writer.write_shard(shard, tensors)
             model.shards.check_unchanged()
-            writer.copy_companions(folder)
+            writer.copy(companions(folder))
             quantization_config = config.model_dump(mode="json", exclude_none=True)
             writer.finish({**model.config, "quantization_config": quantization_config}, {}, write_card)
         except BaseException:

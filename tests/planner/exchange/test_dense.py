@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 
 from planner.common.progress import Progress
 from planner.exchange.dense import export_dense
-from planner.model.source import CheckpointWriter
+from planner.output.checkpoint import CheckpointWriter
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError, dequantize, load_config, unpack
 
 QUIET = Progress(quiet=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import planner.output.files
-from planner.model.source import CheckpointWriter
+from planner.output.checkpoint import CheckpointWriter
 from planner.output.files import write_json
 from tests.planner.folders import contents
 from vllm_moeq.format import UsageError

@@ -17,7 +17,8 @@ import torch
 
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
-from planner.model.source import CheckpointWriter, SourceModel, check_space
+from planner.model.source import SourceModel
+from planner.output.checkpoint import CheckpointWriter, check_space
 from planner.plan import read_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions

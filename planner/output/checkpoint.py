@@ -1,0 +1,127 @@
+"""Output checkpoints: written shard by shard, there only when complete, continued where a killed run stopped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from planner.output.files import atomic, reason, sync, write_json, write_tensors
+from planner.output.unfinished import PartialRun
+from vllm_moeq.format import NESTED, CheckpointError
+
+
+class CheckpointWriter:
+    """Writes an output folder so that it appears only when it is complete.
+
+    Shards go to ``<output>.partial`` one by one, each atomically; :meth:`finish` adds the index and
+    config.json last and renames the folder. A killed run leaves whole shards only, and the same
+    command continues behind them; other settings are refused. An error before the first shard
+    leaves nothing.
+
+    Args:
+        output: the folder to create.
+        fingerprint: everything that decides the contents, under names that a message can show.
+        resume: continue an unfinished run; otherwise delete it.
+
+    Raises:
+        UsageError: the output exists, its parent does not, another run writes it, an unfinished run
+            had another fingerprint, or the partial folder is none of ours.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
+        self.output = output
+        self._run = PartialRun(output, fingerprint, resume)
+        self.partial = self._run.folder
+        self._weight_map: dict[str, str] = {}
+        self._bytes: dict[str, int] = {}
+
+    def has_shard(self, shard: str) -> bool:
+        """Tell whether a whole shard is there, from this run or an earlier one, and count its tensors if so."""
+        path = self.partial / shard
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                names = list(handle.keys())
+        except SafetensorError:
+            return False  # damaged since: written again
+        self._weight_map.update(dict.fromkeys(names, shard))
+        self._bytes[shard] = path.stat().st_size
+        return True
+
+    def write_shard(self, shard: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one shard atomically."""
+        write_tensors(self.partial / shard, tensors)
+        for name in tensors:
+            self._weight_map[name] = shard
+        self._bytes[shard] = (self.partial / shard).stat().st_size
+
+    def copy(self, files: Iterable[Path]) -> None:
+        """Copy files into the folder, under their own names."""
+        for path in files:
+            with atomic(self.partial / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+    def finish(
+        self, config: Mapping[str, Any], extra: Mapping[str, Any], describe: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write further JSON files, the index, config.json, and put the folder in its place.
+
+        Args:
+            config: contents of config.json.
+            extra: file name → contents of further JSON files.
+            describe: called with the folder when everything else is in it, to write what is said of it.
+        """
+        index = {
+            "metadata": {"total_size": sum(self._bytes.values())},
+            "weight_map": dict(sorted(self._weight_map.items())),
+        }
+        for name, value in extra.items():
+            write_json(self.partial / name, value)
+        write_json(self.partial / "model.safetensors.index.json", index)
+        write_json(self.partial / "config.json", without_code(config))
+        if describe is not None:
+            describe(self.partial)
+        try:
+            self.partial.rename(self.output)
+        except OSError as error:
+            raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({reason(error)})") from None
+        # Only now: a run that fails before can still be continued.
+        for path in (self.output / "fingerprint.json", self.output / ".lock", *self.output.glob("*.safetensors.json")):
+            path.unlink()
+        sync(self.output.parent)
+        self._run.release()
+
+    def abandon(self) -> None:
+        """After an error: keep whole shards for a later run, remove everything else."""
+        self._run.abandon()
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without ``auto_map``, which names code that stays behind with the source."""
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    if isinstance(kept.get(NESTED), dict):
+        kept[NESTED] = {key: value for key, value in kept[NESTED].items() if key != "auto_map"}
+    return kept
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse to begin when the disk cannot hold ``needed`` bytes (unfinished shards counted).
+
+    Raises:
+        CheckpointError: naming the output, the bytes needed and the bytes free.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    present = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < needed - present:
+        raise CheckpointError(
+            f"{output}: {os.strerror(errno.ENOSPC)}: {needed - present:,} bytes needed, {free:,} free"
+        )
