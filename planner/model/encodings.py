@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_moeq.format import CheckpointError, ShardSet
+from vllm_moeq.format import CheckpointError
+from vllm_moeq.format.tensors import Tensors
 
 Parts = Mapping[str, torch.Tensor]
 """Suffix → what the file holds under it for one matrix."""
@@ -31,7 +32,7 @@ class Codec:
         """Return suffix → name of the tensors that stand for ``name``."""
         return {suffix: name + suffix for suffix in self.suffixes}
 
-    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+    def shape(self, name: str, files: Tensors) -> tuple[int, ...]:
         """Return the shape of the decoded tensor.
 
         Raises:
@@ -54,7 +55,7 @@ class Fp8Blocks(Codec):
     def __init__(self) -> None:
         super().__init__(("", "_scale_inv"), 8 + 32 / BLOCK**2, torch.bfloat16)
 
-    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+    def shape(self, name: str, files: Tensors) -> tuple[int, ...]:
         """See :meth:`Codec.shape`."""
         values, scales = (files.info(tensor) for tensor in self.tensors(name).values())
         expected = tuple(-(-size // BLOCK) for size in values.shape)
@@ -86,7 +87,7 @@ class Mxfp4(Codec):
     def __init__(self) -> None:
         super().__init__(("_blocks", "_scales"), 4 + 8 / GROUP, torch.bfloat16)
 
-    def shape(self, name: str, files: ShardSet) -> tuple[int, ...]:
+    def shape(self, name: str, files: Tensors) -> tuple[int, ...]:
         """See :meth:`Codec.shape`."""
         blocks, scales = (files.info(tensor) for tensor in self.tensors(name).values())
         fits = blocks.shape[:-1] == scales.shape and blocks.shape[-1:] == (GROUP // 2,)

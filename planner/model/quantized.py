@@ -11,20 +11,20 @@ import torch
 
 from planner.model.encodings import Codec, Parts
 from planner.model.source import SourceModel
-from planner.model.tensors import Matrix, SourceShards
+from planner.model.tensors import Matrix, SourceTensors
 from vllm_moeq.format import (
     PACKED,
     QUANT_METHOD,
     SCALE,
     ZERO,
     MoeqConfig,
-    ShardSet,
     dequantize,
     expert_matrices,
     linear_values,
     load_config,
     unpack,
 )
+from vllm_moeq.format.tensors import Tensors
 
 WORDS, SCALES, ZEROS = f".{PACKED}", f".{SCALE}", f".{ZERO}"
 
@@ -68,9 +68,9 @@ class DequantizedModel(SourceModel):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.quantization: MoeqConfig = load_config(folder)
-        files = self.shards.files if isinstance(self.shards, SourceShards) else self.shards
+        files = self.shards.files if isinstance(self.shards, SourceTensors) else self.shards
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
-        self.shards = SourceShards(folder, self.config, files, _matrices(files, self.quantization))
+        self.shards = SourceTensors(folder, self.config, files, _matrices(files, self.quantization))
 
     @property
     def odp(self) -> Mapping[str, float]:
@@ -78,7 +78,7 @@ class DequantizedModel(SourceModel):
         return self.quantization.odp or {}
 
 
-def _matrices(files: ShardSet, config: MoeqConfig) -> dict[str, Matrix]:
+def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     """Return plain name → packed matrix, of experts and of other linears."""
     found: dict[str, Matrix] = {}
     for it in expert_matrices(files, config):

@@ -17,18 +17,18 @@ from planner.model.hub import resolve_model
 from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
-from planner.model.tensors import SourceShards
+from planner.model.tensors import SourceTensors
 from vllm_moeq.format import (
     EXPERT_COUNT,
     CheckpointError,
     ConfigError,
     Linear,
-    ShardSet,
     TensorInfo,
     UsageError,
     read_json,
 )
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
+from vllm_moeq.format.tensors import Tensors
 
 CONFIG = "config.json"
 
@@ -51,21 +51,24 @@ PAPER_GROUP_BITS = Fraction(16 + 16, 128)
 """Bits per weight of a 16-bit scale and a 16-bit zero in groups of 128."""
 
 
-class _Headers(ShardSet):
+class _Headers(Tensors):
     """The tensors that a checkpoint would have; there are no files to read them from."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
         self.tensors = dict(tensors)
 
-    def _open(self, shard: str) -> Any:
-        raise CheckpointError(f"{self.folder}: expected weights, found {shard} alone")
+    def load(self, name: str) -> torch.Tensor:
+        """Refuse to read."""
+        raise CheckpointError(f"{self.folder}: expected weights, found {CONFIG} alone")
 
-    def _descriptor(self, shard: str) -> int:
-        raise CheckpointError(f"{self.folder}: expected weights, found {shard} alone")
+    def map(self, name: str, index: int | None = None) -> torch.Tensor:
+        """Refuse to read."""
+        return self.load(name)
 
-    def close(self) -> None:
-        """Do nothing: no file is open."""
+    def read_rows(self, name: str, begin: int, end: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Refuse to read."""
+        return self.load(name)
 
 
 class ConfigModel(SourceModel):
@@ -87,7 +90,7 @@ class ConfigModel(SourceModel):
         self.config = config
         self.shards = _Headers(folder, {})
         architecture_of(self)
-        self.shards = SourceShards(folder, config, _Headers(folder, _tensors(_skeleton(self))))
+        self.shards = SourceTensors(folder, config, _Headers(folder, _tensors(_skeleton(self))))
 
     def fingerprint(self) -> str:
         """Return a digest of the config, all there is."""

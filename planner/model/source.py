@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from planner.model.tensors import SourceShards
-from vllm_moeq.format import NESTED, ConfigError, ShardSet, read_json
+from planner.model.tensors import SourceTensors
+from vllm_moeq.format import NESTED, ConfigError, read_json
+from vllm_moeq.format.tensors import Tensors
 
 MAX_INTEGER = 1 << 20
 """Largest size that a config.json may name: more would be a damaged file, and long loops."""
@@ -28,7 +29,7 @@ class SourceModel:
         if not isinstance(config, dict):
             raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
         self.config: dict[str, Any] = config
-        self.shards: ShardSet = SourceShards(folder, config)
+        self.shards: Tensors = SourceTensors(folder, config)
 
     def integer(self, *keys: str) -> int:
         """Return the first of the config's ``keys`` that is there, a positive integer; also its language model's."""

@@ -1,7 +1,7 @@
 """A source's tensors as the planner wants them: every expert's matrices by themselves, [outputs, inputs], decoded.
 
 Checkpoints keep all experts of a layer in one tensor, transposed, with gate and up interleaved, in eight bits with a
-scale per block, or in four. Behind :class:`SourceShards` such a tensor is one name per matrix, read when it is asked
+scale per block, or in four. Behind :class:`SourceTensors` such a tensor is one name per matrix, read when it is asked
 for; all other tensors are what they are.
 """
 
@@ -17,6 +17,7 @@ import torch
 from planner.model.architectures import Architecture, Fused, find_architecture
 from planner.model.encodings import PLAIN, Codec, codec_of
 from vllm_moeq.format import CheckpointError, ShardSet, TensorInfo
+from vllm_moeq.format.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Matrix:
     step: int = 1
     transposed: bool = False
 
-    def read(self, files: ShardSet, begin: int, end: int) -> torch.Tensor:
+    def read(self, files: Tensors, begin: int, end: int) -> torch.Tensor:
         """Return rows ``begin`` to ``end``."""
         first, last = self.first + begin * self.step, self.first + (end - 1) * self.step + 1
         parts = {suffix: files.map(name, self.index) for suffix, name in self.codec.tensors(self.tensor).items()}
@@ -57,7 +58,7 @@ class Matrix:
         return round(self.rows * self.columns * self.codec.bits / 8)
 
 
-class SourceShards(ShardSet):
+class SourceTensors(Tensors):
     """The tensors of a folder under logical names.
 
     Args:
@@ -74,11 +75,11 @@ class SourceShards(ShardSet):
         self,
         folder: Path,
         config: Mapping[str, Any],
-        files: ShardSet | None = None,
+        files: Tensors | None = None,
         matrices: Mapping[str, Matrix] | None = None,
     ) -> None:
         self.folder = folder
-        self.files = files or ShardSet(folder)
+        self.files: Tensors = files or ShardSet(folder)
         row = find_architecture(config)
         if matrices is None:
             matrices = _decoded(self.files) | ({} if row is None else _experts(self.files, row))
@@ -124,7 +125,7 @@ class SourceShards(ShardSet):
         self.files.close()
 
 
-def _decoded(files: ShardSet) -> dict[str, Matrix]:
+def _decoded(files: Tensors) -> dict[str, Matrix]:
     """Return the two-dimensional weights that are stored in few bits, by their own names."""
     found = {}
     for name in files.tensors:
@@ -136,7 +137,7 @@ def _decoded(files: ShardSet) -> dict[str, Matrix]:
     return found
 
 
-def _experts(files: ShardSet, row: Architecture) -> dict[str, Matrix]:
+def _experts(files: Tensors, row: Architecture) -> dict[str, Matrix]:
     """Return the matrices of experts whose stored names or tensors are not theirs alone."""
     found: dict[str, Matrix] = {}
     for block in _blocks(files, row):
@@ -147,13 +148,13 @@ def _experts(files: ShardSet, row: Architecture) -> dict[str, Matrix]:
     return found
 
 
-def _blocks(files: ShardSet, row: Architecture) -> list[str]:
+def _blocks(files: Tensors, row: Architecture) -> list[str]:
     """Return what the names of each layer's MoE block begin with, for all layers that the tensors tell of."""
     owners = {owner for name in files.tensors if (owner := row.owner(name)) is not None}
     return [f"{row.stacks[stack].layers}.{index}.{row.stacks[stack].inside}" for stack, index in sorted(owners)]
 
 
-def _fused(files: ShardSet, row: Architecture, block: str) -> dict[str, Matrix]:
+def _fused(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
     fused, names = row.fused, row.projections
     if fused is None or names.up is None:
         return {}
@@ -182,7 +183,7 @@ def _fused(files: ShardSet, row: Architecture, block: str) -> dict[str, Matrix]:
 
 
 def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Return the stored tensor of a layer's experts, the reverse of what :class:`SourceShards` does.
+    """Return the stored tensor of a layer's experts, the reverse of what :class:`SourceTensors` does.
 
     Args:
         fused: how the tensor is laid out.
@@ -195,7 +196,7 @@ def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tenso
     return (whole.mT if fused.transposed else whole).contiguous()
 
 
-def _renamed(files: ShardSet, row: Architecture, block: str) -> dict[str, Matrix]:
+def _renamed(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
     """Return experts under names with plain numbers."""
     found: dict[str, Matrix] = {}
     for projection in row.projections.names():

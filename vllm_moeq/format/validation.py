@@ -14,6 +14,7 @@ from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.packing import CODES_PER_BLOCK, packed_words
 from vllm_moeq.format.schema import WHOLE_ROW, MoeqConfig, parse_config
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, ShardSet, index_shards
+from vllm_moeq.format.tensors import Tensors
 
 PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
@@ -109,7 +110,7 @@ def _check_files(folder: Path) -> None:
             raise CheckpointError(f"{path}: expected no weights beside {SINGLE_NAME} without {INDEX_NAME}")
 
 
-def _expert_matrix(shards: ShardSet, config: MoeqConfig, prefix: str, expert: int, projection: str) -> ExpertMatrix:
+def _expert_matrix(shards: Tensors, config: MoeqConfig, prefix: str, expert: int, projection: str) -> ExpertMatrix:
     """Check the three tensors of one matrix against each other and against its width."""
     bits = config.experts[prefix][expert]
     base = f"{prefix}.{expert}.{projection}"
@@ -140,7 +141,7 @@ def _expert_matrix(shards: ShardSet, config: MoeqConfig, prefix: str, expert: in
     return ExpertMatrix(prefix, expert, projection, bits, rows, columns, groups)
 
 
-def expert_matrices(shards: ShardSet, config: MoeqConfig) -> Iterator[ExpertMatrix]:
+def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatrix]:
     """Yield every matrix of every routed expert, checked for presence, dtype and shape.
 
     Raises:

@@ -25,12 +25,12 @@ from vllm_moeq.format import (
     ZERO,
     CheckpointError,
     MoeqConfig,
-    ShardSet,
     UsageError,
     expert_matrices,
     load_config,
     verify,
 )
+from vllm_moeq.format.tensors import Tensors
 
 HOW = "make exportable checkpoints with moeq quantize --zero-points integer and --bits of 2, 3, 4, 8"
 
@@ -88,7 +88,7 @@ def _refuse_one_bit(folder: Path, config: MoeqConfig) -> None:
         )
 
 
-def _packed(shards: ShardSet, config: MoeqConfig) -> Iterator[Packed]:
+def _packed(shards: Tensors, config: MoeqConfig) -> Iterator[Packed]:
     experts = {matrix.name(PACKED): matrix.bits for matrix in expert_matrices(shards, config)}
     for name in shards.tensors:
         base, _, suffix = name.rpartition(".")
@@ -96,12 +96,12 @@ def _packed(shards: ShardSet, config: MoeqConfig) -> Iterator[Packed]:
             yield Packed(base, experts.get(name, config.linear.bits), name in experts)
 
 
-def _refuse(shards: ShardSet, name: str, expected: str, found: object) -> NoReturn:
+def _refuse(shards: Tensors, name: str, expected: str, found: object) -> NoReturn:
     path = shards.folder / shards.info(name).shard
     raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {found}")
 
 
-def _check(shards: ShardSet, linear: Packed, version: Version) -> bool:
+def _check(shards: Tensors, linear: Packed, version: Version) -> bool:
     """Refuse what the format cannot hold; tell whether all zero points are 2^(b−1)."""
     name = f"{linear.base}.{SCALE}"
     scales = shards.load(name).float()
@@ -124,7 +124,7 @@ def _check(shards: ShardSet, linear: Packed, version: Version) -> bool:
     return bool((zeros == 2 ** (linear.bits - 1)).all())
 
 
-def _shard(shards: ShardSet, shard: str, linears: dict[str, Packed], version: Version) -> dict[str, torch.Tensor]:
+def _shard(shards: Tensors, shard: str, linears: dict[str, Packed], version: Version) -> dict[str, torch.Tensor]:
     """Return the tensors of one shard; a linear's four go where its packed codes are."""
     result: dict[str, torch.Tensor] = {}
     for name, info in shards.tensors.items():
@@ -140,7 +140,7 @@ def _shard(shards: ShardSet, shard: str, linears: dict[str, Packed], version: Ve
     return result
 
 
-def _encode(shards: ShardSet, linear: Packed, version: Version) -> dict[str, torch.Tensor]:
+def _encode(shards: Tensors, linear: Packed, version: Version) -> dict[str, torch.Tensor]:
     scales = shards.load(f"{linear.base}.{SCALE}")
     half = torch.full_like(scales, 2 ** (linear.bits - 1))
     zeros = shards.load(f"{linear.base}.{ZERO}") if linear.expert else half

@@ -28,8 +28,9 @@ from planner.exchange.autogptq.names import checkpoint_name
 from planner.model.architectures import Architecture
 from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
-from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, ShardSet, UsageError, read_json, unpack
+from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, UsageError, read_json, unpack
 from vllm_moeq.format import dequantize as dequantize_codes
+from vllm_moeq.format.tensors import Tensors
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -132,12 +133,12 @@ def read_gptq(model: SourceModel) -> GptqCheckpoint:
     return checkpoint
 
 
-def _refuse(shards: ShardSet, name: str, expected: str, found: object) -> NoReturn:
+def _refuse(shards: Tensors, name: str, expected: str, found: object) -> NoReturn:
     path = shards.folder / shards.info(name).shard
     raise CheckpointError(f"{path}: tensor {name}: expected {expected}, found {found}")
 
 
-def _add(shards: ShardSet, known: dict[str, Any], key: str, value: object, name: str) -> None:
+def _add(shards: Tensors, known: dict[str, Any], key: str, value: object, name: str) -> None:
     if key in known:
         _refuse(shards, name, f"one tensor that means {key}", "another")
     known[key] = value
@@ -170,7 +171,7 @@ def _version(model: SourceModel, config: Mapping[str, Any]) -> Version:
     return FORMATS[given[0]]
 
 
-def _read_module(shards: ShardSet, base: str) -> Module:
+def _read_module(shards: Tensors, base: str) -> Module:
     """Check the headers of one linear against each other; its width is what they say."""
     qweight, g_idx = shards.info(f"{base}.{QWEIGHT}"), shards.info(f"{base}.{G_IDX}")
     scales, qzeros = shards.info(f"{base}.{SCALES}"), shards.info(f"{base}.{QZEROS}")
