@@ -13,9 +13,10 @@ from rich.table import Table
 from planner.commands import show
 from planner.commands.show_needs import print_needs
 from planner.estimates import Needs, Service, serving_needs
+from planner.estimates.paper_formula import config_sizes
 from planner.model.layout import Layout
 from planner.model.sizes import GIB, estimate
-from planner.model.skeleton import ConfigModel, config_sizes
+from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
 from planner.plan import Plan
 from planner.quantization.settings import QuantizeSettings, check_sizes
