@@ -17,8 +17,8 @@ from openai import OpenAI
 from rich.console import Console
 from rich.text import Text
 
-from planner.commands.show import size
 from planner.common.progress import Progress
+from planner.common.units import size
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
 

@@ -8,19 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.gptq.runner import compute_dtype
+from planner.calibration.reading.decoder import compute_dtype
+from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.commands import show
-from planner.commands.calibration_flags import (
-    Data,
-    For,
-    Samples,
-    SeqLen,
-    StatsFile,
-    calibration_facts,
-    expert_devices,
-    read_calibration,
-)
+from planner.commands.calibration_flags import Data, For, Samples, SeqLen, StatsFile, expert_devices, read_calibration
 from planner.commands.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report

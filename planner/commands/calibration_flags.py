@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from planner.calibration.reading.text import DATASETS, CalibrationText, calibration_text
+from planner.calibration.reading.text import DATASETS, SEQUENCE, CalibrationText, calibration_text, longest_text
 from planner.commands.completion import some_of
 from planner.model.source import SourceModel
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.runners.choose import read_devices
-from vllm_moeq.format import NESTED, UsageError
-
-SEQUENCE = 2048
+from vllm_moeq.format import UsageError
 
 
 class ActOrder(StrEnum):
@@ -103,27 +101,6 @@ def read_calibration(
     if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len: expected at most {longest}, the model's longest text, found {seq_len}")
     return calibration_text(model.folder, data, samples, seq_len or min(SEQUENCE, longest), seed)
-
-
-def longest_text(model: SourceModel) -> int:
-    """Return how many tokens a model can read."""
-    for part in (model.config, model.config.get(NESTED)):
-        longest = part.get("max_position_embeddings") if isinstance(part, dict) else None
-        if type(longest) is int and longest > 0:
-            return longest
-    return SEQUENCE
-
-
-def calibration_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
-    """Return what a report says of the text and what a run's fingerprint holds."""
-    sequences, length = text.tokens.shape
-    return {
-        **text.source,
-        "sequences": sequences,
-        "seq_len": length,
-        "tokens_sha256": text.fingerprint(),
-        "device": device.type,
-    }
 
 
 def expert_devices(name: str, jobs: int | None, ray: bool) -> tuple[torch.device, ...]:

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from planner.calibration.reading.text import longest_text
 from planner.commands import show
-from planner.commands.calibration_flags import Data, MinTokens, Samples, expert_devices, longest_text
+from planner.commands.calibration_flags import Data, MinTokens, Samples, expert_devices
 from planner.commands.completion import some_of
 from planner.commands.flags import (
     Bits,

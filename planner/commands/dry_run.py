@@ -12,10 +12,11 @@ from rich.table import Table
 
 from planner.commands import show
 from planner.commands.show_needs import print_needs
+from planner.common.units import GIB
 from planner.estimates import Needs, Service, serving_needs
 from planner.estimates.paper_formula import config_sizes
 from planner.model.layout import Layout
-from planner.model.sizes import GIB, estimate
+from planner.model.sizes import estimate
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
 from planner.plan import Plan

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from planner.calibration.reading.text import longest_text
 from planner.commands import show
-from planner.commands.calibration_flags import longest_text
 from planner.commands.flags import Json, Model, Resume
 from planner.commands.service_flags import DryRun
 from planner.commands.show_needs import report

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from planner.commands import show
 from planner.commands.flags import Folder, Json
-from planner.commands.show import size
 from planner.common.progress import Progress
+from planner.common.units import size
 from planner.report.files import checkpoint_files
 from vllm_moeq.format import UsageError, verify
 

@@ -9,7 +9,9 @@ import torch
 import typer
 from rich.console import Console
 
-from planner.calibration.gptq.runner import GptqRunner, compute_dtype
+from planner.calibration.gptq.runner import GptqRunner
+from planner.calibration.reading.decoder import compute_dtype
+from planner.calibration.reading.text import calibration_facts
 from planner.commands import show
 from planner.commands.calibration_flags import (
     ActOrder,
@@ -24,7 +26,6 @@ from planner.commands.calibration_flags import (
     SeqLen,
     StaticGroups,
     Symmetric,
-    calibration_facts,
     expert_devices,
     gptq_settings,
     read_calibration,

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.common.progress import Progress
+from planner.common.units import layer_number, size
 from planner.model.layout import Layout, architecture_of
-from planner.model.sizes import GIB, Sizes
+from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
 from planner.plan import Plan
 from planner.planning.methods import PAPER
@@ -50,14 +51,6 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
         progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
     if layout.left_out:
         progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
-
-
-def size(count: float) -> str:
-    """Return bytes in the unit that keeps three digits readable."""
-    for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def inspect_facts(model: SourceModel, layout: Layout) -> dict[str, Any]:
@@ -122,11 +115,6 @@ def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
             line.append(f" … {len(widths)} experts")
         line.append(f"  mean {sum(widths) / len(widths):.3f}")
         console.print(line, soft_wrap=True)
-
-
-def layer_number(prefix: str) -> str:
-    """Return the number of the layer that a prefix stands for, or the prefix."""
-    return next((part for part in prefix.split(".") if part.isdigit()), prefix)
 
 
 def print_sizes(sizes: Mapping[str, int]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from planner.commands import show
-from planner.commands.show import size
 from planner.common.progress import duration
+from planner.common.units import size
 from planner.estimates.needs import Needs
 from planner.estimates.serving import FIXED_BYTES, RANKS, ServingNeeds
 from planner.model.sizes import Sizes

@@ -9,10 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.measures import check_measures
+from planner.calibration.reading.decoder import compute_dtype
+from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import json_path
-from planner.commands.calibration_flags import calibration_facts
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
 from planner.comparison.request import Run

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.gptq.runner import compute_dtype
-from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.decoder import Decoder, compute_dtype
 from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import duration
 from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.gptq.runner import GptqRunner, compute_dtype
-from planner.calibration.reading.text import CalibrationText
-from planner.commands.calibration_flags import calibration_facts
+from planner.calibration.gptq.runner import GptqRunner
+from planner.calibration.reading.decoder import compute_dtype
+from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.kl.gradients import head_rows
+from planner.calibration.reading.decoder import compute_dtype
 from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME

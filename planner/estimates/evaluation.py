@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from planner.calibration.gptq.runner import compute_dtype
 from planner.calibration.kl.gradients import head_rows
-from planner.calibration.reading.decoder import ROWS
+from planner.calibration.reading.decoder import ROWS, compute_dtype
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import FLOAT, Reading
 from planner.estimates.needs import Needs

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from planner.common.units import GIB
 from planner.model.layout import Layout
-from planner.model.sizes import GIB, Sizes
+from planner.model.sizes import Sizes
 from vllm_moeq.format import UsageError
 
 MEMORY_SHARE = 0.9

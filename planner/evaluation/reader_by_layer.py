@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.gptq.runner import compute_dtype
-from planner.calibration.reading.decoder import ROWS, Decoder
+from planner.calibration.reading.decoder import ROWS, Decoder, compute_dtype
 from planner.calibration.reading.exact import advance
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import first_hidden

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.gptq.runner import compute_dtype
-from planner.calibration.reading.decoder import ROWS
+from planner.calibration.reading.decoder import ROWS, compute_dtype
 from planner.calibration.reading.hidden import file_tensor
 from planner.calibration.reading.routed import batches
 from planner.common.progress import Progress

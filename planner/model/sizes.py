@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from vllm_moeq.format import WHOLE_ROW, Linear, TensorInfo, UsageError
 
-GIB = 1 << 30
 SCALE_AND_ZERO_BYTES = 4
 WORKING_BYTES_PER_WEIGHT = 24
 """Float32 copies and temporaries of a quantizer while it works on one matrix."""

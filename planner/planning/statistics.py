@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from planner.calibration.collect import Wanted, collect
-from planner.calibration.gptq.runner import compute_dtype
-from planner.calibration.reading.text import CalibrationText
+from planner.calibration.reading.decoder import compute_dtype
+from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.calibration.statistics import json_path
-from planner.commands.calibration_flags import calibration_facts
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel

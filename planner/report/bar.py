@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.commands.show import size
+from planner.common.units import size
 from planner.report.facts import Facts, Part
 
 WIDTH = 1096

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from planner.commands.show import size
+from planner.common.units import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
 from planner.report.command_lines import auto_class, method_in_words, quantize_command, serve_commands, unserved

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planner.commands.show import layer_number
+from planner.common.units import layer_number
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.model.sizes import SCALE_AND_ZERO_BYTES
 from planner.plan import IMPORTED, Plan, read_plan

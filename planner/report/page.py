@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
-from planner.commands.show import size
+from planner.common.units import size
 from planner.report.bar import part_class, size_bar
 from planner.report.command_lines import (
     auto_class,

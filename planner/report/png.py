@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.commands.show import size
+from planner.common.units import size
 from planner.output.files import atomic
 from planner.report.facts import Facts
 from planner.report.files import picture

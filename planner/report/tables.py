@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from planner.commands.show import size
+from planner.common.units import size
 from planner.evaluation.record import Evaluations, TextResult
 from planner.quantization.record import printable, without_folder
 from planner.report.facts import Facts

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from benchmarks.replication.paper.common import Bench, Result, by_layer, markdown_table
-from planner.calibration.gptq.runner import compute_dtype
-from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.decoder import Decoder, compute_dtype
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.evaluation.scores import windows

@@ -25,11 +25,6 @@ from planner.quantization.runners.base import KEPT, Work
 from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which a model reads calibration text: float32 where it costs little."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
 @dataclass(frozen=True)
 class GptqRunner:
     """Quantizes the experts of a model with GPTQ.

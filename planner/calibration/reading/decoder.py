@@ -40,6 +40,11 @@ class _Recorder(torch.nn.Module):
         return hidden
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which a model reads calibration text: float32 where it costs little."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 class Decoder:
     """The skeleton of a causal language model: parameters without storage, modules of transformers.
 

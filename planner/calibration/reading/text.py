@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.format import ConfigError, UsageError
+from planner.model.source import SourceModel
+from vllm_moeq.format import NESTED, ConfigError, UsageError
+
+SEQUENCE = 2048
+"""Tokens of a sequence, unless asked for otherwise or the model can read fewer."""
 
 BYTES_PER_TOKEN = 16
 """How much text is read for each token wanted: several times what tokenizers need."""
@@ -178,3 +182,24 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load its tokenizer ({error})") from None
+
+
+def longest_text(model: SourceModel) -> int:
+    """Return how many tokens a model can read."""
+    for part in (model.config, model.config.get(NESTED)):
+        longest = part.get("max_position_embeddings") if isinstance(part, dict) else None
+        if type(longest) is int and longest > 0:
+            return longest
+    return SEQUENCE
+
+
+def calibration_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
+    """Return what a report says of the text and what a run's fingerprint holds."""
+    sequences, length = text.tokens.shape
+    return {
+        **text.source,
+        "sequences": sequences,
+        "seq_len": length,
+        "tokens_sha256": text.fingerprint(),
+        "device": device.type,
+    }

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from planner.common.units import GIB
 from planner.estimates import Service, serving_needs
 from planner.estimates.serving import FIXED_BYTES
 from planner.model.layout import Layout, read_layout
-from planner.model.sizes import GIB, Sizes
+from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
 from tests.paths import MIXTRAL, MODELS
 from vllm_moeq.format import UsageError

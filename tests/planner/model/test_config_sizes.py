@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from planner.common.units import GIB
 from planner.estimates.paper_formula import count_weights
 from planner.model.layout import read_layout
-from planner.model.sizes import GIB
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
 from tests.paths import MODELS, QWEN

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from planner.common.progress import Progress
+from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer, read_layout
-from planner.model.sizes import GIB, Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
+from planner.model.sizes import Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
 from planner.model.source import SourceModel
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions
