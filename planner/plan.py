@@ -18,7 +18,7 @@ IMPORTED = "imported"
 Scores = Annotated[list[float], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
 
-class Settings(Strict):
+class PlanSettings(Strict):
     """The flags that shaped the plan; null where the method does not use one."""
 
     zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
@@ -51,7 +51,7 @@ class Plan(Strict):
     scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)
     promoted: dict[Name, Ids] = Field(default_factory=dict)
     near_ties: dict[Name, list[Ids]] = Field(default_factory=dict)
-    settings: Settings = Field(default_factory=Settings)
+    settings: PlanSettings = Field(default_factory=PlanSettings)
     source: dict[str, Any] = Field(default_factory=dict)
     cost: dict[str, float] = Field(default_factory=dict)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from planner.calibration.block_score import block_cosine, train_predictor
-from planner.calibration.measures import MEASURES, Measure, Run, check_measures
+from planner.calibration.measures import MEASURES, Measure, MeasureInputs, check_measures
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
@@ -29,7 +29,7 @@ from vllm_moeq.format import CheckpointError
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StatisticsRequest:
     """What to find out besides counts.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Collection:
     decoder: Decoder
     store: HiddenStates
     folder: Path
-    wanted: Wanted
+    wanted: StatisticsRequest
     progress: Progress
     kept: HiddenStates | None
     found: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def collect(
     dtype: torch.dtype,
     progress: Progress,
     resume: bool = True,
-    wanted: Wanted | None = None,
+    wanted: StatisticsRequest | None = None,
 ) -> dict[str, LayerStatistics]:
     """Write a statistics file; one layer of weights is in memory at a time. Continues a killed run.
 
@@ -98,7 +98,7 @@ def collect(
         MoeqError: an output that exists, a damaged tensor, a full disk.
     """
     check_output(json_path(output))
-    wanted = wanted or Wanted()
+    wanted = wanted or StatisticsRequest()
     check_measures(wanted.measures, model, layout, device)
     names = wanted.as_dict()
     partial = PartialRun(output, {"model": model.fingerprint(), "calibration": facts, **names}, resume)
@@ -121,7 +121,7 @@ def collect(
     return run.found
 
 
-def _kept(store: HiddenStates, wanted: Wanted, layout: Layout) -> HiddenStates | None:
+def _kept(store: HiddenStates, wanted: StatisticsRequest, layout: Layout) -> HiddenStates | None:
     """Return where the hidden states stay that measures will read, if any do."""
     count = wanted.sequences(layout, store.shape[0])
     return HiddenStates(store.folder / "kept", (count, *store.shape[1:]), store.dtype) if count else None
@@ -205,7 +205,9 @@ def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) ->
         began, idle = time.monotonic(), resident_bytes()
         reset_peak()
         values, facts = row.run(
-            Run(run.decoder, run.kept or run.store, tokens, run.found, run.wanted.widths, run.wanted.seed, run.progress)
+            MeasureInputs(
+                run.decoder, run.kept or run.store, tokens, run.found, run.wanted.widths, run.wanted.seed, run.progress
+            )
         )
         run.cost[name] = {**_cost(began, idle), **facts}
         tensors = {f"{prefix}.{key}": v.float() for prefix, entry in values.items() for key, v in entry.items()}

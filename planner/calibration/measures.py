@@ -25,7 +25,7 @@ Facts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasureInputs:
     """What a measure has to work with, when the model has read the text.
 
     Attributes:
@@ -62,7 +62,7 @@ class Measure:
     """
 
     names: tuple[str, ...]
-    run: Callable[[Run], tuple[Found, Facts]] | None = None
+    run: Callable[[MeasureInputs], tuple[Found, Facts]] | None = None
     share: Callable[[Layout], int] | None = None
     check: Callable[[SourceModel, Layout, torch.device], None] | None = None
     passes: Callable[[Layout], float] = lambda _: 1.0
@@ -91,7 +91,7 @@ def _share(layout: Layout) -> int:
     return 1 if _is_small(layout) else ESTIMATED_SHARE
 
 
-def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found, Facts]:
+def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tuple[Found, Facts]:
     tokens = run.tokens[: max(1, len(run.tokens) // share)]
     scale = len(tokens) / len(run.tokens)
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
@@ -105,18 +105,18 @@ def _divergence(run: Run, name: str, effort: Effort, share: int) -> tuple[Found,
     return named, {"measured": measured, "measured_tokens": effort.tokens, "estimated_tokens": tokens.numel()}
 
 
-def _measured(run: Run) -> tuple[Found, Facts]:
+def _measured(run: MeasureInputs) -> tuple[Found, Facts]:
     """Measure where the model is small, and estimate where it is not."""
     small = _is_small(run.decoder.layout)
     effort = Effort.like_pmq(run.tokens, run.decoder, run.widths) if small else Effort()
     return _divergence(run, "kl", effort, _share(run.decoder.layout))
 
 
-def _estimated(run: Run) -> tuple[Found, Facts]:
+def _estimated(run: MeasureInputs) -> tuple[Found, Facts]:
     return _divergence(run, "kl_estimated", Effort(), ESTIMATED_SHARE)
 
 
-def _gradient_error(run: Run) -> tuple[Found, Facts]:
+def _gradient_error(run: MeasureInputs) -> tuple[Found, Facts]:
     terms = {"gemq": elementwise}
     sums = second_order(run.decoder, run.store, run.tokens, run.widths, terms, "text", run.seed, run.progress)
     names = [f"gemq_{bits}" for bits in run.widths]
@@ -129,7 +129,7 @@ def _hessian_fits(model: SourceModel, layout: Layout, device: torch.device) -> N
     check_memory(model, layout, device)
 
 
-def _hessian(run: Run) -> tuple[Found, Facts]:
+def _hessian(run: MeasureInputs) -> tuple[Found, Facts]:
     from planner.calibration.hessian_trace import hessian_costs, layer_traces, perturbations
 
     decoder, layout = run.decoder, run.decoder.layout

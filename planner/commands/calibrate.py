@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from planner.calibration.collect import Wanted, collect
+from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import LayerStatistics, json_path
@@ -47,7 +47,7 @@ def calibrate(
     """
     measures = _measures(methods)
     own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
-    wanted = Wanted(measures, tuple(own) if bits is None else read_choices(bits), seed)
+    wanted = StatisticsRequest(measures, tuple(own) if bits is None else read_choices(bits), seed)
     where = expert_devices(device, None, False)[0]
     check_output(output)
     with open_model(model, dry_run) as source:

@@ -34,7 +34,7 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
-from planner.comparison.request import Comparison, Run
+from planner.comparison.request import Comparison, ComparisonRun
 from planner.estimates.comparison import compare_needs
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.model.layout import read_layout
@@ -121,7 +121,7 @@ def compare_command(
             odp=_thresholds(odp),
         )
         if dry_run:
-            run = Run(source, layout, wanted, output, where, progress, jobs)
+            run = ComparisonRun(source, layout, wanted, output, where, progress, jobs)
             tokens = len(read_tokens(source.folder, text, max_tokens, "--held-out"))
             report("comparing", compare_needs(run, tokens), as_json)
             return

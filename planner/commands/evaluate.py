@@ -26,7 +26,7 @@ from planner.estimates.evaluation import eval_needs
 from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
-from planner.evaluation.run import Found, Text, Wanted, evaluate, finish
+from planner.evaluation.run import EvaluationRequest, Found, Text, evaluate, finish
 from planner.model.hub import resolve_model
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
@@ -101,7 +101,7 @@ def eval_command(
     if data is None and reference is not None:
         raise UsageError("--reference: expected --data FILE too, which both models read, found none")
     text = None if data is None else _text(folder, data, reference, window, max_tokens, dry_run)
-    wanted = Wanted(folder, text, chosen, limit, backend.value, batch_size, device)
+    wanted = EvaluationRequest(folder, text, chosen, limit, backend.value, batch_size, device)
     if "," in device and not (backend is BackendName.vllm and chosen):
         raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
     devices = read_devices(device)
@@ -130,7 +130,7 @@ def eval_command(
         print_found(found)
 
 
-def _needs(wanted: Wanted, device: torch.device) -> Needs:
+def _needs(wanted: EvaluationRequest, device: torch.device) -> Needs:
     """Return what reading the text takes.
 
     Raises:
@@ -189,7 +189,7 @@ def _kept_in(model: str, folder: Path, progress: Progress) -> Path | None:
     return None
 
 
-def _unnamed(model: str, wanted: Wanted) -> Path:
+def _unnamed(model: str, wanted: EvaluationRequest) -> Path:
     """Return what an unfinished run without ``-o`` is called after, in the working directory; other runs differ."""
     digest = hashlib.sha256(json.dumps(wanted.fingerprint()).encode()).hexdigest()[:8]
     return Path.cwd() / f"{_name(model).replace('/', '--')}-eval-{digest}"

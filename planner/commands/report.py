@@ -19,7 +19,7 @@ from planner.output.files import atomic
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD, PAGE
-from planner.report.grids import Grids, collect_grids
+from planner.report.grids import ValueMaps, collect_maps
 from planner.report.page import render
 from planner.report.png import draw
 from vllm_moeq.format import UsageError
@@ -68,11 +68,11 @@ def report_command(
         Console().print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _grids(facts: Facts, model: str | None) -> Grids:
+def _grids(facts: Facts, model: str | None) -> ValueMaps:
     if model is None:
-        return collect_grids(facts)
+        return collect_maps(facts)
     with SourceModel(resolve_model(model)) as source:
-        return collect_grids(facts, source)
+        return collect_maps(facts, source)
 
 
 def _refresh(folder: Path, progress: Progress) -> None:
@@ -82,7 +82,7 @@ def _refresh(folder: Path, progress: Progress) -> None:
         progress.line(f"note: {folder / CARD} is as it was: it has no evaluation section of ours")
 
 
-def _as_json(facts: Facts, grids: Grids, page: Path, pictures: list[Path]) -> dict[str, Any]:
+def _as_json(facts: Facts, grids: ValueMaps, page: Path, pictures: list[Path]) -> dict[str, Any]:
     """Return what the page shows."""
     sizes = facts.sizes
     return {

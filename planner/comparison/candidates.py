@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.model.layout import MoeLayer
 from planner.model.quantized import DequantizedModel
 from planner.quantization.quantizers import quantizer_for
@@ -23,12 +23,12 @@ class Weights(Protocol):
     def key(self, layer: MoeLayer, expert: int, /) -> Hashable:
         """Return what decides an expert's matrices: candidates with equal keys share them."""
 
-    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """Return an expert's dequantized matrices, in the decoder's dtype and on its device."""
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedWeights:
     """Quantized without calibration when they are needed.
 
     Attributes:
@@ -47,16 +47,16 @@ class Rounded:
         """See :class:`Weights`."""
         return self.quantizer, self.one_bit, self.group_size, self.widths[layer.prefix][expert]
 
-    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
         bits = self.widths[layer.prefix][expert]
         quantizer = quantizer_for(bits, self.quantizer, self.one_bit)
         exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
         matrices = (quantizer(matrix, bits, self.group_size).dequantize() for matrix in exact.matrices())
-        return Expert(*(matrix.to(decoder.dtype) for matrix in matrices))
+        return ExpertWeights(*(matrix.to(decoder.dtype) for matrix in matrices))
 
 
-class Quantized:
+class CheckpointWeights:
     """A checkpoint that moeq wrote."""
 
     def __init__(self, folder: Path) -> None:
@@ -67,12 +67,12 @@ class Quantized:
         """See :class:`Weights`."""
         return self.folder
 
-    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
         return load_expert(self.model, layer, expert, decoder.device, decoder.dtype)
 
 
-class Dense:
+class DenseWeights:
     """Matrices that were dequantized when they were made (:mod:`planner.comparison.slim`)."""
 
     def __init__(self, folder: Path) -> None:
@@ -83,10 +83,10 @@ class Dense:
         """See :class:`Weights`."""
         return self.folder
 
-    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> Expert:
+    def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
         names = (layer.weight(expert, projection) for projection in layer.projections.names())
-        return Expert(*(self.shards.load(name).to(decoder.device, decoder.dtype) for name in names))
+        return ExpertWeights(*(self.shards.load(name).to(decoder.device, decoder.dtype) for name in names))
 
 
 @dataclass(frozen=True)

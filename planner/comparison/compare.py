@@ -14,7 +14,7 @@ import torch
 from planner.common.progress import Progress
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import ORIGINAL, evaluate, key_of
-from planner.comparison.request import Comparison, Run
+from planner.comparison.request import Comparison, ComparisonRun
 from planner.model.layout import Layout
 from planner.model.sizes import estimate
 from planner.model.source import SourceModel
@@ -56,7 +56,7 @@ def compare(
     digest = hashlib.sha256(held_out.encode()).hexdigest()
     fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest}
     partial = PartialRun(output, fingerprint, resume)
-    run = Run(model, layout, wanted, partial.folder, device, progress, jobs)
+    run = ComparisonRun(model, layout, wanted, partial.folder, device, progress, jobs)
     try:
         found = entries(run)
         found += [replace(entry, odp=threshold) for threshold in wanted.odp for entry in found]
@@ -71,14 +71,14 @@ def compare(
     return rows
 
 
-def rows_of(run: Run, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
+def rows_of(run: ComparisonRun, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
     """Return the original's row and those of the entries."""
     size = sum(info.nbytes for info in run.model.shards.tensors.values())
     original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
     return [original, *(_row(run, entry, scores[key_of(run, entry)]) for entry in found)]
 
 
-def _row(run: Run, entry: Entry, scores: dict[str, Any]) -> Row:
+def _row(run: ComparisonRun, entry: Entry, scores: dict[str, Any]) -> Row:
     """Return one line of the table."""
     settings = run.wanted.settings
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from planner.calibration.collect import Wanted, collect
+from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.measures import check_measures
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import json_path
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
-from planner.comparison.request import Run
+from planner.comparison.request import ComparisonRun
 from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
@@ -46,7 +46,7 @@ class Entry:
     odp: float = 0.0
 
 
-def entries(run: Run) -> list[Entry]:
+def entries(run: ComparisonRun) -> list[Entry]:
     """Return what is compared, methods in turn; those of equal widths are not left out.
 
     Raises:
@@ -70,7 +70,7 @@ def entries(run: Run) -> list[Entry]:
     return found
 
 
-def _options(run: Run, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
+def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
     choices = (int(average),) if name in ("uniform", "slim") else choices_of(run, name)
     quantizer = run.wanted.settings.quantizer
     return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
@@ -88,7 +88,7 @@ def gives(name: str, average: Fraction) -> bool:
     return True
 
 
-def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iterator[Entry]:
+def _of_method(run: ComparisonRun, name: str, averages: list[Fraction], seed: int) -> Iterator[Entry]:
     """Yield a method's plans for one seed; what calibration took counts for each of them."""
     method = METHODS[name]
     stats = _statistics(run, name, seed) if method.calibrated and averages else None
@@ -112,18 +112,18 @@ def _of_method(run: Run, name: str, averages: list[Fraction], seed: int) -> Iter
         yield Entry(name, average, seed, plan, cost)
 
 
-def choices_of(run: Run, name: str) -> tuple[int, ...]:
+def choices_of(run: ComparisonRun, name: str) -> tuple[int, ...]:
     """Return the widths that a method chooses from."""
     return run.wanted.bit_choices or METHODS[name].choices
 
 
-def _statistics(run: Run, name: str, seed: int) -> Path:
+def _statistics(run: ComparisonRun, name: str, seed: int) -> Path:
     """Return statistics of a seed's calibration text: those that a method needs and no others are in its seconds."""
     measures, choices = METHODS[name].measures, choices_of(run, name)
     known = "-".join(("statistics", *measures, "".join(map(str, choices)) if measures else "counts", str(seed)))
     path = run.folder / f"{known}.safetensors"
     if not (path.is_file() and json_path(path).is_file()):
-        wanted = Wanted(measures, choices, seed)
+        wanted = StatisticsRequest(measures, choices, seed)
         text, facts = run.text(seed), calibration_facts(run.text(seed), run.device)
         dtype = compute_dtype(run.device)
         run.progress.line(f"{name}: calibrating, seed {seed}")

@@ -16,11 +16,11 @@ import torch
 from planner.calibration.reading.decoder import Decoder, compute_dtype
 from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import duration
-from planner.comparison.candidates import Candidate, Dense, Quantized, Rounded, Weights
+from planner.comparison.candidates import Candidate, CheckpointWeights, DenseWeights, RoundedWeights, Weights
 from planner.comparison.entries import Entry
 from planner.comparison.forward import read_text
 from planner.comparison.quantize_task import QuantizeTask
-from planner.comparison.request import Run
+from planner.comparison.request import ComparisonRun
 from planner.comparison.scores import score
 from planner.comparison.slim import write_slim
 from planner.evaluation.lm_eval_tasks import run_tasks
@@ -37,7 +37,7 @@ AT_A_TIME = 1 << 30
 ORIGINAL = "original"
 
 
-def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[str, Any]]:
+def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: str) -> dict[str, dict[str, Any]]:
     """Return the scores of every distinct model by :func:`key_of`, and those of the original under :data:`ORIGINAL`.
 
     Args:
@@ -75,24 +75,24 @@ def evaluate(run: Run, found: Sequence[Entry], held_out: str) -> dict[str, dict[
     return {key: _known(run, key) or {} for key in (ORIGINAL, *distinct)}
 
 
-def key_of(run: Run, entry: Entry) -> str:
+def key_of(run: ComparisonRun, entry: Entry) -> str:
     """Return a name of the model that an entry leads to; entries of one model share it."""
-    text = entry.seed if run.wanted.settings.quantizer == "gptq" or entry.plan is None else 0
+    text = entry.seed if run.wanted.settings.calibrated or entry.plan is None else 0
     widths = entry.plan.experts if entry.plan else f"{entry.method} at {entry.average}"
     return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
 
 
-def _quantize_all(run: Run, found: Sequence[Entry]) -> None:
+def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
     """Write the checkpoints of the entries that take a text or are to be asked tasks, as many at a time as ``jobs``."""
     settings = run.wanted.settings
-    if settings.quantizer != "gptq" and not run.wanted.tasks:
+    if not settings.calibrated and not run.wanted.tasks:
         return
     tasks: dict[Path, QuantizeTask] = {}
     for entry in found:
         folder = _folder(run, entry)
         if entry.plan is not None and not folder.exists():
             label = f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}: {settings.quantizer}"
-            text = run.text(entry.seed) if settings.quantizer == "gptq" else None
+            text = run.text(entry.seed) if settings.calibrated else None
             tasks[folder] = QuantizeTask(label, run.model.folder, entry.plan, folder, settings, text)
     threads = torch.get_num_threads()
     if run.jobs == 1:
@@ -109,23 +109,23 @@ def _quantize_all(run: Run, found: Sequence[Entry]) -> None:
             run.progress.line(f"quantized {count} of {len(tasks)}, {seconds:.0f} s, about {left} left")
 
 
-def _weights(run: Run, decoder: Decoder, entry: Entry) -> Weights:
+def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
     """Return the experts of an entry: of a folder, written here for what no plan holds, or rounded when needed."""
     settings, folder = run.wanted.settings, _folder(run, entry)
-    if entry.plan is not None and (settings.quantizer == "gptq" or run.wanted.tasks):
-        return Quantized(folder)
+    if entry.plan is not None and (settings.calibrated or run.wanted.tasks):
+        return CheckpointWeights(folder)
     if entry.plan is not None:
-        return Rounded(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
+        return RoundedWeights(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
     if not (folder / "model.safetensors.index.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         tokens, bits = run.text(entry.seed).tokens, int(entry.average)
         write_slim(
             decoder, tokens, bits, settings.group_size, settings.linear, settings.min_tokens, folder, run.progress
         )
-    return Dense(folder)
+    return DenseWeights(folder)
 
 
-def _tasks(run: Run, folder: Path) -> dict[str, Any]:
+def _tasks(run: ComparisonRun, folder: Path) -> dict[str, Any]:
     """Return the scores of lm-eval tasks, if any are asked for."""
     if not run.wanted.tasks:
         return {}
@@ -133,15 +133,15 @@ def _tasks(run: Run, folder: Path) -> dict[str, Any]:
     return {"tasks": {f"{entry.task} {entry.metric}": [entry.value, entry.stderr] for entry in found}}
 
 
-def _folder(run: Run, entry: Entry) -> Path:
+def _folder(run: ComparisonRun, entry: Entry) -> Path:
     """Return where an entry's experts are, which ODP does not change."""
     return run.folder / f"model-{key_of(run, replace(entry, odp=0.0))}"
 
 
-def _known(run: Run, key: str) -> dict[str, Any] | None:
+def _known(run: ComparisonRun, key: str) -> dict[str, Any] | None:
     path = run.folder / f"result-{key}.json"
     return read_json(path) if path.is_file() else None
 
 
-def _remember(run: Run, key: str, value: dict[str, Any]) -> None:
+def _remember(run: ComparisonRun, key: str, value: dict[str, Any]) -> None:
     write_json(run.folder / f"result-{key}.json", value)

@@ -58,7 +58,7 @@ class Comparison:
 
 
 @dataclass
-class Run:
+class ComparisonRun:
     """What the parts of a comparison share; ``folder`` holds what a killed run leaves.
 
     ``jobs`` models are quantized at a time.

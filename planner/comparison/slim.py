@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.common.progress import Progress
 from planner.comparison.forward import rounded_linears
@@ -18,6 +18,7 @@ from planner.quantization.quantizers import quantizer_for
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.quantizers.slim import quantize_slim
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT
 from vllm_moeq.format import Linear
 
 SAMPLE = 2048
@@ -83,8 +84,8 @@ def _layer(
         except NotPositiveDefiniteError:
             found = None
         if found is None:
-            quantizer = quantizer_for(bits, "hqq", "sign")
-            found = Expert(*(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices()))
+            quantizer = quantizer_for(bits, DEFAULT, DEFAULT_ONE_BIT)
+            found = ExpertWeights(*(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices()))
         for part, weights, places in routed.chunks(expert, decoder.device):
             routed.add(places, (found.inner(part.float(), decoder.activation) @ found.down.mT) * weights[:, None])
         for projection, matrix in zip(layer.projections.names(), found.matrices(), strict=True):
@@ -92,13 +93,13 @@ def _layer(
     return tensors
 
 
-def _expert(decoder: Decoder, exact: Expert, inputs: torch.Tensor, bits: int, group_size: int) -> Expert:
+def _expert(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int, group_size: int) -> ExpertWeights:
     settings = GptqSettings()
     moments, sample = inputs.mT @ inputs / len(inputs), inputs[:SAMPLE]
     gate, up = (
         quantize_slim(matrix, moments, sample, bits, group_size, settings)[0] for matrix in (exact.gate, exact.up)
     )
-    inner = Expert(gate, up, exact.down).inner(inputs, decoder.activation)
+    inner = ExpertWeights(gate, up, exact.down).inner(inputs, decoder.activation)
     moments = inner.mT @ inner / len(inner)
     down, _ = quantize_slim(exact.down, moments, inner[:SAMPLE], bits, group_size, settings)
-    return Expert(gate, up, down)
+    return ExpertWeights(gate, up, down)

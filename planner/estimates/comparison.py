@@ -9,7 +9,7 @@ from planner.calibration.reading.decoder import compute_dtype
 from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME
-from planner.comparison.request import Run
+from planner.comparison.request import ComparisonRun
 from planner.estimates.evaluation import FILES, LOGITS_BESIDE
 from planner.estimates.memory import FLOAT, Reading, hidden_bytes, reading_ram
 from planner.estimates.needs import Needs
@@ -23,7 +23,7 @@ ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
 """Of a row in table, CSV and JSON, and of the plot."""
 
 
-def compare_needs(run: Run, tokens: int) -> Needs:
+def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
     """Return what a comparison takes at most: methods that choose the same widths share a model.
 
     Args:
@@ -33,7 +33,7 @@ def compare_needs(run: Run, tokens: int) -> Needs:
     wanted, config = run.wanted, run.model.config
     models = sum(_models(run, name) for name in wanted.methods)
     rows = models * (1 + len(wanted.odp))
-    gptq = wanted.settings.quantizer == "gptq"
+    gptq = wanted.settings.calibrated
     text = Reading(wanted.samples, wanted.length, gptq)
     one, passes = _quantizing(run, text if gptq else None), _statistics_passes(run)
     stored = gptq or bool(wanted.tasks)
@@ -53,13 +53,13 @@ def compare_needs(run: Run, tokens: int) -> Needs:
     )
 
 
-def _models(run: Run, name: str) -> int:
+def _models(run: ComparisonRun, name: str) -> int:
     """Return how many models a method leads to."""
     averages = sum(gives(name, average) for average in run.wanted.averages)
     return averages * (run.wanted.seeds if varies(name) else 1)
 
 
-def _quantizing(run: Run, reading: Reading | None) -> Needs:
+def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
     """Return what one model takes: that of the mean budget, all experts alike."""
     wanted = run.wanted
     bits = round(sum(wanted.averages) / len(wanted.averages))
@@ -68,7 +68,7 @@ def _quantizing(run: Run, reading: Reading | None) -> Needs:
     return quantize_needs(run.model, run.layout, experts, sizes, wanted.settings, [run.device], reading)
 
 
-def _statistics_passes(run: Run) -> float:
+def _statistics_passes(run: ComparisonRun) -> float:
     """Return how often calibration texts pass through the model; methods with equal measures share statistics."""
     distinct = {
         (METHODS[name].measures, choices_of(run, name) if METHODS[name].measures else ())
@@ -78,14 +78,14 @@ def _statistics_passes(run: Run) -> float:
     return run.wanted.seeds * sum(passes_of(run.layout, measures) for measures, _ in distinct)
 
 
-def _evaluation_ram(run: Run, tokens: int, states: int) -> int:
+def _evaluation_ram(run: ComparisonRun, tokens: int, states: int) -> int:
     """Return the memory of reading the held-out text: the states of all candidates, and logits."""
     vocabulary = int(text_config(run.model.config).get("vocab_size") or 1)
     logits = LOGITS_BESIDE * FLOAT * vocabulary * min(tokens, head_rows(vocabulary))
     return resident_bytes() + states + (logits if run.device.type == "cpu" else 0)
 
 
-def _making_ram(run: Run, text: Reading, passes: float, quantizing: int) -> int:
+def _making_ram(run: ComparisonRun, text: Reading, passes: float, quantizing: int) -> int:
     """Return the memory of statistics, and of the models that are quantized at a time."""
     own = resident_bytes()
     statistics = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from planner.model.architectures import KEPT
+from planner.model.architectures import EMBEDDINGS
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
@@ -45,7 +45,7 @@ class WeightCounts:
 def count_weights(model: SourceModel, layout: Layout) -> WeightCounts:
     """Count a model's weights by what becomes of them."""
     numbers = {name: info.numel for name, info in model.shards.tensors.items()}
-    embeddings = sum(numbers[name] for name in layout.kept if name.endswith(KEPT))
+    embeddings = sum(numbers[name] for name in layout.kept if name.endswith(EMBEDDINGS))
     return WeightCounts(
         experts=sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers),
         linears=sum(numbers[name] for name in layout.linears),

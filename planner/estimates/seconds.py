@@ -22,8 +22,6 @@ from vllm_moeq.format import WHOLE_ROW
 SIDE = 1024
 """Of the matrices whose product is timed."""
 
-FALLBACK = "hqq"
-
 
 def rounding_seconds(
     layout: Layout, experts: Mapping[str, Sequence[int]], settings: QuantizeSettings, threads: int, device: torch.device
@@ -76,8 +74,7 @@ def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.dev
     """Return the weights that one thread quantizes in a second."""
     rows = max(1, BLOCK_WEIGHTS // columns)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
-    name = FALLBACK if settings.quantizer == "gptq" else settings.quantizer
-    quantizer = quantizer_for(bits, name, settings.one_bit, settings.zero_points)
+    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
     group = columns if settings.group_size == WHOLE_ROW else settings.group_size
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ class _Output:
         return self.last_hidden_state
 
 
-class _Replaying(torch.nn.Module):
+class _StoredOutputs(torch.nn.Module):
     """Stands for all of a model but its head: returns states that were computed before."""
 
     states = torch.empty(0)
@@ -86,7 +86,7 @@ class WholeReader:
         """See :class:`planner.evaluation.reader.Reader`."""
         if self._model is None:
             self._load()
-        replaying = _Replaying()
+        replaying = _StoredOutputs()
         setattr(self._model, self._name, replaying)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class WholeReader:
     def release(self) -> None:
         """See :class:`planner.evaluation.reader.Reader`."""
         if self._base is not None:
-            setattr(self._model, self._name, _Replaying())
+            setattr(self._model, self._name, _StoredOutputs())
         self._base = None
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluationRequest:
     """What to find out of a model.
 
     Attributes:
@@ -110,7 +110,7 @@ class Found:
     tasks: list[TaskResult]
 
 
-def evaluate(wanted: Wanted, partial: PartialRun, progress: Progress) -> Found:
+def evaluate(wanted: EvaluationRequest, partial: PartialRun, progress: Progress) -> Found:
     """Measure what is wanted; continues what a killed run left in the folder of ``partial``, which stays.
 
     Raises:
@@ -133,7 +133,7 @@ def finish(partial: PartialRun) -> None:
     partial.release()
 
 
-def _read(wanted: Wanted, text: Text, folder: Path, progress: Progress) -> TextResult:
+def _read(wanted: EvaluationRequest, text: Text, folder: Path, progress: Progress) -> TextResult:
     ids = read_tokens(wanted.folder, text.content, text.max_tokens, "--data")
     device = torch.device(read_devices(wanted.device)[0])
     with ExitStack() as stack:

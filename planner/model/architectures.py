@@ -191,7 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """``model_type`` of config.json → row."""
 
-KEPT = ("lm_head.weight", "embed_tokens.weight")
+EMBEDDINGS = ("lm_head.weight", "embed_tokens.weight")
 """Weights outside the layers that a size is told for by themselves."""
 
 

@@ -13,19 +13,19 @@ from planner.planning.methods import Method, OrderOptions, Scores
 from planner.planning.request import PlanOptions
 from vllm_moeq.format import UsageError
 
-Slot = tuple[str, int]
+ExpertId = tuple[str, int]
 """An expert: its layer's prefix and its index."""
 
-Widths = dict[Slot, int]
+Widths = dict[ExpertId, int]
 
 
-def ranking_groups(layout: Layout, scope: str) -> list[list[Slot]]:
+def ranking_groups(layout: Layout, scope: str) -> list[list[ExpertId]]:
     """Return the experts that compete with each other: those of a layer, or all of them."""
     layers = [[(layer.prefix, expert) for expert in range(layer.num_experts)] for layer in layout.layers]
-    return layers if scope == "layer" else [[slot for layer in layers for slot in layer]]
+    return layers if scope == "layer" else [[member for layer in layers for member in layer]]
 
 
-def group_budgets(groups: Sequence[Sequence[Slot]], options: PlanOptions) -> list[int]:
+def group_budgets(groups: Sequence[Sequence[ExpertId]], options: PlanOptions) -> list[int]:
     """Return each group's bits: the average times its size, fractions carried on to the next group.
 
     The sum never exceeds the average over all experts, and layers differ by at most one bit.
@@ -38,17 +38,19 @@ def group_budgets(groups: Sequence[Sequence[Slot]], options: PlanOptions) -> lis
     return budgets
 
 
-def rank_slots(slots: Sequence[Slot], method: Method, scores: Scores, options: PlanOptions, index: int) -> list[Slot]:
+def ranked_experts(
+    members: Sequence[ExpertId], method: Method, scores: Scores, options: PlanOptions, index: int
+) -> list[ExpertId]:
     """Order one group's experts, highest precision first."""
     if method.order is None:
-        return list(slots)
-    names = scores[slots[0][0]]
-    merged = {metric: [scores[prefix][metric][expert] for prefix, expert in slots] for metric in names}
+        return list(members)
+    names = scores[members[0][0]]
+    merged = {metric: [scores[prefix][metric][expert] for prefix, expert in members] for metric in names}
     flags = OrderOptions(options.zeta, options.promotion, options.seed + index)
-    return [slots[position] for position in method.order(merged, len(slots), flags)]
+    return [members[position] for position in method.order(merged, len(members), flags)]
 
 
-def assign(ranked: Sequence[Slot], total_bits: int, options: PlanOptions) -> Widths:
+def assign(ranked: Sequence[ExpertId], total_bits: int, options: PlanOptions) -> Widths:
     """Give widths down the order; overridden experts keep theirs and the others share what is left.
 
     Raises:
@@ -65,7 +67,7 @@ def assign(ranked: Sequence[Slot], total_bits: int, options: PlanOptions) -> Wid
 
 
 def solve(
-    slots: Sequence[Slot], total_bits: int, method: Method, tables: Mapping[str, CostTable], options: PlanOptions
+    members: Sequence[ExpertId], total_bits: int, method: Method, tables: Mapping[str, CostTable], options: PlanOptions
 ) -> Widths:
     """Return the widths that cost least; overridden experts keep theirs.
 
@@ -75,7 +77,7 @@ def solve(
         UsageError: overrides that leave less than the lowest width for the others.
     """
     choices = options.bit_choices
-    fixed, free, left = _overridden(slots, total_bits, options)
+    fixed, free, left = _overridden(members, total_bits, options)
     if not free:
         return fixed
     costs = [tables[prefix][expert] for prefix, expert in free]
@@ -97,7 +99,7 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
         raise UsageError(f"--overrides: expected a method for single experts, found {options.resolved_method}")
     prefixes = [layer.prefix for layer in layout.layers]
     sizes = [layer.num_experts for layer in layout.layers]
-    method_costs = method.costs_for(options.quantizer)
+    method_costs = method.costs_for(options.calibrated_quantizer)
     if method_costs is not None:
         tables = method_costs(scores, options.bit_choices)
         costs = [[sum(column) for column in zip(*tables[prefix], strict=True)] for prefix in prefixes]
@@ -107,7 +109,7 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
     else:
         if len(set(sizes)) > 1:
             raise UsageError(f"--method {options.resolved_method}: expected layers of one size, found {sizes} experts")
-        firsts = rank_slots([(prefix, 0) for prefix in prefixes], method, scores, options, 0)
+        firsts = ranked_experts([(prefix, 0) for prefix in prefixes], method, scores, options, 0)
         ranked = [prefix for prefix, _ in firsts]
         counts = level_counts(len(ranked), options.bit_choices, options.avg_bits, options.counts)
         widths = dict(zip(ranked, _descending(counts), strict=True))
@@ -116,15 +118,17 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
     }
 
 
-def _overridden(slots: Sequence[Slot], total_bits: int, options: PlanOptions) -> tuple[Widths, list[Slot], int]:
+def _overridden(
+    members: Sequence[ExpertId], total_bits: int, options: PlanOptions
+) -> tuple[Widths, list[ExpertId], int]:
     """Return the widths that are given, the other experts, and the bits that are left for these."""
-    fixed = {slot: options.overrides[_name(slot)] for slot in slots if _name(slot) in options.overrides}
-    free = [slot for slot in slots if slot not in fixed]
+    fixed = {member: options.overrides[_name(member)] for member in members if _name(member) in options.overrides}
+    free = [member for member in members if member not in fixed]
     left = total_bits - sum(fixed.values())
     low = options.bit_choices[0]
     if left < low * len(free) or (not free and left < 0):
         raise UsageError(
-            f"--overrides: the widths given for {slots[0][0]} leave {left} bits for {len(free)} experts, "
+            f"--overrides: the widths given for {members[0][0]} leave {left} bits for {len(free)} experts, "
             f"less than {low} each; raise --avg-bits or lower an override"
         )
     return fixed, free, left
@@ -134,5 +138,5 @@ def _descending(counts: Mapping[int, int]) -> list[int]:
     return [bits for bits in sorted(counts, reverse=True) for _ in range(counts[bits])]
 
 
-def _name(slot: Slot) -> str:
-    return f"{slot[0]}.{slot[1]}"
+def _name(member: ExpertId) -> str:
+    return f"{member[0]}.{member[1]}"

@@ -12,14 +12,14 @@ from planner.common.memory import peak_bytes, reset_peak
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.plan import Plan, Settings
+from planner.plan import Plan, PlanSettings
 from planner.planning.assign import (
-    Slot,
+    ExpertId,
     Widths,
     assign,
     group_budgets,
     layerwise,
-    rank_slots,
+    ranked_experts,
     ranking_groups,
     solve,
 )
@@ -87,20 +87,20 @@ def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions
     """Give every expert its width, group by group of those that compete."""
     found = _Choice(order={layer.prefix: [] for layer in layout.layers})
     groups = ranking_groups(layout, options.ranking or method.scope)
-    costs = method.costs_for(options.quantizer)
+    costs = method.costs_for(options.calibrated_quantizer)
     tables = costs(scores, options.bit_choices) if costs else {}
-    for index, (slots, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
+    for index, (members, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
         if method.costs is not None:
-            widths = solve(slots, total_bits, method, tables, options)
-            ranked = sorted(slots, key=lambda slot: -widths[slot])
+            widths = solve(members, total_bits, method, tables, options)
+            ranked = sorted(members, key=lambda member: -widths[member])
         else:
-            ranked = rank_slots(slots, method, scores, options, index)
+            ranked = ranked_experts(members, method, scores, options, index)
             widths = assign(ranked, total_bits, options)
         found.widths.update(widths)
         for prefix, expert in ranked:
             found.order[prefix].append(expert)
         if method.promotes:
-            for prefix, expert in promotions(slots, ranked, scores):
+            for prefix, expert in promotions(members, ranked, scores):
                 found.promoted.setdefault(prefix, []).append(expert)
     return found
 
@@ -113,7 +113,7 @@ def _layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOpti
 
 def _objective(method: Method, scores: Scores, experts: Mapping[str, Sequence[int]], options: PlanOptions) -> float:
     """Return the sum of the method's costs over all experts."""
-    costs = method.costs_for(options.quantizer)
+    costs = method.costs_for(options.calibrated_quantizer)
     if costs is None:
         raise ValueError("expected a method with costs")
     tables = costs(scores, options.bit_choices)
@@ -124,16 +124,16 @@ def _objective(method: Method, scores: Scores, experts: Mapping[str, Sequence[in
     )
 
 
-def _settings(method: Method, options: PlanOptions) -> Settings:
+def _settings(method: Method, options: PlanOptions) -> PlanSettings:
     """Record only the flags that had an effect."""
-    return Settings.model_validate(
+    return PlanSettings.model_validate(
         {
             "zeta": options.zeta if method.promotes else None,
             "promotion": options.promotion if method.promotes else None,
             "counts": options.counts if method.order else None,
             "ranking": _scope(method, options),
             "seed": options.seed if method.random else None,
-            "quantizer": options.quantizer if method.gptq_costs else None,
+            "quantizer": options.quantizer if method.calibrated_costs else None,
             "stats": str(options.stats) if options.stats and not options.temporary_stats else None,
             "initial_model": str(options.initial_model) if options.initial_model else None,
             "budget_gib": options.budget_gib,
@@ -147,14 +147,14 @@ def _scope(method: Method, options: PlanOptions) -> str | None:
     return options.ranking or method.scope if ranks else None
 
 
-def promotions(slots: Sequence[Slot], ranked: Sequence[Slot], scores: Scores) -> list[Slot]:
+def promotions(members: Sequence[ExpertId], ranked: Sequence[ExpertId], scores: Scores) -> list[ExpertId]:
     """Return the experts that stand before one of smaller norm: MaxVar moved them up."""
-    norm = {slot: scores[slot[0]]["router_norm"][slot[1]] for slot in slots}
+    norm = {member: scores[member[0]]["router_norm"][member[1]] for member in members}
     moved, smallest = [], math.inf
-    for slot in reversed(ranked):
-        if norm[slot] > smallest:
-            moved.append(slot)
-        smallest = min(smallest, norm[slot])
+    for member in reversed(ranked):
+        if norm[member] > smallest:
+            moved.append(member)
+        smallest = min(smallest, norm[member])
     return moved[::-1]
 
 

@@ -42,7 +42,7 @@ class Method:
         measures: what a calibration run has to find out besides, rows of ``planner.calibration.measures.MEASURES``.
         order: of experts, highest precision first; widths are given down it by counts.
         costs: of each width of each expert; the cheapest choice within the budget is solved for.
-        gptq_costs: the same where GPTQ will find the codes, if that makes a difference.
+        calibrated_costs: the same where a quantizer with calibration will find the codes, if that makes a difference.
         kept_widths: with costs: at least one expert at each of so many highest widths.
         scope: who competes, unless ``--ranking`` says otherwise.
         layerwise: all experts of a layer get one width; scores of a layer are those of its first expert, costs sums.
@@ -57,7 +57,7 @@ class Method:
     measures: tuple[str, ...] = ()
     order: Order | None = None
     costs: Costs | None = None
-    gptq_costs: Costs | None = None
+    calibrated_costs: Costs | None = None
     kept_widths: int = 0
     scope: Scope = "layer"
     layerwise: bool = False
@@ -66,9 +66,9 @@ class Method:
     choices: tuple[int, ...] = (1, 2, 3)
     only_compared: str | None = None
 
-    def costs_for(self, quantizer: str) -> Costs | None:
-        """Return the costs under a quantizer."""
-        return self.gptq_costs if quantizer == "gptq" and self.gptq_costs is not None else self.costs
+    def costs_for(self, calibrated: bool) -> Costs | None:
+        """Return the costs where the quantizer reads a text, or where it does not."""
+        return self.calibrated_costs if calibrated and self.calibrated_costs is not None else self.costs
 
     @property
     def calibrated(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from planner.model.layout import Layout
 from planner.planning.methods import METHODS, OURS, PAPER
+from planner.quantization.quantizers.table import DEFAULT, QUANTIZERS
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 
@@ -34,9 +35,14 @@ class PlanOptions:
     budget_gib: float | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
-    quantizer: str = "hqq"
+    quantizer: str = DEFAULT
     ranked: bool = True
     calibrated: bool = False
+
+    @property
+    def calibrated_quantizer(self) -> bool:
+        """Whether the quantizer that will find the codes reads a text."""
+        return QUANTIZERS[self.quantizer].calibrated
 
     @property
     def resolved_method(self) -> str:

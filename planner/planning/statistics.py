@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.collect import Wanted, collect
+from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.calibration.statistics import json_path
@@ -55,7 +55,7 @@ def with_statistics(
         yield options
         return
     facts = calibration_facts(text, device)
-    wanted = Wanted(method.measures, options.bit_choices, options.seed)
+    wanted = StatisticsRequest(method.measures, options.bit_choices, options.seed)
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "statistics.safetensors"
         if output is not None:
@@ -67,7 +67,7 @@ def with_statistics(
         _remove(path)
 
 
-def _usable(path: Path, model: SourceModel, facts: Mapping[str, Any], wanted: Wanted, resume: bool) -> bool:
+def _usable(path: Path, model: SourceModel, facts: Mapping[str, Any], wanted: StatisticsRequest, resume: bool) -> bool:
     """Tell whether an earlier run left what this one needs.
 
     Raises:

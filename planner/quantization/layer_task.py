@@ -144,7 +144,7 @@ def quantize_expert(
     for projection in layer.projections.names():
         name = layer.weight(expert, projection)
         matrices[projection] = quantize_rows(threads, model, name, quantizer, bits, settings.group_size)
-    return pack_expert(layer, expert, bits, matrices, settings.quantizer_of(bits))
+    return pack_expert(layer, expert, bits, matrices, settings.without_text(bits))
 
 
 def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class _Read(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-class Source(_Read):
+class SourceRecord(_Read):
     """The model that was quantized: Hub name or folder name, commit on the Hub, bytes of its tensors, licence."""
 
     name: Text
@@ -49,7 +49,7 @@ class Source(_Read):
     license_link: Text | None = None
 
 
-class Calibration(_Read):
+class CalibrationRecord(_Read):
     """The text that was read: ``sequences`` × ``seq_len`` tokens."""
 
     data: Text
@@ -58,7 +58,7 @@ class Calibration(_Read):
     seq_len: int
 
 
-class Gptq(_Read):
+class GptqRecord(_Read):
     """How GPTQ worked; see :class:`planner.quantization.quantizers.gptq.GptqSettings`."""
 
     damping: float
@@ -68,15 +68,15 @@ class Gptq(_Read):
     search: Text
 
 
-class Settings(_Read):
+class SettingsRecord(_Read):
     """What decided the output besides the plan, where config.json does not tell; see ``QuantizeSettings``."""
 
     zero_points: Text = "float"
     min_tokens: int = 64
-    gptq: Gptq | None = None
+    gptq: GptqRecord | None = None
 
 
-class Expert(_Read):
+class ExpertRecord(_Read):
     """How well one expert survived; see :class:`planner.quantization.packed.ExpertReport`."""
 
     expert: Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
@@ -86,11 +86,11 @@ class Expert(_Read):
     output_error: float | None = None
 
 
-class Layer(_Read):
+class LayerRecord(_Read):
     """The experts of one layer."""
 
     prefix: Text
-    experts: Annotated[list[Expert], Field(fail_fast=True, max_length=MAX_EXPERTS)]
+    experts: Annotated[list[ExpertRecord], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
 
 class Recorded(_Read):
@@ -98,12 +98,12 @@ class Recorded(_Read):
 
     quantizer: Text | None = None
     one_bit: Text | None = None
-    layers: Annotated[list[Layer], Field(fail_fast=True, max_length=MAX_LAYERS)] = Field(default_factory=list)
-    calibration: Calibration | None = None
-    settings: Settings = Field(default_factory=Settings)
-    source: Source | None = None
+    layers: Annotated[list[LayerRecord], Field(fail_fast=True, max_length=MAX_LAYERS)] = Field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    settings: SettingsRecord = Field(default_factory=SettingsRecord)
+    source: SourceRecord | None = None
 
-    def experts(self, prefix: str) -> dict[int, Expert]:
+    def experts(self, prefix: str) -> dict[int, ExpertRecord]:
         """Return the experts of a layer by index; none where the file has no such layer."""
         return {entry.expert: entry for layer in self.layers if layer.prefix == prefix for entry in layer.experts}
 

@@ -21,7 +21,7 @@ from planner.plan import Plan
 from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
 from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
-from planner.quantization.runners import KEPT, InlineRunner, Runner, Work
+from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
 from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
@@ -125,7 +125,7 @@ def quantize(
     except BaseException as error:
         writer.abandon()
         if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
-            progress.line(f"interrupted; {KEPT}")
+            progress.line(f"interrupted; {CONTINUES}")
         raise
     return sizes
 

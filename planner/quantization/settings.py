@@ -7,8 +7,9 @@ from typing import Any
 
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.quantization.quantizers import ZeroPoints, linear_group_size
+from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
 
 
@@ -28,8 +29,8 @@ class QuantizeSettings:
     A new field needs nothing else to take part in the fingerprint of a run.
     """
 
-    quantizer: str = "hqq"
-    one_bit: str = "sign"
+    quantizer: str = DEFAULT
+    one_bit: str = DEFAULT_ONE_BIT
     group_size: int = 128
     linear: Linear = field(default_factory=lambda: Linear(bits=4))
     zero_points: ZeroPoints = "float"
@@ -40,9 +41,14 @@ class QuantizeSettings:
         """Return the fields as JSON values."""
         return {**asdict(self), "linear": self.linear.model_dump(mode="json")}
 
-    def quantizer_of(self, bits: int) -> str:
-        """Return the name of the quantizer that a width asks for."""
-        return self.one_bit if bits == 1 else self.quantizer
+    @property
+    def calibrated(self) -> bool:
+        """Whether the quantizer reads a text."""
+        return QUANTIZERS[self.quantizer].calibrated
+
+    def without_text(self, bits: int) -> str:
+        """Return the name of the quantizer that takes an expert of this width by its weights alone."""
+        return self.one_bit if bits == 1 else QUANTIZERS[self.quantizer].fallback or self.quantizer
 
 
 def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:

@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CheckpointSizes:
     """Bytes of all tensors by part, of the same tensors in 16 bits, and of the source's where that is recorded."""
 
     parts: tuple[Part, ...]
@@ -104,7 +104,7 @@ class Facts:
     recorded: Recorded
     evaluations: Evaluations
     layers: tuple[LayerFacts, ...]
-    sizes: Sizes
+    sizes: CheckpointSizes
     average_bits: float
 
     @property
@@ -198,7 +198,7 @@ def _labels(prefixes: Sequence[str]) -> list[str]:
     return [f"{prefix.split('.')[0]} {number}" for prefix, number in zip(prefixes, numbers, strict=True)]
 
 
-def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Sizes:
+def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> CheckpointSizes:
     codes: Counter[int] = Counter()
     metadata = half = 0
     names: set[str] = set()
@@ -222,7 +222,7 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Sizes:
     if linears:
         parts.append(Part(f"other linears, {config.linear.bits} bits", linears))
     parts.append(Part("routers, embeddings, norms and other tensors, as in the source", kept))
-    return Sizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)
+    return CheckpointSizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)
 
 
 def _base(matrix: ExpertMatrix) -> str:

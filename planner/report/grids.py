@@ -12,7 +12,7 @@ from planner.model.architectures import find_architecture
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.planning.scores import METRICS, READERS
-from planner.quantization.record import Expert
+from planner.quantization.record import ExpertRecord
 from planner.quantization.rows import open_threads
 from planner.report.facts import Facts
 from planner.sensitivity import router_norm
@@ -23,7 +23,7 @@ Values = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
-class Grid:
+class ValueMap:
     """One quantity.
 
     Attributes:
@@ -42,14 +42,14 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Grids:
+class ValueMaps:
     """What is known, and for everything else a line that says how to get it."""
 
-    known: tuple[Grid, ...]
+    known: tuple[ValueMap, ...]
     missing: tuple[str, ...]
 
 
-def collect_grids(facts: Facts, source: SourceModel | None = None) -> Grids:
+def collect_maps(facts: Facts, source: SourceModel | None = None) -> ValueMaps:
     """Return every quantity that the folder, or with it the source model, tells.
 
     Args:
@@ -59,10 +59,10 @@ def collect_grids(facts: Facts, source: SourceModel | None = None) -> Grids:
     Raises:
         MoeqError: a source of other layers, a router that is damaged.
     """
-    known: list[Grid] = []
+    known: list[ValueMap] = []
     missing: list[str] = []
 
-    def add(grid: Grid, otherwise: str) -> None:
+    def add(grid: ValueMap, otherwise: str) -> None:
         if any(value is not None for row in grid.values for value in row):
             known.append(grid)
         else:
@@ -70,31 +70,31 @@ def collect_grids(facts: Facts, source: SourceModel | None = None) -> Grids:
 
     add(_norms(facts), "the architecture’s routers are not known")
     add(
-        Grid("max_var", "MaxVar", "largest variance of a neuron’s input weights", "", _variances(facts, source)),
+        ValueMap("max_var", "MaxVar", "largest variance of a neuron’s input weights", "", _variances(facts, source)),
         "the method did not need it; moeq report DIR --model SOURCE computes it from the source model",
     )
     add(
-        Grid("tokens", "Routed tokens", "calibration tokens that chose the expert", "tokens", _tokens(facts)),
+        ValueMap("tokens", "Routed tokens", "calibration tokens that chose the expert", "tokens", _tokens(facts)),
         "nothing was calibrated; moeq quantize --data TEXT counts them",
     )
     errors = _of_experts(facts, lambda entry: _percent(entry.relative_error))
     add(
-        Grid("relative_error", "Error of weights", "‖W − Ŵ‖ / ‖W‖ over the expert’s matrices", "%", errors),
+        ValueMap("relative_error", "Error of weights", "‖W − Ŵ‖ / ‖W‖ over the expert’s matrices", "%", errors),
         "the folder has no quantization_report.json",
     )
     errors = _of_experts(facts, lambda entry: _percent(entry.output_error))
     add(
-        Grid("output_error", "Error of outputs", "‖Y − Ŷ‖ / ‖Y‖ on its calibration tokens", "%", errors),
+        ValueMap("output_error", "Error of outputs", "‖Y − Ŷ‖ / ‖Y‖ on its calibration tokens", "%", errors),
         "GPTQ measures it; moeq quantize --data TEXT",
     )
-    return Grids(tuple(known), tuple(missing))
+    return ValueMaps(tuple(known), tuple(missing))
 
 
-def _norms(facts: Facts) -> Grid:
+def _norms(facts: Facts) -> ValueMap:
     values = _from_plan(facts, "router_norm")
     change = facts.plan is not None and facts.plan.settings.initial_model is not None and values is not None
     meaning = "change of ‖w‖₂ of the router’s row in training" if change else "‖w‖₂ of the router’s row"
-    return Grid("router_norm", "Router norm", meaning, "", values or _router_norms(facts))
+    return ValueMap("router_norm", "Router norm", meaning, "", values or _router_norms(facts))
 
 
 def _router_norms(facts: Facts) -> Values:
@@ -141,7 +141,7 @@ def _from_plan(facts: Facts, name: str) -> Values | None:
     return tuple(map(_finite, rows))
 
 
-def _of_experts(facts: Facts, value: Callable[[Expert], float | None]) -> Values:
+def _of_experts(facts: Facts, value: Callable[[ExpertRecord], float | None]) -> Values:
     result = []
     for layer in facts.layers:
         entries = facts.recorded.experts(layer.prefix)

@@ -8,7 +8,7 @@ from html import escape
 
 from planner.report.facts import Facts, LayerFacts
 from planner.report.geometry import Geometry
-from planner.report.grids import Grid
+from planner.report.grids import ValueMap
 from planner.report.scale import STEPS, Scale, number, power_of_ten, superscript
 
 Cell = tuple[int, int]
@@ -39,7 +39,7 @@ def width_map(facts: Facts, room: int) -> str:
     return _svg(shape, layers, "".join(parts), "Bits per expert: experts from left to right, layers downwards")
 
 
-def value_map(facts: Facts, grid: Grid, room: int) -> str:
+def value_map(facts: Facts, grid: ValueMap, room: int) -> str:
     """Return the map of one quantity with the same cells, and its legend."""
     layers = facts.layers
     shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 22), 600)

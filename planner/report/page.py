@@ -23,7 +23,7 @@ from planner.report.command_lines import (
     unserved,
 )
 from planner.report.facts import Facts
-from planner.report.grids import Grids
+from planner.report.grids import ValueMaps
 from planner.report.heatmap import value_map, width_map
 from planner.report.palette import DARK, LIGHT, css_classes, css_variables
 from planner.report.scale import number
@@ -42,7 +42,7 @@ LAYERS_OPEN = 16
 """Up to so many rows the table of layers is unfolded."""
 
 
-def render(facts: Facts, grids: Grids) -> str:
+def render(facts: Facts, grids: ValueMaps) -> str:
     """Return the page; everything that comes from the checkpoint is escaped."""
     css = _style()
     script = _asset("tooltip.js")
@@ -141,7 +141,7 @@ def _reasons(facts: Facts) -> str:
     return f'<p class="note">Fallbacks by reason: {escape(lines)}.</p>' if lines else ""
 
 
-def _maps(facts: Facts, grids: Grids) -> str:
+def _maps(facts: Facts, grids: ValueMaps) -> str:
     _, name, room = next(row for row in COLUMNS if facts.most_experts <= row[0])
     figures = "".join(
         f'<figure><h3>{escape(grid.title)}</h3><p class="meaning">{escape(grid.meaning)}</p>'
@@ -195,7 +195,7 @@ def _commands(facts: Facts) -> str:
     return _section("Commands", "<br>", blocks, why)
 
 
-def _values(facts: Facts, grids: Grids) -> str:
+def _values(facts: Facts, grids: ValueMaps) -> str:
     """Return what the tooltips say, as JSON that cannot end its element."""
     notes: dict[str, list[str]] = {}
     for index, layer in enumerate(facts.layers):

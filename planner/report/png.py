@@ -11,7 +11,7 @@ from planner.common.units import size
 from planner.output.files import atomic
 from planner.report.facts import Facts
 from planner.report.files import picture
-from planner.report.grids import Grid, Grids
+from planner.report.grids import ValueMap, ValueMaps
 from planner.report.palette import LIGHT, ink_on
 from planner.report.scale import STEPS, Scale, number
 
@@ -24,7 +24,7 @@ NUMBERED = 64
 """Experts per layer up to which cells hold their number."""
 
 
-def draw(facts: Facts, grids: Grids, page: Path) -> list[Path]:
+def draw(facts: Facts, grids: ValueMaps, page: Path) -> list[Path]:
     """Write ``<page>-widths.png`` and, where there is any quantity, ``<page>-experts.png``; return their paths.
 
     Raises:
@@ -102,7 +102,7 @@ def _mark(axes: Axes, facts: Facts, promoted: bool, marker: str, label: str) -> 
     return axes.scatter(x, y, marker=marker, s=side**2, color="black", edgecolors="white", linewidths=edge, label=label)
 
 
-def _experts(facts: Facts, grids: Grids) -> Figure:
+def _experts(facts: Facts, grids: ValueMaps) -> Figure:
     from matplotlib.figure import Figure
 
     columns = 1 if facts.most_experts > NUMBERED else min(3, len(grids.known))
@@ -116,7 +116,7 @@ def _experts(facts: Facts, grids: Grids) -> Figure:
     return figure
 
 
-def _quantity(axes: Axes, facts: Facts, grid: Grid) -> None:
+def _quantity(axes: Axes, facts: Facts, grid: ValueMap) -> None:
     from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
     scale = Scale.of([value for row in grid.values for value in row if value is not None])

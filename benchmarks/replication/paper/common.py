@@ -18,7 +18,7 @@ from planner.comparison.compare import Row, rows_of
 from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
-from planner.comparison.request import Comparison, Run
+from planner.comparison.request import Comparison, ComparisonRun
 from planner.evaluation.perplexity import read_text
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
@@ -95,7 +95,7 @@ class Bench:
         self.progress = Progress()
         initial = model.folder / "initial-router"
         self.initial = initial if initial.is_dir() else None
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, ComparisonRun] = {}
 
     def some(self, averages: Sequence[str]) -> tuple[Fraction, ...]:
         """Return the averages as exact fractions; two of them if it has to be quick."""
@@ -119,7 +119,7 @@ class Bench:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def run(self, settings: QuantizeSettings | None = None) -> Run:
+    def run(self, settings: QuantizeSettings | None = None) -> ComparisonRun:
         """Return the run of some settings; its folder keeps every score, so that parts share models."""
         settings = settings or self.settings()
         digest = self.fingerprint(settings)
@@ -130,7 +130,7 @@ class Bench:
                 (), (), THREE_LEVELS, settings, str(asked.data), asked.samples, asked.length,
                 window=asked.window, max_tokens=asked.max_tokens,
             )  # fmt: skip
-            self._runs[digest] = Run(self.model, self.layout, wanted, folder, self.device, self.progress)
+            self._runs[digest] = ComparisonRun(self.model, self.layout, wanted, folder, self.device, self.progress)
         return self._runs[digest]
 
     def compared(self, methods: Iterable[str], averages: Sequence[Fraction], seeds: int = 1) -> list[Entry]:

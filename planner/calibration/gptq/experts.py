@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
@@ -17,9 +17,6 @@ from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError
-
-FALLBACK = "hqq"
-"""Quantizer of experts that calibration says too little about."""
 
 
 class UnusableError(Exception):
@@ -46,7 +43,7 @@ class CalibratedExpert:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertQuantizer:
     """The experts of one layer and what they see.
 
     Attributes:
@@ -74,7 +71,9 @@ class Experts:
         moments = torch.stack([_moments(x for x, _, _ in self.routed.chunks(expert, device)) for expert in batch])
         first = self._solve(both, moments, bits)
         gates, ups = ([_rows(q, part) for q in first] for part in (slice(0, rows), slice(rows, None)))
-        halves = [Expert(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)]
+        halves = [
+            ExpertWeights(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)
+        ]
         moments = torch.stack(
             [_moments(self._inner(half, expert, device)) for half, expert in zip(halves, batch, strict=True)]
         )
@@ -88,12 +87,12 @@ class Experts:
         Raises:
             CheckpointError: a weight that is not finite.
         """
-        quantizer = quantizer_for(bits, FALLBACK, self.settings.one_bit, self.settings.zero_points)
+        quantizer = quantizer_for(bits, self.settings.quantizer, self.settings.one_bit, self.settings.zero_points)
         exact = self._load(expert, device)
         gate, up, down = (quantizer(weight, bits, self.settings.group_size) for weight in exact.matrices())
         return self._result(expert, exact, (gate, up, down), device, reason)
 
-    def _load(self, expert: int, device: torch.device) -> Expert:
+    def _load(self, expert: int, device: torch.device) -> ExpertWeights:
         found = load_expert(self.decoder.model, self.layer, expert, device, torch.float32)
         for projection, weight in zip(self.layer.projections.names(), found.matrices(), strict=True):
             if not bool(torch.isfinite(weight).all()):
@@ -102,7 +101,7 @@ class Experts:
                 raise CheckpointError(f"{path}: tensor {name}: expected finite weights, found NaN or infinity")
         return found
 
-    def _inner(self, half: Expert, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
+    def _inner(self, half: ExpertWeights, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
         """Yield the inputs of an expert's down projection."""
         for inputs, _, _ in self.routed.chunks(expert, device):
             yield half.inner(inputs.float(), self.decoder.activation)
@@ -121,13 +120,13 @@ class Experts:
     def _result(
         self,
         expert: int,
-        exact: Expert,
+        exact: ExpertWeights,
         matrices: tuple[Quantized, Quantized, Quantized],
         device: torch.device,
         fallback: str | None = None,
     ) -> CalibratedExpert:
         """Run the quantized expert on its tokens, and the exact one beside it."""
-        quantized = Expert(*(matrix.dequantize() for matrix in matrices))
+        quantized = ExpertWeights(*(matrix.dequantize() for matrix in matrices))
         activation = self.decoder.activation
         outputs, tokens, difference, size = [], 0, 0.0, 0.0
         for inputs, weights, places in self.routed.chunks(expert, device):

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from planner.calibration.gptq.experts import CalibratedExpert, Experts, UnusableError
+from planner.calibration.gptq.experts import CalibratedExpert, ExpertQuantizer, UnusableError
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
@@ -50,7 +50,7 @@ def quantize_layer(
     counts = [int((routed.ids == expert).sum()) for expert in range(layer.num_experts)]
     batches: deque[list[int]] = deque([expert] for expert, tokens in enumerate(counts) if tokens < settings.min_tokens)
     batches.extend(_batches(layer, widths, counts, settings.min_tokens, devices[0]))
-    math = Experts(decoder, layer, routed, settings)
+    math = ExpertQuantizer(decoder, layer, routed, settings)
 
     def work(batch: list[int], device: torch.device) -> list[tuple[int, CalibratedExpert]]:
         bits = widths[batch[0]]

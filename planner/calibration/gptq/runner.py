@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.gptq.experts import FALLBACK
 from planner.calibration.gptq.layer import quantize_layer
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates, remove_hidden
@@ -21,7 +20,7 @@ from planner.model.source import SourceModel
 from planner.quantization.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.rows import open_threads
-from planner.quantization.runners.base import KEPT, Work
+from planner.quantization.runners.base import CONTINUES, Work
 from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
 
 
@@ -44,7 +43,7 @@ class GptqRunner:
     def run(self, work: Work) -> Generator[Finished, None, None]:
         """See :class:`planner.quantization.runners.base.Runner`; layers come in order."""
         *layers, rest = work.tasks
-        with explained_if_out_of_memory(f"on {self.devices[0].type}; {KEPT}; fewer --jobs take less"):
+        with explained_if_out_of_memory(f"on {self.devices[0].type}; {CONTINUES}; fewer --jobs take less"):
             if any(task in work.pending for task in layers):
                 yield from self._layers(layers, work.pending, rest.shard.parent)
             if rest in work.pending:
@@ -86,10 +85,8 @@ class GptqRunner:
             found = quantize_layer(decoder, task.layer, task.widths, routed, task.settings, self.devices)
             for expert, result in found:
                 bits = task.widths[expert]
-                name = task.settings.quantizer if result.fallback is None else FALLBACK
-                if result.fallback is not None and bits == 1:
-                    name = task.settings.one_bit
-                more, report = pack_expert(task.layer, expert, bits, result.matrices, name, result.fallback)
+                named = task.settings.quantizer if result.fallback is None else task.settings.without_text(bits)
+                more, report = pack_expert(task.layer, expert, bits, result.matrices, named, result.fallback)
                 tensors.update(more)
                 error = None if result.output_error is None else round(result.output_error, 6)
                 reports[expert] = replace(report, tokens=result.tokens, output_error=error)

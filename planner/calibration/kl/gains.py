@@ -6,7 +6,7 @@ import torch
 
 from planner.calibration.kl.rounding import group_size, rounded
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, route
 from planner.model.layout import MoeLayer
@@ -73,7 +73,7 @@ def _errors(
     return found
 
 
-def _gptq(decoder: Decoder, exact: Expert, inputs: torch.Tensor, bits: int) -> Expert:
+def _gptq(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int) -> ExpertWeights:
     """Quantize one expert: gate and up first, then down on what the quantized ones produce."""
     size, settings = group_size(exact), GptqSettings()
 
@@ -82,5 +82,5 @@ def _gptq(decoder: Decoder, exact: Expert, inputs: torch.Tensor, bits: int) -> E
         return quantize_gptq(weight[None], moments[None], bits, size, settings, "float")[0].dequantize()
 
     gate, up = solve(torch.cat((exact.gate, exact.up)), inputs).split(len(exact.gate))
-    inner = Expert(gate, up, exact.down).inner(inputs, decoder.activation)
-    return Expert(gate, up, solve(exact.down, inner))
+    inner = ExpertWeights(gate, up, exact.down).inner(inputs, decoder.activation)
+    return ExpertWeights(gate, up, solve(exact.down, inner))

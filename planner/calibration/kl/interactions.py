@@ -67,12 +67,12 @@ def with_interactions(
 def _plan(costs: Mapping[int, Table]) -> dict[int, list[int]]:
     """Return the cheapest widths at the operating point, by layer index."""
     choices = sorted(next(iter(costs.values())))
-    slots = [(index, expert) for index, table in costs.items() for expert in range(len(table[choices[0]]))]
-    table = [[float(costs[index][bits][expert]) for bits in choices] for index, expert in slots]
+    members = [(index, expert) for index, table in costs.items() for expert in range(len(table[choices[0]]))]
+    table = [[float(costs[index][bits][expert]) for bits in choices] for index, expert in members]
     average = choices[0] + OPERATING_POINT * (choices[-1] - choices[0])
-    chosen = solve_budget(table, choices, math.floor(average * len(slots)))
+    chosen = solve_budget(table, choices, math.floor(average * len(members)))
     plan: dict[int, list[int]] = {}
-    for (index, _), bits in zip(slots, chosen, strict=True):
+    for (index, _), bits in zip(members, chosen, strict=True):
         plan.setdefault(index, []).append(bits)
     return plan
 

@@ -14,7 +14,7 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Expert:
+class ExpertWeights:
     """down(activation(gate(x)) · up(x)).
 
     Attributes:
@@ -38,7 +38,7 @@ class Expert:
 
 def load_expert(
     model: SourceModel, layer: MoeLayer, expert: int, device: torch.device, dtype: torch.dtype | None = None
-) -> Expert:
+) -> ExpertWeights:
     """Read an expert's three matrices."""
     names = (layer.weight(expert, projection) for projection in layer.projections.names())
-    return Expert(*(model.shards.map(name).to(device, dtype) for name in names))
+    return ExpertWeights(*(model.shards.map(name).to(device, dtype) for name in names))

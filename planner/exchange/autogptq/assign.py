@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from planner.exchange.autogptq.read import GptqCheckpoint, Module
-from planner.model.architectures import KEPT
+from planner.model.architectures import EMBEDDINGS
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -14,7 +14,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
-class Experts:
+class AssignedExperts:
     """The routed experts of a checkpoint.
 
     Attributes:
@@ -40,7 +40,7 @@ class Linears:
     """Our name → why."""
 
 
-def assign_experts(checkpoint: GptqCheckpoint) -> Experts:
+def assign_experts(checkpoint: GptqCheckpoint) -> AssignedExperts:
     """Find every expert of every MoE layer.
 
     Raises:
@@ -69,7 +69,7 @@ def assign_experts(checkpoint: GptqCheckpoint) -> Experts:
         raise CheckpointError(f"{model.folder}: expected quantized experts such as {row.prefix(0)}.0, found none")
     weights = sum(module.rows * module.columns for module in found.values())
     average = sum(module.rows * module.columns * module.bits for module in found.values()) / weights
-    return Experts(widths, _group_size(checkpoint, found), set(found), average)
+    return AssignedExperts(widths, _group_size(checkpoint, found), set(found), average)
 
 
 def _module(checkpoint: GptqCheckpoint, name: str) -> Module:
@@ -102,7 +102,7 @@ def _group_size(checkpoint: GptqCheckpoint, modules: dict[str, Module]) -> int:
     return size
 
 
-def assign_linears(checkpoint: GptqCheckpoint, experts: Experts) -> Linears:
+def assign_linears(checkpoint: GptqCheckpoint, experts: AssignedExperts) -> Linears:
     """Keep symmetric linears of 4 or 8 bits packed, if they share one format; the others get dequantized.
 
     Where formats differ, the one of most linears stays.
@@ -126,7 +126,7 @@ def assign_linears(checkpoint: GptqCheckpoint, experts: Experts) -> Linears:
 
 def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
     """Return why a linear has no packed form of ours, or None."""
-    if f"{name}.weight".endswith(KEPT):
+    if f"{name}.weight".endswith(EMBEDDINGS):
         return "embeddings and lm_head are not packed"
     if module.bits not in (4, 8):
         return f"linears of {module.bits} bits are not packed"

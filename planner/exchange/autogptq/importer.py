@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from planner.common.progress import Progress
-from planner.exchange.autogptq.assign import Experts, Linears, assign_experts, assign_linears
+from planner.exchange.autogptq.assign import AssignedExperts, Linears, assign_experts, assign_linears
 from planner.exchange.autogptq.layout import QWEIGHT, SCALES, decode
 from planner.exchange.autogptq.read import GptqCheckpoint, Module, read_gptq
 from planner.model.hub import companions
@@ -61,7 +61,7 @@ def _say(linears: Linears, progress: Progress) -> None:
         progress.line(f"{members[0]}{more}: dequantized, since {reason}")
 
 
-def _config(checkpoint: GptqCheckpoint, experts: Experts, linears: Linears) -> MoeqConfig:
+def _config(checkpoint: GptqCheckpoint, experts: AssignedExperts, linears: Linears) -> MoeqConfig:
     row, shards = checkpoint.row, checkpoint.model.shards
     plain = {
         name.removesuffix(".weight")
@@ -92,7 +92,9 @@ def _config(checkpoint: GptqCheckpoint, experts: Experts, linears: Linears) -> M
     return parse_config(config, str(checkpoint.model.folder))
 
 
-def _shard(checkpoint: GptqCheckpoint, shard: str, experts: Experts, linears: Linears) -> dict[str, torch.Tensor]:
+def _shard(
+    checkpoint: GptqCheckpoint, shard: str, experts: AssignedExperts, linears: Linears
+) -> dict[str, torch.Tensor]:
     """Return our tensors for one shard: those of the linears whose ``qweight`` is in it, and the others in it."""
     shards = checkpoint.model.shards
     result: dict[str, torch.Tensor] = {}

@@ -10,7 +10,7 @@ def _method(measure: str, name: str) -> Method:
     return Method(
         measures=(measure,),
         costs=measured(name),
-        gptq_costs=measured(f"{name}_gptq"),
+        calibrated_costs=measured(f"{name}_gptq"),
         scope="global",
         choices=CHOICES,
     )

@@ -13,7 +13,7 @@ from planner.common.memory import out_of_memory
 from planner.quantization.layer_task import Finished, LayerTask
 from vllm_moeq.format import MoeqError
 
-KEPT = "finished layers are kept, and the same command continues behind them"
+CONTINUES = "finished layers are kept, and the same command continues behind them"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def attempt(task: Task[Result], threads: int, device: str) -> Result | Failure:
         return Failure(task.label, str(error), expected=True)
     except Exception as error:
         if out_of_memory(error):
-            return Failure(task.label, f"{task.label}: not enough memory on {device}; {KEPT}", expected=True)
+            return Failure(task.label, f"{task.label}: not enough memory on {device}; {CONTINUES}", expected=True)
         return Failure(task.label, traceback.format_exc(), expected=False)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from planner.common.memory import return_large_blocks
 from planner.quantization.layer_task import Finished
-from planner.quantization.runners.base import KEPT, Failure, Result, Task, Work, attempt, checked
+from planner.quantization.runners.base import CONTINUES, Failure, Result, Task, Work, attempt, checked
 from vllm_moeq.format import MoeqError
 
 SECONDS_TO_STOP = 5.0
@@ -101,7 +101,7 @@ class _Worker:
             how += " (out of memory? fewer --jobs take less)" if code == -signal.SIGKILL else ""
         else:
             how = f"ended with status {code}"
-        return f"{task.label}: its process {how}; {KEPT}"
+        return f"{task.label}: its process {how}; {CONTINUES}"
 
     def stop(self) -> None:
         """End the process at once: shards are written atomically."""

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from planner.quantization.layer_task import Finished, LayerTask
-from planner.quantization.runners.base import KEPT, Failure, Work, attempt, checked
+from planner.quantization.runners.base import CONTINUES, Failure, Work, attempt, checked
 from vllm_moeq.format import MoeqError, UsageError
 
 
@@ -63,7 +63,7 @@ class RayRunner:
                         outcome: Finished | Failure = ray.get(ready)
                     except ray.exceptions.RayError as error:
                         why = type(error).__name__
-                        raise MoeqError(f"{task.label}: its Ray worker is gone ({why}); {KEPT}") from None
+                        raise MoeqError(f"{task.label}: its Ray worker is gone ({why}); {CONTINUES}") from None
                     yield checked(outcome)
         finally:
             for reference in running:

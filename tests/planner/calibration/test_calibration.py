@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert, load_expert
+from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text, documents
@@ -173,7 +173,7 @@ class TestStatistics:
             exact = load_expert(model, layer, busiest, CPU, torch.float32)
             before = routed.outputs.clone()
             for bits, quantizer in ((1, quantize_sign), (2, quantize_rtn)):
-                changed = Expert(*(quantizer(weight, bits, 128).dequantize() for weight in exact.matrices()))
+                changed = ExpertWeights(*(quantizer(weight, bits, 128).dequantize() for weight in exact.matrices()))
                 routed.outputs.copy_(before)
                 for expert, sign in ((exact, -1.0), (changed, 1.0)):
                     for inputs, share, places in routed.chunks(busiest, CPU):

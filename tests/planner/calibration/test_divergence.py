@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from planner.calibration.collect import Wanted, collect
+from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.kl.measured import measure_divergence
 from planner.calibration.kl.rounding import rounded
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert
+from planner.calibration.reading.expert import ExpertWeights
 from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text
 from planner.calibration.statistics import LayerStatistics, observe
@@ -41,7 +41,7 @@ def in_memory(folder: Path, tokens: torch.Tensor, variants: list[tuple[int, int,
             fused = experts.gate_up_proj[expert], experts.down_proj[expert]
             before = [matrix.clone() for matrix in fused]
             gate, up = before[0].float().chunk(2)
-            other = rounded(Expert(gate, up, before[1].float()), bits)
+            other = rounded(ExpertWeights(gate, up, before[1].float()), bits)
             fused[0].copy_(torch.cat((other.gate, other.up)))
             fused[1].copy_(other.down)
             changed = model(input_ids=tokens).logits.log_softmax(dim=-1)
@@ -80,7 +80,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """What both measures say of 3,072 tokens."""
     folder, source = tmp_path_factory.mktemp("divergence"), MIXTRAL
     text = calibration_text(source, str(TEXT), 12, 256, 0)
-    wanted = Wanted(("kl", "kl-estimated"), WIDTHS)
+    wanted = StatisticsRequest(("kl", "kl-estimated"), WIDTHS)
     with SourceModel(source) as model, pytest.MonkeyPatch.context() as patch:
         patch.setattr("planner.calibration.measures.ESTIMATED_SHARE", 1)  # the same tokens for both
         layout, output = read_layout(model), folder / "s.safetensors"

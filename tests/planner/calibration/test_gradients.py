@@ -15,7 +15,7 @@ from planner.calibration.kl.gradients import backward
 from planner.calibration.kl.rounding import rounded
 from planner.calibration.kl.second_order import WEIGHT, elementwise, isotropic, projected, second_order
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import Expert
+from planner.calibration.reading.expert import ExpertWeights
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.statistics import observe
@@ -88,11 +88,11 @@ class Whole:
         self.added = {}
         return list(found)
 
-    def expert(self, index: int, number: int) -> Expert:
+    def expert(self, index: int, number: int) -> ExpertWeights:
         """Return one expert's matrices, float32."""
         fused = self.model.model.layers[index].mlp.experts
         gate, up = fused.gate_up_proj[number].float().chunk(2)
-        return Expert(gate, up, fused.down_proj[number].float())
+        return ExpertWeights(gate, up, fused.down_proj[number].float())
 
 
 def random_tokens(folder: Path, sequences: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_terms_are_those_of_a_direct_computation(folder: Path, tmp_path: Path) -
                     assert float(some[f"{name}_{bits}"][number]) == pytest.approx(early, rel=1e-3)
 
 
-def output(expert: Expert, inputs: torch.Tensor) -> torch.Tensor:
+def output(expert: ExpertWeights, inputs: torch.Tensor) -> torch.Tensor:
     """Return what an expert makes of its inputs, in float64."""
-    exact = Expert(*(matrix.double() for matrix in expert.matrices()))
+    exact = ExpertWeights(*(matrix.double() for matrix in expert.matrices()))
     return exact.inner(inputs, torch.nn.functional.silu) @ exact.down.mT

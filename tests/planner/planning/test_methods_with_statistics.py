@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planner.calibration.collect import Wanted, collect
+from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
@@ -31,7 +31,17 @@ class TestMethodsThatUseStatistics:
         with SourceModel(source) as model:
             layout = read_layout(model)
             output, quiet = folder / "s.safetensors", Progress(quiet=True)
-            collect(model, layout, text, output, {}, CPU, torch.float32, quiet, wanted=Wanted(("error",), (1, 2, 3)))
+            collect(
+                model,
+                layout,
+                text,
+                output,
+                {},
+                CPU,
+                torch.float32,
+                quiet,
+                wanted=StatisticsRequest(("error",), (1, 2, 3)),
+            )
         return folder / "s.safetensors"
 
     @pytest.mark.parametrize(("method", "metric"), [("frequency", "tokens"), ("weight", "gate_probability")])

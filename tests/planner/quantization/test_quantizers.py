@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.quantization.quantizers import (
-    ONE_BIT_QUANTIZERS,
     QUANTIZERS,
     linear_group_size,
     quantize_hqq,
@@ -23,7 +22,7 @@ EXAMPLES = settings(deadline=None, max_examples=40)
 CASES = [("sign", 1), *((name, bits) for name in ("hqq", "rtn") for bits in BIT_WIDTHS)]
 SCALED = [case for case in CASES if case[1] > 1 or case[0] == "sign"]
 """Cases whose error is proportional to the weights: HQQ's norm is not, and shows it at one bit."""
-FUNCTIONS = {**QUANTIZERS, **ONE_BIT_QUANTIZERS}
+FUNCTIONS = {name: row.rounds["float"] for name, row in QUANTIZERS.items() if not row.calibrated}
 
 NARROW = {
     "constant": torch.full((4, 64), 0.7),
@@ -204,9 +203,22 @@ def test_the_result_has_the_documented_shapes(name: str, bits: int) -> None:
     assert int(result.codes.max()) < 2**bits
 
 
+@pytest.mark.parametrize("name", ["hqq", "gptq"])
 @pytest.mark.parametrize(("bits", "expected"), [(1, "sign"), (2, "hqq"), (8, "hqq")])
-def test_one_bit_has_its_own_quantizer(bits: int, expected: str) -> None:
-    assert quantizer_for(bits, "hqq", "sign") is FUNCTIONS[expected]
+def test_one_bit_has_its_own_quantizer(name: str, bits: int, expected: str) -> None:
+    assert quantizer_for(bits, name, "sign") is FUNCTIONS[expected]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
+    row = QUANTIZERS[name]
+    assert set(row.widths) <= set(BIT_WIDTHS)
+    for zero_points in row.rounds:
+        for bits in row.widths:
+            assert quantizer_for(bits, name, name, zero_points)(gaussian(4, 64), bits, 32).bits == bits
+    if row.fallback is not None:
+        assert QUANTIZERS[row.fallback].rounds.keys() == {"float", "integer"}
+        assert set(row.widths) <= set(QUANTIZERS[row.fallback].widths)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(4, 0.1), (8, 0.008)])

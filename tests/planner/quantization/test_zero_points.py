@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.quantization.quantizers import INTEGER_QUANTIZERS, quantize_rtn, quantizer_for
+from planner.quantization.quantizers import QUANTIZERS, quantize_rtn, quantizer_for
 
 EXAMPLES = settings(deadline=None, max_examples=60)
-NAMES = sorted(INTEGER_QUANTIZERS)
+NAMES = sorted(name for name, row in QUANTIZERS.items() if "integer" in row.rounds)
 
 
 def weights(shift: float, size: float, seed: int) -> torch.Tensor:

@@ -8,15 +8,15 @@ from pathlib import Path
 from planner.evaluation.record import Evaluations
 from planner.plan import Plan
 from planner.quantization.record import Recorded
-from planner.report.facts import Facts, LayerFacts, Part, Sizes
-from planner.report.grids import Grid, Grids
+from planner.report.facts import CheckpointSizes, Facts, LayerFacts, Part
+from planner.report.grids import ValueMap, ValueMaps
 from vllm_moeq.format import parse_config
 
 WIDTHS = (1, 2, 3, 4, 8)
 PREFIX = "model.layers.{}.mlp.experts"
 
 
-def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple[Facts, Grids]:
+def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple[Facts, ValueMaps]:
     """Return facts and quantities drawn at random, the same every time."""
     draw = random.Random(layers * 1000 + experts)
     prefixes = [PREFIX.format(layer) for layer in range(layers)]
@@ -63,7 +63,7 @@ def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple
             )
             for layer, prefix in enumerate(prefixes)
         ),
-        sizes=Sizes(
+        sizes=CheckpointSizes(
             (*(Part(f"experts of {bits} bits", 2 << 30, bits) for bits in WIDTHS), Part("everything else", 2 << 30)),
             60 << 30,
             60 << 30,
@@ -71,18 +71,18 @@ def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple
         average_bits=average,
     )
 
-    def grid(key: str, title: str, unit: str, low: float, high: float) -> Grid:
+    def grid(key: str, title: str, unit: str, low: float, high: float) -> ValueMap:
         rows = [tuple(draw.uniform(low, high) for _ in range(experts)) for _ in range(layers)]
-        return Grid(key, title, "a quantity drawn at random", unit, tuple(rows))
+        return ValueMap(key, title, "a quantity drawn at random", unit, tuple(rows))
 
     tokens = tuple(tuple(float(it["tokens"]) for it in entry["experts"]) for entry in entries)
     errors = tuple(tuple(100 * it["relative_error"] for it in entry["experts"]) for entry in entries)
-    return facts, Grids(
+    return facts, ValueMaps(
         (
             grid("router_norm", "Router norm", "", 0.4, 3),
             grid("max_var", "MaxVar", "", 0.0001, 0.0008),
-            Grid("tokens", "Routed tokens", "calibration tokens that chose the expert", "tokens", tokens),
-            Grid("relative_error", "Error of weights", "‖W − Ŵ‖ / ‖W‖", "%", errors),
+            ValueMap("tokens", "Routed tokens", "calibration tokens that chose the expert", "tokens", tokens),
+            ValueMap("relative_error", "Error of weights", "‖W − Ŵ‖ / ‖W‖", "%", errors),
             grid("output_error", "Error of outputs", "%", 2, 60),
         ),
         (),

@@ -19,7 +19,7 @@ import pytest
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.model.source import SourceModel
 from planner.report.facts import collect
-from planner.report.grids import collect_grids
+from planner.report.grids import collect_maps
 from planner.report.page import render
 from planner.report.palette import LIGHT
 from planner.sensitivity import max_variance, router_norm
@@ -112,7 +112,7 @@ def test_numbers_stand_in_the_cells_of_the_plan(moeq: Moeq, copy: Path) -> None:
 
 
 def test_router_norm_and_max_var_are_those_of_the_weights(quantized: Path) -> None:
-    grids = {grid.key: grid.values for grid in collect_grids(collect(quantized)).known}
+    grids = {grid.key: grid.values for grid in collect_maps(collect(quantized)).known}
     with SourceModel(MIXTRAL) as model:
         gate = model.shards.load("model.layers.2.block_sparse_moe.gate.weight")
         assert grids["router_norm"][2] == tuple(router_norm(gate))
@@ -132,16 +132,16 @@ def test_what_is_not_known_is_left_out_with_the_way_to_get_it(moeq: Moeq, copy: 
     assert "moeq report DIR --model SOURCE computes it" in html
     assert "moeq quantize --data TEXT counts them" in html
     with_source = json.loads(moeq("report", copy, "--no-png", "--json", "--model", MIXTRAL).out)
-    before = json.loads(json.dumps(collect_grids(collect(copy)).known[0].values))
+    before = json.loads(json.dumps(collect_maps(collect(copy)).known[0].values))
     assert with_source["grids"]["router_norm"] == before
     assert with_source["grids"].keys() == {"router_norm", "max_var"}
 
 
 def test_max_var_of_the_source_is_that_of_the_plan(copy: Path) -> None:
-    planned = {grid.key: grid.values for grid in collect_grids(collect(copy)).known}["max_var"]
+    planned = {grid.key: grid.values for grid in collect_maps(collect(copy)).known}["max_var"]
     (copy / "plan.json").unlink()
     with SourceModel(MIXTRAL) as source:
-        computed = {grid.key: grid.values for grid in collect_grids(collect(copy), source).known}["max_var"]
+        computed = {grid.key: grid.values for grid in collect_maps(collect(copy), source).known}["max_var"]
     assert computed == planned
 
 
@@ -183,12 +183,12 @@ def test_the_command_knows_every_flag(moeq: Moeq, tmp_path: Path, flags: tuple[o
 
 
 def test_a_plan_by_hand_is_named_as_a_file(quantized_mixtral: Path) -> None:
-    html = render(collect(quantized_mixtral), collect_grids(collect(quantized_mixtral)))
+    html = render(collect(quantized_mixtral), collect_maps(collect(quantized_mixtral)))
     assert "--plan mixtral/plan.json --quantizer hqq --group-size 32" in html
 
 
 def test_evaluations_are_shown(moeq: Moeq, copy: Path) -> None:
-    assert "Nothing has been measured yet" in render(collect(copy), collect_grids(collect(copy)))
+    assert "Nothing has been measured yet" in render(collect(copy), collect_maps(collect(copy)))
     EVALUATIONS.write(copy)
     moeq("report", copy)
     page = Texts((copy / "report.html").read_text())

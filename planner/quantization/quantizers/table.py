@@ -1,0 +1,74 @@
+"""The quantizers of expert matrices, a row each. A new one is a file beside this one and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from planner.quantization.quantizers.base import Quantizer, ZeroPoints
+from planner.quantization.quantizers.hqq import quantize_hqq
+from planner.quantization.quantizers.rtn import quantize_rtn
+from planner.quantization.quantizers.sign import quantize_sign
+from vllm_moeq.format import BIT_WIDTHS
+
+
+@dataclass(frozen=True)
+class QuantizerRow:
+    """One quantizer.
+
+    Attributes:
+        widths: the widths, bits, that it quantizes to.
+        rounds: kind of zero points → function from weights alone. One bit has float zero points in any case.
+        fallback: a quantizer with calibration works on a layer's inputs, so it has no such function; this one takes
+            its place for experts that saw too few tokens. None for a quantizer without calibration.
+    """
+
+    widths: tuple[int, ...] = BIT_WIDTHS
+    rounds: Mapping[ZeroPoints, Quantizer] = field(default_factory=dict)
+    fallback: str | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads a text."""
+        return self.fallback is not None
+
+
+QUANTIZERS: dict[str, QuantizerRow] = {
+    "sign": QuantizerRow((1,), {"float": quantize_sign}),
+    "hqq": QuantizerRow(rounds={"float": quantize_hqq, "integer": partial(quantize_hqq, zero_points="integer")}),
+    "rtn": QuantizerRow(rounds={"float": quantize_rtn, "integer": partial(quantize_rtn, zero_points="integer")}),
+    "gptq": QuantizerRow(fallback="hqq"),
+}
+
+DEFAULT, DEFAULT_WITH_TEXT, DEFAULT_ONE_BIT = "hqq", "gptq", "sign"
+
+
+def default_quantizer(text: bool) -> str:
+    """Return the quantizer for two bits and more, by whether there is a calibration text."""
+    return DEFAULT_WITH_TEXT if text else DEFAULT
+
+
+def quantizer_names() -> list[str]:
+    """Return the names for two bits and more."""
+    return [name for name, row in QUANTIZERS.items() if max(row.widths) > 1]
+
+
+def one_bit_names() -> list[str]:
+    """Return the names for one bit, without calibration."""
+    return [name for name, row in QUANTIZERS.items() if 1 in row.widths and not row.calibrated]
+
+
+def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float") -> Quantizer:
+    """Return the function that quantizes to a width by weights alone.
+
+    Args:
+        bits: the width.
+        name: the quantizer for two bits and more; a calibrated one's fallback is taken.
+        one_bit: the quantizer for one bit.
+        zero_points: kind of zero points for two bits and more.
+    """
+    if bits == 1:
+        return QUANTIZERS[one_bit].rounds["float"]
+    row = QUANTIZERS[name]
+    return (row if row.fallback is None else QUANTIZERS[row.fallback]).rounds[zero_points]
