@@ -15,7 +15,8 @@ from planner.commands.completion import one_of
 from planner.model.layout import Layout
 from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
-from planner.planning.methods import METHODS, Method
+from planner.planning.method import Method
+from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_choices, read_overrides, resolved_method
 from planner.quantization.settings import QuantizeSettings, default_linear
 from vllm_moeq.format import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError, read_json
@@ -211,7 +212,7 @@ def plan_options(
         raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
     if budget_gib is not None:
         average = average_for_budget(model, layout, budget_gib, choices, settings.group_size, settings.linear)
-        if rest.get("method") == "uniform":
+        if (row := METHODS.get(rest.get("method", ""))) is not None and row.one_width:
             average = Fraction(max(width for width in choices if width <= average))
     else:
         average = checked_average("2.5" if avg_bits is None else avg_bits)

@@ -71,7 +71,7 @@ def entries(run: ComparisonRun) -> list[Entry]:
 
 
 def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
-    choices = (int(average),) if name in ("uniform", "slim") else choices_of(run, name)
+    choices = (int(average),) if METHODS[name].one_width else choices_of(run, name)
     quantizer = run.wanted.settings.quantizer
     return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
 
@@ -83,7 +83,7 @@ def varies(name: str) -> bool:
 
 def gives(name: str, average: Fraction) -> bool:
     """Tell whether a method has a plan of so many bits."""
-    if name in ("uniform", "slim"):
+    if METHODS[name].one_width:
         return average.denominator == 1 and int(average) in BIT_WIDTHS
     return True
 

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 from planner.allocation import level_counts, solve_budget
 from planner.model.layout import Layout
-from planner.planning.method import CostTable
-from planner.planning.methods import Method, OrderOptions, Scores
+from planner.planning.method import CostTable, Method, OrderOptions, Scores
+from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions
 from vllm_moeq.format import UsageError
 
@@ -56,7 +56,7 @@ def assign(ranked: Sequence[ExpertId], total_bits: int, options: PlanOptions) ->
     Raises:
         UsageError: overrides that leave less than the lowest width for the others.
     """
-    if options.resolved_method == "uniform" and not options.overrides:
+    if METHODS[options.resolved_method].one_width and not options.overrides:
         return dict.fromkeys(ranked, int(options.avg_bits))
     fixed, free, left = _overridden(ranked, total_bits, options)
     if free:

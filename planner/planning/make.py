@@ -23,7 +23,8 @@ from planner.planning.assign import (
     ranking_groups,
     solve,
 )
-from planner.planning.methods import METHODS, UNRANKED, Method, Scores
+from planner.planning.method import Method, Scores
+from planner.planning.methods import METHODS, UNRANKED
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.scores import score_experts
 from vllm_moeq.format import UsageError

@@ -48,6 +48,7 @@ class Method:
         layerwise: all experts of a layer get one width; scores of a layer are those of its first expert, costs sums.
         promotes: MaxVar may move experts up.
         random: depends on the seed.
+        one_width: all experts have the average as their width, so it has to be a width of the format.
         choices: widths to choose from, unless ``--bits`` says otherwise.
         only_compared: why no checkpoint can hold its widths, if so.
     """
@@ -63,6 +64,7 @@ class Method:
     layerwise: bool = False
     promotes: bool = False
     random: bool = False
+    one_width: bool = False
     choices: tuple[int, ...] = (1, 2, 3)
     only_compared: str | None = None
 

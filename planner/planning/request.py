@@ -81,9 +81,10 @@ def check_options(options: PlanOptions) -> None:
     if options.resolved_method not in METHODS:
         known = ", ".join(["auto", *METHODS])
         raise UsageError(f"--method: expected one of {known}, found {options.method}")
-    if options.resolved_method == "uniform" and options.avg_bits not in options.bit_choices:
+    method, average = METHODS[options.resolved_method], options.avg_bits
+    if method.one_width and not method.only_compared and average not in options.bit_choices:
         raise UsageError(
-            f"--method uniform: expected --avg-bits to be one of --bits, found {float(options.avg_bits):g}"
+            f"--method {options.resolved_method}: expected --avg-bits to be one of --bits, found {float(average):g}"
         )
     if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")

@@ -15,7 +15,7 @@ from planner.calibration.statistics import LayerStatistics, read_statistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
-from planner.planning.methods import Method
+from planner.planning.method import Method
 from planner.planning.request import PlanOptions
 from planner.quantization.rows import open_threads
 from planner.sensitivity import max_variance_of_rows, router_norm, spectral_scores
