@@ -135,12 +135,14 @@ def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factor
     from planner.plan import read_plan
     from planner.quantization.run import quantize
     from planner.quantization.settings import QuantizeSettings, default_linear
+    from planner.report.card import write_card
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"
     with SourceModel(tiny_mixtral) as model:
         layout = read_layout(model)
         settings = QuantizeSettings(group_size=32, linear=default_linear(model, layout, 4))
-        quantize(model, layout, read_plan(all_widths_plan), output, settings, Progress(quiet=True))
+        plan = read_plan(all_widths_plan)
+        quantize(model, layout, plan, output, settings, Progress(quiet=True), describe=write_card)
     return output
 
 

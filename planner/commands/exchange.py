@@ -18,6 +18,7 @@ from planner.estimates.exchange import export_needs, import_needs
 from planner.exchange.dense import export_dense
 from planner.model.hub import resolve_model
 from planner.output.unfinished import check_output
+from planner.report.card import write_card
 from vllm_moeq.format import UsageError
 
 
@@ -90,7 +91,7 @@ def import_checkpoint(
     if dry_run:
         report("importing", import_needs(resolve_model(model)), as_json)
         return
-    import_gptq(resolve_model(model), output, Progress())
+    import_gptq(resolve_model(model), output, Progress(), write_card)
     _done(output, as_json)
 
 

@@ -79,6 +79,7 @@ from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.runners import Runner, choose_runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
+from planner.report.card import write_card
 from vllm_moeq.format import UsageError
 
 
@@ -195,7 +196,18 @@ def quantize_command(
             report_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
             return
         return_large_blocks()
-        quantize(source, layout, made, output, settings, progress, runner=runner, resume=resume, calibration=facts)
+        quantize(
+            source,
+            layout,
+            made,
+            output,
+            settings,
+            progress,
+            runner=runner,
+            resume=resume,
+            calibration=facts,
+            describe=write_card,
+        )
         served = architecture_of(source).unserved is None
     _report(made, output, sizes.as_dict(), as_json, served)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
 from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from planner.report.card import write_card
 from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
 
 HEADROOM_BYTES = 4 << 20
@@ -80,6 +79,7 @@ def quantize(
     runner: Runner | None = None,
     resume: bool = True,
     calibration: Mapping[str, Any] | None = None,
+    describe: Callable[[Path], None] | None = None,
 ) -> Sizes:
     """Write the quantized checkpoint; the output folder appears only when it is complete.
 
@@ -93,6 +93,7 @@ def quantize(
         runner: does the layers; by default this process, one after the other.
         resume: continue an unfinished run instead of deleting it.
         calibration: what the report says of the text that the runner reads.
+        describe: called with the folder when all else is in it, such as ``write_card``: it may add files.
 
     Returns:
         The estimate that the free space was checked against.
@@ -121,7 +122,7 @@ def quantize(
         quantization_config = config.model_dump(mode="json", exclude_none=True)
         # Without the time that planning took: the same input makes the same bytes.
         extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
-        writer.finish({**model.config, "quantization_config": quantization_config}, extra, write_card)
+        writer.finish({**model.config, "quantization_config": quantization_config}, extra, describe)
     except BaseException as error:
         writer.abandon()
         if isinstance(error, KeyboardInterrupt) and writer.partial.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,14 +17,14 @@ from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.unfinished import check_output
 from planner.plan import IMPORTED
-from planner.report.card import write_card
 from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
 
 
-def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
+def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callable[[Path], None] | None = None) -> None:
     """Write ``output``, a checkpoint of ours, shard by shard.
 
     Linears outside the experts that have no packed form of ours are dequantized; a line says which and why.
+    ``describe`` is called with the folder when all else is in it, such as ``write_card``.
 
     Raises:
         MoeqError: before anything is written for whatever the input is to blame for; later for a full disk.
@@ -45,7 +46,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress) -> None:
             model.shards.check_unchanged()
             writer.copy(companions(folder))
             quantization_config = config.model_dump(mode="json", exclude_none=True)
-            writer.finish({**model.config, "quantization_config": quantization_config}, {}, write_card)
+            writer.finish({**model.config, "quantization_config": quantization_config}, {}, describe)
         except BaseException:
             writer.abandon()
             raise

@@ -24,6 +24,7 @@ from planner.quantization.runners import InlineRunner, ProcessRunner, Runner, Wo
 from planner.quantization.runners.choose import read_devices
 from planner.quantization.runners.ray_cluster import RayRunner
 from planner.quantization.settings import QuantizeSettings
+from planner.report.card import write_card
 from vllm_moeq.format import Linear, MoeqError, UsageError, verify
 
 SETTINGS = QuantizeSettings(group_size=32, linear=Linear(bits=4, group_size=32))
@@ -45,8 +46,8 @@ class Lines(Progress):
 
 def write(source: Path, plan: Path, output: Path, runner: Runner | None, progress: Progress | None = None) -> Path:
     with SourceModel(source) as model:
-        made = read_plan(plan)
-        quantize(model, read_layout(model), made, output, SETTINGS, progress or Progress(quiet=True), runner=runner)
+        layout, made, said = read_layout(model), read_plan(plan), progress or Progress(quiet=True)
+        quantize(model, layout, made, output, SETTINGS, said, runner=runner, describe=write_card)
     return output
 
 
