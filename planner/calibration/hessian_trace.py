@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from planner.calibration.kl.rounding import rounded
 from planner.calibration.reading.expert import load_expert
+from planner.calibration.reading.rounded import rounded
 from planner.common.memory import explained_if_out_of_memory, out_of_memory
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from planner.calibration.kl.rounding import rounded
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import load_expert
+from planner.calibration.reading.rounded import rounded
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import Layout, MoeLayer
 from planner.output.files import write_json, write_tensors

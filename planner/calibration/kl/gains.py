@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from planner.calibration.kl.rounding import group_size, rounded
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.rounded import group_size, rounded
 from planner.calibration.reading.routed import Routed, route
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq

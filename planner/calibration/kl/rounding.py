@@ -7,32 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import ExpertWeights, load_expert
+from planner.calibration.reading.rounded import load_rounded
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
-from planner.quantization.quantizers import quantizer_for
-from vllm_moeq.format import CODES_PER_BLOCK
-
-QUANTIZER, ONE_BIT = "rtn", "sign"
-"""Fast, and without calibration; experts keep their ranks under better quantizers."""
-
-
-def rounded(weights: ExpertWeights, bits: int) -> ExpertWeights:
-    """Return an expert as round-to-nearest leaves it, in groups of :func:`group_size`."""
-    quantizer, size = quantizer_for(bits, QUANTIZER, ONE_BIT), group_size(weights)
-    return ExpertWeights(*(quantizer(matrix, bits, size).dequantize().to(matrix) for matrix in weights.matrices()))
-
-
-def group_size(weights: ExpertWeights) -> int:
-    """Return 128 weights per scale, or what divides an expert's matrices."""
-    columns = [matrix.shape[1] for matrix in weights.matrices()]
-    return next(size for size in (128, 64, CODES_PER_BLOCK) if all(count % size == 0 for count in columns))
-
-
-def load_rounded(decoder: Decoder, layer: MoeLayer, expert: int, bits: int | None) -> ExpertWeights:
-    """Return an expert at some width, or as it is."""
-    exact = load_expert(decoder.model, layer, expert, decoder.device, decoder.dtype)
-    return exact if bits is None else rounded(exact, bits)
 
 
 def changes(

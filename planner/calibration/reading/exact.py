@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from planner.calibration.kl.rounding import load_rounded
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.rounded import load_rounded
 from planner.calibration.reading.routed import Routed, finish, route
 from planner.model.layout import MoeLayer
 from vllm_moeq.format import drop_weak

@@ -10,9 +10,9 @@ from scipy.stats import spearmanr
 
 from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.kl.measured import measure_divergence
-from planner.calibration.kl.rounding import rounded
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights
+from planner.calibration.reading.rounded import rounded
 from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text
 from planner.calibration.statistics import LayerStatistics, observe

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from planner.calibration.kl.gradients import backward
-from planner.calibration.kl.rounding import rounded
 from planner.calibration.kl.second_order import WEIGHT, elementwise, isotropic, projected, second_order
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights
 from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.rounded import rounded
 from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.statistics import observe
 from planner.common.progress import Progress
