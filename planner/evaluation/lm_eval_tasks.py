@@ -83,10 +83,8 @@ def run_tasks(
             if progress is not None:
                 progress.line(f"task {number} of {len(loaded)}: {name}")
             model = model or stack.enter_context(open_model(folder, backend, devices, batch_size, store, progress))
-            found = [
-                TaskResult(**values, limit=limit, backend=backend)
-                for values in _scores(_evaluate(model, name, task, limit, seed), name)
-            ]
+            scores = _scores(_evaluate(model, name, task, limit, seed), name)
+            found = [TaskResult(**values, limit=limit, backend=backend) for values in scores]
             if path is not None:
                 write_json(path, [result.model_dump() for result in found])
             results += found

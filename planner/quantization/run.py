@@ -113,22 +113,28 @@ def quantize(
         tasks = plan_tasks(model, layout, plan, settings, writer.partial)
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         model.shards.check_unchanged()
-        writer.copy(companions(model.folder))
         report = merged_report(tasks, [read_json(task.entry) for task in tasks], settings)
         report["source"] = describe_source(model)
         if calibration:
             report["calibration"] = dict(calibration)
-        config = with_fallbacks(config, report)
-        quantization_config = config.model_dump(mode="json", exclude_none=True)
-        # Without the time that planning took: the same input makes the same bytes.
-        extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
-        writer.finish({**model.config, "quantization_config": quantization_config}, extra, describe)
+        writer.copy(companions(model.folder))
+        writer.finish(*_files(model, plan, with_fallbacks(config, report), report), describe)
     except BaseException as error:
         writer.abandon()
         if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
             progress.line(f"interrupted; {CONTINUES}")
         raise
     return sizes
+
+
+def _files(
+    model: SourceModel, plan: Plan, config: MoeqConfig, report: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json, and the other JSON files by name."""
+    quantization_config = config.model_dump(mode="json", exclude_none=True)
+    # Without the time that planning took: the same input makes the same bytes.
+    extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
+    return {**model.config, "quantization_config": quantization_config}, extra
 
 
 def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progress: Progress) -> None:
