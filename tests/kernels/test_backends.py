@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from tests.kernels.layers import exact, random_layer, random_routing
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import PackedExperts, make_layer
-from vllm_moeq.kernels.backends import Measurement, choose, read_measurements
+from vllm_moeq.kernels.backends import choose
 from vllm_moeq.kernels.cpu import build
 
 
@@ -20,13 +19,9 @@ def packed() -> PackedExperts:
     return random_layer([3, 1, 2], 128, 64, 64)
 
 
-class FakeGpu:
-    """Pretend that tensors lie on a GPU of this name; nothing is launched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, packed: PackedExperts, name: str) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-        on_gpu = type("Words", (), {"device": torch.device("cuda")})()
-        object.__setattr__(packed.gate_up, "words", on_gpu)
+def pretend_on_gpu(packed: PackedExperts) -> None:
+    """Let the words look as if they lay on a GPU; nothing is launched."""
+    object.__setattr__(packed.gate_up, "words", type("Words", (), {"device": torch.device("cuda")})())
 
 
 @pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
@@ -36,16 +31,9 @@ def test_a_cpu_gets_the_native_kernel(packed: PackedExperts) -> None:
     assert make_layer(packed, torch.float32).name == "native"
 
 
-def test_a_gpu_gets_triton_unless_something_else_was_measured(
-    packed: PackedExperts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeGpu(monkeypatch, packed, "NVIDIA Test")
-    row = Measurement("NVIDIA Test", 3, 128, 64, (1, 2, 3), "humming")
-    assert choose(packed, measurements=[]).backend == "triton"
-    assert choose(packed, measurements=[row]).backend == "humming"
-    for change in ({"gpu": "NVIDIA Other"}, {"hidden": 256}, {"widths": (1, 2)}, {"experts": 4}):
-        other = Measurement(**{**row.__dict__, **change})
-        assert choose(packed, measurements=[other]).backend == "triton"
+def test_a_gpu_gets_triton(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    assert choose(packed).backend == "triton"
 
 
 def test_an_unknown_backend_is_refused(packed: PackedExperts) -> None:
@@ -97,11 +85,3 @@ def test_backends_agree(packed: PackedExperts, backend: str) -> None:
     x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0)).half()
     expected = exact(packed, x, weights, ids)
     assert (layer(x, weights, ids).double() - expected).norm() < 2e-3 * expected.norm()
-
-
-def test_measurements_are_read_from_a_file(tmp_path: Path) -> None:
-    assert read_measurements(tmp_path / "missing.json") == []
-    row = {"gpu": "G", "experts": 8, "hidden": 64, "intermediate": 32, "widths": [2, 3], "backend": "triton"}
-    path = tmp_path / "measured.json"
-    path.write_text(json.dumps([row]))
-    assert read_measurements(path) == [Measurement("G", 8, 64, 32, (2, 3), "triton")]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,8 +14,6 @@ from vllm_moeq.kernels.reference import ReferenceLayer
 
 VARIABLE = "VLLM_MOEQ_BACKEND"
 BACKENDS = ("auto", "triton", "humming", "native", "reference")
-MEASURED = Path(__file__).with_name("measured.json")
-"""Backends that were measured to be the fastest, by GPU and layer: rows of :class:`Measurement`."""
 
 
 @dataclass(frozen=True)
@@ -28,37 +24,12 @@ class Choice:
     reason: str
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """The fastest backend of one layer on one GPU, over decode and prefill together.
-
-    A layer keeps its weights in one backend's order, so the choice is per layer, not per batch; each backend picks
-    its own schedule by the number of tokens.
-    """
-
-    gpu: str
-    experts: int
-    hidden: int
-    intermediate: int
-    widths: tuple[int, ...]
-    backend: str
-
-
-def read_measurements(path: Path = MEASURED) -> list[Measurement]:
-    """Read the table; no file is no measurements."""
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text())
-    return [Measurement(**{**row, "widths": tuple(row["widths"])}) for row in rows]
-
-
-def choose(packed: PackedExperts, requested: str = "auto", measurements: list[Measurement] | None = None) -> Choice:
+def choose(packed: PackedExperts, requested: str = "auto") -> Choice:
     """Return the backend of a layer.
 
     Args:
         packed: the layer, on the device that runs it.
         requested: one of :data:`BACKENDS`.
-        measurements: the table, by default the file beside this module.
 
     Raises:
         UsageError: an unknown backend, or one that does not run on this device.
@@ -76,13 +47,8 @@ def choose(packed: PackedExperts, requested: str = "auto", measurements: list[Me
         return Choice("reference", build.problem()) if build.problem() else Choice("native", "the layer is on a CPU")
     if device.type != "cuda":
         return Choice("reference", f"no kernel runs on {device.type}")
-    gpu = torch.cuda.get_device_name(device)
-    for row in read_measurements() if measurements is None else measurements:
-        same = (row.experts, row.hidden, row.intermediate) == (len(packed.bits), packed.hidden, packed.intermediate)
-        if row.gpu == gpu and same and row.widths == tuple(sorted(set(packed.bits))):
-            return Choice(row.backend, f"measured fastest on {gpu}")
     if triton_runs(device):
-        return Choice("triton", f"no measurement of this layer on {gpu}")
+        return Choice("triton", "the layer is on a GPU")
     return Choice("reference", "the triton package is missing")
 
 

@@ -69,11 +69,10 @@ def check_parallel(parallel: Any) -> None:
         UsageError: load balancing that moves experts, which needs experts of one size; an exchange of tokens that
             brings its own kernels.
     """
-    if getattr(parallel, "enable_eplb", False):
+    if parallel.enable_eplb:
         raise UsageError("--enable-eplb: experts of different widths cannot change places; expected it left out")
-    backend = getattr(parallel, "all2all_backend", ALL_TO_ALL[0])
-    if parallel.dp_size > 1 and parallel.use_ep and backend not in ALL_TO_ALL:
-        raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {backend}")
+    if parallel.dp_size > 1 and parallel.use_ep and parallel.all2all_backend not in ALL_TO_ALL:
+        raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {parallel.all2all_backend}")
 
 
 def find_layer(prefix: str, known: Collection[str]) -> str:

@@ -153,9 +153,6 @@ class MoeqMoEMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None: vLLM's own kernels are not used."""
 
-    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """Return None: the runner dispatches tokens itself (asked for by vLLM <= 0.27 only)."""
-
     def apply(
         self,
         layer: RoutedExperts,
