@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 BIT_WIDTHS: tuple[int, ...] = (1, 2, 3, 4, 8)
-"""Every width that an expert may have."""
+"""The table of widths, in bits, that an expert may have; what reads or decodes codes covers exactly these."""
 
 CODES_PER_BLOCK = 32
 """Codes are packed in blocks of this many; the input dimension must be a multiple of it."""
@@ -39,7 +39,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: integer tensor [..., K] with values in [0, 2**bits), K a multiple of 32.
-        bits: 1, 2, 3, 4 or 8.
+        bits: one of :data:`BIT_WIDTHS`.
 
     Returns:
         int32 tensor [..., K * bits // 32].
@@ -68,7 +68,7 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
 
     Args:
         words: int32 tensor [..., num_codes * bits // 32].
-        bits: 1, 2, 3, 4 or 8.
+        bits: one of :data:`BIT_WIDTHS`.
         num_codes: K, the length of the last dimension of the result.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,7 +26,11 @@ def _integer(value: Any) -> Any:
 
 
 Integer = BeforeValidator(_integer)
-Bits = Annotated[Literal[1, 2, 3, 4, 8], Integer]
+if TYPE_CHECKING:
+    Bits = int
+else:
+    Bits = Annotated[Literal[BIT_WIDTHS], Integer]
+Average = Annotated[float, Field(ge=min(BIT_WIDTHS), le=max(BIT_WIDTHS))]
 Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
 """One per expert. Only the first mistake is reported: a list of four million of them would fill the memory."""
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(fail_fast=True, max_length=MAX_EXPERTS)]
@@ -90,8 +94,8 @@ class PlanSummary(Strict):
     """Where the widths came from; for people and reports, never read by a kernel."""
 
     method: Annotated[str, Field(max_length=64)]
-    avg_bits: Annotated[float, Field(ge=1, le=8)]
-    achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
+    avg_bits: Average
+    achieved_avg_bits: Average
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
     zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     promotion: Literal["official", "stable"] | None = None
