@@ -16,6 +16,9 @@ BIT_WIDTHS: tuple[int, ...] = (1, 2, 3, 4, 8)
 CODES_PER_BLOCK = 32
 """Codes are packed in blocks of this many; the input dimension must be a multiple of it."""
 
+WHOLE_ROW = -1
+"""The group size that stands for one group per row."""
+
 
 def _check_bits(bits: int) -> None:
     if bits not in BIT_WIDTHS:
@@ -119,18 +122,3 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -
     grouped = codes.reshape(rows, groups, -1).to(torch.float32)
     weight = (grouped - zeros.float()[..., None]) * scales.float()[..., None]
     return weight.reshape(rows, columns)
-
-
-def linear_values(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what a packed linear that is no expert stands for: codes offset by 2^(b−1), symmetric.
-
-    Args:
-        words: int32 [N, K·b/32].
-        scales: any float dtype [N, K / G].
-        bits: 4 or 8.
-
-    Returns:
-        float32 [N, K].
-    """
-    codes = unpack(words, bits, words.shape[1] * 32 // bits)
-    return dequantize(codes, scales, torch.full_like(scales, 2 ** (bits - 1)))

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
+from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
 FORMAT_VERSION = 1
@@ -34,7 +35,6 @@ Average = Annotated[float, Field(ge=min(BIT_WIDTHS), le=max(BIT_WIDTHS))]
 Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
 """One per expert. Only the first mistake is reported: a list of four million of them would fill the memory."""
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(fail_fast=True, max_length=MAX_EXPERTS)]
-WHOLE_ROW = -1
 GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
 ]
@@ -116,6 +116,15 @@ class MoeqConfig(Strict):
     unquantized: Annotated[list[Name], Field(fail_fast=True, max_length=MAX_NAMES)]
     plan: PlanSummary
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
+
+    def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
+        """Return how an expert's matrices are stored: in format version 1 always by the grid.
+
+        Args:
+            prefix: a key of ``experts``.
+            expert: its index within the layer.
+        """
+        return SCHEMES[GRID.name]
 
     @model_validator(mode="after")
     def _widths_are_among_the_choices(self) -> MoeqConfig:
