@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.layers import exact, random_layer, random_routing
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import PACKED, UsageError
 from vllm_moeq.kernels import PackedExperts, make_layer
 from vllm_moeq.kernels.backends import choose
 from vllm_moeq.kernels.cpu import build
@@ -21,7 +21,7 @@ def packed() -> PackedExperts:
 
 def pretend_on_gpu(packed: PackedExperts) -> None:
     """Let the words look as if they lay on a GPU; nothing is launched."""
-    object.__setattr__(packed.gate_up, "words", type("Words", (), {"device": torch.device("cuda")})())
+    packed.gate_up.tensors[PACKED] = type("Words", (), {"device": torch.device("cuda")})()
 
 
 @pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
@@ -55,7 +55,7 @@ def test_triton_without_gpu_or_interpreter_is_refused() -> None:
     script = """
 import torch
 from tests.kernels.layers import random_layer
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import PACKED, UsageError
 from vllm_moeq.kernels import make_layer
 try:
     make_layer(random_layer([3], 64, 32, 32), torch.float16, "triton")

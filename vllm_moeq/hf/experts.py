@@ -10,16 +10,14 @@ import torch
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from vllm_moeq.format import PACKED, CheckpointError, UsageError, drop_weak
-from vllm_moeq.hf.layout import Layer
+from vllm_moeq.format import CheckpointError, UsageError, drop_weak
+from vllm_moeq.hf.layout import StoredLayer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
     VARIABLE,
     LayerKernel,
     PackedExperts,
-    PackedMatrices,
     choose,
-    dense_expert,
     make_layer,
 )
 
@@ -50,7 +48,7 @@ class RoutedExperts(PackedStorage):
         UsageError: a module whose arithmetic is not known.
     """
 
-    def __init__(self, layer: Layer, source: torch.nn.Module) -> None:
+    def __init__(self, layer: StoredLayer, source: torch.nn.Module) -> None:
         super().__init__(layer)
         biases = {name: tensor for name, tensor in source.named_parameters() if name.endswith("bias")}
         expected = sum(tensor.numel() for name, tensor in source.named_parameters() if name not in biases)
@@ -108,7 +106,7 @@ class RoutedExperts(PackedStorage):
         packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
         requested = os.environ.get(VARIABLE, "auto")
         if dtype not in (torch.float16, torch.bfloat16):
-            on_cpu = self.get_buffer(f"gate_up_{PACKED}").device.type == "cpu"
+            on_cpu = packed.device.type == "cpu"
             requested = requested if on_cpu and requested in ("auto", "native") else "reference"
         name = choose(packed, requested).backend
         kernel = make_layer(packed, dtype, name)
@@ -128,16 +126,12 @@ class RoutedExperts(PackedStorage):
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden]: one expert's outputs, rounded where transformers rounds."""
-        first = linear(x, self._dense("gate_up", expert, x.dtype))
+        first = linear(x, self.packed("gate_up").dense(expert, x.dtype))
         if self.interleaved:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
         first = self._biased(first, BIASES[0], expert)
-        second = linear(self.activation(first), self._dense("down", expert, x.dtype))
+        second = linear(self.activation(first), self.packed("down").dense(expert, x.dtype))
         return self._biased(second, BIASES[1], expert)
-
-    def _dense(self, part: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        packed: PackedMatrices = self.packed(part)
-        return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, dtype)
 
     def _biased(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias: torch.Tensor | None = self._parameters.get(name)
@@ -204,7 +198,7 @@ CALLED_OTHERWISE: dict[str, type[RoutedExperts]] = {
 """Transformers' classes of experts that are not called as the others are."""
 
 
-def packed_experts(layer: Layer, source: Any) -> RoutedExperts:
+def packed_experts(layer: StoredLayer, source: Any) -> RoutedExperts:
     """Return the module that takes the place of transformers' experts.
 
     Raises:

@@ -3,7 +3,7 @@
 from vllm_moeq.kernels.backends import BACKENDS, VARIABLE, choose, make_layer
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts, PackedMatrices
 from vllm_moeq.kernels.operator import moe
-from vllm_moeq.kernels.ragged import RaggedMatrices, ragged
+from vllm_moeq.kernels.ragged import RaggedMatrices, of_one_dtype, ragged, wide_enough
 from vllm_moeq.kernels.reference import ReferenceLayer, dense_expert, moe_reference
 
 __all__ = [
@@ -19,5 +19,7 @@ __all__ = [
     "make_layer",
     "moe",
     "moe_reference",
+    "of_one_dtype",
     "ragged",
+    "wide_enough",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from vllm_moeq.format import unpack
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
@@ -17,26 +16,17 @@ def dense_expert(
     zeros: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Dequantize one expert: (q − zero) · scale in float32, rounded once to ``dtype``.
+    """Dequantize one expert of the grid; see :meth:`PackedMatrices.dense`.
 
     Args:
-        matrices: the layout of the buffer.
+        matrices: the layout of the buffers.
         expert: local index.
         words: int32 buffer of all experts.
         scales: [E, rows, groups].
         zeros: [E, rows, groups].
         dtype: of the result [rows, columns].
     """
-    begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
-    packed = words[begin:end].view(matrices.rows, -1)
-    codes = unpack(packed, matrices.bits[expert], matrices.columns).float()
-    scale, zero = scales[expert].float(), zeros[expert].float()
-    if matrices.group_offset == 0 and matrices.columns % matrices.group_size == 0:
-        grouped = codes.reshape(matrices.rows, matrices.groups, -1)
-        return ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape).to(dtype)
-    column = torch.arange(matrices.columns, device=words.device) + matrices.group_offset
-    group = column // matrices.group_size
-    return ((codes - zero[:, group]) * scale[:, group]).to(dtype)
+    return PackedMatrices(matrices, words, scales, zeros).dense(expert, dtype)
 
 
 def moe_reference(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.format import PACKED, SCALE, Linear, UsageError, linear_values
+from vllm_moeq.format import LINEAR_SUFFIXES, Linear, UsageError, linear_values
 from vllm_moeq.kernels import VARIABLE
 from vllm_moeq.kernels.cpu.build import problem
 from vllm_moeq.kernels.cpu.linear import NativeLinear
@@ -21,7 +21,7 @@ from vllm_moeq.serving.seam import (
     logger,
 )
 
-SHAPE = "weight_shape"
+WORDS, SCALES, SHAPE = LINEAR_SUFFIXES
 
 
 def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
@@ -92,16 +92,16 @@ class PackedLinearMethod(QuantizeMethodBase):
         packed = PackedvLLMParameter(
             data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
         )
-        layer.register_parameter(PACKED, packed)
+        layer.register_parameter(WORDS, packed)
         layer.register_parameter(
-            SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+            SCALES, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
         )
         layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
 
     def take_loaded(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Return words and scales, and take them off the layer."""
-        words, scales = getattr(layer, PACKED).data, getattr(layer, SCALE).data
-        for name in (PACKED, SCALE, SHAPE):
+        words, scales = getattr(layer, WORDS).data, getattr(layer, SCALES).data
+        for name in (WORDS, SCALES, SHAPE):
             delattr(layer, name)
         return words, scales
 
@@ -114,7 +114,7 @@ class NativeLinearMethod(PackedLinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Put the words and scales into the kernel's order, under the name of the words."""
         self.kernel = NativeLinear(*self.take_loaded(layer), self.linear.bits)
-        layer.register_parameter(PACKED, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
+        layer.register_parameter(WORDS, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return [..., rows on this rank] in x's dtype."""
