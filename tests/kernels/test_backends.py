@@ -9,8 +9,7 @@ import torch
 
 from tests.kernels.layers import exact, random_layer, random_routing
 from vllm_moeq.format import PACKED, UsageError
-from vllm_moeq.kernels import PackedExperts, make_layer
-from vllm_moeq.kernels.backends import choose
+from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
 from vllm_moeq.kernels.cpu import build
 
 
@@ -34,6 +33,62 @@ def test_a_cpu_gets_the_native_kernel(packed: PackedExperts) -> None:
 def test_a_gpu_gets_triton(packed: PackedExperts) -> None:
     pretend_on_gpu(packed)
     assert choose(packed).backend == "triton"
+
+
+def test_the_table_is_whole() -> None:
+    assert BACKENDS == ("auto", "triton", "humming", "native", "reference")
+    assert FALLBACK.automatic is None
+    assert FALLBACK.dtypes is None
+    assert FALLBACK.problem(torch.device("meta")) == ""
+    for row in TABLE[:-1]:
+        assert row.automatic is not None
+        assert row.schemes == ("grid",)
+
+
+def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    assert choose(packed, dtype=torch.bfloat16).backend == "triton"
+    choice = choose(packed, dtype=torch.float32)
+    assert (choice.backend, choice.reason) == ("reference", "the triton kernel does not take torch.float32")
+
+
+def test_a_device_that_no_kernel_is_for() -> None:
+    packed = random_layer([3], 64, 32, 32, device="cpu")
+    packed.gate_up.tensors[PACKED] = packed.gate_up.words.to("meta")
+    choice = choose(packed)
+    assert (choice.backend, choice.reason) == ("reference", "no kernel runs on meta")
+
+
+def test_native_is_for_cpus(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    with pytest.raises(UsageError, match="VLLM_MOEQ_BACKEND=native: expected a CPU, found device cuda"):
+        choose(packed, "native")
+
+
+@pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
+def test_who_takes_other_linears() -> None:
+    for requested in ("auto", "native"):
+        row, reason = choose_linear(requested)
+        assert row is not None
+        assert (row.name, reason) == ("native", "")
+    for requested in ("reference", "triton", "cutlass"):
+        assert choose_linear(requested) == (None, "VLLM_MOEQ_BACKEND asks for it")
+
+
+@pytest.mark.parametrize(("group_size", "offset"), [(64, 0), (64, 32), (-1, 0)])
+def test_a_compiled_reference_is_one_operator(group_size: int, offset: int) -> None:
+    layer = make_layer(random_layer([3, 1, 2], 128, 160, group_size, offset), torch.float32, "reference")
+    weights, ids = random_routing(5, 3, 2)
+    x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0))
+    graphs = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(lambda *it: layer(*it), backend=note, fullgraph=True)
+    assert torch.equal(compiled(x, weights, ids), layer(x, weights, ids))
+    assert graphs == [[torch.ops.vllm_moeq.moe]]
 
 
 def test_an_unknown_backend_is_refused(packed: PackedExperts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +13,19 @@ from vllm_moeq.format import CheckpointError, UsageError, drop_weak
 from vllm_moeq.hf.layout import StoredLayer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
-    VARIABLE,
+    FALLBACK,
+    TABLE,
+    Backend,
     LayerKernel,
     PackedExperts,
     choose,
     make_layer,
+    requested_backend,
 )
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
-ANY_DTYPE = ("native", "reference")
-"""Kernels that take whatever dtype a call has; others take the one they were made for."""
 
 INTEGRATION = "transformers.integrations.moe"
 """Where the gate act(gate)·up comes from that classes of experts have unless they define their own."""
@@ -65,6 +64,7 @@ class RoutedExperts(PackedStorage):
         self.activation = self._activation(source)
         self.fused = not biases and self._is_silu(source)
         self._kernel: LayerKernel | None = None
+        self._backend: Backend = FALLBACK
 
     def _activation(self, source: torch.nn.Module) -> Activation:
         """Return what turns [tokens, gate and up as transformers keeps them] into [tokens, intermediate]."""
@@ -97,21 +97,20 @@ class RoutedExperts(PackedStorage):
     def _fused(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._kernel is None:
             self._kernel = self._make_kernel(hidden.dtype)
-        if self._kernel.name in ANY_DTYPE:
+        if self._backend.any_call:
             return self._kernel(hidden, weights, ids)
         return self._kernel(hidden.to(self._dtype), weights, ids).to(hidden.dtype)
 
     def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
         """Choose a kernel and repack for it; its variants are compiled when they are first needed."""
         packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
-        requested = os.environ.get(VARIABLE, "auto")
-        if dtype not in (torch.float16, torch.bfloat16):
-            on_cpu = packed.device.type == "cpu"
-            requested = requested if on_cpu and requested in ("auto", "native") else "reference"
-        name = choose(packed, requested).backend
-        kernel = make_layer(packed, dtype, name)
+        requested = requested_backend()
+        if any(row.name == requested and not row.takes(dtype) for row in TABLE):
+            requested = FALLBACK.name
+        self._backend = choose(packed, requested, dtype).row
+        kernel = make_layer(packed, dtype, self._backend.name)
         self._dtype = dtype
-        if name != "reference":
+        if not self._backend.keeps_loaded:
             self.release()
         return kernel
 
@@ -138,9 +137,9 @@ class RoutedExperts(PackedStorage):
         return x if bias is None else x + bias[expert]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
-        """See :meth:`PackedStorage._apply`; the reference kernel holds tensors that may have moved."""
+        """See :meth:`PackedStorage._apply`; a kernel on the loaded buffers holds tensors that may have moved."""
         super()._apply(fn, recurse)
-        if self._kernel is not None and self._kernel.name == "reference":
+        if self._backend.keeps_loaded:
             self._kernel = None
         return self
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from vllm_moeq.format import MoeqConfig, Scheme, UsageError, drop_weak
 from vllm_moeq.kernels import (
-    VARIABLE,
     LayerKernel,
     PackedExperts,
     PackedMatrices,
     RaggedMatrices,
     choose,
     make_layer,
-    moe,
     of_one_dtype,
+    requested_backend,
 )
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
@@ -136,19 +134,19 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self._choose_kernel(layer)
 
     def _choose_kernel(self, layer: RoutedExperts) -> None:
-        """Repack for a kernel, compile its variants, and give the loaded buffers back."""
+        """Repack for a kernel, compile its variants, and give the loaded buffers back unless it needs them."""
         packed = PackedExperts(*(self._packed(layer, part) for part in PARTS))
-        requested = os.environ.get(VARIABLE, "auto")
-        choice = choose(packed, requested)
+        choice = choose(packed, requested_backend())
         logger.info_once("moeq: %s kernel: %s", choice.backend, choice.reason)
-        if choice.backend == "reference":
-            if packed.gate_up.words.is_cuda and not get_current_vllm_config().model_config.enforce_eager:
-                raise UsageError(
-                    f"the reference kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
-                )
-            return
-        self._kernel = make_layer(packed, self._dtype, choice.backend)
+        row, on_gpu = choice.row, packed.device.type == "cuda"
+        if on_gpu and not row.captured and not get_current_vllm_config().model_config.enforce_eager:
+            raise UsageError(
+                f"the {row.name} kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
+            )
+        self._kernel = make_layer(packed, self._dtype, row.name)
         self._kernel.warm_up(self._dtype, layer.moe_config.experts_per_token)
+        if row.keeps_loaded:
+            return
         for part in PARTS:
             for parameter in self._parameters(layer, part).values():
                 parameter.data = parameter.data.new_empty(0)
@@ -179,15 +177,5 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0)]
             topk_ids = torch.where(topk_ids < 0, topk_ids, local)
-        if self._kernel is not None:
-            return self._kernel(x, topk_weights, topk_ids)
-        return moe(
-            x,
-            topk_weights,
-            topk_ids,
-            (layer.w13_weight_packed, layer.w13_weight_scale, layer.w13_weight_zero),
-            (layer.w2_weight_packed, layer.w2_weight_scale, layer.w2_weight_zero),
-            list(self.partition.local_widths),
-            self.config.group_size,
-            self.partition.w2.group_offset,
-        )
+        assert self._kernel is not None
+        return self._kernel(x, topk_weights, topk_ids)
