@@ -44,7 +44,6 @@ METHODS = {
     ],
     (f"{LAYERS}.fused_moe.fused_moe_method_base", "FusedMoEMethodBase"): [
         "__init__", "create_weights", "process_weights_after_loading", "get_fused_moe_quant_config", "apply",
-        "maybe_make_prepare_finalize",
     ],
     (f"{LAYERS}.linear", "UnquantizedLinearMethod"): ["create_weights", "process_weights_after_loading", "apply"],
     (f"{LAYERS}.linear", "LinearBase"): ["__init__"],

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +8,8 @@ import pytest
 import torch
 
 from tests.kernels.layers import exact, random_layer, random_routing
-from vllm_moeq.format import UsageError
-from vllm_moeq.kernels import PackedExperts, make_layer
-from vllm_moeq.kernels.backends import Measurement, choose, read_measurements
+from vllm_moeq.format import PACKED, UsageError
+from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
 from vllm_moeq.kernels.cpu import build
 
 
@@ -20,13 +18,9 @@ def packed() -> PackedExperts:
     return random_layer([3, 1, 2], 128, 64, 64)
 
 
-class FakeGpu:
-    """Pretend that tensors lie on a GPU of this name; nothing is launched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, packed: PackedExperts, name: str) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-        on_gpu = type("Words", (), {"device": torch.device("cuda")})()
-        object.__setattr__(packed.gate_up, "words", on_gpu)
+def pretend_on_gpu(packed: PackedExperts) -> None:
+    """Let the words look as if they lay on a GPU; nothing is launched."""
+    packed.gate_up.tensors[PACKED] = type("Words", (), {"device": torch.device("cuda")})()
 
 
 @pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
@@ -36,16 +30,65 @@ def test_a_cpu_gets_the_native_kernel(packed: PackedExperts) -> None:
     assert make_layer(packed, torch.float32).name == "native"
 
 
-def test_a_gpu_gets_triton_unless_something_else_was_measured(
-    packed: PackedExperts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeGpu(monkeypatch, packed, "NVIDIA Test")
-    row = Measurement("NVIDIA Test", 3, 128, 64, (1, 2, 3), "humming")
-    assert choose(packed, measurements=[]).backend == "triton"
-    assert choose(packed, measurements=[row]).backend == "humming"
-    for change in ({"gpu": "NVIDIA Other"}, {"hidden": 256}, {"widths": (1, 2)}, {"experts": 4}):
-        other = Measurement(**{**row.__dict__, **change})
-        assert choose(packed, measurements=[other]).backend == "triton"
+def test_a_gpu_gets_triton(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    assert choose(packed).backend == "triton"
+
+
+def test_the_table_is_whole() -> None:
+    assert BACKENDS == ("auto", "triton", "humming", "native", "reference")
+    assert FALLBACK.automatic is None
+    assert FALLBACK.dtypes is None
+    assert FALLBACK.problem(torch.device("meta")) == ""
+    for row in TABLE[:-1]:
+        assert row.automatic is not None
+        assert row.schemes == ("grid",)
+
+
+def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    assert choose(packed, dtype=torch.bfloat16).backend == "triton"
+    choice = choose(packed, dtype=torch.float32)
+    assert (choice.backend, choice.reason) == ("reference", "the triton kernel does not take torch.float32")
+
+
+def test_a_device_that_no_kernel_is_for() -> None:
+    packed = random_layer([3], 64, 32, 32, device="cpu")
+    packed.gate_up.tensors[PACKED] = packed.gate_up.words.to("meta")
+    choice = choose(packed)
+    assert (choice.backend, choice.reason) == ("reference", "no kernel runs on meta")
+
+
+def test_native_is_for_cpus(packed: PackedExperts) -> None:
+    pretend_on_gpu(packed)
+    with pytest.raises(UsageError, match="VLLM_MOEQ_BACKEND=native: expected a CPU, found device cuda"):
+        choose(packed, "native")
+
+
+@pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
+def test_who_takes_other_linears() -> None:
+    for requested in ("auto", "native"):
+        row, reason = choose_linear(requested)
+        assert row is not None
+        assert (row.name, reason) == ("native", "")
+    for requested in ("reference", "triton", "cutlass"):
+        assert choose_linear(requested) == (None, "VLLM_MOEQ_BACKEND asks for it")
+
+
+@pytest.mark.parametrize(("group_size", "offset"), [(64, 0), (64, 32), (-1, 0)])
+def test_a_compiled_reference_is_one_operator(group_size: int, offset: int) -> None:
+    layer = make_layer(random_layer([3, 1, 2], 128, 160, group_size, offset), torch.float32, "reference")
+    weights, ids = random_routing(5, 3, 2)
+    x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0))
+    graphs = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(lambda *it: layer(*it), backend=note, fullgraph=True)
+    assert torch.equal(compiled(x, weights, ids), layer(x, weights, ids))
+    assert graphs == [[torch.ops.vllm_moeq.moe]]
 
 
 def test_an_unknown_backend_is_refused(packed: PackedExperts) -> None:
@@ -67,7 +110,7 @@ def test_triton_without_gpu_or_interpreter_is_refused() -> None:
     script = """
 import torch
 from tests.kernels.layers import random_layer
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import PACKED, UsageError
 from vllm_moeq.kernels import make_layer
 try:
     make_layer(random_layer([3], 64, 32, 32), torch.float16, "triton")
@@ -97,11 +140,3 @@ def test_backends_agree(packed: PackedExperts, backend: str) -> None:
     x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0)).half()
     expected = exact(packed, x, weights, ids)
     assert (layer(x, weights, ids).double() - expected).norm() < 2e-3 * expected.norm()
-
-
-def test_measurements_are_read_from_a_file(tmp_path: Path) -> None:
-    assert read_measurements(tmp_path / "missing.json") == []
-    row = {"gpu": "G", "experts": 8, "hidden": 64, "intermediate": 32, "widths": [2, 3], "backend": "triton"}
-    path = tmp_path / "measured.json"
-    path.write_text(json.dumps([row]))
-    assert read_measurements(path) == [Measurement("G", 8, 64, 32, (2, 3), "triton")]

@@ -216,7 +216,7 @@ def test_overflowing_scales_and_zeros_are_refused(name: str) -> None:
     packed = matrices([4], 64, 64, 32)
     values = {"scales": packed.scales.float(), "zeros": packed.zeros.float()}
     values[name][0, 3, 1] = 1e6
-    wide = PackedMatrices(packed.matrices, packed.words, **values)
+    wide = PackedMatrices(packed.matrices, packed.words, values["scales"], values["zeros"])
     with pytest.raises(UsageError, match=name):
         humming.class_tensors(wide, [0], torch.float16)
     assert humming.class_tensors(wide, [0], torch.bfloat16)["zero_point"].dtype == torch.bfloat16

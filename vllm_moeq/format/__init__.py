@@ -6,12 +6,12 @@ Needs torch and safetensors; neither vLLM nor a GPU.
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
 from vllm_moeq.format.files import parse_json, read_json
 from vllm_moeq.format.headers import TensorInfo
-from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, dequantize, linear_values, pack, packed_words, unpack
+from vllm_moeq.format.linears import LINEAR_SUFFIXES, linear_values
+from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
-    WHOLE_ROW,
     Linear,
     MoeqConfig,
     PlanSummary,
@@ -19,16 +19,13 @@ from vllm_moeq.format.schema import (
     first_problem,
     parse_config,
 )
+from vllm_moeq.format.schemes import GRID, SCHEMES, ExpertMatrix, Scheme, Span, TensorLayout
+from vllm_moeq.format.schemes.grid import PACKED, SCALE, ZERO, check_values
 from vllm_moeq.format.shards import ShardSet
 from vllm_moeq.format.validation import (
     EXPERT_COUNT,
     NESTED,
-    PACKED,
-    SCALE,
-    ZERO,
-    ExpertMatrix,
     Summary,
-    check_values,
     expert_matrices,
     load_config,
     verify,
@@ -39,10 +36,13 @@ __all__ = [
     "CODES_PER_BLOCK",
     "EXPERT_COUNT",
     "FORMAT_VERSION",
+    "GRID",
+    "LINEAR_SUFFIXES",
     "NESTED",
     "PACKED",
     "QUANT_METHOD",
     "SCALE",
+    "SCHEMES",
     "WHOLE_ROW",
     "ZERO",
     "CheckpointError",
@@ -53,9 +53,12 @@ __all__ = [
     "MoeqError",
     "PlanSummary",
     "Projections",
+    "Scheme",
     "ShardSet",
+    "Span",
     "Summary",
     "TensorInfo",
+    "TensorLayout",
     "UsageError",
     "check_values",
     "dequantize",

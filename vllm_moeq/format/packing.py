@@ -11,10 +11,13 @@ from __future__ import annotations
 import torch
 
 BIT_WIDTHS: tuple[int, ...] = (1, 2, 3, 4, 8)
-"""Every width that an expert may have."""
+"""The table of widths, in bits, that an expert may have; what reads or decodes codes covers exactly these."""
 
 CODES_PER_BLOCK = 32
 """Codes are packed in blocks of this many; the input dimension must be a multiple of it."""
+
+WHOLE_ROW = -1
+"""The group size that stands for one group per row."""
 
 
 def _check_bits(bits: int) -> None:
@@ -39,7 +42,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: integer tensor [..., K] with values in [0, 2**bits), K a multiple of 32.
-        bits: 1, 2, 3, 4 or 8.
+        bits: one of :data:`BIT_WIDTHS`.
 
     Returns:
         int32 tensor [..., K * bits // 32].
@@ -68,7 +71,7 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
 
     Args:
         words: int32 tensor [..., num_codes * bits // 32].
-        bits: 1, 2, 3, 4 or 8.
+        bits: one of :data:`BIT_WIDTHS`.
         num_codes: K, the length of the last dimension of the result.
 
     Returns:
@@ -119,18 +122,3 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -
     grouped = codes.reshape(rows, groups, -1).to(torch.float32)
     weight = (grouped - zeros.float()[..., None]) * scales.float()[..., None]
     return weight.reshape(rows, columns)
-
-
-def linear_values(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what a packed linear that is no expert stands for: codes offset by 2^(b−1), symmetric.
-
-    Args:
-        words: int32 [N, K·b/32].
-        scales: any float dtype [N, K / G].
-        bits: 4 or 8.
-
-    Returns:
-        float32 [N, K].
-    """
-    codes = unpack(words, bits, words.shape[1] * 32 // bits)
-    return dequantize(codes, scales, torch.full_like(scales, 2 ** (bits - 1)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
+from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
 FORMAT_VERSION = 1
@@ -26,11 +27,14 @@ def _integer(value: Any) -> Any:
 
 
 Integer = BeforeValidator(_integer)
-Bits = Annotated[Literal[1, 2, 3, 4, 8], Integer]
+if TYPE_CHECKING:
+    Bits = int
+else:
+    Bits = Annotated[Literal[BIT_WIDTHS], Integer]
+Average = Annotated[float, Field(ge=min(BIT_WIDTHS), le=max(BIT_WIDTHS))]
 Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
 """One per expert. Only the first mistake is reported: a list of four million of them would fill the memory."""
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(fail_fast=True, max_length=MAX_EXPERTS)]
-WHOLE_ROW = -1
 GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
 ]
@@ -90,8 +94,8 @@ class PlanSummary(Strict):
     """Where the widths came from; for people and reports, never read by a kernel."""
 
     method: Annotated[str, Field(max_length=64)]
-    avg_bits: Annotated[float, Field(ge=1, le=8)]
-    achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
+    avg_bits: Average
+    achieved_avg_bits: Average
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
     zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     promotion: Literal["official", "stable"] | None = None
@@ -112,6 +116,15 @@ class MoeqConfig(Strict):
     unquantized: Annotated[list[Name], Field(fail_fast=True, max_length=MAX_NAMES)]
     plan: PlanSummary
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
+
+    def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
+        """Return how an expert's matrices are stored: in format version 1 always by the grid.
+
+        Args:
+            prefix: a key of ``experts``.
+            expert: its index within the layer.
+        """
+        return SCHEMES[GRID.name]
 
     @model_validator(mode="after")
     def _widths_are_among_the_choices(self) -> MoeqConfig:

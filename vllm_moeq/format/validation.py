@@ -1,4 +1,4 @@
-"""Check a moeq checkpoint: headers always, the values of scales and zero points on request."""
+"""Check a moeq checkpoint: headers always, values such as scales on request."""
 
 from __future__ import annotations
 
@@ -7,44 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
-from vllm_moeq.format.packing import CODES_PER_BLOCK, packed_words
-from vllm_moeq.format.schema import WHOLE_ROW, MoeqConfig, parse_config
+from vllm_moeq.format.linears import check_linears
+from vllm_moeq.format.schema import MoeqConfig, parse_config
+from vllm_moeq.format.schemes import ExpertMatrix
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, ShardSet, index_shards
 from vllm_moeq.format.tensors import Tensors
-
-PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
-SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json; a model has one of them."""
 NESTED = "text_config"
 """Where the config.json of a model for text and images has its language model's keys."""
-
-
-@dataclass(frozen=True)
-class ExpertMatrix:
-    """One projection of one expert as the file holds it."""
-
-    prefix: str
-    expert: int
-    projection: str
-    bits: int
-    rows: int
-    columns: int
-    groups: int
-
-    def name(self, suffix: str) -> str:
-        """Return the checkpoint name of the packed codes, the scales or the zeros."""
-        return f"{self.prefix}.{self.expert}.{self.projection}.{suffix}"
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
 
 
 @dataclass
@@ -110,37 +84,6 @@ def _check_files(folder: Path) -> None:
             raise CheckpointError(f"{path}: expected no weights beside {SINGLE_NAME} without {INDEX_NAME}")
 
 
-def _expert_matrix(shards: Tensors, config: MoeqConfig, prefix: str, expert: int, projection: str) -> ExpertMatrix:
-    """Check the three tensors of one matrix against each other and against its width."""
-    bits = config.experts[prefix][expert]
-    base = f"{prefix}.{expert}.{projection}"
-    packed = shards.info(f"{base}.{PACKED}")
-    scale = shards.info(f"{base}.{SCALE}")
-    zero = shards.info(f"{base}.{ZERO}")
-
-    def expect(suffix: str, what: str, found: object) -> None:
-        shard = shards.info(f"{base}.{suffix}").shard
-        raise CheckpointError(f"{shards.folder / shard}: tensor {base}.{suffix}: expected {what}, found {found}")
-
-    if packed.dtype != torch.int32 or len(packed.shape) != 2:
-        expect(PACKED, "a 2-D int32 tensor", f"{packed.dtype} {list(packed.shape)}")
-    if scale.dtype not in SCALE_DTYPES or len(scale.shape) != 2 or 0 in scale.shape:
-        expect(SCALE, "a 2-D float16 or bfloat16 tensor", f"{scale.dtype} {list(scale.shape)}")
-    if zero.dtype != scale.dtype or zero.shape != scale.shape:
-        expect(ZERO, f"{scale.dtype} {list(scale.shape)}", f"{zero.dtype} {list(zero.shape)}")
-    rows, groups = scale.shape
-    words = packed.shape[1]
-    columns = words * 32 // bits
-    if config.group_size == WHOLE_ROW:
-        if groups != 1:
-            expect(SCALE, f"[{rows}, 1] (one group per row)", list(scale.shape))
-    else:
-        columns = groups * config.group_size
-    if columns % CODES_PER_BLOCK or packed.shape != (rows, packed_words(columns, bits)):
-        expect(PACKED, f"[{rows}, {columns * bits // 32}] for {bits} bits", list(packed.shape))
-    return ExpertMatrix(prefix, expert, projection, bits, rows, columns, groups)
-
-
 def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatrix]:
     """Yield every matrix of every routed expert, checked for presence, dtype and shape.
 
@@ -149,14 +92,15 @@ def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatri
     """
     for prefix, widths in config.experts.items():
         shapes: dict[str, tuple[int, int]] = {}
-        for expert in range(len(widths)):
+        for expert, bits in enumerate(widths):
+            scheme = config.scheme(prefix, expert)
             for projection in config.projections.names():
-                matrix = _expert_matrix(shards, config, prefix, expert, projection)
+                matrix = scheme.read_matrix(shards, prefix, expert, projection, bits, config.group_size)
                 shape = (matrix.rows, matrix.columns)
                 first = shapes.setdefault(projection, shape)
                 if shape != first:
                     raise CheckpointError(
-                        f"{shards.folder}: {matrix.name(PACKED)}: expected {list(first)} weights "
+                        f"{shards.folder}: {matrix.name(matrix.scheme.codes)}: expected {list(first)} weights "
                         f"as in expert 0, found {list(shape)}"
                     )
                 yield matrix
@@ -168,31 +112,14 @@ def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatri
             )
 
 
-def check_values(values: torch.Tensor, suffix: str, place: str) -> None:
-    """Check scales or zeros; the one check that all readers call.
-
-    Args:
-        values: any float dtype and shape.
-        suffix: :data:`SCALE` or :data:`ZERO`.
-        place: file and tensor, as the message names them.
-
-    Raises:
-        CheckpointError: a value that is NaN or infinite, or a scale of 0.
-    """
-    if not bool(torch.isfinite(values).all()):
-        raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")
-    if suffix == SCALE and bool((values == 0).any()):
-        raise CheckpointError(f"{place}: expected no scale of 0")
-
-
 def verify(folder: Path, *, values: bool = True) -> Summary:
     """Check a whole checkpoint.
 
     Args:
         folder: the checkpoint.
-        values: also read the scales and zeros of experts and check them as :func:`check_values` does;
-            the loaders do that on the way. Packed codes need no such check, since every bit pattern is
-            a valid code, and the few scales of other packed linears are always read.
+        values: also read the tensors of experts that may hold impossible values, and check them as
+            :meth:`Scheme.check_values` does; the loaders do that on the way. Codes need no such check, since every
+            bit pattern is a valid code. The few scales of other packed linears are always read.
 
     Returns:
         Counts and sizes.
@@ -209,16 +136,15 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
         known: set[str] = set()
         bit_sum = 0
         for matrix in expert_matrices(shards, config):
-            for suffix in (PACKED, SCALE, ZERO):
-                known.add(matrix.name(suffix))
-                summary.expert_bytes += shards.info(matrix.name(suffix)).nbytes
+            known.update(matrix.names())
+            summary.expert_bytes += matrix.nbytes
             summary.expert_weights += matrix.weights
             bit_sum += matrix.weights * matrix.bits
-            for suffix in (SCALE, ZERO) if values else ():
+            for suffix in matrix.scheme.checked if values else ():
                 name = matrix.name(suffix)
-                check_values(shards.load(name), suffix, shards.place(name))
+                matrix.scheme.check_values(shards.load(name), suffix, shards.place(name))
         _refuse_strays(shards, config, known)
-        _check_linears(shards, config, known)
+        check_linears(shards, config, known)
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes
@@ -247,25 +173,3 @@ def _is_of_an_expert(name: str, config: MoeqConfig) -> bool:
         if last.isdecimal() and head in config.experts:
             return True
     return False
-
-
-def _check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
-    """Check the shapes of every packed linear that is not an expert, and that its scales are finite."""
-    bits, group = config.linear.bits, config.linear.group_size
-    for name, info in shards.tensors.items():
-        if name in known or not name.endswith(f".{PACKED}"):
-            continue
-        base = name.removesuffix(f".{PACKED}")
-        if bits == 16:
-            raise CheckpointError(f"{shards.folder / info.shard}: tensor {name} is packed but linear.bits is 16")
-        scale = shards.info(f"{base}.{SCALE}")
-        rows, words = info.shape if len(info.shape) == 2 else (0, 0)
-        columns = words * 32 // bits
-        fits = columns % group == 0 and scale.dtype.is_floating_point and scale.shape == (rows, columns // group)
-        if info.dtype != torch.int32 or columns == 0 or not fits:
-            raise CheckpointError(
-                f"{shards.folder / info.shard}: tensor {name}: {list(info.shape)} words do not fit "
-                f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
-            )
-        # A group of weights that are all 0 may have a scale of 0.
-        check_values(shards.load(f"{base}.{SCALE}"), ZERO, shards.place(f"{base}.{SCALE}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +9,23 @@ import torch
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from vllm_moeq.format import PACKED, CheckpointError, UsageError, drop_weak
-from vllm_moeq.hf.layout import Layer
+from vllm_moeq.format import CheckpointError, UsageError, drop_weak
+from vllm_moeq.hf.layout import StoredLayer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
-    VARIABLE,
+    FALLBACK,
+    TABLE,
+    Backend,
     LayerKernel,
     PackedExperts,
-    PackedMatrices,
     choose,
-    dense_expert,
     make_layer,
+    requested_backend,
 )
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
-ANY_DTYPE = ("native", "reference")
-"""Kernels that take whatever dtype a call has; others take the one they were made for."""
 
 INTEGRATION = "transformers.integrations.moe"
 """Where the gate act(gate)·up comes from that classes of experts have unless they define their own."""
@@ -50,7 +47,7 @@ class RoutedExperts(PackedStorage):
         UsageError: a module whose arithmetic is not known.
     """
 
-    def __init__(self, layer: Layer, source: torch.nn.Module) -> None:
+    def __init__(self, layer: StoredLayer, source: torch.nn.Module) -> None:
         super().__init__(layer)
         biases = {name: tensor for name, tensor in source.named_parameters() if name.endswith("bias")}
         expected = sum(tensor.numel() for name, tensor in source.named_parameters() if name not in biases)
@@ -67,6 +64,7 @@ class RoutedExperts(PackedStorage):
         self.activation = self._activation(source)
         self.fused = not biases and self._is_silu(source)
         self._kernel: LayerKernel | None = None
+        self._backend: Backend = FALLBACK
 
     def _activation(self, source: torch.nn.Module) -> Activation:
         """Return what turns [tokens, gate and up as transformers keeps them] into [tokens, intermediate]."""
@@ -99,21 +97,20 @@ class RoutedExperts(PackedStorage):
     def _fused(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._kernel is None:
             self._kernel = self._make_kernel(hidden.dtype)
-        if self._kernel.name in ANY_DTYPE:
+        if self._backend.any_call:
             return self._kernel(hidden, weights, ids)
         return self._kernel(hidden.to(self._dtype), weights, ids).to(hidden.dtype)
 
     def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
         """Choose a kernel and repack for it; its variants are compiled when they are first needed."""
         packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
-        requested = os.environ.get(VARIABLE, "auto")
-        if dtype not in (torch.float16, torch.bfloat16):
-            on_cpu = self.get_buffer(f"gate_up_{PACKED}").device.type == "cpu"
-            requested = requested if on_cpu and requested in ("auto", "native") else "reference"
-        name = choose(packed, requested).backend
-        kernel = make_layer(packed, dtype, name)
+        requested = requested_backend()
+        if any(row.name == requested and not row.takes(dtype) for row in TABLE):
+            requested = FALLBACK.name
+        self._backend = choose(packed, requested, dtype).row
+        kernel = make_layer(packed, dtype, self._backend.name)
         self._dtype = dtype
-        if name != "reference":
+        if not self._backend.keeps_loaded:
             self.release()
         return kernel
 
@@ -128,25 +125,21 @@ class RoutedExperts(PackedStorage):
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden]: one expert's outputs, rounded where transformers rounds."""
-        first = linear(x, self._dense("gate_up", expert, x.dtype))
+        first = linear(x, self.packed("gate_up").dense(expert, x.dtype))
         if self.interleaved:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
         first = self._biased(first, BIASES[0], expert)
-        second = linear(self.activation(first), self._dense("down", expert, x.dtype))
+        second = linear(self.activation(first), self.packed("down").dense(expert, x.dtype))
         return self._biased(second, BIASES[1], expert)
-
-    def _dense(self, part: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        packed: PackedMatrices = self.packed(part)
-        return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, dtype)
 
     def _biased(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias: torch.Tensor | None = self._parameters.get(name)
         return x if bias is None else x + bias[expert]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
-        """See :meth:`PackedStorage._apply`; the reference kernel holds tensors that may have moved."""
+        """See :meth:`PackedStorage._apply`; a kernel on the loaded buffers holds tensors that may have moved."""
         super()._apply(fn, recurse)
-        if self._kernel is not None and self._kernel.name == "reference":
+        if self._backend.keeps_loaded:
             self._kernel = None
         return self
 
@@ -204,7 +197,7 @@ CALLED_OTHERWISE: dict[str, type[RoutedExperts]] = {
 """Transformers' classes of experts that are not called as the others are."""
 
 
-def packed_experts(layer: Layer, source: Any) -> RoutedExperts:
+def packed_experts(layer: StoredLayer, source: Any) -> RoutedExperts:
     """Return the module that takes the place of transformers' experts.
 
     Raises:

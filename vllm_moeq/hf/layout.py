@@ -13,11 +13,11 @@ PARTS = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
-class Layer:
+class StoredLayer:
     """One MoE layer of the checkpoint.
 
     Attributes:
-        prefix: of the names of its experts' tensors.
+        prefix: its name, with which the names of its experts' tensors begin.
         projections: names of an expert's matrices.
         gate_up: [E, 2·intermediate, hidden], gate's rows first; [E, intermediate, hidden] without an ``up``.
         down: [E, hidden, intermediate].
@@ -50,7 +50,7 @@ class Layer:
         return (down,) if part == "down" else tuple(name for name in self.projections.names() if name != down)
 
 
-def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[Layer]:
+def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[StoredLayer]:
     """Yield the layers in the order of the config.
 
     Raises:
@@ -65,10 +65,11 @@ def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[Layer]:
     for prefix, bits in config.experts.items():
         rows, columns = shapes[prefix, names.gate]
         stacked = rows if names.up is None else 2 * rows
-        yield Layer(
+        schemes = [config.scheme(prefix, expert) for expert in range(len(bits))]
+        yield StoredLayer(
             prefix,
             names,
-            ragged(bits, stacked, columns, config.group_size),
-            ragged(bits, *shapes[prefix, names.down], config.group_size),
+            ragged(bits, stacked, columns, config.group_size, schemes=schemes),
+            ragged(bits, *shapes[prefix, names.down], config.group_size, schemes=schemes),
             (config.odp or {}).get(prefix, 0.0),
         )

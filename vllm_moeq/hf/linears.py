@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from vllm_moeq.format import PACKED, SCALE, ZERO, MoeqConfig, linear_values
+from vllm_moeq.format import LINEAR_SUFFIXES, SCHEMES, MoeqConfig, linear_values
 
-SHAPE = "weight_shape"
-SOURCES = [rf"\.{suffix}$" for suffix in (PACKED, SCALE, SHAPE)]
+SOURCES = [rf"\.{suffix}$" for suffix in LINEAR_SUFFIXES]
 ELSEWHERE = "moeq.experts"
 """The name under which transformers sees, and ignores, the tensors of experts."""
 
@@ -52,7 +51,8 @@ def conversions(config: MoeqConfig, dtypes: Mapping[str, torch.dtype]) -> list[A
         config: the checkpoint's configuration.
         dtypes: by names in the model, the dtype of each parameter.
     """
-    experts = rf"^{_any(config.experts)}\.\d+\.{_any(config.projections.names())}\.{_any((PACKED, SCALE, ZERO))}$"
+    suffixes = dict.fromkeys(suffix for scheme in SCHEMES.values() for suffix in scheme.suffixes)
+    experts = rf"^{_any(config.experts)}\.\d+\.{_any(config.projections.names())}\.{_any(suffixes)}$"
     result: list[Any] = [WeightRenaming(experts, ELSEWHERE)]
     if config.linear.bits != 16:
         unpack = UnpackLinear(config.linear.bits, dtypes)

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError, check_values
-from vllm_moeq.hf.layout import PARTS, Layer
-from vllm_moeq.kernels import PackedMatrices
+from vllm_moeq.format import CheckpointError, ShardSet, UsageError
+from vllm_moeq.hf.layout import PARTS, StoredLayer
+from vllm_moeq.kernels import PackedMatrices, of_one_dtype, wide_enough
 
-SUFFIXES = (PACKED, SCALE, ZERO)
-AS_INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}
+AS_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class PackedStorage(torch.nn.Module):
-    """Six buffers: packed words, scales and zeros of gate and up, and of down.
+    """A buffer for each tensor of a scheme and each of gate and up, and down: ``gate_up_weight_packed``.
 
     They are not part of the state dict: this module reads them itself, tensor by tensor, so that no file holds
-    them in another form than the checkpoint's. Scales and zeros stay float16, or float32 where a bfloat16 value does
-    not fit; a cast of the model does not touch them.
+    them in another form than the checkpoint's. Floating ones such as scales stay float16, or float32 where a bfloat16
+    value does not fit; a cast of the model does not touch them.
 
     Args:
         layer: what the checkpoint says.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: StoredLayer) -> None:
         super().__init__()
         self.layer = layer
+        for part, suffix, name in self._stored():
+            self.register_buffer(name, layer.matrices(part).empty(suffix), persistent=False)
+
+    def _stored(self) -> Iterator[tuple[str, str, str]]:
+        """Yield part, suffix and name of every buffer."""
         for part in PARTS:
-            matrices = layer.matrices(part)
-            shape = (layer.experts, matrices.rows, matrices.groups)
-            self.register_buffer(
-                f"{part}_{PACKED}", torch.empty(matrices.num_words, dtype=torch.int32), persistent=False
-            )
-            for suffix in (SCALE, ZERO):
-                self.register_buffer(f"{part}_{suffix}", torch.empty(shape, dtype=torch.float16), persistent=False)
+            for suffix in self.layer.matrices(part).suffixes:
+                yield part, suffix, f"{part}_{suffix}"
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -45,72 +44,63 @@ class PackedStorage(torch.nn.Module):
 
     def packed(self, part: str) -> PackedMatrices:
         """Return one of :data:`PARTS` as the kernels take it."""
-        words, scales, zeros = (self.get_buffer(f"{part}_{suffix}") for suffix in SUFFIXES)
-        return PackedMatrices(self.layer.matrices(part), words, scales, zeros)
+        matrices = self.layer.matrices(part)
+        return PackedMatrices(matrices, *(self.get_buffer(f"{part}_{suffix}") for suffix in matrices.suffixes))
 
     def load(self, shards: ShardSet) -> None:
         """Copy every tensor of every expert, each once, to where the buffers are.
 
         Raises:
-            CheckpointError: a tensor that is missing, has another shape than its place, or a scale or zero that is
-                not finite, or a scale of 0; names it.
+            CheckpointError: a tensor that is missing, has another shape than its place, or holds an impossible value,
+                such as a scale that is 0 or not finite; names it.
         """
         for part in PARTS:
-            for expert in range(self.layer.experts):
-                first = 0
-                for projection in self.layer.names(part):
-                    base = f"{self.layer.prefix}.{expert}.{projection}"
-                    rows = self.layer.matrices(part).rows // len(self.layer.names(part))
-                    for suffix in SUFFIXES:
-                        self._copy(f"{base}.{suffix}", shards, part, suffix, expert, slice(first, first + rows))
-                    first += rows
-            # The kernels take scales and zeros of one dtype.
-            scale, zero = self.get_buffer(f"{part}_{SCALE}"), self.get_buffer(f"{part}_{ZERO}")
-            dtype = torch.promote_types(scale.dtype, zero.dtype)
-            self._buffers.update({f"{part}_{SCALE}": scale.to(dtype), f"{part}_{ZERO}": zero.to(dtype)})
+            matrices, projections = self.layer.matrices(part), self.layer.names(part)
+            for expert, scheme in enumerate(matrices.schemes):
+                for place, projection in enumerate(projections):
+                    for suffix in scheme.suffixes:
+                        name = f"{self.layer.prefix}.{expert}.{projection}.{suffix}"
+                        self._copy(name, shards, part, suffix, expert, (place, len(projections)))
+            buffers = of_one_dtype({suffix: self.get_buffer(f"{part}_{suffix}") for suffix in matrices.suffixes})
+            self._buffers.update({f"{part}_{suffix}": buffer for suffix, buffer in buffers.items()})
 
-    def _copy(self, name: str, shards: ShardSet, part: str, suffix: str, expert: int, rows: slice) -> None:
+    def _copy(self, name: str, shards: ShardSet, part: str, suffix: str, expert: int, place: tuple[int, int]) -> None:
+        """Copy one tensor; ``place``: which of how many that are stacked in this part."""
         tensor = shards.map(name)
-        buffer = self.get_buffer(f"{part}_{suffix}")
-        if suffix == PACKED:
-            matrices = self.layer.matrices(part)
-            begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
-            target = buffer[begin:end].view(matrices.rows, -1)[rows]
-        else:
-            check_values(tensor, suffix, shards.place(name))
-            if buffer.dtype == torch.float16 and not torch.equal(tensor.half().to(tensor.dtype), tensor):
-                buffer = buffer.float()
-                self._buffers[f"{part}_{suffix}"] = buffer
-            target = buffer[expert, rows]
+        matrices = self.layer.matrices(part)
+        scheme = matrices.schemes[expert]
+        if suffix in scheme.checked:
+            scheme.check_values(tensor, suffix, shards.place(name))
+        buffer = wide_enough(self.get_buffer(f"{part}_{suffix}"), tensor)
+        self._buffers[f"{part}_{suffix}"] = buffer
+        index, count = place
+        target = matrices.view(buffer, suffix, expert).tensor_split(count)[index]
         if target.shape != tensor.shape:
             raise CheckpointError(f"{shards.place(name)}: expected {list(target.shape)}, found {list(tensor.shape)}")
         target.copy_(tensor)
 
     def release(self) -> None:
         """Give the buffers' memory back, when a kernel has the weights in its own order."""
-        for part in PARTS:
-            for suffix in SUFFIXES:
-                name = f"{part}_{suffix}"
-                self._buffers[name] = self.get_buffer(name).new_empty(0)
+        for _, _, name in self._stored():
+            self._buffers[name] = self.get_buffer(name).new_empty(0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedStorage:
-        """Do what ``.to()``, ``.cuda()`` and the like ask for, without changing the dtype of scales and zeros.
+        """Do what ``.to()``, ``.cuda()`` and the like ask for, without changing the dtype of the buffers.
 
         Raises:
             UsageError: another device, when the buffers have been given back.
         """
-        device = self.get_buffer(f"gate_up_{PACKED}").device
-        dtypes = {f"{part}_{suffix}": torch.float16 for part in PARTS for suffix in (SCALE, ZERO)}
-        for name in dtypes:
-            buffer = self.get_buffer(name)
-            dtypes[name] = buffer.dtype
+        device = self.packed(PARTS[0]).device
+        dtypes = {name: self.get_buffer(name).dtype for _, _, name in self._stored()}
+        for name, dtype in dtypes.items():
             # Casts of a module leave integers alone.
-            self._buffers[name] = buffer.view(AS_INTEGERS[buffer.dtype])
+            self._buffers[name] = self.get_buffer(name).view(AS_INTEGERS.get(dtype, dtype))
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for name, dtype in dtypes.items():
                 self._buffers[name] = self.get_buffer(name).view(dtype)
-        if not self.get_buffer(f"gate_up_{PACKED}").numel() and self.get_buffer(f"gate_up_{PACKED}").device != device:
+        packed = self.packed(PARTS[0])
+        if packed.device != device and not any(tensor.numel() for tensor in packed.tensors.values()):
             raise UsageError(f"{self.layer.prefix}: its kernel keeps the experts on {device}: load the model again")
         return self

@@ -10,12 +10,14 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from vllm_moeq.format import PACKED, CheckpointError, MoeqConfig, ShardSet, UsageError, verify
+from vllm_moeq.format import LINEAR_SUFFIXES, CheckpointError, MoeqConfig, ShardSet, UsageError, verify
 from vllm_moeq.hf.config import MoeqQuantizationConfig
 from vllm_moeq.hf.experts import RoutedExperts, packed_experts
-from vllm_moeq.hf.layout import Layer, read_layers
+from vllm_moeq.hf.layout import StoredLayer, read_layers
 from vllm_moeq.hf.linears import ELSEWHERE, conversions
 from vllm_moeq.hf.names import Names
+
+WORDS = LINEAR_SUFFIXES[0]
 
 logger = logging.get_logger("transformers.moeq")  # below "transformers": other names are not configured
 
@@ -81,8 +83,8 @@ class MoeqHfQuantizer(HfQuantizer):
         with ShardSet(self._folder) as shards:
             layers = list(read_layers(shards, self.config))
             prefixes = tuple(f"{layer.prefix}." for layer in layers)
-            packed = [name for name in shards.tensors if name.endswith(f".{PACKED}") and not name.startswith(prefixes)]
-        names.require_whole(f"{name.removesuffix(PACKED)}weight" for name in packed)
+            packed = [name for name in shards.tensors if name.endswith(f".{WORDS}") and not name.startswith(prefixes)]
+        names.require_whole(f"{name.removesuffix(WORDS)}weight" for name in packed)
         _replace(model, {names.module(layer.prefix): layer for layer in layers})
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -140,7 +142,7 @@ class MoeqHfQuantizer(HfQuantizer):
         return False
 
 
-def _replace(model: Any, layers: dict[str, Layer]) -> None:
+def _replace(model: Any, layers: dict[str, StoredLayer]) -> None:
     """Put packed experts at the paths of modules.
 
     Raises:

@@ -1,23 +1,46 @@
 """The arithmetic: one MoE layer whose experts have different widths."""
 
-from vllm_moeq.kernels.backends import BACKENDS, VARIABLE, choose, make_layer
+from vllm_moeq.kernels.backends import (
+    AUTO,
+    BACKENDS,
+    FALLBACK,
+    TABLE,
+    VARIABLE,
+    Backend,
+    LinearKernel,
+    MakeLinear,
+    choose,
+    choose_linear,
+    make_layer,
+    requested_backend,
+)
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts, PackedMatrices
 from vllm_moeq.kernels.operator import moe
-from vllm_moeq.kernels.ragged import RaggedMatrices, ragged
+from vllm_moeq.kernels.ragged import RaggedMatrices, of_one_dtype, ragged, wide_enough
 from vllm_moeq.kernels.reference import ReferenceLayer, dense_expert, moe_reference
 
 __all__ = [
+    "AUTO",
     "BACKENDS",
+    "FALLBACK",
+    "TABLE",
     "VARIABLE",
+    "Backend",
     "LayerKernel",
+    "LinearKernel",
+    "MakeLinear",
     "PackedExperts",
     "PackedMatrices",
     "RaggedMatrices",
     "ReferenceLayer",
     "choose",
+    "choose_linear",
     "dense_expert",
     "make_layer",
     "moe",
     "moe_reference",
+    "of_one_dtype",
     "ragged",
+    "requested_backend",
+    "wide_enough",
 ]

@@ -1,23 +1,139 @@
-"""Which kernel runs a layer."""
+"""The table of backends, and which of them runs a layer."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import GRID, UsageError
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts
 from vllm_moeq.kernels.reference import ReferenceLayer
 
 VARIABLE = "VLLM_MOEQ_BACKEND"
-BACKENDS = ("auto", "triton", "humming", "native", "reference")
-MEASURED = Path(__file__).with_name("measured.json")
-"""Backends that were measured to be the fastest, by GPU and layer: rows of :class:`Measurement`."""
+AUTO = "auto"
+HALF = (torch.float16, torch.bfloat16)
+
+
+class LinearKernel(Protocol):
+    """One matrix that is no expert, repacked for a backend.
+
+    Attributes:
+        weight: the matrix in the backend's order.
+    """
+
+    weight: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x · Wᵀ, [..., N] in x's dtype, for x [..., K]."""
+        ...
+
+
+MakeLinear = Callable[[torch.Tensor, torch.Tensor, int], LinearKernel]
+"""Repacks a linear: int32 words [N, K·b/32] with codes offset by 2^(b−1), scales [N, K / G], and b."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: the value of :data:`VARIABLE` that asks for it, and the ``name`` of its layers.
+        problem: returns why it does not run on a device, or nothing where it does.
+        make: repacks a layer for activations of a dtype.
+        automatic: the device types on which ``auto`` takes it; None: any.
+        dtypes: the activation dtypes that it takes; None: any.
+        schemes: the names of the schemes that it computes from.
+        any_call: a layer takes every one of ``dtypes`` in each call, not only the one that it was made for.
+        keeps_loaded: a layer computes from the loaded buffers, which otherwise are given back.
+        captured: CUDA graphs may capture it; otherwise every call waits for the device.
+        linear: repacks linears that are no experts, if it has a kernel for those that vLLM's CPU kernels cannot have.
+    """
+
+    name: str
+    problem: Callable[[torch.device], str]
+    make: Callable[[PackedExperts, torch.dtype], LayerKernel]
+    automatic: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None = HALF
+    schemes: tuple[str, ...] = (GRID.name,)
+    any_call: bool = False
+    keeps_loaded: bool = False
+    captured: bool = True
+    linear: MakeLinear | None = None
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Tell whether activations may have a dtype."""
+        return self.dtypes is None or dtype in self.dtypes
+
+
+def _triton_problem(device: torch.device) -> str:
+    """Triton runs on a GPU, or anywhere under its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is missing"
+    if device.type != "cuda":
+        from vllm_moeq.kernels.triton.layer import interpreted
+
+        if not interpreted():
+            return f"expected a GPU and the triton package, found device {device.type}"
+    return ""
+
+
+def _make_triton(packed: PackedExperts, dtype: torch.dtype) -> LayerKernel:
+    from vllm_moeq.kernels.triton.layer import TritonLayer
+
+    return TritonLayer(packed)
+
+
+def _humming_problem(device: torch.device) -> str:
+    from vllm_moeq.kernels import humming
+
+    return "" if humming.available() else humming.MISSING
+
+
+def _make_humming(packed: PackedExperts, dtype: torch.dtype) -> LayerKernel:
+    from vllm_moeq.kernels.humming import HummingLayer
+
+    return HummingLayer(packed, dtype)
+
+
+def _native_problem(device: torch.device) -> str:
+    return build.problem() if device.type == "cpu" else f"expected a CPU, found device {device.type}"
+
+
+def _make_native(packed: PackedExperts, dtype: torch.dtype) -> LayerKernel:
+    from vllm_moeq.kernels.cpu.layer import NativeLayer
+
+    return NativeLayer(packed)
+
+
+def _native_linear(words: torch.Tensor, scales: torch.Tensor, bits: int) -> LinearKernel:
+    from vllm_moeq.kernels.cpu.linear import NativeLinear
+
+    return NativeLinear(words, scales, bits)
+
+
+TABLE = (
+    Backend("triton", _triton_problem, _make_triton, automatic=("cuda",)),
+    Backend("humming", _humming_problem, _make_humming, automatic=()),
+    Backend(
+        "native", _native_problem, _make_native, automatic=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16), any_call=True, linear=_native_linear,
+    ),
+    Backend(
+        "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,
+        dtypes=None, any_call=True, keeps_loaded=True, captured=False,
+    ),
+)  # fmt: skip
+"""Every backend, in the order in which ``auto`` tries them; the last runs everywhere, with any dtype."""
+
+FALLBACK = TABLE[-1]
+BACKENDS = (AUTO, *(row.name for row in TABLE))
+"""The values of :data:`VARIABLE`."""
 
 
 @dataclass(frozen=True)
@@ -27,77 +143,93 @@ class Choice:
     backend: str
     reason: str
 
+    @property
+    def row(self) -> Backend:
+        """The backend's row."""
+        return find(self.backend)
 
-@dataclass(frozen=True)
-class Measurement:
-    """The fastest backend of one layer on one GPU, over decode and prefill together.
 
-    A layer keeps its weights in one backend's order, so the choice is per layer, not per batch; each backend picks
-    its own schedule by the number of tokens.
+def requested_backend() -> str:
+    """Return what the environment asks for, unchecked."""
+    return os.environ.get(VARIABLE, AUTO)
+
+
+def find(name: str) -> Backend:
+    """Return a backend's row.
+
+    Raises:
+        UsageError: there is none of this name.
     """
-
-    gpu: str
-    experts: int
-    hidden: int
-    intermediate: int
-    widths: tuple[int, ...]
-    backend: str
+    for row in TABLE:
+        if row.name == name:
+            return row
+    raise UsageError(f"{VARIABLE}: expected one of {', '.join(BACKENDS)}, found {name}")
 
 
-def read_measurements(path: Path = MEASURED) -> list[Measurement]:
-    """Read the table; no file is no measurements."""
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text())
-    return [Measurement(**{**row, "widths": tuple(row["widths"])}) for row in rows]
-
-
-def choose(packed: PackedExperts, requested: str = "auto", measurements: list[Measurement] | None = None) -> Choice:
+def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | None = None) -> Choice:
     """Return the backend of a layer.
 
     Args:
         packed: the layer, on the device that runs it.
         requested: one of :data:`BACKENDS`.
-        measurements: the table, by default the file beside this module.
+        dtype: of the activations, if ``auto`` may choose a backend by it.
 
     Raises:
-        UsageError: an unknown backend, or one that does not run on this device.
+        UsageError: an unknown backend, one that does not run on this device, or one that does not compute from the
+            layer's schemes.
     """
-    if requested not in BACKENDS:
-        raise UsageError(f"{VARIABLE}: expected one of {', '.join(BACKENDS)}, found {requested}")
-    device = packed.gate_up.words.device
-    if requested != "auto":
-        if requested == "triton" and not triton_runs(device):
-            raise UsageError(f"{VARIABLE}=triton: expected a GPU and the triton package, found device {device.type}")
-        if requested == "native" and (device.type != "cpu" or build.problem()):
-            raise UsageError(f"{VARIABLE}=native: {build.problem() or f'expected a CPU, found device {device.type}'}")
-        return Choice(requested, f"{VARIABLE} asks for it")
-    if device.type == "cpu":
-        return Choice("reference", build.problem()) if build.problem() else Choice("native", "the layer is on a CPU")
-    if device.type != "cuda":
-        return Choice("reference", f"no kernel runs on {device.type}")
-    gpu = torch.cuda.get_device_name(device)
-    for row in read_measurements() if measurements is None else measurements:
-        same = (row.experts, row.hidden, row.intermediate) == (len(packed.bits), packed.hidden, packed.intermediate)
-        if row.gpu == gpu and same and row.widths == tuple(sorted(set(packed.bits))):
-            return Choice(row.backend, f"measured fastest on {gpu}")
-    if triton_runs(device):
-        return Choice("triton", f"no measurement of this layer on {gpu}")
-    return Choice("reference", "the triton package is missing")
+    device = packed.device
+    if requested != AUTO:
+        row = find(requested)
+        if problem := row.problem(device):
+            raise UsageError(f"{VARIABLE}={row.name}: {problem}")
+        _require_schemes(row, packed)
+        return Choice(row.name, f"{VARIABLE} asks for it")
+    reason = f"no kernel runs on {device.type}"
+    for row in TABLE:
+        if row.automatic is None:
+            _require_schemes(row, packed)
+            return Choice(row.name, reason)
+        if device.type not in row.automatic:
+            continue
+        if unknown := _unknown_schemes(row, packed):
+            reason = f"the {row.name} kernel does not take {unknown}"
+        elif dtype is not None and not row.takes(dtype):
+            reason = f"the {row.name} kernel does not take {dtype}"
+        elif problem := row.problem(device):
+            reason = problem
+        else:
+            return Choice(row.name, f"the layer is on a {'CPU' if device.type == 'cpu' else 'GPU'}")
+    raise AssertionError("the last row runs everywhere")
 
 
-def triton_runs(device: torch.device) -> bool:
-    """Say whether the triton backend can run here: on a GPU, or anywhere under Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cuda":
-        return True
-    from vllm_moeq.kernels.triton.layer import interpreted
-
-    return interpreted()
+def _unknown_schemes(row: Backend, packed: PackedExperts) -> str:
+    return ", ".join(name for name in packed.schemes if name not in row.schemes)
 
 
-def make_layer(packed: PackedExperts, dtype: torch.dtype, backend: str = "auto") -> LayerKernel:
+def _require_schemes(row: Backend, packed: PackedExperts) -> None:
+    if unknown := _unknown_schemes(row, packed):
+        raise UsageError(
+            f"{VARIABLE}: the {row.name} kernel takes experts of the scheme {' or '.join(row.schemes)}, found {unknown}"
+        )
+
+
+def choose_linear(requested: str = AUTO) -> tuple[Backend | None, str]:
+    """Return the backend on CPUs of linears that are no experts, or None and why there is none.
+
+    Args:
+        requested: one of :data:`BACKENDS`; one that has no linears leaves them to nobody.
+    """
+    reason = f"{VARIABLE} asks for it"
+    for row in TABLE:
+        if row.linear is not None and requested in (AUTO, row.name):
+            reason = row.problem(torch.device("cpu"))
+            if not reason:
+                return row, ""
+    return None, reason
+
+
+def make_layer(packed: PackedExperts, dtype: torch.dtype, backend: str = AUTO) -> LayerKernel:
     """Repack a layer for a backend.
 
     Args:
@@ -108,19 +240,8 @@ def make_layer(packed: PackedExperts, dtype: torch.dtype, backend: str = "auto")
     Raises:
         UsageError: the backend is unknown, does not run here, or cannot express this layer.
     """
-    name = choose(packed, backend).backend
-    if name == "reference":
-        return ReferenceLayer(packed)
-    if name == "native":
-        from vllm_moeq.kernels.cpu.layer import NativeLayer
-
-        return NativeLayer(packed)
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise UsageError(f"--dtype: the {name} kernels take float16 or bfloat16, found {dtype}")
-    if name == "humming":
-        from vllm_moeq.kernels.humming import HummingLayer
-
-        return HummingLayer(packed, dtype)
-    from vllm_moeq.kernels.triton.layer import TritonLayer
-
-    return TritonLayer(packed)
+    row = choose(packed, backend).row
+    if row.dtypes is not None and dtype not in row.dtypes:
+        names = " or ".join(str(it).removeprefix("torch.") for it in row.dtypes)
+        raise UsageError(f"--dtype: the {row.name} kernels take {names}, found {dtype}")
+    return row.make(packed, dtype)

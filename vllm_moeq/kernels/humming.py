@@ -31,6 +31,8 @@ from vllm_moeq.kernels.ragged import RaggedMatrices
 MIN_GROUP, MAX_GROUP = 32, 128
 """Weights per scale that are handed to humming; scales of larger groups are repeated."""
 
+MISSING = "the humming kernel needs the package humming-kernels and a CUDA GPU of SM 7.5 or later"
+
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "indexed"})
 
@@ -239,7 +241,7 @@ class HummingLayer:
             UsageError: humming or its GPU is missing, or it cannot express these groups, scales or zeros.
         """
         if not available():
-            raise UsageError("the humming kernel needs the package humming-kernels and a CUDA GPU of SM 7.5 or later")
+            raise UsageError(MISSING)
         device = experts.gate_up.words.device
         self._dtype, self._device, self._num_experts = dtype, device, len(experts.bits)
         self._hidden, self._intermediate = experts.hidden, experts.intermediate

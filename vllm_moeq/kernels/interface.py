@@ -7,24 +7,60 @@ from typing import Protocol
 
 import torch
 
+from vllm_moeq.format import PACKED, SCALE, ZERO
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
-@dataclass(frozen=True)
 class PackedMatrices:
-    """E matrices in the checkpoint's packing.
+    """E matrices as a checkpoint stores them.
+
+    Args:
+        matrices: their widths, shapes and schemes.
+        tensors: the buffers of ``matrices.suffixes``, in their order; the grid's are words, scales and zeros.
 
     Attributes:
-        matrices: widths, shapes and offsets.
-        words: int32 [matrices.num_words].
-        scales: float16 or float32 [E, rows, groups].
-        zeros: same shape and dtype; w = (q − zero)·scale.
+        matrices: see above.
+        tensors: the buffers by suffix.
     """
 
-    matrices: RaggedMatrices
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    def __init__(self, matrices: RaggedMatrices, *tensors: torch.Tensor) -> None:
+        self.matrices = matrices
+        self.tensors = dict(zip(matrices.suffixes, tensors, strict=True))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def words(self) -> torch.Tensor:
+        """The grid's codes, int32 [matrices.num_words]."""
+        return self.tensors[PACKED]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """The grid's scales, float16 or float32 [E, rows, groups]."""
+        return self.tensors[SCALE]
+
+    @property
+    def zeros(self) -> torch.Tensor:
+        """The grid's zeros, of the shape and dtype of the scales; w = (q − zero)·scale."""
+        return self.tensors[ZERO]
+
+    def dense(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights of one expert, computed in float32 and rounded once.
+
+        Args:
+            expert: local index.
+            dtype: of the result.
+
+        Returns:
+            [rows, columns].
+        """
+        layout = self.matrices
+        scheme = layout.schemes[expert]
+        tensors = {suffix: layout.view(self.tensors[suffix], suffix, expert) for suffix in scheme.suffixes}
+        return scheme.dequantize(tensors, layout.bits[expert], layout.group_size, layout.group_offset).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -43,6 +79,16 @@ class PackedExperts:
     def bits(self) -> tuple[int, ...]:
         """Width of each local expert."""
         return self.gate_up.matrices.bits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lies."""
+        return self.gate_up.device
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The names of the experts' schemes, each once."""
+        return tuple(dict.fromkeys(scheme.name for scheme in self.gate_up.matrices.schemes))
 
     @property
     def hidden(self) -> int:

@@ -1,18 +1,23 @@
-"""How a layer's experts of different widths lie in memory: one ragged buffer of packed words."""
+"""How a layer's experts of different widths lie in memory: one ragged buffer of codes, and regular ones beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from vllm_moeq.format import packed_words
+import torch
+
+from vllm_moeq.format import GRID, Scheme, TensorLayout
 
 
 @dataclass(frozen=True)
 class RaggedMatrices:
-    """Offsets of E matrices [rows, columns] of different widths in one 1-D int32 buffer.
+    """The layout of E matrices [rows, columns] of different widths in a few buffers, one per suffix.
+
+    The codes of a scheme lie in one 1-D buffer, each expert's where the one before ends. Any other tensor has one size
+    for all widths and lies in a buffer [experts that have it, …].
 
     Attributes:
         bits: width of each local expert.
@@ -21,32 +26,107 @@ class RaggedMatrices:
         group_size: weights per scale along the input dimension (``columns`` or more: one group).
         group_offset: position of column 0 within its group; not 0 where tensor parallelism splits the
             input dimension inside a group.
+        schemes: how each local expert is stored.
     """
 
     bits: tuple[int, ...]
     rows: int
     columns: int
     group_size: int
-    group_offset: int = 0
+    group_offset: int
+    schemes: tuple[Scheme, ...]
 
     @cached_property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of all tensors, each once; a rank without experts has the grid's."""
+        return tuple(dict.fromkeys(suffix for scheme in self.schemes or (GRID,) for suffix in scheme.suffixes))
+
+    def _layout(self, scheme: Scheme, bits: int) -> dict[str, TensorLayout]:
+        return scheme.layout(self.rows, self.columns, bits, self.group_size, self.group_offset)
+
+    @cached_property
+    def _offsets(self) -> dict[str, tuple[int, ...]]:
+        """For each scheme's codes, the first element of every expert, then the length of the buffer."""
+        experts = list(zip(self.schemes, self.bits, strict=True))
+        sizes = {(scheme, bits): self._layout(scheme, bits)[scheme.codes].numel for scheme, bits in set(experts)}
+        found = {}
+        for codes in {scheme.codes for scheme in self.schemes or (GRID,)}:
+            own = (sizes[scheme, bits] if scheme.codes == codes else 0 for scheme, bits in experts)
+            found[codes] = tuple(accumulate(own, initial=0))
+        return found
+
+    @property
     def offsets(self) -> tuple[int, ...]:
-        """First word of each expert, then the length of the buffer."""
-        sizes = (self.rows * packed_words(self.columns, bits) for bits in self.bits)
-        return tuple(accumulate(sizes, initial=0))
+        """The first word of each of the grid's experts, then the length of the buffer."""
+        return self._offsets[GRID.codes]
 
     @property
     def num_words(self) -> int:
-        """Length of the buffer in 32-bit words."""
+        """The length of the grid's buffer of codes in 32-bit words."""
         return self.offsets[-1]
 
     @property
     def groups(self) -> int:
-        """Scales per row on this rank."""
+        """The grid's scales per row on this rank."""
         return -(-(self.group_offset + self.columns) // self.group_size)
 
+    def _members(self, suffix: str) -> list[int]:
+        return [expert for expert, scheme in enumerate(self.schemes) if suffix in scheme.suffixes]
 
-def ragged(bits: Sequence[int], rows: int, columns: int, group_size: int, group_offset: int = 0) -> RaggedMatrices:
-    """Build :class:`RaggedMatrices`; a group size of −1 is one group per row."""
+    def empty(self, suffix: str) -> torch.Tensor:
+        """Allocate the buffer of one suffix, on torch's current device, in the first dtype that a file may use."""
+        scheme, bits = next(
+            ((own, bits) for own, bits in zip(self.schemes, self.bits, strict=True) if suffix in own.suffixes),
+            (GRID, GRID.widths[0]),
+        )
+        tensor = self._layout(scheme, bits)[suffix]
+        if suffix in self._offsets:
+            return torch.empty(self._offsets[suffix][-1], dtype=tensor.dtypes[0])
+        return torch.empty((len(self._members(suffix)), *tensor.shape), dtype=tensor.dtypes[0])
+
+    def view(self, buffer: torch.Tensor, suffix: str, expert: int) -> torch.Tensor:
+        """Return where one expert's tensor lies.
+
+        Args:
+            buffer: all experts', as :meth:`empty` makes it.
+            suffix: one that the expert's scheme has.
+            expert: local index.
+        """
+        if suffix not in self._offsets:
+            return buffer[self._members(suffix).index(expert)]
+        begin, end = self._offsets[suffix][expert : expert + 2]
+        return buffer[begin:end].view(self._layout(self.schemes[expert], self.bits[expert])[suffix].shape)
+
+
+def ragged(
+    bits: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    group_offset: int = 0,
+    schemes: Sequence[Scheme] | None = None,
+) -> RaggedMatrices:
+    """Build :class:`RaggedMatrices`; a group size of −1 is one group per row, and without schemes all are grids."""
     size = group_offset + columns if group_size < 0 else group_size
-    return RaggedMatrices(tuple(bits), rows, columns, size, group_offset)
+    return RaggedMatrices(
+        tuple(bits), rows, columns, size, group_offset, tuple(schemes) if schemes else (GRID,) * len(bits)
+    )
+
+
+def wide_enough(buffer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return a buffer that holds some values exactly: itself, or float32 where float16 reaches less far than bfloat16.
+
+    Args:
+        buffer: where the values go, of any dtype.
+        values: of any dtype that the buffer may be filled from.
+    """
+    narrow = buffer.dtype == torch.float16 and values.dtype != torch.float16
+    return buffer.float() if narrow and not torch.equal(values.half().to(values.dtype), values) else buffer
+
+
+def of_one_dtype(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the buffers of a layout with all floating ones in the widest dtype among them, as kernels take them."""
+    dtype = torch.float16
+    for buffer in buffers.values():
+        dtype = torch.promote_types(dtype, buffer.dtype) if buffer.is_floating_point() else dtype
+    return {suffix: buffer.to(dtype) if buffer.is_floating_point() else buffer for suffix, buffer in buffers.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_moeq.format import unpack
+from vllm_moeq.format import WHOLE_ROW
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.operator import moe
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
@@ -17,26 +18,17 @@ def dense_expert(
     zeros: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Dequantize one expert: (q − zero) · scale in float32, rounded once to ``dtype``.
+    """Dequantize one expert of the grid; see :meth:`PackedMatrices.dense`.
 
     Args:
-        matrices: the layout of the buffer.
+        matrices: the layout of the buffers.
         expert: local index.
         words: int32 buffer of all experts.
         scales: [E, rows, groups].
         zeros: [E, rows, groups].
         dtype: of the result [rows, columns].
     """
-    begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
-    packed = words[begin:end].view(matrices.rows, -1)
-    codes = unpack(packed, matrices.bits[expert], matrices.columns).float()
-    scale, zero = scales[expert].float(), zeros[expert].float()
-    if matrices.group_offset == 0 and matrices.columns % matrices.group_size == 0:
-        grouped = codes.reshape(matrices.rows, matrices.groups, -1)
-        return ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape).to(dtype)
-    column = torch.arange(matrices.columns, device=words.device) + matrices.group_offset
-    group = column // matrices.group_size
-    return ((codes - zero[:, group]) * scale[:, group]).to(dtype)
+    return PackedMatrices(matrices, words, scales, zeros).dense(expert, dtype)
 
 
 def moe_reference(
@@ -79,23 +71,31 @@ def moe_reference(
 
 
 class ReferenceLayer:
-    """The reference as a backend; waits for the device in every call, so not for CUDA graphs."""
+    """The reference as a backend, on the loaded buffers.
+
+    It waits for the device in every call, so CUDA graphs cannot capture it.
+
+    Args:
+        packed: the layer as loaded, of the grid; kept.
+    """
 
     name = "reference"
 
     def __init__(self, packed: PackedExperts) -> None:
         self.packed = packed
+        self._gate_up, self._down = ((it.words, it.scales, it.zeros) for it in (packed.gate_up, packed.down))
+        self._bits = list(packed.bits)
+        first, second = packed.gate_up.matrices.group_size, packed.down.matrices.group_size
+        # They differ only where every row is one group, which is as long as the row.
+        self._group_size = first if first == second else WHOLE_ROW
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden]; see :func:`moe_reference`."""
-        gate_up, down = self.packed.gate_up, self.packed.down
-        return moe_reference(
-            x, topk_weights, topk_ids, gate_up.matrices, _tensors(gate_up), down.matrices, _tensors(down)
-        )
+        first, second = self.packed.gate_up.matrices, self.packed.down.matrices
+        if torch.compiler.is_compiling():  # it would look inside, and stop where the routing decides what runs
+            groups = self._group_size, second.group_offset
+            return moe(x, topk_weights, topk_ids, self._gate_up, self._down, self._bits, *groups)
+        return moe_reference(x, topk_weights, topk_ids, first, self._gate_up, second, self._down)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
         """Nothing to compile."""
-
-
-def _tensors(packed: PackedMatrices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return packed.words, packed.scales, packed.zeros

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Summary, UsageError, parse_config
+from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Scheme, Summary, UsageError, parse_config
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.linear_method import choose_method, unserved
 from vllm_moeq.serving.metrics import publish
@@ -69,11 +69,10 @@ def check_parallel(parallel: Any) -> None:
         UsageError: load balancing that moves experts, which needs experts of one size; an exchange of tokens that
             brings its own kernels.
     """
-    if getattr(parallel, "enable_eplb", False):
+    if parallel.enable_eplb:
         raise UsageError("--enable-eplb: experts of different widths cannot change places; expected it left out")
-    backend = getattr(parallel, "all2all_backend", ALL_TO_ALL[0])
-    if parallel.dp_size > 1 and parallel.use_ep and backend not in ALL_TO_ALL:
-        raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {backend}")
+    if parallel.dp_size > 1 and parallel.use_ep and parallel.all2all_backend not in ALL_TO_ALL:
+        raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {parallel.all2all_backend}")
 
 
 def find_layer(prefix: str, known: Collection[str]) -> str:
@@ -106,6 +105,10 @@ class MoeqQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.moeq = config
         self.widths: dict[str, list[int]] = {prefix: list(bits) for prefix, bits in config.experts.items()}
+        self.schemes: dict[str, list[Scheme]] = {
+            prefix: [config.scheme(prefix, expert) for expert in range(len(bits))]
+            for prefix, bits in config.experts.items()
+        }
         self.odp: dict[str, float] = dict(config.odp or {})
         self._checkpoint: Checkpoint | None = None
         self._linear: CompressedTensorsConfig | None = None
@@ -192,6 +195,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename layers as the model class does."""
         self.widths = hf_to_vllm_mapper.apply_dict(self.widths)
+        self.schemes = hf_to_vllm_mapper.apply_dict(self.schemes)
         self.odp = hf_to_vllm_mapper.apply_dict(self.odp)
         if self._linear is not None:
             self._linear.apply_vllm_mapper(hf_to_vllm_mapper)
@@ -202,7 +206,8 @@ class MoeqQuantizationConfig(QuantizationConfig):
             check_parallel(layer.moe_config.moe_parallel_config)
             known = find_layer(prefix, self.widths)
             threshold = self.odp.get(known, 0.0)
-            return MoeqMoEMethod(layer.moe_config, self.moeq, known, self.widths[known], threshold, self._loaded_from())
+            widths, schemes = self.widths[known], self.schemes[known]
+            return MoeqMoEMethod(layer.moe_config, self.moeq, known, widths, schemes, threshold, self._loaded_from())
         if isinstance(layer, LinearBase):
             if self._linear is None:
                 return UnquantizedLinearMethod()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
-from vllm_moeq.format import PACKED, SCALE, Linear, UsageError, linear_values
-from vllm_moeq.kernels import VARIABLE
-from vllm_moeq.kernels.cpu.build import problem
-from vllm_moeq.kernels.cpu.linear import NativeLinear
+from vllm_moeq.format import LINEAR_SUFFIXES, Linear, UsageError, linear_values
+from vllm_moeq.kernels import LinearKernel, MakeLinear, choose_linear, requested_backend
 from vllm_moeq.serving.seam import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
@@ -21,7 +18,7 @@ from vllm_moeq.serving.seam import (
     logger,
 )
 
-SHAPE = "weight_shape"
+WORDS, SCALES, SHAPE = LINEAR_SUFFIXES
 
 
 def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
@@ -42,11 +39,10 @@ def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
 
 def choose_method(linear: Linear, prefix: str, reason: str) -> NativeLinearMethod | UnpackedLinearMethod:
     """Return the method of a linear that vLLM's kernels cannot have for this reason: packed where our kernel runs."""
-    requested = os.environ.get(VARIABLE, "auto")
-    missing = f"{VARIABLE} asks for it" if requested not in ("auto", "native") else problem()
-    if not missing:
-        logger.info_once("moeq: other linears run in the native kernel, packed: %s", reason)
-        return NativeLinearMethod(linear, prefix)
+    row, missing = choose_linear(requested_backend())
+    if row is not None and row.linear is not None:
+        logger.info_once("moeq: other linears run in the %s kernel, packed: %s", row.name, reason)
+        return NativeLinearMethod(linear, prefix, row.linear)
     logger.info_once("moeq: other linears take 16 bits in memory: %s; %s", reason, missing)
     return UnpackedLinearMethod(linear, prefix)
 
@@ -92,29 +88,38 @@ class PackedLinearMethod(QuantizeMethodBase):
         packed = PackedvLLMParameter(
             data=words, input_dim=1, output_dim=0, packed_dim=1, packed_factor=32 // bits, weight_loader=loader
         )
-        layer.register_parameter(PACKED, packed)
+        layer.register_parameter(WORDS, packed)
         layer.register_parameter(
-            SCALE, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+            SCALES, GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
         )
         layer.register_parameter(SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader))
 
     def take_loaded(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Return words and scales, and take them off the layer."""
-        words, scales = getattr(layer, PACKED).data, getattr(layer, SCALE).data
-        for name in (PACKED, SCALE, SHAPE):
+        words, scales = getattr(layer, WORDS).data, getattr(layer, SCALES).data
+        for name in (WORDS, SCALES, SHAPE):
             delattr(layer, name)
         return words, scales
 
 
 class NativeLinearMethod(PackedLinearMethod):
-    """Keeps a linear packed, and multiplies with it in the native CPU kernel."""
+    """Keeps a linear packed, and multiplies with it in a kernel of ours.
 
-    kernel: NativeLinear | None = None
+    Args:
+        linear: the checkpoint's format.
+        prefix: the layer's name.
+        make: repacks it for the kernel.
+    """
+
+    def __init__(self, linear: Linear, prefix: str, make: MakeLinear) -> None:
+        super().__init__(linear, prefix)
+        self._make = make
+        self.kernel: LinearKernel | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Put the words and scales into the kernel's order, under the name of the words."""
-        self.kernel = NativeLinear(*self.take_loaded(layer), self.linear.bits)
-        layer.register_parameter(PACKED, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
+        self.kernel = self._make(*self.take_loaded(layer), self.linear.bits)
+        layer.register_parameter(WORDS, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return [..., rows on this rank] in x's dtype."""

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from vllm_moeq.format import (
-    CODES_PER_BLOCK,
-    PACKED,
-    SCALE,
-    WHOLE_ROW,
-    ZERO,
-    CheckpointError,
-    MoeqConfig,
-    UsageError,
-    check_values,
-)
-from vllm_moeq.kernels import RaggedMatrices, ragged
+from vllm_moeq.format import WHOLE_ROW, CheckpointError, MoeqConfig, Scheme, UsageError
+from vllm_moeq.kernels import RaggedMatrices, ragged, wide_enough
 from vllm_moeq.serving.checkpoint import Checkpoint
 
 WeightLoader = Callable[..., bool | None]
@@ -37,6 +28,7 @@ class Partition:
         hidden: hidden size.
         intermediate: intermediate size on this rank.
         rank: which slice of the intermediate dimension.
+        schemes: how each global expert is stored; None: as the configuration says of ``prefix``.
     """
 
     prefix: str
@@ -46,6 +38,7 @@ class Partition:
     hidden: int
     intermediate: int
     rank: int
+    schemes: tuple[Scheme, ...] | None = None
 
     @property
     def begin(self) -> int:
@@ -58,25 +51,34 @@ class Partition:
         return tuple(self.widths[expert] for expert in self.local_experts)
 
     @cached_property
+    def local_schemes(self) -> tuple[Scheme, ...]:
+        """How each local expert is stored."""
+        own = self.schemes
+        return tuple(own[it] if own else self.config.scheme(self.prefix, it) for it in self.local_experts)
+
+    @cached_property
     def w13(self) -> RaggedMatrices:
         """Gate and up: rows are split, so groups stay whole."""
-        return ragged(self.local_widths, 2 * self.intermediate, self.hidden, self.config.group_size)
+        return ragged(
+            self.local_widths, 2 * self.intermediate, self.hidden, self.config.group_size, schemes=self.local_schemes
+        )
 
     @cached_property
     def w2(self) -> RaggedMatrices:
         """Down: the input dimension is split, maybe inside a group.
 
         Raises:
-            UsageError: the split falls inside a block of 32 codes.
+            UsageError: a scheme cannot be split there; the grid can between blocks of 32 codes.
         """
-        if self.intermediate % CODES_PER_BLOCK:
+        step = math.lcm(*(number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)))
+        if self.intermediate % step:
             raise UsageError(
-                f"{self.prefix}: expected an intermediate size per rank that is a multiple of {CODES_PER_BLOCK}, "
+                f"{self.prefix}: expected an intermediate size per rank that is a multiple of {step}, "
                 f"found {self.intermediate}; lower --tensor-parallel-size or add --enable-expert-parallel"
             )
         size = self.config.group_size
         offset = 0 if size == WHOLE_ROW else self.begin % size
-        return ragged(self.local_widths, self.hidden, self.intermediate, size, offset)
+        return ragged(self.local_widths, self.hidden, self.intermediate, size, offset, self.local_schemes)
 
 
 class ExpertLoader:
@@ -95,7 +97,7 @@ class ExpertLoader:
         self._loaded: set[str] = set()
 
     def loader_for(self, suffix: str) -> WeightLoader:
-        """Return vLLM's callback for one kind of tensor (packed words, scales or zeros)."""
+        """Return vLLM's callback for the tensors of one suffix."""
 
         def load(
             param: torch.nn.Parameter,
@@ -122,17 +124,14 @@ class ExpertLoader:
         if name in self._loaded:
             raise CheckpointError(f"{self._place(name)} is in the checkpoint twice")
         matrices = self.partition.w2 if shard_id == "w2" else self.partition.w13
-        rows, columns = self._slice(tensor, name, suffix, shard_id, matrices.bits[local])
-        part = tensor[rows, columns]
-        if suffix == PACKED:
-            begin, end = matrices.offsets[local], matrices.offsets[local + 1]
-            target = param.data[begin:end].view(matrices.rows, -1)
-        else:
-            self._check_values(part, name, suffix)
-            self._widen(param, part)
-            target = param.data[local]
-        half = self.partition.intermediate
-        target = {"w1": target[:half], "w3": target[half:], "w2": target}[shard_id]
+        scheme = matrices.schemes[local]
+        part = tensor[self._share(tensor, name, suffix, shard_id, local)]
+        if suffix in scheme.checked:
+            self._check_values(part, scheme, name, suffix)
+        param.data = wide_enough(param.data, part)
+        target = matrices.view(param.data, suffix, local)
+        if shard_id != "w2":
+            target = target.tensor_split(2)[shard_id == "w3"]
         if target.shape != part.shape:
             raise CheckpointError(
                 f"{self._place(name)}: expected {list(target.shape)} on this rank, found {list(part.shape)}"
@@ -140,45 +139,32 @@ class ExpertLoader:
         target.copy_(part)
         self._loaded.add(name)
 
-    def _slice(self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, bits: int) -> tuple[slice, slice]:
-        """Return this rank's rows and columns of a checkpoint tensor, after checking its dtype."""
-        integer = tensor.dtype == torch.int32
-        if tensor.ndim != 2 or integer != (suffix == PACKED) or not (integer or tensor.is_floating_point()):
+    def _share(self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int) -> tuple[slice, ...]:
+        """Return the index of this rank's part of a checkpoint tensor, after checking that it can be one."""
+        matrices = self.partition.w2 if shard_id == "w2" else self.partition.w13
+        scheme, bits, size = matrices.schemes[local], matrices.bits[local], self.partition.config.group_size
+        if suffix not in scheme.suffixes:
+            raise CheckpointError(f"{self._place(name)} belongs to no expert of the config")
+        expected = scheme.layout(matrices.rows, matrices.columns, bits, size, matrices.group_offset)[suffix]
+        if tensor.dtype not in expected.dtypes or tensor.ndim != len(expected.shape):
             raise CheckpointError(f"{self._place(name)}: unexpected {tensor.dtype} {list(tensor.shape)}")
-        begin, end = self.partition.begin, self.partition.begin + self.partition.intermediate
-        if shard_id != "w2":
-            return slice(begin, end), slice(None)
-        if suffix == PACKED:
-            return slice(None), slice(begin * bits // 32, end * bits // 32)
-        size = self.partition.config.group_size
-        if size == WHOLE_ROW:
-            return slice(None), slice(None)
-        return slice(None), slice(begin // size, -(-end // size))
+        own = self.partition.begin, self.partition.begin + self.partition.intermediate
+        return scheme.cut(suffix, bits, size, **({"columns": own} if shard_id == "w2" else {"rows": own}))
 
-    def _check_values(self, part: torch.Tensor, name: str, suffix: str) -> None:
+    def _check_values(self, part: torch.Tensor, scheme: Scheme, name: str, suffix: str) -> None:
         try:
-            check_values(part, suffix, "")
+            scheme.check_values(part, suffix, "")
         except CheckpointError:
-            check_values(part, suffix, self._place(name))  # finding the file takes a while
+            scheme.check_values(part, suffix, self._place(name))  # finding the file takes a while
 
     def _place(self, name: str) -> str:
         return f"tensor {name}" if self._checkpoint is None else self._checkpoint.place(name)
 
-    @staticmethod
-    def _widen(param: torch.nn.Parameter, part: torch.Tensor) -> None:
-        """Keep scales in half precision unless a bfloat16 one does not fit it exactly."""
-        if (
-            param.dtype == torch.float16
-            and part.dtype != torch.float16
-            and not torch.equal(part.half().to(part.dtype), part)
-        ):
-            param.data = param.data.float()
-
     def check_complete(self) -> None:
         """Raise CheckpointError naming the first expert tensor of this rank that was not loaded."""
-        for expert in self.partition.local_experts:
+        for expert, scheme in zip(self.partition.local_experts, self.partition.local_schemes, strict=True):
             for projection in self._projection.values():
-                for suffix in (PACKED, SCALE, ZERO):
+                for suffix in scheme.suffixes:
                     name = f"{self.partition.prefix}.{expert}.{projection}.{suffix}"
                     if name not in self._loaded:
                         raise CheckpointError(f"{self._place(name)} was not loaded: the checkpoint is incomplete")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
-from vllm_moeq.format import MoeqConfig, UsageError, drop_weak
+from vllm_moeq.format import MoeqConfig, Scheme, UsageError, drop_weak
 from vllm_moeq.kernels import (
-    VARIABLE,
     LayerKernel,
     PackedExperts,
     PackedMatrices,
     RaggedMatrices,
     choose,
     make_layer,
-    moe,
+    of_one_dtype,
+    requested_backend,
 )
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
@@ -28,7 +27,8 @@ from vllm_moeq.serving.seam import (
     logger,
 )
 
-WORDS, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
+PARTS = ("w13", "w2")
+"""vLLM's names of gate and up together, and of down."""
 
 
 class MoeqMoEMethod(FusedMoEMethodBase):
@@ -39,6 +39,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         config: the checkpoint's configuration.
         prefix: the layer's name in the checkpoint.
         widths: one width per global expert.
+        schemes: how each global expert is stored.
         threshold: experts with less than this share of a token's largest routing weight are skipped;
             0 skips none.
         checkpoint: where the weights come from.
@@ -50,6 +51,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         config: MoeqConfig,
         prefix: str,
         widths: list[int],
+        schemes: list[Scheme],
         threshold: float = 0.0,
         checkpoint: Checkpoint | None = None,
     ) -> None:
@@ -57,6 +59,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self.config = config
         self.prefix = prefix
         self.widths = widths
+        self.schemes = schemes
         self.threshold = threshold
         self._checkpoint = checkpoint
         self._loader: ExpertLoader | None = None
@@ -71,7 +74,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Allocate one exact buffer of packed words per projection pair, with this rank's scales and zeros.
+        """Allocate the exact buffers of gate and up, and of down, for this rank's share of each kind of tensor.
 
         Raises:
             UsageError: an option of the layer or the parallel layout that the kernels do not have.
@@ -86,21 +89,25 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             hidden=hidden_size,
             intermediate=intermediate_size_per_partition,
             rank=layer.moe_config.moe_parallel_config.tp_rank,
+            schemes=tuple(self.schemes),
         )
         self.partition = partition
         self._dtype = params_dtype
         self._loader = ExpertLoader(partition, self._checkpoint)
-        for name, matrices in (("w13", partition.w13), ("w2", partition.w2)):
-            shape = (len(experts), matrices.rows, matrices.groups)
-            tensors = {
-                WORDS: torch.empty(matrices.num_words, dtype=torch.int32),
-                SCALE: torch.empty(shape, dtype=torch.float16),
-                ZERO: torch.empty(shape, dtype=torch.float16),
-            }
-            for suffix, tensor in tensors.items():
-                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        for part in PARTS:
+            matrices = self._matrices(part)
+            for suffix in matrices.suffixes:
+                parameter = torch.nn.Parameter(matrices.empty(suffix), requires_grad=False)
                 parameter.weight_loader = self._loader.loader_for(suffix)  # type: ignore[attr-defined]
-                layer.register_parameter(f"{name}_{suffix}", parameter)
+                layer.register_parameter(f"{part}_{suffix}", parameter)
+
+    def _matrices(self, part: str) -> RaggedMatrices:
+        """Return the layout of one of :data:`PARTS`."""
+        return self.partition.w13 if part == PARTS[0] else self.partition.w2
+
+    def _parameters(self, layer: RoutedExperts, part: str) -> dict[str, torch.nn.Parameter]:
+        """Return the loaded tensors of one of :data:`PARTS` by suffix."""
+        return {suffix: getattr(layer, f"{part}_{suffix}") for suffix in self._matrices(part).suffixes}
 
     def _check(self, layer: RoutedExperts) -> None:
         activation = getattr(layer.activation, "value", layer.activation)
@@ -119,42 +126,37 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         load_format = get_current_vllm_config().load_config.load_format
         if self._loader is not None and load_format != "dummy":
             self._loader.check_complete()
-        # Some widths' scales may have been widened to float32 while loading: make both tensors alike.
-        for name in ("w13", "w2"):
-            scale, zero = getattr(layer, f"{name}_{SCALE}"), getattr(layer, f"{name}_{ZERO}")
-            dtype = torch.promote_types(scale.dtype, zero.dtype)
-            scale.data, zero.data = scale.data.to(dtype), zero.data.to(dtype)
+        # Scales or zeros may have been widened to float32 while loading: make them alike.
+        for part in PARTS:
+            parameters = self._parameters(layer, part)
+            for suffix, data in of_one_dtype({suffix: it.data for suffix, it in parameters.items()}).items():
+                parameters[suffix].data = data
         self._choose_kernel(layer)
 
     def _choose_kernel(self, layer: RoutedExperts) -> None:
-        """Repack for a kernel, compile its variants, and give the loaded buffers back."""
-        packed = PackedExperts(*(self._packed(layer, name) for name in ("w13", "w2")))
-        requested = os.environ.get(VARIABLE, "auto")
-        choice = choose(packed, requested)
+        """Repack for a kernel, compile its variants, and give the loaded buffers back unless it needs them."""
+        packed = PackedExperts(*(self._packed(layer, part) for part in PARTS))
+        choice = choose(packed, requested_backend())
         logger.info_once("moeq: %s kernel: %s", choice.backend, choice.reason)
-        if choice.backend == "reference":
-            if packed.gate_up.words.is_cuda and not get_current_vllm_config().model_config.enforce_eager:
-                raise UsageError(
-                    f"the reference kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
-                )
-            return
-        self._kernel = make_layer(packed, self._dtype, choice.backend)
+        row, on_gpu = choice.row, packed.device.type == "cuda"
+        if on_gpu and not row.captured and not get_current_vllm_config().model_config.enforce_eager:
+            raise UsageError(
+                f"the {row.name} kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
+            )
+        self._kernel = make_layer(packed, self._dtype, row.name)
         self._kernel.warm_up(self._dtype, layer.moe_config.experts_per_token)
-        for name in ("w13", "w2"):
-            for suffix in (WORDS, SCALE, ZERO):
-                parameter = getattr(layer, f"{name}_{suffix}")
+        if row.keeps_loaded:
+            return
+        for part in PARTS:
+            for parameter in self._parameters(layer, part).values():
                 parameter.data = parameter.data.new_empty(0)
 
-    def _packed(self, layer: RoutedExperts, name: str) -> PackedMatrices:
-        matrices: RaggedMatrices = getattr(self.partition, name)
-        words, scale, zero = (getattr(layer, f"{name}_{suffix}").data for suffix in (WORDS, SCALE, ZERO))
-        return PackedMatrices(matrices, words, scale, zero)
+    def _packed(self, layer: RoutedExperts, part: str) -> PackedMatrices:
+        tensors = (parameter.data for parameter in self._parameters(layer, part).values())
+        return PackedMatrices(self._matrices(part), *tensors)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None: vLLM's own kernels are not used."""
-
-    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """Return None: the runner dispatches tokens itself (asked for by vLLM <= 0.27 only)."""
 
     def apply(
         self,
@@ -175,15 +177,5 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0)]
             topk_ids = torch.where(topk_ids < 0, topk_ids, local)
-        if self._kernel is not None:
-            return self._kernel(x, topk_weights, topk_ids)
-        return moe(
-            x,
-            topk_weights,
-            topk_ids,
-            (layer.w13_weight_packed, layer.w13_weight_scale, layer.w13_weight_zero),
-            (layer.w2_weight_packed, layer.w2_weight_scale, layer.w2_weight_zero),
-            list(self.partition.local_widths),
-            self.config.group_size,
-            self.partition.w2.group_offset,
-        )
+        assert self._kernel is not None
+        return self._kernel(x, topk_weights, topk_ids)

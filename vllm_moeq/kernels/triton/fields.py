@@ -13,6 +13,8 @@ import struct
 import triton
 import triton.language as tl
 
+from vllm_moeq.format import BIT_WIDTHS
+
 MANTISSA = {"bf16": 7, "fp16": 10}
 ONE = {"bf16": 0x4300, "fp16": 0x6400}
 """Bit pattern of 2^mantissa."""
@@ -75,10 +77,7 @@ def code_ptx(code: int, width: int, dtype: str) -> str:
 
 
 PTX = {
-    (code, width, dtype): code_ptx(code, width, dtype)
-    for code in range(CODES)
-    for width in (1, 2, 3, 4, 8)
-    for dtype in ONE
+    (code, width, dtype): code_ptx(code, width, dtype) for code in range(CODES) for width in BIT_WIDTHS for dtype in ONE
 }
 
 
