@@ -94,10 +94,13 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self.partition = partition
         self._dtype = params_dtype
         self._loader = ExpertLoader(partition, self._checkpoint)
+        # All suffixes of the layer: vLLM looks up the parameters of other ranks' experts, too.
+        suffixes = dict.fromkeys(suffix for scheme in self.schemes for suffix in scheme.suffixes)
         for part in PARTS:
             matrices = self._matrices(part)
-            for suffix in matrices.suffixes:
-                parameter = torch.nn.Parameter(matrices.empty(suffix), requires_grad=False)
+            for suffix in suffixes:
+                data = matrices.empty(suffix) if suffix in matrices.suffixes else torch.empty(0)
+                parameter = torch.nn.Parameter(data, requires_grad=False)
                 parameter.weight_loader = self._loader.loader_for(suffix)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{part}_{suffix}", parameter)
 

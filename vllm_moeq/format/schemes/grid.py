@@ -16,7 +16,7 @@ PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero"
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Grid(Scheme):
+class AffineGrid(Scheme):
     """Codes as a bitstream along the inputs, scales and zeros beside them."""
 
     name = "grid"
@@ -88,7 +88,7 @@ class Grid(Scheme):
         return (codes.float() - zeros.float()[:, group]) * scales.float()[:, group]
 
 
-GRID = Grid()
+GRID = AffineGrid()
 
 check_values = GRID.check_values
 """The check of the grid's scales and zeros under the name by which readers know it."""
