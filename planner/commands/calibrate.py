@@ -27,7 +27,7 @@ from planner.planning.methods import METHODS, OURS
 from vllm_moeq.format import UsageError
 
 
-def calibrate(
+def calibrate_command(
     model: Model,
     output: StatsFile,
     data: Data = None,

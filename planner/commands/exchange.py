@@ -43,7 +43,7 @@ class StoredZeros(StrEnum):
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")]
 
 
-def export(
+def export_command(
     folder: Folder,
     output: Output,
     format_: Annotated[
@@ -75,7 +75,7 @@ def export(
     _done(output, as_json)
 
 
-def import_checkpoint(
+def import_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="GPTQ checkpoint: folder or Hub name (owner/name).")],
     output: Output,
     dry_run: DryRun = False,

@@ -21,7 +21,7 @@ IMPOSSIBLE = {
 }
 
 
-def serve(context: typer.Context, folder: Folder) -> None:
+def serve_command(context: typer.Context, folder: Folder) -> None:
     """Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.
 
     Example: moeq serve Mixtral-8x7B-2.5bit --port 8000 --max-model-len 4096

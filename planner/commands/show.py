@@ -19,7 +19,6 @@ from planner.model.source import SourceModel
 from planner.plan import Plan
 from planner.planning.methods import PAPER
 from planner.planning.request import PlanOptions
-from planner.sensitivity import router_norm
 from vllm_moeq.format import Summary
 
 COLOURS = {1: "white on red3", 2: "black on orange1", 3: "black on green3", 4: "white on blue3", 8: "white on purple4"}
@@ -51,34 +50,6 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
         progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
     if layout.left_out:
         progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
-
-
-def inspect_facts(model: SourceModel, layout: Layout) -> dict[str, Any]:
-    """Return what ``moeq inspect`` shows."""
-    layers = []
-    for layer in layout.layers:
-        norms = router_norm(model.shards.load(layer.router))
-        layers.append({"prefix": layer.prefix, "experts": layer.num_experts, "router_norm": norms})
-    expert_weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
-    weights = sum(info.numel for info in model.shards.tensors.values())
-    expert_bytes = sum(
-        model.shards.stored_bytes(layer.weight(expert, projection))
-        for layer in layout.layers
-        for expert in range(layer.num_experts)
-        for projection in layer.projections.names()
-    )
-    return {
-        "model": str(model.folder),
-        "model_type": layout.model_type,
-        "parameters": weights,
-        "expert_parameters": expert_weights,
-        "bytes": model.stored_bytes,
-        "expert_bytes": expert_bytes,
-        "linears": len(layout.linears),
-        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in model.shards.tensors.values()}),
-        "expert_shapes": {name: list(shape) for name, shape in layout.layers[0].shapes.items()},
-        "layers": layers,
-    }
 
 
 def print_inspection(facts: Mapping[str, Any]) -> None:

@@ -1,0 +1,19 @@
+"""``moeq verify``: whether a checkpoint is whole."""
+
+from __future__ import annotations
+
+from planner.commands import show
+from planner.commands.flags import Folder, Json
+from vllm_moeq.format import verify
+
+
+def verify_command(folder: Folder, as_json: Json = False) -> None:
+    """Check every tensor of a checkpoint: presence, shapes, widths, finite scales.
+
+    Example: moeq verify Mixtral-8x7B-2.5bit
+    """
+    summary = verify(folder)
+    if as_json:
+        show.emit({**vars(summary), "total_bytes": summary.total_bytes})
+    else:
+        show.print_summary(summary)
