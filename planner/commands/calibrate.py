@@ -15,7 +15,7 @@ from planner.commands import show
 from planner.commands.calibration_flags import Data, For, Samples, SeqLen, StatsFile, expert_devices, read_calibration
 from planner.commands.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
 from planner.commands.service_flags import DryRun
-from planner.commands.show_needs import report
+from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Reading
@@ -56,7 +56,7 @@ def calibrate_command(
         facts = calibration_facts(text, where)
         if dry_run:
             reading = Reading(len(text.tokens), text.tokens.shape[1])
-            report("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
+            report_needs("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
             return
         return_large_blocks()
         found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, wanted)

@@ -29,7 +29,7 @@ from planner.commands.flags import (
     read_choices,
 )
 from planner.commands.service_flags import DryRun
-from planner.commands.show_needs import report
+from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.comparison.compare import compare
@@ -123,7 +123,7 @@ def compare_command(
         if dry_run:
             run = ComparisonRun(source, layout, wanted, output, where, progress, jobs)
             tokens = len(read_tokens(source.folder, text, max_tokens, "--held-out"))
-            report("comparing", compare_needs(run, tokens), as_json)
+            report_needs("comparing", compare_needs(run, tokens), as_json)
             return
         return_large_blocks()
         rows = compare(

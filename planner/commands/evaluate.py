@@ -18,7 +18,7 @@ from planner.calibration.reading.text import longest_text
 from planner.commands import show
 from planner.commands.flags import Json, Model, Resume
 from planner.commands.service_flags import DryRun
-from planner.commands.show_needs import report
+from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Needs
@@ -106,7 +106,7 @@ def eval_command(
         raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
     devices = read_devices(device)
     if dry_run:
-        report("evaluating", _needs(wanted, torch.device(devices[0])), as_json)
+        report_needs("evaluating", _needs(wanted, torch.device(devices[0])), as_json)
         return
     kept = _kept_in(model, folder, progress) if save else None
     return_large_blocks()

@@ -12,7 +12,7 @@ import typer
 from planner.commands import show
 from planner.commands.flags import Folder, Json
 from planner.commands.service_flags import DryRun
-from planner.commands.show_needs import report
+from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
 from planner.estimates.exchange import export_needs, import_needs
 from planner.exchange.dense import export_dense
@@ -64,7 +64,7 @@ def export_command(
     if format_ in DENSE and zero_points is not None:
         raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
     if dry_run:
-        report("exporting", export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
+        report_needs("exporting", export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
         return
     if format_ in DENSE:
         export_dense(folder, output, Progress(), DENSE[format_])
@@ -89,7 +89,7 @@ def import_command(
 
     check_output(output)
     if dry_run:
-        report("importing", import_needs(resolve_model(model)), as_json)
+        report_needs("importing", import_needs(resolve_model(model)), as_json)
         return
     import_gptq(resolve_model(model), output, Progress(), write_card)
     _done(output, as_json)

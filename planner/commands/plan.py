@@ -9,7 +9,6 @@ import typer
 
 from planner.commands import show
 from planner.commands.calibration_flags import Data, Samples, SeqLen, expert_devices, read_calibration
-from planner.commands.dry_run import report_dry_run
 from planner.commands.flags import (
     AvgBits,
     Bits,
@@ -39,6 +38,7 @@ from planner.commands.flags import (
 )
 from planner.commands.quantize import uses_text
 from planner.commands.service_flags import Concurrency, Context, GpuGib
+from planner.commands.show_needs import report_plan_needs
 from planner.common.progress import Progress
 from planner.estimates import Reading, Service
 from planner.estimates.quantizing import plan_needs
@@ -110,7 +110,7 @@ def plan_command(
             made = make_plan(source, layout, known, progress)
         if dry_run:
             needs = plan_needs(source, layout, options, Reading.of(text), where)
-            report_dry_run(source, layout, made, settings, needs, Service(context, concurrency, gpu_gib), as_json)
+            report_plan_needs(source, layout, made, settings, needs, Service(context, concurrency, gpu_gib), as_json)
             return
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
     if output is not None:

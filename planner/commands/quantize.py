@@ -62,7 +62,7 @@ from planner.commands.flags import (
     plan_options,
 )
 from planner.commands.service_flags import Concurrency, Context, GpuGib
-from planner.commands.show_needs import report_needs
+from planner.commands.show_needs import report_quantize_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Reading, Service, serving_needs
@@ -193,7 +193,7 @@ def quantize_command(
             reading = Reading.of(text, calibrated)
             needs = quantize_needs(source, layout, made.experts, sizes, settings, jobs_at, reading, measures)
             serving = serving_needs(source.config, layout, sizes, Service(context, concurrency, gpu_gib))
-            report_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
+            report_quantize_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
             return
         return_large_blocks()
         quantize(
