@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from planner.commands.show import COLOURS
 from pydantic import TypeAdapter, ValidationError
 
 import vllm_moeq
+from planner.commands.show import COLOURS
 from planner.report.palette import DARK, LIGHT
 from vllm_moeq.format import BIT_WIDTHS, pack, parse_config, unpack
 from vllm_moeq.format.errors import ConfigError

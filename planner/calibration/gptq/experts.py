@@ -12,7 +12,7 @@ from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
-from planner.quantization.quantizers import Quantized, quantizer_for
+from planner.quantization.quantizers import Quantized, QuantizedMatrix, quantizer_for
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.settings import QuantizeSettings
@@ -121,7 +121,7 @@ class ExpertQuantizer:
         self,
         expert: int,
         exact: ExpertWeights,
-        matrices: tuple[Quantized, Quantized, Quantized],
+        matrices: tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix],
         device: torch.device,
         fallback: str | None = None,
     ) -> CalibratedExpert:

@@ -21,7 +21,8 @@ from planner.quantization.layer_task import Finished, LayerTask, other_tensors, 
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.rows import open_threads
 from planner.quantization.runners.base import CONTINUES, Work
-from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
+from vllm_moeq.format import CheckpointError, linear_values
+from vllm_moeq.format.linears import SCALES, WORDS
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class GptqRunner:
         replaced = {}
         for name in task.linears:
             base = name.removesuffix(".weight")
-            words, scales = tensors[f"{base}.{PACKED}"], tensors[f"{base}.{SCALE}"]
+            words, scales = tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"]
             replaced[name] = linear_values(words, scales, task.settings.linear.bits)
         hidden = store.load(index)
         reports: dict[int, ExpertReport] = {}
