@@ -1,4 +1,4 @@
-"""plan.json: one width per expert, and why."""
+"""plan.json: one width per expert, with the scores and settings behind it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Ids, Name, Strict, Widths
 
 IMPORTED = "imported"
-"""Method of checkpoints that another program quantized."""
+"""Method in the plan of a checkpoint that another program quantized."""
 
 Scores = Annotated[list[float], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
 
 class PlanSettings(Strict):
-    """The flags that shaped the plan; null where the method does not use one."""
+    """The flags that shaped the plan; a flag that the method does not use is null."""
 
     zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     promotion: Literal["official", "stable"] | None = None
@@ -36,9 +36,10 @@ class PlanSettings(Strict):
 class Plan(Strict):
     """The contents of plan.json, version 1.
 
-    ``order`` lists the experts of a layer, highest precision first; ``promoted`` those that MaxVar
-    moved up; ``near_ties`` neighbours in the order whose first score differs by less than one part in
-    a million.
+    Attributes:
+        order: a layer's experts, highest precision first.
+        promoted: a layer's experts that MaxVar moved up.
+        near_ties: neighbours in the order whose first score differs by at most one part in a million.
     """
 
     version: Literal[1]
@@ -70,7 +71,7 @@ class Plan(Strict):
         return self
 
     def summary(self, quantizer: str) -> PlanSummary:
-        """Return the part that goes into the checkpoint's config.json."""
+        """Return the part for the checkpoint's config.json."""
         return PlanSummary(
             method=self.method,
             avg_bits=self.avg_bits,
@@ -87,10 +88,10 @@ class Plan(Strict):
         write_json(path, self.model_dump(mode="json"))
 
     def check_against(self, layout: Layout, where: str) -> None:
-        """Require exactly the model's MoE layers and experts.
+        """Check that the plan has exactly the model's MoE layers and experts.
 
         Raises:
-            ConfigError: a layer that is missing or unknown, or another number of experts.
+            ConfigError: a layer is missing or unknown, or has another number of experts.
         """
         expected = {layer.prefix: layer.num_experts for layer in layout.layers}
         for prefix, count in expected.items():
@@ -106,7 +107,7 @@ def read_plan(path: Path) -> Plan:
     """Read and validate plan.json.
 
     Raises:
-        ConfigError: naming the file and the first violation.
+        ConfigError: the file is invalid; the message names it and the first violation.
     """
     data = read_json(path)
     version = data.get("version") if isinstance(data, dict) else None

@@ -1,4 +1,4 @@
-"""The cheapest choice of one width per expert under a limit on the sum of bits."""
+"""Choose the cheapest widths, one per expert, under a limit on the sum of bits."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def solve_budget(
     minimum_counts: Mapping[int, int] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[int]:
-    """Choose one width per expert so that the summed cost is least and the summed bits <= ``total_bits``.
+    """Choose one width per expert so that the sum of costs is least and the sum of bits <= ``total_bits``.
 
-    Exact, by dynamic programming, up to some ten thousand experts. Larger problems are integer programs solved by
-    HiGHS, whose answer may cost some 1e-6 of the largest cost more; it is checked in exact integers.
+    Up to some ten thousand experts the answer is exact, by dynamic programming. HiGHS solves larger problems as integer
+    programs; its answer may cost some 1e-6 of the largest cost more. The answer is checked in exact integers.
 
     Args:
-        costs: [experts, widths], finite; the cost of giving an expert (or a layer) a width.
+        costs: cost of giving each expert (or layer) each width, finite, [experts, widths].
         bit_choices: the widths, in the order of the columns.
         total_bits: upper limit of the sum of widths.
-        minimum_counts: width → at least so many experts with it.
-        sizes: how often each expert's bits count; by default once.
+        minimum_counts: width → minimum number of experts with it.
+        sizes: factor of each expert's bits in the sum; by default 1.
 
     Returns:
         One width per expert.
 
     Raises:
-        ValueError: misshapen or infinite costs, an unknown width, or limits that nothing meets.
+        ValueError: misshapen or infinite costs, an unknown width, or limits that no choice meets.
         RuntimeError: the solver failed or returned an answer that breaks a limit.
     """
     table = np.asarray(costs, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The exact answer of a small budget problem, by dynamic programming over the bits that are spent."""
+"""Solve a small budget problem exactly, by dynamic programming over the bits spent."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_CELLS = 500_000_000
-"""Experts × states that are worth their memory, one byte each."""
+"""Maximum number of cells (experts × states) of the dynamic program; each takes one byte."""
 
 Table = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 
 
 def cells(sizes: Sequence[int], widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> int:
-    """Return the size of the dynamic program."""
+    """Return the number of cells (experts × states) of the dynamic program."""
     states = max(0, total_bits - min(widths) * sum(sizes)) // math.gcd(*sizes) + 1
     for count in minimum.values():
         states *= count + 1
@@ -26,14 +26,14 @@ def cells(sizes: Sequence[int], widths: Sequence[int], total_bits: int, minimum:
 def solve_exactly(
     costs: Table, widths: Sequence[int], total_bits: int, minimum: Mapping[int, int], sizes: Sequence[int]
 ) -> list[int] | None:
-    """Return the widths of least summed cost, or None where nothing meets the limits.
+    """Return the widths of least summed cost, or None if no choice meets the limits.
 
     Args:
         costs: [experts, widths], finite.
-        widths: of the columns, distinct.
+        widths: widths of the columns, distinct.
         total_bits: upper limit of the sum of widths.
-        minimum: width → at least so many experts with it.
-        sizes: how often each expert's bits count, at least once.
+        minimum: width → minimum number of experts with it.
+        sizes: factor of each expert's bits in the sum, at least 1.
     """
     low, counted = min(widths), list(minimum)
     unit = math.gcd(*sizes)
@@ -41,7 +41,7 @@ def solve_exactly(
     if spare < 0:
         return None
     steps = [size // unit for size in sizes]
-    # values[spent beyond the lowest width, experts so far at each counted width]: least cost of the experts so far.
+    # values[units beyond the lowest width, experts at each counted width]: least cost of the experts so far.
     shape = (spare + 1, *(minimum[width] + 1 for width in counted))
     values = np.full(shape, np.inf)
     values[(0,) * len(shape)] = 0.0
@@ -68,9 +68,9 @@ def solve_exactly(
 
 
 def _count(values: Table, axis: int) -> tuple[Table, Codes]:
-    """Return values after one more expert at the width of an axis; the last place of the axis means 'enough'.
+    """Return the values after one more expert at an axis's width, and flags that :func:`_trace` needs to walk back.
 
-    Besides, where that was so already, 1, which :func:`_trace` needs to find its way back.
+    The last place of the axis means 'enough'. A flag is 1 where the best predecessor had enough already.
     """
     moved, stayed = np.full_like(values, np.inf), np.zeros(values.shape, dtype=np.uint8)
     size = values.shape[axis]
@@ -93,14 +93,14 @@ def _trace(
     steps: Sequence[int],
     state: tuple[int, ...],
 ) -> list[int]:
-    """Return the widths that lead to a state, from the last expert to the first.
+    """Return the widths that lead to a state, found by walking back from the last expert to the first.
 
     Args:
         taken: for each expert, 2 × the column of its width, + 1 where its counted width had enough before.
-        widths: of the columns.
-        counted: widths with least counts, in the order of the axes.
-        steps: of each expert's size.
-        state: the end.
+        widths: widths of the columns.
+        counted: widths with minimum counts, in the order of the axes.
+        steps: size of each expert, in units of their greatest common divisor.
+        state: the final state.
     """
     low, chosen = min(widths), []
     for how, step in zip(reversed(taken), reversed(steps), strict=True):

@@ -1,4 +1,4 @@
-"""How many experts get each width (paper, section 3.3, step 2)."""
+"""The number of experts at each width (paper, section 3.3, step 2)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ def level_counts(
     avg_bits: float | Fraction,
     counts: str = "paper",
 ) -> dict[int, int]:
-    """Return how many of ``num_experts`` experts get each width; the average never exceeds ``avg_bits``.
+    """Return the number of experts at each width; the average never exceeds ``avg_bits``.
 
-    One width: all experts. Two widths: the top fraction (b − b_l)/(b_h − b_l). Three widths, with
-    Δ = b_h − b_l: above b_h − Δ/3 as many b_h as possible; from b_h − 2Δ/3 to b_h − Δ/3 the same while
-    b_l stays no more frequent than b_m; below, as few b_l as possible. More than three widths (our
-    extension): the three-width rule over the lowest, the highest, and the inner width nearest to the
-    average.
+    One width goes to all experts. With two widths, the fraction (b − b_l)/(b_h − b_l) of the experts gets b_h. Three
+    widths, with Δ = b_h − b_l: above b_h − Δ/3, as many b_h as possible; from b_h − 2Δ/3 to b_h − Δ/3, the same as
+    long as b_l is no more frequent than b_m; below, as few b_l as possible. More than three widths (our extension): the
+    three-width rule over the lowest, the highest, and the inner width nearest to the average.
 
     Args:
-        num_experts: experts to distribute, at least 1.
+        num_experts: number of experts, at least 1.
         bit_choices: distinct widths, any order.
         avg_bits: wanted average, between the smallest and the largest width.
-        counts: ``paper``, or ``official`` for the counts of the authors' code, which below the middle
-            width gives b_m and b_h equally many experts (published for 1.75 bits: half, a quarter, a
-            quarter; other averages by the same rule).
+        counts: ``paper``, or ``official`` for the counts of the authors' code. Below the middle width, that code gives
+            b_m and b_h to equally many experts (published for 1.75 bits: half, a quarter, a quarter; other averages
+            follow the same rule).
 
     Returns:
-        width → number of experts, for every width of ``bit_choices``, ascending.
+        Width → number of experts, for every width of ``bit_choices``, ascending.
 
     Raises:
         ValueError: no experts, no or repeated widths, or an average outside the widths.
@@ -58,7 +57,7 @@ def level_counts(
         result[widths[0]] = num_experts
         return result
     low, high = widths[0], widths[-1]
-    # Bits to spend above giving everybody the lowest width.
+    # Bits left after every expert got the lowest width.
     spare = int(num_experts * (average - low))
     if len(widths) == 2:
         result[high] = min(num_experts, spare // (high - low))
@@ -88,7 +87,7 @@ def _three_levels(
         best = max(feasible)
     elif average >= high - 2 * span / 3:
         balanced = [n for n in feasible if num_experts - n - middle_for(n) <= middle_for(n)]
-        # With wide gaps between the widths no count may balance; then the fewest low ones win.
+        # With wide gaps between the widths no count may balance: then choose the fewest low ones.
         best = max(balanced) if balanced else max(feasible, key=lambda n: (n + middle_for(n), n))
     else:
         best = max(feasible, key=lambda n: (n + middle_for(n), n))

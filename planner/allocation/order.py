@@ -18,17 +18,17 @@ def rank_experts(
 ) -> list[int]:
     """Order experts from the highest precision to the lowest.
 
-    Smaller router norm (or change of norm) comes first; then every expert whose MaxVar exceeds ζ times
-    that of an expert before it moves in front of the first such expert. One pass suffices: v_s > ζ·v_u
-    is transitive for ζ >= 1.
+    Smaller router norms (or changes of norm) come first. Then MaxVar promotes experts: an expert moves in front of the
+    first expert before it whose MaxVar, times ζ, is smaller than its own. One pass suffices: v_s > ζ·v_u is transitive
+    for ζ >= 1.
 
     Args:
         router_norms: score per expert; equal scores keep the experts' order.
         max_variances: MaxVar per expert, >= 0.
         zeta: ζ >= 1; 1 sorts by descending MaxVar.
-        promotion: the order in which experts are visited, which decides the order among several
-            promoted ones. ``official``: from the largest norm up, as in the authors' code.
-            ``stable``: from the smallest norm down, which keeps the router order among the promoted.
+        promotion: order in which experts are visited; it decides the order among several promoted ones. ``official``:
+            from the largest norm up, as in the authors' code. ``stable``: from the smallest norm down, which keeps the
+            router order among the promoted.
 
     Returns:
         A permutation of range(len(router_norms)).

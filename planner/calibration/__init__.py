@@ -1,1 +1,1 @@
-"""Running a model over text, one layer of weights at a time: statistics, and quantization that uses them."""
+"""Run a model over text, one layer of weights at a time: statistics, and quantization that uses them."""

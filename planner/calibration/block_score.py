@@ -1,9 +1,10 @@
 """BSP, the block score predictor: how much an MoE block turns the tokens that pass through it.
 
-Source: Li et al., "QuantMoE-Bench: Examining Post-Training Quantization for Mixture-of-Experts", 2024. A block whose
-output points where its input points does little, and can do with fewer bits: the lower its score, the more important is
-the block. The score is what a small network, trained per block, predicts from the block's input alone: for new text,
-without its experts. On the text that it learned from it is little else than the mean cosine.
+Source: Li et al., "QuantMoE-Bench: Examining Post-Training Quantization for Mixture-of-Experts", 2024. A block does
+little if its output points where its input points. It then needs fewer bits: the lower its score, the more important is
+the block. The score is the prediction of a small network, trained per block, that reads only the block's input. So new
+text can be scored without running the experts. On the text that the network learned from, the score is little else than
+the mean cosine.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from vllm_moeq.format import CheckpointError
 
 HIDDEN, STEPS, BATCH = 64, 400, 512
-"""Of a predictor: its hidden layer's neurons, and its training's steps and tokens in each."""
+"""Neurons in a predictor's hidden layer, training steps, and tokens per step."""
 
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-2
 
 ROWS = 1 << 15
-"""Tokens that a predictor learns from, at most; also read at a time, since a text's inputs lie in a file."""
+"""Maximum number of tokens that a predictor learns from. It is also the number of tokens read from a file at a time."""
 
 
 def block_cosine(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Return the cosine between the input and the output of an MoE block, token by token: float32 [n].
 
-    What is compared: the hidden state that router and experts read, behind the layer's norm, and the weighted sum of
-    the experts, before it is added to the residual stream. The authors' code scores blocks so; it can also compare the
-    residual stream before and behind the block, which this function does if given those. Adding ``outputs`` to
-    ``inputs`` would be neither: the norm has changed the scale of one and not of the other.
+    The input is the hidden state that router and experts read, after the layer's norm. The output is the weighted sum
+    of the experts, before it is added to the residual stream. The authors' code scores blocks in this way. It can also
+    compare the residual stream before and after the block; this function does so if given those. Do not add ``inputs``
+    to ``outputs``: that is neither of the two, because the norm has changed the scale of ``inputs`` only.
 
     Args:
         inputs: [n, hidden].
@@ -49,12 +50,12 @@ def block_cosine(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 class BlockPredictor(torch.nn.Module):
-    """Predicts a token's cosine from its input, by one hidden layer.
+    """A network with one hidden layer that predicts a token's cosine from its input.
 
     Args:
-        inputs: what it will learn from, float32 [n, hidden], n > 0; standardised with their mean and deviation.
-        cosines: of the same tokens, float32 [n]; predictions are in units of their deviation, from their mean.
-        generator: draws the first weights.
+        inputs: training inputs, float32 [n, hidden], n > 0; their mean and deviation standardise all inputs.
+        cosines: cosines of the same tokens, float32 [n]; their mean and deviation standardise the predictions.
+        generator: draws the initial weights.
     """
 
     mean: torch.Tensor
@@ -79,14 +80,14 @@ class BlockPredictor(torch.nn.Module):
         return (self.center + self.spread * self.standardised(inputs)).clamp(-1, 1)
 
     def standardised(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return predictions [n] in units of the cosines' deviation, from their mean."""
+        """Return predictions [n], standardised with the cosines' mean and deviation."""
         hidden = (inputs.float() - self.mean) / self.scale
         hidden = torch.nn.functional.silu(torch.nn.functional.linear(hidden, self.weights[0], self.biases[0]))
         return torch.nn.functional.linear(hidden, self.weights[1], self.biases[1])[:, 0]
 
     @torch.no_grad()
     def score(self, inputs: torch.Tensor) -> float:
-        """Return the mean prediction for inputs [n, hidden], those with NaN or infinity left out.
+        """Return the mean prediction for inputs [n, hidden], without rows that contain NaN or infinity.
 
         Raises:
             CheckpointError: no input is finite.
@@ -104,12 +105,15 @@ class BlockPredictor(torch.nn.Module):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train_predictor(inputs: torch.Tensor, cosines: torch.Tensor, seed: int) -> BlockPredictor:
-    """Train a predictor on a block's calibration tokens; the same for the same arguments and number of threads.
+    """Train a predictor on a block's calibration tokens.
+
+    The result is the same for the same arguments and number of threads.
 
     Args:
-        inputs: of the block, [n, hidden]; rows with NaN or infinity are left out.
-        cosines: :func:`block_cosine` of the same tokens, float [n]; likewise.
-        seed: of the first weights, the order of tokens and, if there are more than :data:`ROWS`, their choice.
+        inputs: the block's inputs [n, hidden]; rows with NaN or infinity are left out.
+        cosines: :func:`block_cosine` of the same tokens, float [n]; values that are not finite are left out.
+        seed: seed of the initial weights, of the order of tokens and, with more than :data:`ROWS` tokens, of their
+            choice.
 
     Raises:
         CheckpointError: no token is usable.
@@ -138,13 +142,13 @@ def train_predictor(inputs: torch.Tensor, cosines: torch.Tensor, seed: int) -> B
 
 
 def _usable(inputs: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    """Return the rows, int64 [n], where input and cosine are finite."""
+    """Return the indices of the rows whose input and cosine are finite, int64 [n]."""
     pairs = zip(inputs.split(ROWS), cosines.split(ROWS), strict=True)
     finite = [torch.isfinite(one).all(dim=1) & torch.isfinite(other) for one, other in pairs]
     return torch.cat(finite).nonzero()[:, 0]
 
 
 def _deviation(values: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation of [n, …] over n; 1 where there is none, which then divides nothing but 0."""
+    """Return the standard deviation of [n, …] over n, with 1 in place of 0, to divide by."""
     found = values.std(dim=0, unbiased=False)
     return torch.where(found > 0, found, torch.ones_like(found))

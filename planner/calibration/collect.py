@@ -1,4 +1,4 @@
-"""Runs a model over calibration text, layer by layer, and gathers the statistics of its experts."""
+"""Run a model over calibration text, layer by layer, and collect the statistics of its experts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from vllm_moeq.format import CheckpointError
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What to find out besides counts.
+    """The statistics to collect besides counts.
 
     Attributes:
         measures: rows of :data:`planner.calibration.measures.MEASURES`.
-        widths: to round experts to, for those measures that do.
-        seed: of whatever they draw.
+        widths: bit widths to round experts to, for the measures that round.
+        seed: seed of the measures' random draws.
     """
 
     measures: tuple[str, ...] = ()
@@ -47,13 +47,13 @@ class StatisticsRequest:
         return {"measures": list(self.measures), "widths": list(self.widths), "seed": self.seed}
 
     def sequences(self, layout: Layout, total: int) -> int:
-        """Return of how many sequences hidden states between all layers are needed when the model has read the text."""
+        """Return the number of sequences, out of ``total``, to keep hidden states for."""
         return max((MEASURES[name].sequences(layout, total) for name in self.measures), default=0)
 
 
 @dataclass
 class _Collection:
-    """A run of :func:`collect`."""
+    """The state of one call of :func:`collect`."""
 
     decoder: Decoder
     store: HiddenStates
@@ -77,25 +77,27 @@ def collect(
     resume: bool = True,
     wanted: StatisticsRequest | None = None,
 ) -> dict[str, LayerStatistics]:
-    """Write a statistics file; one layer of weights is in memory at a time. Continues a killed run.
+    """Collect statistics and write them to a file; continue a killed run.
+
+    The weights of one layer are in memory at a time.
 
     Args:
         model: the model, not quantized.
         layout: its layers.
-        text: what it reads.
+        text: the calibration text.
         output: the safetensors file; a JSON file of the same name is written beside it.
-        facts: what the JSON file says of the text.
-        device: where layers run.
-        dtype: of weights and hidden states.
-        progress: says how far it is.
+        facts: the JSON file's description of the text.
+        device: device that runs the layers.
+        dtype: dtype of weights and hidden states.
+        progress: shows the progress.
         resume: continue an unfinished run instead of deleting it.
-        wanted: what to find out besides counts.
+        wanted: the statistics to collect besides counts.
 
     Returns:
         Experts prefix → statistics.
 
     Raises:
-        MoeqError: an output that exists, a damaged tensor, a full disk.
+        MoeqError: the output exists, a tensor is damaged, or the disk is full.
     """
     check_output(json_path(output))
     wanted = wanted or StatisticsRequest()
@@ -122,20 +124,20 @@ def collect(
 
 
 def _kept(store: HiddenStates, wanted: StatisticsRequest, layout: Layout) -> HiddenStates | None:
-    """Return where the hidden states stay that measures will read, if any do."""
+    """Return the folder that keeps hidden states for the measures, or None if no measure reads any."""
     count = wanted.sequences(layout, store.shape[0])
     return HiddenStates(store.folder / "kept", (count, *store.shape[1:]), store.dtype) if count else None
 
 
 def _keep(run: _Collection, index: int, hidden: torch.Tensor) -> None:
-    """Keep the input of a layer for measures, as much of it as they read."""
+    """Keep a layer's input for the sequences that the measures read."""
     if run.kept is not None:
         run.kept.create(index)[:] = hidden[: run.kept.shape[0]]
         run.kept.complete(index)
 
 
 def _forward(run: _Collection) -> None:
-    """Have the model read the text."""
+    """Run the model over the text and collect the statistics of each layer."""
     began, idle = time.monotonic(), resident_bytes()
     reset_peak()
     for index in run.progress.track(range(len(run.decoder)), "calibrating"):
@@ -144,19 +146,19 @@ def _forward(run: _Collection) -> None:
 
 
 def _cost(began: float, idle: int) -> dict[str, float]:
-    """Return what a part of the run took; ``added_bytes`` is its peak memory beyond what was there before."""
+    """Return the seconds and bytes that a part of the run took; ``added_bytes`` is its peak memory beyond ``idle``."""
     peak = peak_bytes()
     seconds = round(time.monotonic() - began, 3)
     return {"seconds": seconds, "peak_bytes": peak, "added_bytes": max(0, peak - idle)}
 
 
 def _layer(run: _Collection, index: int) -> None:
-    """Run one layer, unless an earlier run did, and note its statistics."""
+    """Run one layer and collect its statistics, unless an earlier run did."""
     store, last = run.store, index + 1 == len(run.decoder)
     path = run.folder / f"layer-{index:05d}.safetensors"
     layer = run.decoder.moe.get(index)
     if path.is_file():
-        store.drop(index)  # if the earlier run was killed before it could
+        store.drop(index)  # the earlier run may have been killed before it did
         if layer is not None:
             run.found[layer.prefix] = LayerStatistics.of(load_file(path))
         return
@@ -189,7 +191,7 @@ def _layer(run: _Collection, index: int) -> None:
 
 
 def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return BSP's scores of a layer, the same for all its experts."""
+    """Return BSP's scores of a layer; all its experts have the same values."""
     cosines = block_cosine(routed.inputs, routed.outputs)
     predictor = train_predictor(routed.inputs, cosines, seed)
     scores = {"block_cosine": float(cosines.nanmean()), "block_score": predictor.score(routed.inputs)}
@@ -197,7 +199,7 @@ def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) -> None:
-    """Find out what a row of the table stands for, unless an earlier run did."""
+    """Compute a measure, unless an earlier run did, and add its values to the statistics."""
     if row.run is None:
         return
     path = run.folder / f"measure-{name}.safetensors"

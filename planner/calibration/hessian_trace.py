@@ -1,4 +1,4 @@
-"""HAWQ-v2: how curved the loss is in the experts of each layer, and what rounding them costs by that measure.
+"""HAWQ-v2: the cost of rounding each layer's experts, from the curvature of the loss.
 
 Source: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", 2020. A layer's cost at a
 width is Σ over its tensors of (trace of the Hessian / number of weights) · ‖Q(W) − W‖². Unlike everything else in this
@@ -25,10 +25,10 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 PARTS = {"gate_up_proj": "gate_up", "down_proj": "down"}
-"""Parameter of transformers' experts module [experts, outputs, inputs] → our name of it."""
+"""Parameter of transformers' experts module [experts, outputs, inputs] → its name here."""
 
 EXPERT_COPIES = 3
-"""Of the experts' size, besides the model: the gradient, the probe and the Hessian's product with it."""
+"""Copies of the experts in memory besides the model: gradient, probe, and the Hessian's product with the probe."""
 
 CPU = torch.device("cpu")
 Tensors = Sequence[torch.Tensor]
@@ -36,12 +36,13 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Mean trace (trace / number of weights) of the Hessian in one layer's experts, in nats per squared weight.
+    """The mean trace (trace / number of weights) of the Hessian in one layer's experts, in nats per squared weight.
 
     Attributes:
-        mean: over all experts' weights of the layer.
-        error: standard error of ``mean`` over the probes; what another text would change is not in it.
-        parts: the same for the gate and up projections of all experts ("gate_up") and their down projections ("down").
+        mean: mean trace over all expert weights of the layer.
+        error: standard error of ``mean`` over the probes; it does not include the change that another text would make.
+        parts: mean traces of the gate and up projections of all experts ("gate_up") and of their down projections
+            ("down").
         part_errors: standard errors of ``parts``.
     """
 
@@ -63,27 +64,30 @@ def layer_traces(
 ) -> dict[str, LayerTrace]:
     """Estimate mean traces by Hutchinson's method: the mean of vᵀHv over vectors v of random signs.
 
-    H is the Hessian of the mean cross entropy per predicted token, in nats; which experts a token chooses has no
-    derivative. One v covers all layers: the part of vᵀ(Hv) that lies in a layer estimates the layer's trace, since
-    products of two different signs have mean zero. H is a sum over batches of text, and each has its own signs: as
-    unbiased as one v for all, and what batches have in common adds less noise. A batch's graph serves all probes.
+    H is the Hessian of the mean cross entropy per predicted token, in nats. The choice of experts has no derivative.
+    One v covers all layers: the part of vᵀ(Hv) that lies in a layer estimates the layer's trace, since products of two
+    different signs have mean zero. H is a sum over batches of text, and each batch draws its own signs. This is as
+    unbiased as one v for all batches, and the common part of the batches adds less noise. The graph of a batch serves
+    all probes.
 
     Args:
         model: the model, not quantized.
         layout: its layers.
         tokens: int64 [sequences, length].
-        device: where all of it runs.
-        progress: says how far it is.
-        probes: vectors of signs for each batch.
-        seed: of the signs; with another batch, or on another kind of device, it stands for others.
-        batch: sequences at a time; their activations take memory besides what :func:`check_memory` counts.
+        device: device for the whole computation.
+        progress: shows the progress.
+        probes: number of sign vectors for each batch.
+        seed: seed of the signs; the signs also depend on ``batch`` and on the kind of device.
+        batch: sequences per batch; their activations take memory that :func:`check_memory` does not count.
 
     Returns:
         Experts prefix → trace.
 
     Raises:
-        ValueError: fewer than two probes, which have no standard error, or than two tokens, which predict nothing.
-        MoeqError: not enough memory, a model that transformers does not load as expected, a Hessian that is not finite.
+        ValueError: fewer than two probes, which have no standard error, or fewer than two tokens, which predict
+            nothing.
+        MoeqError: not enough memory, a model that transformers does not load as expected, or a Hessian that is not
+            finite.
     """
     if probes < 2 or tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(f"expected probes >= 2 and tokens [>= 1, >= 2], found {probes} and {list(tokens.shape)}")
@@ -104,7 +108,7 @@ def layer_traces(
 
 
 def _trace(samples: torch.Tensor, sizes: torch.Tensor) -> LayerTrace:
-    """Turn traces of a layer's parts, float64 [probes, parts], and their numbers of weights [parts] into means."""
+    """Return mean traces from a layer's sampled traces, float64 [probes, parts], and numbers of weights [parts]."""
     means = torch.cat([samples.sum(dim=1, keepdim=True) / sizes.sum(), samples / sizes], dim=1)
     (mean, *parts), (error, *errors) = means.mean(dim=0).tolist(), (means.std(dim=0) / len(means) ** 0.5).tolist()
     return LayerTrace(mean, error, *(dict(zip(PARTS.values(), each, strict=True)) for each in (parts, errors)))
@@ -113,7 +117,7 @@ def _trace(samples: torch.Tensor, sizes: torch.Tensor) -> LayerTrace:
 def _samples(
     network: torch.nn.Module, parameters: Tensors, batches: Tensors, progress: Progress, probes: int, seed: int
 ) -> torch.Tensor:
-    """Return the share of vᵀ(Hv) of each parameter: float64 [probes, layers, parts]."""
+    """Return each parameter's share of vᵀ(Hv), float64 [probes, layers, parts]."""
     device = parameters[0].device
     generator = torch.Generator(device).manual_seed(seed)
     samples = torch.zeros(probes, len(parameters), dtype=torch.float64)
@@ -122,7 +126,7 @@ def _samples(
     gradients: Tensors = ()
     for tokens, probe in progress.track(steps, "Hessian traces"):
         if probe == 0:
-            gradients = ()  # two batches' graphs would take twice the memory
+            gradients = ()  # free the last batch's graph before the next one is made
             loss = summed_loss(network, tokens.to(device)) / predicted
             gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         signs = [torch.empty_like(each).bernoulli_(0.5, generator=generator).mul_(2).sub_(1) for each in parameters]
@@ -133,26 +137,30 @@ def _samples(
 
 
 def summed_loss(network: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy, in nats, of every token [sequences, length] given those before it, summed."""
+    """Return the cross entropy of every token [sequences, length] given those before it, summed, in nats."""
     logits = network(input_ids=tokens, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
 def hessian_product(gradients: Tensors, parameters: Tensors, vectors: Tensors) -> Tensors:
-    """Return H·vectors, a tensor per parameter; ``gradients`` are made with ``create_graph``, which is kept."""
+    """Return H·vectors, one tensor per parameter; ``gradients`` need ``create_graph``, and their graph is kept."""
     return torch.autograd.grad(gradients, parameters, vectors, retain_graph=True, materialize_grads=True)
 
 
 def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
-    """Load a causal language model in float32, without gradients; MoeqError if transformers does not load it whole."""
+    """Load a causal language model in float32, without gradients.
+
+    Raises:
+        MoeqError: transformers is missing or does not load the whole model.
+    """
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise UsageError(f"Hessian traces need {error.name}: pip install 'vllm-moeq[calibrate]'") from None
     logging.disable_progress_bar()
-    # Fused attention has no second derivative. Of the experts' products, only the plain loop has one wherever torch
-    # runs; the default has it in some versions, and the same values there.
+    # Fused attention has no second derivative. The experts' plain loop has one everywhere; the default has one only in
+    # some versions of torch, with the same values.
     plain = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -161,17 +169,17 @@ def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
         if out_of_memory(error):
             raise
         raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
-    if report["missing_keys"]:  # transformers has drawn them at random
+    if report["missing_keys"]:  # transformers fills them at random
         raise CheckpointError(f"{model.folder}: expected the weights {sorted(report['missing_keys'])}, found none")
     made: torch.nn.Module = network.eval().requires_grad_(False)
     return made
 
 
 def expert_parameters(network: torch.nn.Module, model: SourceModel, layout: Layout) -> list[torch.nn.Parameter]:
-    """Return the experts' parameters, :data:`PARTS` of each layer in turn, and have them require gradients.
+    """Return the experts' parameters, :data:`PARTS` of each layer in turn, and make them require gradients.
 
     Raises:
-        ConfigError: transformers keeps them in other parameters.
+        ConfigError: transformers has other parameters for the experts.
     """
     path = (row := architecture_of(model)).module_name(row.experts)
     base: Any = network.base_model
@@ -185,7 +193,11 @@ def expert_parameters(network: torch.nn.Module, model: SourceModel, layout: Layo
 
 
 def check_memory(model: SourceModel, layout: Layout, device: torch.device) -> None:
-    """Raise UsageError if a model's weights in float32, and three times those of its experts, cannot fit."""
+    """Check that a model's weights and three copies of its experts fit into memory, all in float32.
+
+    Raises:
+        UsageError: they do not fit.
+    """
     weights = sum(math.prod(info.shape) for info in model.shards.tensors.values())
     experts = sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers)
     needed, available = 4 * (weights + EXPERT_COPIES * experts), available_bytes(device)
@@ -211,15 +223,16 @@ def available_bytes(device: torch.device) -> int:
 def perturbations(
     model: SourceModel, layout: Layout, widths: Sequence[int], progress: Progress, device: torch.device = CPU
 ) -> dict[str, dict[int, dict[str, float]]]:
-    """Measure what rounding to nearest (one bit: the sign) changes, in groups of 128 or what divides the matrices.
+    """Measure the squared change of the expert weights under rounding to nearest (one bit: the sign).
 
-    One expert is in memory at a time, in float32.
+    The groups have 128 weights, or fewer if 128 does not divide the matrices. One expert is in memory at a time, in
+    float32.
 
     Returns:
         Experts prefix → width in bits → part → Σ over the layer's experts of ‖Q(W) − W‖².
 
     Raises:
-        CheckpointError: a tensor that cannot be read or is not finite.
+        CheckpointError: a tensor cannot be read or is not finite.
     """
     found = {layer.prefix: {bits: dict.fromkeys(PARTS.values(), 0.0) for bits in widths} for layer in layout.layers}
     experts = [(layer, expert) for layer in layout.layers for expert in range(layer.num_experts)]
@@ -238,7 +251,8 @@ def hessian_costs(
 ) -> dict[str, dict[int, float]]:
     """Return Ω of HAWQ-v2: experts prefix → width → Σ over parts of mean trace · ``changes`` (:func:`perturbations`).
 
-    A negative trace (from a loss that is not convex, or noise) counts as 0: it would reward the fewest bits.
+    A negative trace comes from noise or from a loss that is not convex. It counts as 0, because it would reward the
+    fewest bits.
     """
     found: dict[str, dict[int, float]] = {}
     for prefix, of_widths in changes.items():

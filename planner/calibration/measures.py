@@ -1,4 +1,4 @@
-"""What calibration can find out of experts besides counts, for the methods that ask for it: a table, one row each."""
+"""The measures of experts that calibration can take besides counts: a table with one row each."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ Found = dict[str, dict[str, torch.Tensor]]
 """Experts prefix → name → one value per expert."""
 
 Facts = dict[str, float]
-"""What the statistics' description says of a measure."""
+"""Facts about a measure for the JSON description of the statistics."""
 
 
 @dataclass(frozen=True)
 class MeasureInputs:
-    """What a measure has to work with, when the model has read the text.
+    """The inputs of a measure, after the model has read the text.
 
     Attributes:
         decoder: the model.
-        store: the input of every layer and the last one's output, for as many sequences as :attr:`Measure.share` says.
+        store: the input of every layer and the last layer's output, for the sequences that :attr:`Measure.share` asks
+            for.
         tokens: int64 [sequences, length].
-        found: counts and sums over all of them.
-        widths: to round experts to.
-        seed: of whatever is drawn.
-        progress: says how far it is.
+        found: experts prefix → statistics of the whole text.
+        widths: bit widths to round experts to.
+        seed: seed of the random draws.
+        progress: shows the progress.
     """
 
     decoder: Decoder
@@ -49,16 +50,15 @@ class MeasureInputs:
 
 @dataclass(frozen=True)
 class Measure:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        names: of its values, ``{bits}`` standing for each width.
-        run: finds them; None where they are gathered while the layers run.
-        share: of how many sequences one has its hidden states between all layers read, given the model's layout; None
-            where none are.
-        check: raises UsageError, before anything is computed, where it cannot be found on this machine.
-        passes: what it costs, in passes of the text through the model besides those of counting; measured on the
-            shipped Mixtral.
+        names: names of the values; ``{bits}`` stands for each width.
+        run: computes the values; None if they are collected while the layers run.
+        share: keep hidden states for one in this many sequences, given the model's layout; None keeps none.
+        check: raises UsageError, before any computation, if this machine cannot compute the measure.
+        passes: cost in passes of the text through the model, besides the pass that counts; measured on the shipped
+            Mixtral.
     """
 
     names: tuple[str, ...]
@@ -68,19 +68,19 @@ class Measure:
     passes: Callable[[Layout], float] = lambda _: 1.0
 
     def sequences(self, layout: Layout, total: int) -> int:
-        """Return of how many sequences the hidden states between all layers are read."""
+        """Return the number of sequences, out of ``total``, to keep hidden states for."""
         return max(1, total // self.share(layout)) if self.share is not None else 0
 
     def all_names(self, widths: Sequence[int]) -> list[str]:
-        """Return the names for some widths."""
+        """Return the names of the values for some widths."""
         return [name.format(bits=bits) for name in self.names for bits in (widths if "{bits}" in name else (0,))]
 
 
 ESTIMATED_SHARE = 6
-"""One in so many sequences has its gradient computed, which keeps the estimate within the cost of PMQ's errors."""
+"""Compute gradients for one in this many sequences; the estimate then costs no more than PMQ's errors."""
 
 SMALL = 1 << 30
-"""Weights of all routed experts of a model for which cost hardly matters."""
+"""A model is small if its routed experts have at most this many weights; cost hardly matters then."""
 
 
 def _is_small(layout: Layout) -> bool:
@@ -106,7 +106,7 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
 
 
 def _measured(run: MeasureInputs) -> tuple[Found, Facts]:
-    """Measure where the model is small, and estimate where it is not."""
+    """Measure the KL divergence if the model is small; otherwise only estimate it."""
     small = _is_small(run.decoder.layout)
     effort = Effort.like_pmq(run.tokens, run.decoder, run.widths) if small else Effort()
     return _divergence(run, "kl", effort, _share(run.decoder.layout))
@@ -147,14 +147,14 @@ def _hessian(run: MeasureInputs) -> tuple[Found, Facts]:
 
 
 HESSIAN_SEQUENCES = 16
-"""On which traces are estimated: double backward passes cost some fifty times a forward pass."""
+"""Sequences for the trace estimate: a double backward pass costs some fifty forward passes."""
 
 
 def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, device: torch.device) -> None:
-    """Refuse measures that this machine is too small for, before hours of work.
+    """Check, before hours of work, that this machine can compute the measures.
 
     Raises:
-        UsageError: naming what is missing.
+        UsageError: it cannot; the message names what is missing.
     """
     for name in names:
         check = MEASURES[name].check

@@ -1,4 +1,4 @@
-"""What calibration text says of every expert: counts, gate weights, second moments. Their file."""
+"""Statistics of every expert on a calibration text (counts, gate weights, second moments), and their file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One MoE layer; E experts, hidden size H, intermediate size I.
+    """The statistics of one MoE layer with E experts, hidden size H and intermediate size I.
 
     Attributes:
-        tokens: calibration tokens routed to each expert, int64 [E].
-        gate_probability: Σ over those of the softmax over all experts, float32 [E] (PMQ's w).
-        routing_weight: Σ over those of the weight that the router applies, float32 [E].
+        tokens: number of calibration tokens routed to each expert, int64 [E].
+        gate_probability: softmax over all experts, summed over the expert's tokens, float32 [E] (PMQ's w).
+        routing_weight: weight that the router applies, summed over the expert's tokens, float32 [E].
         input_square: mean square of each input channel of gate and up, float32 [E, H].
         inner_square: mean square of each input channel of down, float32 [E, I].
         output_square: Σ over tokens of ‖weighted output‖², float32 [E].
-        measured: what was asked for besides, float32 [E] each (:mod:`planner.calibration.measures`). ``error_<bits>``
-            is Σ over sequences of the Frobenius norm of what rounding this expert alone changes in the block's output,
-            ε of PMQ (MC-MoE).
+        measured: other requested values, float32 [E] each (:mod:`planner.calibration.measures`). ``error_<bits>`` is ε
+            of PMQ (MC-MoE): the Frobenius norm of the change in the block's output when only this expert is rounded,
+            summed over sequences.
     """
 
     tokens: torch.Tensor
@@ -47,7 +47,7 @@ class LayerStatistics:
     measured: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return everything under the names of the file."""
+        """Return all tensors under their names in the file."""
         return {name: getattr(self, name) for name in NAMES} | self.measured
 
     @classmethod
@@ -63,17 +63,17 @@ NAMES = ("tokens", "gate_probability", "routing_weight", "input_square", "inner_
 def observe(
     decoder: Decoder, layer: MoeLayer, routed: Routed, sequence: int = 0, widths: Sequence[int] = ()
 ) -> LayerStatistics:
-    """Run the experts of a layer on their tokens, add their outputs to ``routed``, and return what they saw.
+    """Run a layer's experts on their tokens, add their outputs to ``routed``, and return their statistics.
 
     Args:
         decoder: the model.
-        layer: which one.
-        routed: what its experts see.
-        sequence: tokens of a calibration sequence; needed with ``widths``.
-        widths: for which to measure errors.
+        layer: the MoE layer.
+        routed: the tokens routed to its experts.
+        sequence: number of tokens in a calibration sequence; needed with ``widths``.
+        widths: bit widths to measure rounding errors for.
 
     Raises:
-        CheckpointError: a tensor that cannot be read.
+        CheckpointError: a tensor cannot be read.
     """
     rows, columns = layer.shapes[layer.projections.gate]
     found = LayerStatistics(
@@ -121,18 +121,18 @@ def write_statistics(path: Path, layers: dict[str, LayerStatistics], facts: dict
 
 
 def json_path(path: Path) -> Path:
-    """Return where the description of a statistics file is."""
+    """Return the path of the JSON description of a statistics file."""
     return path.with_suffix(".json")
 
 
 def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
-    """Read a statistics file for a model.
+    """Read a statistics file and check it against a model's layout.
 
     Returns:
         Experts prefix → statistics, and the description.
 
     Raises:
-        MoeqError: another version, or a tensor that is missing, has another shape or is not finite.
+        MoeqError: the file has another version, or a tensor is missing, has another shape or is not finite.
     """
     facts = read_json(json_path(path))
     if not isinstance(facts, dict) or facts.get("version") != VERSION:

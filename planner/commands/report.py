@@ -19,9 +19,9 @@ from planner.output.files import atomic
 from planner.report.card import refresh_card
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD, PAGE
-from planner.report.grids import ValueMaps, collect_maps
 from planner.report.page import render
 from planner.report.png import draw
+from planner.report.value_maps import ValueMaps, collect_maps
 from vllm_moeq.format import UsageError
 
 NEEDS = "needs matplotlib, pip install 'vllm-moeq[report]'"

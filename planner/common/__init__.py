@@ -1,1 +1,1 @@
-"""What every room uses: progress, memory, units."""
+"""Code that all other folders use: progress, memory, units."""

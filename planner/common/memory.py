@@ -1,4 +1,4 @@
-"""Keep the process as small as what it holds."""
+"""The memory of this process: measure it, return freed blocks, explain when it runs out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGE_BLOCK = 4 << 20
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out: Python, the system, a GPU and a CPU each say so in their own way."""
+    """Tell whether memory ran out: Python, the system, a GPU and a CPU each report it in their own way."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
@@ -29,10 +29,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_if_out_of_memory(explanation: str) -> Iterator[None]:
-    """Turn running out of memory into an error of one line.
+    """Turn an out-of-memory error into an error of one line.
 
     Args:
-        explanation: where or for what there was not enough memory, and what takes less.
+        explanation: place or purpose that lacked memory, and what takes less.
 
     Raises:
         MoeqError: there was not enough memory.
@@ -46,10 +46,10 @@ def explained_if_out_of_memory(explanation: str) -> Iterator[None]:
 
 
 def return_large_blocks() -> None:
-    """Have freed blocks of 4 MiB and more go back to the system at once.
+    """Return freed blocks of 4 MiB and more to the system at once.
 
     glibc raises its threshold to the largest block freed so far (up to 32 MiB) and keeps smaller ones on a heap that
-    fragments: quantizing a layer of 168 MiB grew to 590 MiB that way, and takes 290 MiB without.
+    fragments. Quantizing a layer of 168 MiB grew to 590 MiB that way, and takes 290 MiB without.
     """
     if sys.platform != "linux":
         return
@@ -70,7 +70,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process now, or its peak where the system does not tell."""
+    """Return the resident memory of this process now, or its peak if the system does not report it."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         return int(statistics.read_text().split()[1]) * resource.getpagesize()
@@ -78,7 +78,7 @@ def resident_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Have :func:`peak_bytes` start again from what is resident now, where the system can."""
+    """Make :func:`peak_bytes` start again from the current resident memory, if the system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # another system: the peak stays that of the whole process

@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Where commands say how far they are; ``quiet`` says nothing.
+    """Shows the progress of a command; ``quiet`` shows nothing.
 
     Standard output stays free for results, so that ``--json`` can be piped.
     """
@@ -30,12 +30,12 @@ class Progress:
         self.console.print(text, soft_wrap=True, markup=False)
 
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items, showing count, elapsed and remaining time.
+        """Yield the items and show count, elapsed and remaining time.
 
         Args:
-            items: a sequence, or with ``total`` anything.
-            what: is being done.
-            total: number of items; quiet where lines are printed, since the caller prints its own.
+            items: a sequence, or any iterable if ``total`` is given.
+            what: name of the work.
+            total: number of items; without a terminal, the caller then prints its own lines.
         """
         if self.quiet or not self.console.is_terminal:
             yield from items if total is not None else self._lines(items, what)
@@ -63,7 +63,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people: seconds, minutes or hours."""
+    """Return a time as text for people: seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them."""
+"""Text for people: sizes and layer numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ GIB = 1 << 30
 
 
 def size(count: float) -> str:
-    """Return bytes in the unit that keeps three digits readable."""
+    """Return a number of bytes as text, in the largest unit that it reaches."""
     for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
@@ -14,5 +14,5 @@ def size(count: float) -> str:
 
 
 def layer_number(prefix: str) -> str:
-    """Return the number of the layer that a prefix stands for, or the prefix."""
+    """Return the layer's number in a prefix, or the prefix if it has none."""
     return next((part for part in prefix.split(".") if part.isdigit()), prefix)

@@ -15,6 +15,7 @@ from planner.comparison.candidates import Candidate
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers import quantize_linear
 from vllm_moeq.format import Linear, drop_weak, linear_values
+from vllm_moeq.format.linears import SCALES, WORDS
 
 
 def read_text(
@@ -59,7 +60,7 @@ def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, t
     for name in decoder.layout.linears:
         if name.startswith(f"model.layers.{index}."):
             packed = quantize_linear(decoder.model.shards.load(name), linear)
-            found[name] = linear_values(packed["weight_packed"], packed["weight_scale"], linear.bits)
+            found[name] = linear_values(packed[WORDS], packed[SCALES], linear.bits)
     return found
 
 

@@ -9,7 +9,8 @@ from planner.common.memory import resident_bytes
 from planner.estimates.memory import SHARD_COPIES
 from planner.estimates.needs import Needs
 from planner.model.hub import companions
-from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config
+from vllm_moeq.format import ShardSet, expert_matrices, load_config
+from vllm_moeq.format.linears import WORDS
 
 HEADER_BYTES = 128
 """Of a tensor in a shard's header and in the index."""
@@ -23,16 +24,18 @@ def export_needs(folder: Path, item_bytes: int | None) -> Needs:
     """
     config = load_config(folder)
     with ShardSet(folder) as shards:
-        dense = {matrix.name(PACKED): matrix.weights for matrix in expert_matrices(shards, config)}
+        dense = {matrix.names()[0]: matrix for matrix in expert_matrices(shards, config)}
+        beside = {name for matrix in dense.values() for name in matrix.names()[1:]}
         sizes: Counter[str] = Counter()
         for name, info in shards.tensors.items():
-            beside = f"{name.rpartition('.')[0]}.{PACKED}" in shards.tensors
-            if item_bytes is None or (not beside and not info.dtype.is_floating_point):
+            packed = f"{name.rpartition('.')[0]}.{WORDS}" in shards.tensors
+            if item_bytes is None or (not packed and name not in beside and not info.dtype.is_floating_point):
                 sizes[info.shard] += info.nbytes
-            elif name.endswith(PACKED):
-                columns = info.shape[-1] * 32 // config.linear.bits
-                sizes[info.shard] += item_bytes * dense.get(name, info.shape[0] * columns)
-            elif not beside:
+            elif name in dense:
+                sizes[info.shard] += item_bytes * dense[name].weights
+            elif name.endswith(WORDS):
+                sizes[info.shard] += item_bytes * info.shape[0] * (info.shape[-1] * 32 // config.linear.bits)
+            elif not packed and name not in beside:
                 sizes[info.shard] += item_bytes * info.numel
         return _needs(folder, sizes, len(shards.tensors))
 

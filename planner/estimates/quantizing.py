@@ -71,7 +71,7 @@ def quantize_needs(
         passes = (passes_of(layout, measures) if measures else 0.0) + (COUNTING_PASSES if reading.gptq else 0.0)
         seconds += reading_seconds(config, layout, reading, passes, device)
     return Needs(
-        written_bytes=quantized_bytes(model, layout, sizes, settings.linear),
+        written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.scheme),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
         ram_bytes=ram,
         device_bytes=_device_bytes(model, layout, reading, device),

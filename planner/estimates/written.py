@@ -8,7 +8,7 @@ from planner.model.hub import companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
-from vllm_moeq.format import PACKED, SCALE, ZERO, Linear
+from vllm_moeq.format import GRID, LINEAR_SUFFIXES, Linear, Scheme
 
 HEADER_ENTRY = 72
 """Bytes of a tensor in a shard's header besides its name: dtype, shape, offsets."""
@@ -23,7 +23,7 @@ FIXED = 8192
 """Bytes of config.json, plan.json, the report and the model card besides their experts."""
 
 
-def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear) -> int:
+def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear, scheme: Scheme = GRID) -> int:
     """Return the bytes of a quantized folder.
 
     Args:
@@ -31,20 +31,21 @@ def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Li
         layout: of the source.
         sizes: of the output's tensors.
         linear: format of its other linears.
+        scheme: the way in which its experts are stored.
     """
-    entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear))
+    entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
     copied = sum(path.stat().st_size for path in companions(model.folder))
     return sizes.total_bytes + entries + copied + EXPERT_ENTRIES * layout.num_experts + FIXED
 
 
-def _names(layout: Layout, linear: Linear) -> Iterator[str]:
+def _names(layout: Layout, linear: Linear, scheme: Scheme) -> Iterator[str]:
     """Yield the names of the output's tensors."""
     for layer in layout.layers:
         for expert in range(layer.num_experts):
             for projection in layer.projections.names():
-                for suffix in (PACKED, SCALE, ZERO):
+                for suffix in scheme.suffixes:
                     yield f"{layer.prefix}.{expert}.{projection}.{suffix}"
     for name in layout.linears:
         base = name.removesuffix(".weight")
-        yield from (name,) if linear.bits == 16 else (f"{base}.{suffix}" for suffix in (PACKED, SCALE, "weight_shape"))
+        yield from (name,) if linear.bits == 16 else (f"{base}.{suffix}" for suffix in LINEAR_SUFFIXES)
     yield from layout.kept

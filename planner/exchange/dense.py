@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,34 +15,13 @@ from planner.model.architectures import Architecture, find_architecture
 from planner.model.hub import companions
 from planner.model.tensors import fuse
 from planner.output.checkpoint import CheckpointWriter
-from vllm_moeq.format import (
-    PACKED,
-    SCALE,
-    ZERO,
-    ExpertMatrix,
-    MoeqConfig,
-    ShardSet,
-    dequantize,
-    expert_matrices,
-    linear_values,
-    load_config,
-    read_json,
-    unpack,
-)
-
-BESIDE = (SCALE, ZERO, "weight_shape")
-"""What belongs to packed words; a bias, too, stands beside them, and stays."""
-
-
-def dequantize_expert(shards: ShardSet, matrix: ExpertMatrix) -> torch.Tensor:
-    """Return one expert's matrix, float32 [N, K]."""
-    codes = unpack(shards.load(matrix.name(PACKED)), matrix.bits, matrix.columns)
-    return dequantize(codes, shards.load(matrix.name(SCALE)), shards.load(matrix.name(ZERO)))
+from vllm_moeq.format import ExpertMatrix, MoeqConfig, ShardSet, expert_matrices, linear_values, load_config, read_json
+from vllm_moeq.format.linears import LINEAR_SUFFIXES, SCALES, WORDS
 
 
 def dequantize_linear(shards: ShardSet, base: str, bits: int) -> torch.Tensor:
     """Return one packed linear that is not an expert, float32 [N, K]."""
-    return linear_values(shards.load(f"{base}.{PACKED}"), shards.load(f"{base}.{SCALE}"), bits)
+    return linear_values(shards.load(f"{base}.{WORDS}"), shards.load(f"{base}.{SCALES}"), bits)
 
 
 def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -60,8 +40,8 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     source = read_json(folder / "config.json")
     name = str(dtype).removeprefix("torch.")
     with ShardSet(folder) as shards:
-        matrices = {matrix.name(PACKED): matrix for matrix in expert_matrices(shards, config)}
-        dense = _Dense(shards, config, matrices, find_architecture(source), dtype)
+        matrices = {matrix.names()[0]: matrix for matrix in expert_matrices(shards, config)}
+        dense = _Dense(shards, config, find_architecture(source), dtype, matrices)
         about = {"config": json.loads(config.model_dump_json()), "files": shards.stamps()}
         writer = CheckpointWriter(output, {"export": name, **about})
         try:
@@ -84,29 +64,40 @@ class _Dense:
     Attributes:
         shards: its tensors.
         config: its configuration.
-        matrices: name of the packed words → the expert's matrix.
         row: the architecture, which knows the source's layout.
-        dtype: of the result.
+        dtype: the result's dtype.
+        matrices: name of the codes → the expert's matrix.
     """
 
     shards: ShardSet
     config: MoeqConfig
-    matrices: Mapping[str, ExpertMatrix]
     row: Architecture | None
     dtype: torch.dtype
+    matrices: Mapping[str, ExpertMatrix]
+
+    @cached_property
+    def beside(self) -> frozenset[str]:
+        """The names of tensors that belong to codes and stand beside them; a bias does not, and stays."""
+        experts = (name for matrix in self.matrices.values() for name in matrix.names()[1:])
+        linears = (f"{base}.{suffix}" for base in self._linears for suffix in LINEAR_SUFFIXES[1:])
+        return frozenset((*experts, *linears))
+
+    @cached_property
+    def _linears(self) -> frozenset[str]:
+        packed = (name for name in self.shards.tensors if name.endswith(f".{WORDS}") and name not in self.matrices)
+        return frozenset(name.removesuffix(f".{WORDS}") for name in packed)
 
     def shard(self, shard: str) -> dict[str, torch.Tensor]:
         """Return the tensors of one shard, packed ones replaced by ``.weight``."""
         result: dict[str, torch.Tensor] = {}
-        packed = {name.removesuffix(f".{PACKED}") for name in self.shards.tensors if name.endswith(f".{PACKED}")}
         for name, info in self.shards.tensors.items():
             base, _, suffix = name.rpartition(".")
-            if info.shard != shard or (base in packed and suffix in BESIDE):
+            if info.shard != shard or name in self.beside:
                 continue
             matrix = self.matrices.get(name)
             if matrix is not None:
                 result.update(self._expert(matrix))
-            elif suffix == PACKED:
+            elif suffix == WORDS and base in self._linears:
                 values = dequantize_linear(self.shards, base, self.config.linear.bits)
                 result[f"{base}.weight"] = values.to(self.dtype)
             else:
@@ -119,16 +110,21 @@ class _Dense:
         row, names = self.row, self.config.projections
         if row is None or row.fused is None:
             expert = str(matrix.expert) if row is None else row.expert.format(matrix.expert)
-            values = dequantize_expert(self.shards, matrix).to(self.dtype)
+            values = matrix.dequantize(self.shards).to(self.dtype)
             return {f"{matrix.prefix}.{expert}.{matrix.projection}.weight": values}
         if matrix.expert or matrix.projection == names.up:
             return {}
         down = matrix.projection == names.down
         projections = [names.down] if down else [names.gate, names.up or names.gate]
         experts = range(len(self.config.experts[matrix.prefix]))
-        parts = [[self._values(f"{matrix.prefix}.{e}.{projection}") for projection in projections] for e in experts]
+        by_place = self._by_place
+        parts = [[self._values(by_place[matrix.prefix, e, projection]) for projection in projections] for e in experts]
         block = matrix.prefix.removesuffix(row.experts)
         return {block + (row.fused.down if down else row.fused.gate_up): fuse(row.fused, parts)}
 
-    def _values(self, base: str) -> torch.Tensor:
-        return dequantize_expert(self.shards, self.matrices[f"{base}.{PACKED}"]).to(self.dtype)
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, int, str], ExpertMatrix]:
+        return {(it.prefix, it.expert, it.projection): it for it in self.matrices.values()}
+
+    def _values(self, matrix: ExpertMatrix) -> torch.Tensor:
+        return matrix.dequantize(self.shards).to(self.dtype)

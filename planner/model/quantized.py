@@ -12,21 +12,9 @@ import torch
 from planner.model.encodings import Codec, Parts
 from planner.model.source import SourceModel
 from planner.model.tensors import Matrix, SourceTensors
-from vllm_moeq.format import (
-    PACKED,
-    QUANT_METHOD,
-    SCALE,
-    ZERO,
-    MoeqConfig,
-    dequantize,
-    expert_matrices,
-    linear_values,
-    load_config,
-    unpack,
-)
+from vllm_moeq.format import GRID, QUANT_METHOD, MoeqConfig, Scheme, expert_matrices, linear_values, load_config
+from vllm_moeq.format.linears import SCALES, WORDS
 from vllm_moeq.format.tensors import Tensors
-
-WORDS, SCALES, ZEROS = f".{PACKED}", f".{SCALE}", f".{ZERO}"
 
 
 @dataclass(frozen=True)
@@ -34,15 +22,22 @@ class PackedExpert(Codec):
     """One matrix of an expert.
 
     Attributes:
-        columns: its inputs.
+        scheme: the way in which it is stored.
+        group_size: weights per scale, or −1.
     """
 
-    columns: int = 0
+    scheme: Scheme = GRID
+    group_size: int = 0
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
         """See :meth:`Codec.read`; float32."""
-        words, scales, zeros = (parts[suffix][first:last:step] for suffix in self.suffixes)
-        return dequantize(unpack(words, int(self.bits), self.columns), scales, zeros)
+        bits, size, multiple = int(self.bits), self.group_size, self.scheme.row_step
+        begin, end = first // multiple * multiple, -(-last // multiple) * multiple
+        tensors = {
+            suffix: parts[f".{suffix}"][self.scheme.cut(suffix, bits, size, rows=(begin, end))]
+            for suffix in self.scheme.suffixes
+        }
+        return self.scheme.dequantize(tensors, bits, size)[first - begin : last - begin : step]
 
 
 @dataclass(frozen=True)
@@ -83,13 +78,14 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     found: dict[str, Matrix] = {}
     for it in expert_matrices(files, config):
         base = f"{it.prefix}.{it.expert}.{it.projection}"
-        codec = PackedExpert((WORDS, SCALES, ZEROS), it.bits, torch.float32, it.columns)
+        suffixes = tuple(f".{suffix}" for suffix in it.scheme.suffixes)
+        codec = PackedExpert(suffixes, it.bits, torch.float32, it.scheme, it.group_size)
         found[f"{base}.weight"] = Matrix(base, codec, it.rows, it.columns)
     for name, info in files.tensors.items():
-        base = name.removesuffix(WORDS)
+        base = name.removesuffix(f".{WORDS}")
         if base != name and f"{base}.weight" not in found:
             bits = config.linear.bits
-            linear = PackedLinear((WORDS, SCALES), bits, torch.float32)
+            linear = PackedLinear((f".{WORDS}", f".{SCALES}"), bits, torch.float32)
             found[f"{base}.weight"] = Matrix(base, linear, info.shape[0], info.shape[1] * 32 // bits)
     return found
 

@@ -12,9 +12,8 @@ from typing import Any
 from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
-from vllm_moeq.format import WHOLE_ROW, Linear, TensorInfo, UsageError
+from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
 
-SCALE_AND_ZERO_BYTES = 4
 WORKING_BYTES_PER_WEIGHT = 24
 """Float32 copies and temporaries of a quantizer while it works on one matrix."""
 
@@ -39,27 +38,21 @@ class Sizes:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def groups_per_row(columns: int, group_size: int) -> int:
-    """Return the number of scales per output neuron."""
-    return 1 if group_size == WHOLE_ROW else math.ceil(columns / group_size)
+def expert_bytes(layer: MoeLayer, bits: int, group_size: int, scheme: Scheme = GRID) -> int:
+    """Return the bytes of one expert of a width, in bits."""
+    return sum(scheme.nbytes(rows, columns, bits, group_size) for rows, columns in layer.shapes.values())
 
 
-def metadata_bytes(layer: MoeLayer, group_size: int) -> int:
-    """Return the bytes of one expert's scales and zeros."""
-    rows = (r * groups_per_row(c, group_size) for r, c in layer.shapes.values())
-    return SCALE_AND_ZERO_BYTES * sum(rows)
-
-
-def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int) -> int:
+def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, scheme: Scheme = GRID) -> int:
     """Return the bytes of a layer's quantized experts."""
-    return sum(layer.weights_per_expert * bits // 8 + metadata_bytes(layer, group_size) for bits in widths)
+    return sum(count * expert_bytes(layer, bits, group_size, scheme) for bits, count in Counter(widths).items())
 
 
 def stored_bytes(info: TensorInfo, linear: Linear) -> int:
     """Return the bytes of a linear that is not an expert."""
     if linear.bits == 16:
         return info.nbytes
-    return info.numel * linear.bits // 8 + 2 * info.shape[0] * groups_per_row(info.shape[1], linear.group_size) + 16
+    return info.numel * linear.bits // 8 + 2 * info.shape[0] * math.ceil(info.shape[1] / linear.group_size) + 16
 
 
 def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
@@ -68,10 +61,24 @@ def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
 
 
 def estimate(
-    model: SourceModel, layout: Layout, experts: Mapping[str, Sequence[int]], group_size: int, linear: Linear
+    model: SourceModel,
+    layout: Layout,
+    experts: Mapping[str, Sequence[int]],
+    group_size: int,
+    linear: Linear,
+    scheme: Scheme = GRID,
 ) -> Sizes:
-    """Return the sizes of the checkpoint that a plan leads to."""
-    per_layer = [layer_bytes(layer, experts[layer.prefix], group_size) for layer in layout.layers]
+    """Return the sizes of the checkpoint that a plan leads to.
+
+    Args:
+        model: the source.
+        layout: its layers.
+        experts: experts prefix → width of each expert, bits.
+        group_size: expert weights per scale, or −1.
+        linear: format of the linears that are not experts.
+        scheme: the way in which experts are stored.
+    """
+    per_layer = [layer_bytes(layer, experts[layer.prefix], group_size, scheme) for layer in layout.layers]
     others = {name: stored_bytes(model.shards.info(name), linear) for name in layout.linears}
     kept = {name: model.shards.info(name).nbytes for name in layout.kept}
     shards: Counter[str | None] = Counter(dict(zip((layer.block for layer in layout.layers), per_layer, strict=True)))
@@ -93,6 +100,7 @@ def average_for_budget(
     bit_choices: Sequence[int],
     group_size: int,
     linear: Linear,
+    scheme: Scheme = GRID,
 ) -> Fraction:
     """Return the largest average width whose checkpoint fits ``budget_gib``, every byte counted.
 
@@ -103,10 +111,12 @@ def average_for_budget(
         raise UsageError(f"--budget-gib: expected a positive number, found {budget_gib:g}")
     fixed = linear_bytes(model, layout, linear)
     fixed += sum(model.shards.info(name).nbytes for name in layout.kept)
-    fixed += sum(metadata_bytes(layer, group_size) * layer.num_experts for layer in layout.layers)
     weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
-    average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
     low, high = min(bit_choices), max(bit_choices)
+    # What experts take besides their codes does not depend on their width.
+    experts = sum(expert_bytes(layer, low, group_size, scheme) * layer.num_experts for layer in layout.layers)
+    fixed += experts - weights * low // 8
+    average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
     if average < low:
         needed = (fixed + weights * low / 8) / GIB
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Output checkpoints: written shard by shard, there only when complete, continued where a killed run stopped."""
+"""Write output checkpoints shard by shard; they appear only when complete, and a killed run can be continued."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from vllm_moeq.format import NESTED, CheckpointError
 
 
 class CheckpointWriter:
-    """Writes an output folder so that it appears only when it is complete.
+    """Writes an output folder that appears only when it is complete.
 
-    Shards go to ``<output>.partial`` one by one, each atomically; :meth:`finish` adds the index and
-    config.json last and renames the folder. A killed run leaves whole shards only, and the same
-    command continues behind them; other settings are refused. An error before the first shard
-    leaves nothing.
+    Shards go to ``<output>.partial`` one by one, each atomically. :meth:`finish` adds the index and config.json last
+    and renames the folder. A killed run leaves only whole shards. The same command continues after them; other settings
+    are refused. An error before the first shard leaves nothing.
 
     Args:
         output: the folder to create.
@@ -31,8 +30,8 @@ class CheckpointWriter:
         resume: continue an unfinished run; otherwise delete it.
 
     Raises:
-        UsageError: the output exists, its parent does not, another run writes it, an unfinished run
-            had another fingerprint, or the partial folder is none of ours.
+        UsageError: the output exists, its parent does not, another run writes it, an unfinished run had another
+            fingerprint, or the partial folder is none of ours.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
@@ -43,7 +42,7 @@ class CheckpointWriter:
         self._bytes: dict[str, int] = {}
 
     def has_shard(self, shard: str) -> bool:
-        """Tell whether a whole shard is there, from this run or an earlier one, and count its tensors if so."""
+        """Tell whether a whole shard is there, from this run or an earlier one; if so, add it to the index."""
         path = self.partial / shard
         if not path.is_file():
             return False
@@ -51,7 +50,7 @@ class CheckpointWriter:
             with safe_open(str(path), framework="pt") as handle:
                 names = list(handle.keys())
         except SafetensorError:
-            return False  # damaged since: written again
+            return False  # damaged: it is written again
         self._weight_map.update(dict.fromkeys(names, shard))
         self._bytes[shard] = path.stat().st_size
         return True
@@ -72,12 +71,12 @@ class CheckpointWriter:
     def finish(
         self, config: Mapping[str, Any], extra: Mapping[str, Any], describe: Callable[[Path], None] | None = None
     ) -> None:
-        """Write further JSON files, the index, config.json, and put the folder in its place.
+        """Write the index, config.json and further JSON files, and rename the folder to the output.
 
         Args:
             config: contents of config.json.
             extra: file name → contents of further JSON files.
-            describe: called with the folder when everything else is in it, to write what is said of it.
+            describe: called with the folder when everything else is in it, to write its description.
         """
         index = {
             "metadata": {"total_size": sum(self._bytes.values())},
@@ -93,19 +92,19 @@ class CheckpointWriter:
             self.partial.rename(self.output)
         except OSError as error:
             raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({reason(error)})") from None
-        # Only now: a run that fails before can still be continued.
+        # Only now, so that a run that fails earlier can still be continued.
         for path in (self.output / "fingerprint.json", self.output / ".lock", *self.output.glob("*.safetensors.json")):
             path.unlink()
         sync(self.output.parent)
         self._run.release()
 
     def abandon(self) -> None:
-        """After an error: keep whole shards for a later run, remove everything else."""
+        """Keep whole shards for a later run, and remove everything else; call this after an error."""
         self._run.abandon()
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without ``auto_map``, which names code that stays behind with the source."""
+    """Return a config.json without ``auto_map``, which names code that is not copied."""
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     if isinstance(kept.get(NESTED), dict):
         kept[NESTED] = {key: value for key, value in kept[NESTED].items() if key != "auto_map"}
@@ -113,10 +112,10 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Refuse to begin when the disk cannot hold ``needed`` bytes (unfinished shards counted).
+    """Check that the disk can hold ``needed`` bytes; shards of an unfinished run count as part of them.
 
     Raises:
-        CheckpointError: naming the output, the bytes needed and the bytes free.
+        CheckpointError: it cannot; the message names the output, the bytes needed and the bytes free.
     """
     partial = output.with_name(f"{output.name}.partial")
     present = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0

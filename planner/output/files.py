@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a sibling temporary file, fsync, rename, directory fsync."""
+"""Write files that are whole or absent: a sibling temporary file, fsync, rename, directory fsync."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def read_as(path: Path, kind: type[Kind]) -> Kind:
     """Read JSON and validate it.
 
     Raises:
-        ConfigError: no JSON, or other contents than ``kind`` has; names the file and the first violation.
+        ConfigError: the file is no JSON, or its contents do not fit ``kind``; names the file and the first violation.
     """
     return validated(path, read_json(path), kind)
 
 
 def validated(path: Path, data: Any, kind: type[Kind]) -> Kind:
-    """Validate what :func:`read_json` has read; see :func:`read_as`."""
+    """Validate data that :func:`read_json` has read; see :func:`read_as`."""
     refuse_crowds(data, str(path), MAX_NAMES)
     try:
         return kind.model_validate(data)
@@ -70,20 +70,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors shard atomically."""
+    """Write a safetensors file atomically."""
     with atomic(path) as temporary:
         save_file(dict(tensors), str(temporary), metadata={"format": "pt"})
 
 
 def reason(error: Exception) -> str:
-    """Return why a file operation failed, without the path."""
+    """Return the reason why a file operation failed, without the path."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return str(error)
 
 
 def sync(path: Path) -> None:
-    """Have a file's or folder's contents reach the disk."""
+    """Flush a file's or folder's contents to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

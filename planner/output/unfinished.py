@@ -1,4 +1,4 @@
-"""Unfinished runs: a folder beside the output that one process at a time owns and a later one continues."""
+"""Unfinished runs: a folder beside the output, owned by one process at a time, which a later run continues."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from planner.output.files import TEMPORARY, reason, write_json
 from vllm_moeq.format import MoeqError, UsageError, read_json
 
 WORTH_KEEPING = ("*.safetensors", "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json")
-"""Globs of what a later run can use."""
+"""Globs of the files that a later run can use."""
 
 
 class PartialRun:
-    """``<output>.partial``, locked, with the fingerprint of the run that fills it.
+    """The folder ``<output>.partial``, locked, with the fingerprint of the run that fills it.
 
     Args:
-        output: what the run will create.
-        fingerprint: everything that decides its contents, under names that a message can show.
+        output: path that the run will create.
+        fingerprint: everything that decides the contents, under names that a message can show.
         resume: continue an unfinished run; otherwise delete it.
 
     Raises:
-        UsageError: the output exists, its parent does not, another run writes it, an unfinished run
-            had another fingerprint, or the partial folder is none of ours.
+        UsageError: the output exists, its parent does not, another run writes it, an unfinished run had another
+            fingerprint, or the partial folder is none of ours.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
@@ -50,7 +50,7 @@ class PartialRun:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{self.folder}: another run is writing this output") from None
-        self._remove_temporary()  # of a run that was killed while it wrote
+        self._remove_temporary()  # a killed run may have left some
         path = self.folder / "fingerprint.json"
         if path.exists() and resume:
             self._compare(read_json(path))
@@ -58,7 +58,7 @@ class PartialRun:
         others = [entry for entry in sorted(self.folder.iterdir()) if entry.name != ".lock"]
         if others and not path.exists():
             raise UsageError(f"{self.folder}: expected an unfinished run, found {others[0].name} of something else")
-        for entry in sorted(others, key=lambda entry: entry == path):  # the fingerprint last: it marks them as ours
+        for entry in sorted(others, key=lambda entry: entry == path):  # last the one that marks them as ours
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
@@ -70,7 +70,7 @@ class PartialRun:
             raise
 
     def _compare(self, found: Any) -> None:
-        """Refuse to continue a run with another fingerprint, naming what differs."""
+        """Refuse to continue a run with another fingerprint; the message names the differences."""
         if found == self._fingerprint:
             return
         before = found if isinstance(found, dict) else {}
@@ -81,13 +81,13 @@ class PartialRun:
         )
 
     def abandon(self) -> None:
-        """After an error: keep what a later run can use, remove everything else."""
+        """Keep the files that a later run can use, and remove everything else; call this after an error."""
         self._remove_temporary()
         self._remove_if_empty()
         self.release()
 
     def release(self) -> None:
-        """Let others claim the folder."""
+        """Release the lock, so that others can claim the folder."""
         os.close(self._lock)
 
     def _remove_temporary(self) -> None:
@@ -100,7 +100,11 @@ class PartialRun:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output folder that exists or whose parent cannot be written."""
+    """Check that an output folder can be created.
+
+    Raises:
+        UsageError: it exists already, or its parent is missing or cannot be written.
+    """
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output}: the output exists already; choose another or delete it")
     parent = output.absolute().parent

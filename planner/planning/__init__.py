@@ -1,1 +1,1 @@
-"""From scores to a plan: which expert gets which width."""
+"""Make a plan from scores: which expert gets which width."""

@@ -1,4 +1,4 @@
-"""From scores to widths: who competes for which bits, in what order, and what is solved for."""
+"""From scores to widths: which experts compete, in which order, and for how many bits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from planner.planning.request import PlanOptions
 from vllm_moeq.format import UsageError
 
 ExpertId = tuple[str, int]
-"""An expert: its layer's prefix and its index."""
+"""(experts prefix of the layer, the expert's index)."""
 
 Widths = dict[ExpertId, int]
 
 
 def ranking_groups(layout: Layout, scope: str) -> list[list[ExpertId]]:
-    """Return the experts that compete with each other: those of a layer, or all of them."""
+    """Return the groups of experts that compete with each other: one per layer, or one for all layers."""
     layers = [[(layer.prefix, expert) for expert in range(layer.num_experts)] for layer in layout.layers]
     return layers if scope == "layer" else [[member for layer in layers for member in layer]]
 
 
 def group_budgets(groups: Sequence[Sequence[ExpertId]], options: PlanOptions) -> list[int]:
-    """Return each group's bits: the average times its size, fractions carried on to the next group.
+    """Return each group's bits: the average times its size, with fractions carried on to the next group.
 
-    The sum never exceeds the average over all experts, and layers differ by at most one bit.
+    The sum never exceeds the average over all experts, and layers of one size differ by at most one bit.
     """
     budgets: list[int] = []
     wanted = Fraction(0)
@@ -51,10 +51,10 @@ def ranked_experts(
 
 
 def assign(ranked: Sequence[ExpertId], total_bits: int, options: PlanOptions) -> Widths:
-    """Give widths down the order; overridden experts keep theirs and the others share what is left.
+    """Assign widths down the order; overridden experts keep theirs and the others share the rest.
 
     Raises:
-        UsageError: overrides that leave less than the lowest width for the others.
+        UsageError: the overrides leave less than the lowest width for the others.
     """
     if METHODS[options.resolved_method].one_width and not options.overrides:
         return dict.fromkeys(ranked, int(options.avg_bits))
@@ -69,12 +69,12 @@ def assign(ranked: Sequence[ExpertId], total_bits: int, options: PlanOptions) ->
 def solve(
     members: Sequence[ExpertId], total_bits: int, method: Method, tables: Mapping[str, CostTable], options: PlanOptions
 ) -> Widths:
-    """Return the widths that cost least; overridden experts keep theirs.
+    """Return the cheapest widths within the budget; overridden experts keep theirs.
 
-    The method's least counts per width hold as far as the budget allows.
+    The method's minimum counts per width hold only if the budget allows all of them.
 
     Raises:
-        UsageError: overrides that leave less than the lowest width for the others.
+        UsageError: the overrides leave less than the lowest width for the others.
     """
     choices = options.bit_choices
     fixed, free, left = _overridden(members, total_bits, options)
@@ -90,10 +90,10 @@ def solve(
 
 
 def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> tuple[list[str], Widths]:
-    """Return the layers in order, highest precision first, and one width for all experts of each.
+    """Return the layers, highest precision first, and one width for all experts of each.
 
     Raises:
-        UsageError: overrides, or layers of different size under a method that ranks them.
+        UsageError: overrides are given, or the method ranks layers and they differ in size.
     """
     if options.overrides:
         raise UsageError(f"--overrides: expected a method for single experts, found {options.resolved_method}")
@@ -121,7 +121,7 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
 def _overridden(
     members: Sequence[ExpertId], total_bits: int, options: PlanOptions
 ) -> tuple[Widths, list[ExpertId], int]:
-    """Return the widths that are given, the other experts, and the bits that are left for these."""
+    """Return the overridden widths, the other experts, and the bits left for these."""
     fixed = {member: options.overrides[_name(member)] for member in members if _name(member) in options.overrides}
     free = [member for member in members if member not in fixed]
     left = total_bits - sum(fixed.values())

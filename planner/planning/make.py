@@ -34,7 +34,7 @@ NEAR_TIE = 1e-6
 
 @dataclass
 class _Choice:
-    """What a method came to."""
+    """The widths and the order that a method chooses."""
 
     widths: Widths = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)
@@ -42,10 +42,10 @@ class _Choice:
 
 
 def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress: Progress) -> Plan:
-    """Score, order and assign.
+    """Score the experts, order them and assign widths.
 
     Raises:
-        MoeqError: flags that cannot be met, an initial router that does not fit, damaged tensors.
+        MoeqError: the options cannot be met, an initial router does not fit, or a tensor is damaged.
     """
     check_options(options)
     began = time.monotonic()
@@ -85,7 +85,7 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
 
 
 def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
-    """Give every expert its width, group by group of those that compete."""
+    """Give every expert its width, one competing group after the other."""
     found = _Choice(order={layer.prefix: [] for layer in layout.layers})
     groups = ranking_groups(layout, options.ranking or method.scope)
     costs = method.costs_for(options.calibrated_quantizer)
@@ -107,7 +107,7 @@ def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions
 
 
 def _layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
-    """Give every layer its width; within a layer there is no order."""
+    """Give every layer its width; the experts within a layer keep their order."""
     _, widths = layerwise(layout, method, scores, options)
     return _Choice(widths, {layer.prefix: list(range(layer.num_experts)) for layer in layout.layers})
 
@@ -126,7 +126,7 @@ def _objective(method: Method, scores: Scores, experts: Mapping[str, Sequence[in
 
 
 def _settings(method: Method, options: PlanOptions) -> PlanSettings:
-    """Record only the flags that had an effect."""
+    """Return only the options that had an effect."""
     return PlanSettings.model_validate(
         {
             "zeta": options.zeta if method.promotes else None,
@@ -149,7 +149,7 @@ def _scope(method: Method, options: PlanOptions) -> str | None:
 
 
 def promotions(members: Sequence[ExpertId], ranked: Sequence[ExpertId], scores: Scores) -> list[ExpertId]:
-    """Return the experts that stand before one of smaller norm: MaxVar moved them up."""
+    """Return the experts that MaxVar moved up: they stand before an expert of smaller norm."""
     norm = {member: scores[member[0]]["router_norm"][member[1]] for member in members}
     moved, smallest = [], math.inf
     for member in reversed(ranked):
@@ -160,7 +160,7 @@ def promotions(members: Sequence[ExpertId], ranked: Sequence[ExpertId], scores: 
 
 
 def near_ties(order: Mapping[str, Sequence[int]], method: Method, scores: Scores) -> dict[str, list[list[int]]]:
-    """Return neighbours in the order whose first metric differs by less than a millionth."""
+    """Return prefix → neighbours in the order whose first metric differs by at most a millionth."""
     names = (*method.metrics, *method.observed)
     if method.order is None or not names:
         return {}

@@ -1,4 +1,4 @@
-"""What an allocation method is: the scores that it asks for, and the order or the costs that it makes of them."""
+"""An allocation method: the scores that it needs, and the order or the costs that it makes of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CostTable = Sequence[Sequence[float]]
 """[experts][widths]."""
 
 Scope = Literal["layer", "global"]
-"""Who competes for bits: the experts of a layer, or those of all layers."""
+"""The experts that compete for bits: those of one layer, or those of all layers."""
 
 
 @dataclass(frozen=True)
 class OrderOptions:
-    """What an order may depend on besides the scores."""
+    """Options that an order may depend on besides the scores."""
 
     zeta: float
     promotion: str
@@ -37,20 +37,21 @@ class Method:
     """One row of the table.
 
     Attributes:
-        metrics: computed from the weights, rows of :data:`planner.sensitivity.METRICS`.
+        metrics: scores computed from the weights, rows of :data:`planner.planning.scores.METRICS`.
         observed: counts of a calibration run, fields of ``LayerStatistics``.
-        measures: what a calibration run has to find out besides, rows of ``planner.calibration.measures.MEASURES``.
-        order: of experts, highest precision first; widths are given down it by counts.
-        costs: of each width of each expert; the cheapest choice within the budget is solved for.
-        calibrated_costs: the same where a quantizer with calibration will find the codes, if that makes a difference.
-        kept_widths: with costs: at least one expert at each of so many highest widths.
-        scope: who competes, unless ``--ranking`` says otherwise.
-        layerwise: all experts of a layer get one width; scores of a layer are those of its first expert, costs sums.
+        measures: other results of a calibration run, rows of ``planner.calibration.measures.MEASURES``.
+        order: function that orders experts, highest precision first; widths are assigned down the order, by counts.
+        costs: function that returns the cost of each width of each expert; the plan is the cheapest choice within the
+            budget.
+        calibrated_costs: the same for a quantizer with calibration; None if it makes no difference.
+        kept_widths: with costs, keep at least one expert at each of this many highest widths.
+        scope: experts that compete, unless ``--ranking`` says otherwise.
+        layerwise: all experts of a layer get one width; a layer's score is its first expert's, its costs are sums.
         promotes: MaxVar may move experts up.
-        random: depends on the seed.
-        one_width: all experts have the average as their width, so it has to be a width of the format.
+        random: the method depends on the seed.
+        one_width: all experts get the average as their width, so the average must be a width of the format.
         choices: widths to choose from, unless ``--bits`` says otherwise.
-        only_compared: why no checkpoint can hold its widths, if so.
+        only_compared: reason why no checkpoint can hold its widths; None if one can.
     """
 
     metrics: tuple[str, ...] = ()
@@ -69,27 +70,27 @@ class Method:
     only_compared: str | None = None
 
     def costs_for(self, calibrated: bool) -> Costs | None:
-        """Return the costs where the quantizer reads a text, or where it does not."""
+        """Return the costs for a quantizer with or without calibration."""
         return self.calibrated_costs if calibrated and self.calibrated_costs is not None else self.costs
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs the statistics of a text."""
+        """Whether the method needs the statistics of a text."""
         return bool(self.observed or self.measures)
 
 
 def ascending(metric: str) -> Order:
-    """Return the order by rising values of a metric; equal values keep the experts' order."""
+    """Return an order by rising values of a metric; equal values keep the experts' order."""
     return lambda scores, experts, _: sorted(range(experts), key=lambda expert: scores[metric][expert])
 
 
 def descending(metric: str) -> Order:
-    """Return the order by falling values of a metric; equal values keep the experts' order."""
+    """Return an order by falling values of a metric; equal values keep the experts' order."""
     return lambda scores, experts, _: sorted(range(experts), key=lambda expert: -scores[metric][expert])
 
 
 def measured(name: str) -> Costs:
-    """Return the costs that calibration measured itself, under ``<name>_<bits>``."""
+    """Return a function that reads the costs measured by calibration, ``<name>_<bits>``, from the scores."""
 
     def costs(scores: Scores, widths: Sequence[int]) -> dict[str, CostTable]:
         return {

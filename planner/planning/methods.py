@@ -1,4 +1,4 @@
-"""All allocation methods, a row each."""
+"""All allocation methods, one row each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from planner.planning.method import (
 from planner.sensitivity.spectrum import MATRICES, alpha_costs
 
 PAPER = "router-norm-maxvar"
-"""``auto`` stands for it where there is no calibration."""
+"""The method that ``auto`` chooses without calibration."""
 
 OURS = "kl"
-"""``auto`` stands for it where there is."""
+"""The method that ``auto`` chooses with calibration."""
 
 UNRANKED = Method()
-"""Gives widths by index: the same counts as any ranking, without reading a weight."""
+"""Assigns widths by index. It gives the same counts as any ranking and reads no weights."""
 
 FREQUENCY_POWER, WEIGHT_POWER = 1.0, 1.5
 """α and β of PMQ, as in its published code."""
@@ -40,9 +40,9 @@ def _shuffled(_scores: LayerScores, experts: int, options: OrderOptions) -> list
 
 
 def _divergence(measure: str, name: str) -> Method:
-    """Return a method that spends one budget over the experts of all layers by KL divergence.
+    """Return a method that spends one budget over the experts of all layers, by KL divergence.
 
-    Four bits are among its widths: where experts differ much, four bits for some are worth one bit for others.
+    Its widths include four bits: where experts differ much, four bits for some are worth one bit for others.
     """
     return Method(
         measures=(measure,),
@@ -58,7 +58,7 @@ def _pmq_costs(scores: Scores, widths: Sequence[int]) -> dict[str, CostTable]:
 
 
 def _pmq_layer(scores: LayerScores, widths: Sequence[int]) -> CostTable:
-    """Return φ^α · w^β · ε(b), φ and w normalised within the layer."""
+    """Return φ^α · w^β · ε(b); φ and w are normalised within the layer."""
     tokens, weights = scores["tokens"], scores["gate_probability"]
     all_tokens, all_weights = sum(tokens) or 1.0, sum(weights) or 1.0
     return [
@@ -73,9 +73,9 @@ def _pmq_layer(scores: LayerScores, widths: Sequence[int]) -> CostTable:
 
 
 def _alpha_costs(scores: Scores, widths: Sequence[int]) -> dict[str, CostTable]:
-    """Return the sum over an expert's matrices; exponents are compared with the median of the same projection.
+    """Return each expert's cost, summed over its matrices.
 
-    The exponent depends on a matrix's shape, so matrices of one shape are compared.
+    The exponent depends on a matrix's shape. So each exponent is compared with the median of the same projection.
     """
     experts = [(prefix, expert) for prefix, found in scores.items() for expert in range(len(found["alpha_gate"]))]
     sums = [[0.0] * len(widths) for _ in experts]
@@ -98,12 +98,12 @@ METHODS: dict[str, Method] = {
     # Ours: the budget goes where it lowers the KL divergence to the original most.
     "kl": _divergence("kl", "kl"),
     "kl-estimated": _divergence("kl-estimated", "kl_estimated"),
-    # The paper's rule (section 3.3): small router norm first, then those of unusually large variance.
+    # The paper's rule (section 3.3): experts of small router norm first, then those of unusually large variance.
     "router-norm-maxvar": Method(metrics=("router_norm", "max_var"), order=_paper_order, promotes=True),
     # The two halves of the rule by themselves (Table 2).
     "router-norm": Method(metrics=("router_norm",), order=ascending("router_norm")),
     "max-var": Method(metrics=("max_var",), order=descending("max_var")),
-    # Often used experts first: by the tokens that choose them, or by the probability that these give them.
+    # Often used experts first: by the number of their tokens, or by the summed router probability of these tokens.
     "frequency": Method(observed=("tokens",), order=descending("tokens")),
     "weight": Method(observed=("gate_probability",), order=descending("gate_probability")),
     # MC-MoE (Huang et al., ICLR 2025): measured errors of single experts, weighted by how much they are used.

@@ -1,4 +1,4 @@
-"""The plan flags: defaults, checks, the overrides file."""
+"""The options of a plan: defaults, checks, the overrides file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The plan flags, checked by :func:`check_options`.
+    """The options of a plan, named after their flags; :func:`check_options` checks them.
 
-    ``ranked`` False skips scores and order: widths by index, for estimates from headers alone. ``ranking`` None is the
-    method's own. ``calibrated``: a text is given, so that statistics will be.
+    Attributes:
+        ranking: scope of the ranking; None takes the method's own.
+        ranked: False skips scores and order and assigns widths by index, for estimates from headers alone.
+        calibrated: a text is given, so that statistics will follow.
     """
 
     avg_bits: Fraction
@@ -46,20 +48,20 @@ class PlanOptions:
 
     @property
     def resolved_method(self) -> str:
-        """The method's name, with ``auto`` replaced by what it stands for."""
+        """The method's name; ``auto`` is replaced by the method that it chooses."""
         return resolved_method(self.method, self.stats is not None or self.calibrated)
 
 
 def resolved_method(name: str, calibrated: bool) -> str:
-    """Return what ``auto`` stands for, with calibration or without; other names are themselves."""
+    """Return the method that ``auto`` chooses with or without calibration; keep other names."""
     return (OURS if calibrated else PAPER) if name == "auto" else name
 
 
 def check_choices(bit_choices: Sequence[int], flag: str = "--bits") -> tuple[int, ...]:
-    """Return the widths, ascending.
+    """Return the widths in ascending order.
 
     Raises:
-        UsageError: none, repeated, or a width that the format does not have.
+        UsageError: there are no widths, a width is repeated, or the format does not have it.
     """
     for bits in bit_choices:
         if bits not in BIT_WIDTHS:
@@ -70,10 +72,10 @@ def check_choices(bit_choices: Sequence[int], flag: str = "--bits") -> tuple[int
 
 
 def check_options(options: PlanOptions) -> None:
-    """Refuse flags that cannot be met.
+    """Check that the options can be met.
 
     Raises:
-        UsageError: naming the flag.
+        UsageError: an option cannot be met; the message names its flag.
     """
     low, high = min(options.bit_choices), max(options.bit_choices)
     if not low <= options.avg_bits <= high:
@@ -94,7 +96,7 @@ def read_overrides(path: Path, layout: Layout, choices: Sequence[int]) -> dict[s
     """Read ``{"<experts prefix>.<expert>": width}``.
 
     Raises:
-        ConfigError: an unknown expert, or a width outside the choices.
+        ConfigError: an expert is unknown, or a width is not among the choices.
     """
     data = read_json(path)
     if not isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""The scores that a method asks for: computed from the weights, or read from a calibration run's statistics."""
+"""The scores that a method needs: computed from the weights, or read from calibration statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from planner.sensitivity.spectrum import MATRICES
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError
 
 READERS = 8
-"""Threads that score matrices: more would only keep more of the model in memory."""
+"""Maximum number of threads that score matrices: more would only keep more of the model in memory."""
 
 LayerMetrics = dict[str, list[float]]
 Metric = Callable[[SourceModel, Layout, ShardSet | None, ThreadPoolExecutor], Iterator[LayerMetrics]]
@@ -61,7 +61,7 @@ def _variances(
 
 
 def _max_variance(model: SourceModel, name: str, buffers: threading.local) -> float:
-    """Read a matrix by way of one buffer per thread, at the speed of memory where the file is in the page cache."""
+    """Return a matrix's MaxVar. One buffer per thread reads files in the page cache at the speed of memory."""
     info = model.shards.info(name)
     rows, columns = info.shape
     if not hasattr(buffers, "buffer"):
@@ -89,17 +89,17 @@ def _spectra(
 
 
 METRICS: dict[str, Metric] = {"router_norm": _norms, "max_var": _variances, "spectrum": _spectra}
-"""Scores from weights alone; a new one is a file in ``planner/sensitivity`` and a row here."""
+"""Scores from weights alone. To add one, write a file in ``planner/sensitivity`` and a row here."""
 
 
 def score_experts(
     model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
 ) -> tuple[dict[str, LayerMetrics], dict[str, float]]:
-    """Return the method's scores and what calibration cost; one matrix per thread is in memory at a time.
+    """Return the method's scores and the cost of calibration; one matrix per thread is in memory at a time.
 
     Raises:
-        MoeqError: an initial router that is missing or of another shape, statistics that are missing or of another
-            model, or a score that is not finite.
+        MoeqError: the initial router or the statistics are missing, unused, or do not fit the model; or a score is not
+            finite.
     """
     if options.initial_model is not None and "router_norm" not in method.metrics and options.ranked:
         raise UsageError(f"--initial-model: the method {options.resolved_method} does not use it")
@@ -133,10 +133,10 @@ def _from_statistics(found: LayerStatistics | None, method: Method, options: Pla
 def _observed(
     model: SourceModel, layout: Layout, method: Method, options: PlanOptions, progress: Progress
 ) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
-    """Return the statistics of a calibration run, where the method uses them, and the seconds and bytes they took.
+    """Return the calibration statistics that the method uses, and the seconds and bytes that they took.
 
     Raises:
-        MoeqError: none given, given in vain, or of another model.
+        MoeqError: the method needs statistics and there are none, it uses none and some are given, or they do not fit.
     """
     if options.stats is None:
         if method.calibrated:
@@ -158,7 +158,7 @@ def _observed(
 
 
 def _require(found: dict[str, LayerStatistics], method: Method, options: PlanOptions) -> None:
-    """Refuse statistics that lack what the method needs, with the command that makes it."""
+    """Refuse statistics that lack values which the method needs; the message names the command that makes them."""
     names = [name for measure in method.measures for name in MEASURES[measure].all_names(options.bit_choices)]
     missing = sorted({name for name in names if any(name not in layer.measured for layer in found.values())})
     if missing:

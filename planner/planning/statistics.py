@@ -1,4 +1,4 @@
-"""The statistics that a plan asks for, made on the way when a text is given and they are not."""
+"""The statistics that a plan needs, collected on the way if only a text is given."""
 
 from __future__ import annotations
 
@@ -34,20 +34,24 @@ def with_statistics(
     progress: Progress,
     resume: bool = True,
 ) -> Iterator[PlanOptions]:
-    """Yield the options with statistics of a text, if their method needs some; those are removed when all went well.
+    """Yield the options with the statistics that their method needs, collected from a text.
+
+    The statistics are deleted when the block succeeds. The options stay as they are if the method needs no statistics,
+    if they are given already, or if there is no text.
 
     Args:
         model: the model.
         layout: its layers.
-        options: without statistics.
-        text: what the model reads, if anything.
-        device: where it runs.
-        output: what the command writes; statistics lie beside it, and a killed run finds them there. None: nowhere.
-        progress: says how far it is.
-        resume: use what a killed run left.
+        options: the options of the plan.
+        text: the calibration text, if any.
+        device: device that runs the model.
+        output: the command's output; the statistics are written beside it, where the same command finds them after it
+            was killed. None writes them to a temporary folder.
+        progress: shows the progress.
+        resume: use the files of a killed run.
 
     Raises:
-        MoeqError: flags that cannot be met; statistics of another run.
+        MoeqError: the options cannot be met, or the statistics are those of another run.
     """
     check_options(options)
     method = METHODS[options.resolved_method]
@@ -68,10 +72,10 @@ def with_statistics(
 
 
 def _usable(path: Path, model: SourceModel, facts: Mapping[str, Any], wanted: StatisticsRequest, resume: bool) -> bool:
-    """Tell whether an earlier run left what this one needs.
+    """Tell whether an earlier run left the statistics that this run needs.
 
     Raises:
-        UsageError: it left something else.
+        UsageError: it left others.
     """
     if not path.exists():
         return False

@@ -1,4 +1,4 @@
-"""From quantized matrices to what a shard holds: packed words, scales, zeros, and how well they fit."""
+"""From quantized matrices to the tensors of a shard, and how well they fit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from planner.model.layout import MoeLayer
-from planner.quantization.quantizers import Quantized
-from vllm_moeq.format import PACKED, SCALE, ZERO, pack
+from planner.quantization.quantizers import QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -19,18 +18,19 @@ class PackedMatrix:
     """A matrix, or some of its rows, as the file holds it, on the CPU.
 
     Attributes:
-        words: int32 [N, K·b/32].
-        scales: float16 or bfloat16 [N, K / G].
-        zeros: same shape and dtype.
+        tensors: the scheme's suffix → tensor; rows are the first dimension.
         squared_error: ‖W − Ŵ‖².
         squared_norm: ‖W‖².
     """
 
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    tensors: dict[str, torch.Tensor]
     squared_error: float
     squared_norm: float
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of its tensors."""
+        return tuple(tensor.dtype for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ExpertReport:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def pack_matrix(weight: torch.Tensor, result: Quantized) -> PackedMatrix:
+def pack_matrix(weight: torch.Tensor, result: QuantizedMatrix) -> PackedMatrix:
     """Pack one matrix, or rows of it, and measure its error.
 
     Args:
@@ -69,9 +69,7 @@ def pack_matrix(weight: torch.Tensor, result: Quantized) -> PackedMatrix:
     """
     exact = weight.float()
     return PackedMatrix(
-        words=pack(result.codes, result.bits).cpu(),
-        scales=result.scales.contiguous().cpu(),
-        zeros=result.zeros.contiguous().cpu(),
+        tensors=result.tensors(),
         squared_error=_squared(result.dequantize().sub_(exact)),
         squared_norm=_squared(exact),
     )
@@ -86,14 +84,12 @@ def join_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
     """Put consecutive rows together.
 
     Raises:
-        ValueError: parts whose scales differ in dtype.
+        ValueError: parts whose tensors differ in dtype.
     """
-    if len({part.scales.dtype for part in parts}) > 1:
-        raise ValueError("expected scales of one dtype")
+    if len({part.dtypes for part in parts}) > 1:
+        raise ValueError("expected parts whose tensors have the same dtypes")
     return PackedMatrix(
-        words=torch.cat([part.words for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        zeros=torch.cat([part.zeros for part in parts]),
+        tensors={suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
         squared_error=math.fsum(part.squared_error for part in parts),
         squared_norm=math.fsum(part.squared_norm for part in parts),
     )
@@ -120,9 +116,7 @@ def pack_expert(
     tensors: dict[str, torch.Tensor] = {}
     for projection, matrix in matrices.items():
         base = f"{layer.prefix}.{expert}.{projection}"
-        tensors[f"{base}.{PACKED}"] = matrix.words
-        tensors[f"{base}.{SCALE}"] = matrix.scales
-        tensors[f"{base}.{ZERO}"] = matrix.zeros
+        tensors.update({f"{base}.{suffix}": tensor for suffix, tensor in matrix.tensors.items()})
     error = math.fsum(matrix.squared_error for matrix in matrices.values())
     norm = math.fsum(matrix.squared_norm for matrix in matrices.values())
     relative = math.sqrt(error / norm) if norm else 0.0

@@ -19,6 +19,7 @@ from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
 from planner.quantization.quantizers import Quantizer, quantize_linear
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from vllm_moeq.format import CheckpointError, Linear
+from vllm_moeq.format.linears import SHAPE
 
 T = TypeVar("T")
 
@@ -80,8 +81,8 @@ def quantize_rows(
         return pack_matrix(rows, quantizer(rows, bits, group_size))
 
     parts = threads.parts(part, model, name)
-    if len({found.scales.dtype for found in parts}) > 1:
-        # Some rows need bfloat16 scales, and a matrix has one dtype.
+    if len({found.dtypes for found in parts}) > 1:
+        # Some rows need bfloat16 scales, say, and a tensor has one dtype.
         return part(model.shards.load(name))
     return join_rows(parts)
 
@@ -90,4 +91,4 @@ def quantize_linear_rows(threads: Threads, model: SourceModel, name: str, spec: 
     """Return what :func:`planner.quantization.quantizers.quantize_linear` does, for a matrix of a model."""
     parts = threads.parts(lambda rows: quantize_linear(rows, spec), model, name)
     joined = {suffix: torch.cat([found[suffix].cpu() for found in parts]) for suffix in parts[0]}
-    return {**joined, "weight_shape": torch.tensor(model.shards.info(name).shape, dtype=torch.int64)}
+    return {**joined, SHAPE: torch.tensor(model.shards.info(name).shape, dtype=torch.int64)}

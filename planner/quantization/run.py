@@ -105,7 +105,7 @@ def quantize(
     plan.check_against(layout, "plan")
     check_sizes(model, layout, settings)
     check_output(output)
-    sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear)
+    sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)
     check_space(output, sizes.total_bytes + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)

@@ -10,7 +10,7 @@ from planner.model.source import SourceModel
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class QuantizeSettings:
         return {**asdict(self), "linear": self.linear.model_dump(mode="json")}
 
     @property
+    def scheme(self) -> Scheme:
+        """The way in which experts are stored."""
+        return QUANTIZERS[self.quantizer].scheme
+
+    @property
     def calibrated(self) -> bool:
         """Whether the quantizer reads a text."""
         return QUANTIZERS[self.quantizer].calibrated
@@ -66,15 +71,17 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
     for layer in layout.layers:
         for projection, (_, columns) in layer.shapes.items():
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
-            _check_columns(model, layer.weight(0, projection), columns, group, "--group-size")
+            step = settings.scheme.column_step
+            _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
     if settings.linear.bits != 16:
         for name in layout.linears:
             columns = model.shards.info(name).shape[1]
-            _check_columns(model, name, columns, settings.linear.group_size, "--linear-group-size")
+            group = settings.linear.group_size
+            _check_columns(model, name, columns, CODES_PER_BLOCK, group, "--linear-group-size")
 
 
-def _check_columns(model: SourceModel, name: str, columns: int, group: int, flag: str) -> None:
-    for divisor, why in ((CODES_PER_BLOCK, "the packing block"), (group, flag)):
+def _check_columns(model: SourceModel, name: str, columns: int, block: int, group: int, flag: str) -> None:
+    for divisor, why in ((block, "the packing block"), (group, flag)):
         if columns % divisor:
             path = model.folder / model.shards.info(name).shard
             raise CheckpointError(

@@ -10,13 +10,10 @@ from typing import Any
 
 from planner.common.units import layer_number
 from planner.evaluation.record import Evaluations, read_evaluations
-from planner.model.sizes import SCALE_AND_ZERO_BYTES
 from planner.plan import IMPORTED, Plan, read_plan
 from planner.quantization.record import Recorded, printable, read_recorded
 from vllm_moeq.format import (
-    PACKED,
     ConfigError,
-    ExpertMatrix,
     MoeqConfig,
     ShardSet,
     expert_matrices,
@@ -24,6 +21,7 @@ from vllm_moeq.format import (
     read_json,
     verify,
 )
+from vllm_moeq.format.linears import WORDS
 
 HALF = 2
 """Bytes of a weight in 16 bits."""
@@ -203,18 +201,19 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Checkpoi
     metadata = half = 0
     names: set[str] = set()
     for matrix in expert_matrices(shards, config):
-        codes[matrix.bits] += matrix.weights * matrix.bits // 8
-        metadata += SCALE_AND_ZERO_BYTES * matrix.rows * matrix.groups
+        first, *beside = (shards.info(name).nbytes for name in matrix.names())
+        codes[matrix.bits] += first
+        metadata += sum(beside)
         half += HALF * matrix.weights
-        names.add(_base(matrix))
+        names.update(matrix.names())
     linears = kept = 0
     for name, info in shards.tensors.items():
         base, _, suffix = name.rpartition(".")
-        if base in names:
+        if name in names:
             continue
-        if f"{base}.{PACKED}" in shards.tensors and suffix.startswith("weight_"):
+        if f"{base}.{WORDS}" in shards.tensors and suffix.startswith("weight_"):
             linears += info.nbytes
-            half += HALF * info.numel * 32 // config.linear.bits if suffix == PACKED else 0
+            half += HALF * info.numel * 32 // config.linear.bits if suffix == WORDS else 0
         else:
             kept += info.nbytes
     parts = [Part(f"experts of {bits} bit{'s' if bits > 1 else ''}", codes[bits], bits) for bits in sorted(codes)]
@@ -223,7 +222,3 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Checkpoi
         parts.append(Part(f"other linears, {config.linear.bits} bits", linears))
     parts.append(Part("routers, embeddings, norms and other tensors, as in the source", kept))
     return CheckpointSizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)
-
-
-def _base(matrix: ExpertMatrix) -> str:
-    return matrix.name(PACKED).removesuffix(f".{PACKED}")

@@ -8,8 +8,8 @@ from html import escape
 
 from planner.report.facts import Facts, LayerFacts
 from planner.report.geometry import Geometry
-from planner.report.grids import ValueMap
 from planner.report.scale import STEPS, Scale, number, power_of_ten, superscript
+from planner.report.value_maps import ValueMap
 
 Cell = tuple[int, int]
 """(column, row)."""

@@ -23,11 +23,11 @@ from planner.report.command_lines import (
     unserved,
 )
 from planner.report.facts import Facts
-from planner.report.grids import ValueMaps
 from planner.report.heatmap import value_map, width_map
 from planner.report.palette import DARK, LIGHT, css_classes, css_variables
 from planner.report.scale import number
 from planner.report.tables import evaluation_tables, layer_table, named, size_table
+from planner.report.value_maps import ValueMaps
 
 ROOM = 1096
 """Pixels of content: what 1280 leave after the margins."""

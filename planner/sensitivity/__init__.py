@@ -1,4 +1,4 @@
-"""Scores of experts that need nothing but weights, one file per metric."""
+"""Scores of experts from weights alone, one file per metric."""
 
 from planner.sensitivity.max_var import max_variance, max_variance_of_rows
 from planner.sensitivity.router_norm import router_norm

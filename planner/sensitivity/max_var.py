@@ -8,19 +8,19 @@ from collections.abc import Callable
 import torch
 
 NORM_ERROR = 0.005
-"""Bound on the relative error of a neuron's norm: rounded to bfloat16 2^−8, and the sum's own."""
+"""Bound on the relative error of a neuron's norm: 2^−8 from rounding to bfloat16, and the error of the sum."""
 
 UNDERFLOW = 1e-36
-"""Mean squares below it may have been lost in float32."""
+"""Mean squares below this may have been lost in float32."""
 
 BATCH = 8
-"""Neurons whose variance is computed at a time."""
+"""Number of neurons whose variance is computed at a time."""
 
 BLOCK_WEIGHTS = 1 << 20
-"""Weights that are read at a time: 2 MiB of half precision stay in the cache, and calls hardly count."""
+"""Number of weights read at a time: 2 MiB in half precision fit the cache, and the calls cost little."""
 
 ReadRows = Callable[[int, int], torch.Tensor]
-"""(first row, one behind the last) → those rows, until it is called again."""
+"""(first row, end) → the rows before ``end``; they are valid until the next call."""
 
 
 def max_variance(first_layer: torch.Tensor) -> float:
@@ -34,10 +34,11 @@ def max_variance(first_layer: torch.Tensor) -> float:
 
 
 def max_variance_of_rows(read: ReadRows, rows: int, columns: int) -> float:
-    """Do what :func:`max_variance` does, reading a matrix [rows, columns] once, some rows at a time.
+    """Return the same as :func:`max_variance` for a matrix [rows, columns] that is read in blocks of rows.
 
-    A neuron's mean square bounds its variance and takes one fast pass. Neurons are taken in the order of their bounds,
-    read again, their variances computed in float64, until no bound reaches the largest one: mostly a handful.
+    One fast pass computes each neuron's mean square, which bounds its variance. Neurons are then taken in the order of
+    their bounds: they are read again and their variances computed in float64, until the largest variance exceeds all
+    remaining bounds. That mostly takes a handful of neurons.
     """
     step = max(1, BLOCK_WEIGHTS // columns)
     norms = torch.cat([_norms(read(begin, min(begin + step, rows))) for begin in range(0, rows, step)])
@@ -56,6 +57,6 @@ def max_variance_of_rows(read: ReadRows, rows: int, columns: int) -> float:
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
     if block.dtype.itemsize == 1:
-        block = block.float()  # norms of eight bits are not implemented
+        block = block.float()  # torch has no norm of 8-bit floats
     norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
     return norms

@@ -9,8 +9,8 @@ def router_norm(trained: torch.Tensor, initial: torch.Tensor | None = None) -> l
     """Return one score per expert: ‖w_s(T)‖ − ‖w_s(0)‖, or ‖w_s(T)‖ without the initial router.
 
     Args:
-        trained: router weight [experts, hidden] of the model.
-        initial: the same before training; its norm is subtracted when given.
+        trained: router weight of the model [experts, hidden].
+        initial: router weight before training, same shape; its norm is subtracted if given.
 
     Raises:
         ValueError: the two routers differ in shape.

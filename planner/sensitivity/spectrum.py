@@ -1,4 +1,4 @@
-"""AlphaQ (arXiv 2606.04980): heavy tails in the spectrum of a weight matrix as a sign that its bits matter, no data."""
+"""AlphaQ (arXiv 2606.04980): a weight matrix needs more bits if its spectrum has a heavy tail; no data is used."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from collections.abc import Sequence
 import torch
 
 GAMMA = 1.0
-"""Power of the relative exponent. Our choice: a spectrum with half the exponent counts twice."""
+"""Power of the relative exponent. We chose it: a spectrum with half the exponent counts twice."""
 
 LARGEST_IN_DOUBLE = 2048
-"""Eigenvalues; more are computed in float32, in half the time and memory, which is exact enough for those above some
-hundred-thousandth of the largest."""
+"""Largest number of eigenvalues that is computed in float64.
+
+More are computed in float32, in half the time and memory. That is exact enough for eigenvalues above some
+hundred-thousandth of the largest.
+"""
 
 NOISE = 64
-"""Eigenvalues this many roundings of the largest one above 0 may be zeros; 3 to 17 were measured."""
+"""Eigenvalues up to this many roundings of the largest one may be zeros; 3 to 17 were measured."""
 
 LARGEST_EXPONENT = 1e4
-"""Given to spectra without a tail. Those that come near have eigenvalues equal but for rounding."""
+"""Exponent of a spectrum without a tail. Spectra close to it have eigenvalues that differ only by rounding."""
 
 
 def hill_exponent(weight: torch.Tensor) -> float:
     """Return the exponent α of a density ∝ λ^(−α), fitted by Hill's estimator to the large eigenvalues of WᵀW.
 
-    α = 1 + k / Σ_{i ≤ k} ln(λ_i / λ_{k+1}), eigenvalues falling. The tail is the upper half of the spectrum, as
-    analyses of heavy tails commonly take it; of eigenvalues that are 0 there is no logarithm, and they count for
-    neither half. Small exponents are heavy tails, in (1, :data:`LARGEST_EXPONENT`].
+    α = 1 + k / Σ_{i ≤ k} ln(λ_i / λ_{k+1}), eigenvalues falling. The tail is the upper half of the spectrum, as is
+    common in analyses of heavy tails. Eigenvalues that are 0 have no logarithm and count for neither half. Small
+    exponents mean heavy tails; the range is (1, :data:`LARGEST_EXPONENT`].
 
     Args:
         weight: float [N, K], of any magnitude: the exponent does not depend on it.
 
     Returns:
-        α; NaN if a weight is not finite, the largest exponent where fewer than two eigenvalues differ from 0 or those
-        of the tail from each other.
+        α; NaN if a weight is not finite; the largest exponent if fewer than two eigenvalues differ from 0 or all
+        eigenvalues of the tail are equal.
     """
     small = min(weight.shape) <= LARGEST_IN_DOUBLE
     matrix = weight.to(torch.float64 if small else torch.float32)
@@ -43,7 +46,7 @@ def hill_exponent(weight: torch.Tensor) -> float:
         return math.nan
     if largest == 0:
         return LARGEST_EXPONENT
-    matrix = matrix / largest  # squares of tiny or huge weights would not be representable
+    matrix = matrix / largest  # squares of tiny or huge weights would under- or overflow
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
     spectrum = torch.linalg.eigvalsh(gram).flip(0)
     spectrum = spectrum[spectrum > NOISE * torch.finfo(spectrum.dtype).eps * spectrum[0]].double()
@@ -57,21 +60,21 @@ def hill_exponent(weight: torch.Tensor) -> float:
 def alpha_costs(
     exponents: Sequence[float], variances: Sequence[float], bits: int, weights_count: Sequence[int]
 ) -> list[float]:
-    """Return the cost of giving each linear a width: (median α / α)^γ · variance · 2^(−2·bits) · number of weights.
+    """Return each linear's cost at a width: (median α / α)^γ · variance · 2^(−2·bits) · number of weights.
 
-    The number of weights makes it a sum over them, so that costs of an expert's matrices may be added.
+    The number of weights turns the mean into a sum, so that the costs of an expert's matrices can be added.
 
     Args:
-        exponents: of all linears that are compared; see :func:`hill_exponent`.
-        variances: of their weights.
+        exponents: exponents of all linears that are compared; see :func:`hill_exponent`.
+        variances: variances of their weights.
         bits: the width.
-        weights_count: N · K of each.
+        weights_count: N · K of each linear.
 
     Returns:
-        One cost per linear; NaN where its exponent or variance is, which the median then leaves out.
+        One cost per linear; NaN if its exponent or variance is NaN. The median leaves such exponents out.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: the lengths differ.
     """
     known = [exponent for exponent in exponents if not math.isnan(exponent)]
     median = statistics.median(known) if known else math.nan
@@ -82,7 +85,7 @@ def alpha_costs(
 
 
 MATRICES = ("gate", "up", "down")
-"""Of an expert; the exponent depends on the shape, so each is compared with its like."""
+"""An expert's matrices. Exponents depend on the shape, so each is compared with the same matrix of other experts."""
 
 
 def spectral_scores(weight: torch.Tensor) -> tuple[float, float]:

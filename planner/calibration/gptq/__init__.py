@@ -1,1 +1,1 @@
-"""Quantize layer after layer with GPTQ, each on what the quantized layers before it produce."""
+"""Quantize layer after layer with GPTQ, each on the output of the quantized layers before it."""

@@ -1,4 +1,4 @@
-"""GPTQ of some experts of a layer, each by the tokens that reach it."""
+"""Quantize some experts of a layer with GPTQ, each on the tokens routed to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
-from planner.quantization.quantizers import Quantized, quantizer_for
+from planner.quantization.quantizers import Quantized, QuantizedMatrix, quantizer_for
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.settings import QuantizeSettings
@@ -20,19 +20,19 @@ from vllm_moeq.format import CheckpointError
 
 
 class UnusableError(Exception):
-    """Second moments that GPTQ cannot work with; the message says why."""
+    """GPTQ cannot use the second moments; the message says why."""
 
 
 @dataclass(frozen=True)
 class CalibratedExpert:
-    """One expert, quantized.
+    """One quantized expert.
 
     Attributes:
-        matrices: projection → packed.
-        outputs: (tokens [n], weighted outputs [n, hidden]) of the quantized expert.
-        tokens: calibration tokens that were routed to it.
-        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its weighted outputs on them; None without tokens.
-        fallback: why it was quantized without calibration, if so.
+        matrices: projection → packed matrix.
+        outputs: (tokens [n], weighted outputs [n, hidden]) of the quantized expert, in parts.
+        tokens: number of calibration tokens routed to it.
+        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its weighted outputs on these tokens; None without tokens.
+        fallback: reason why it was quantized without calibration; None if it was calibrated.
     """
 
     matrices: dict[str, PackedMatrix]
@@ -44,13 +44,13 @@ class CalibratedExpert:
 
 @dataclass(frozen=True)
 class ExpertQuantizer:
-    """The experts of one layer and what they see.
+    """Quantizes the experts of one layer.
 
     Attributes:
         decoder: the model.
-        layer: which one.
-        routed: inputs, and which expert they go to.
-        settings: how to quantize.
+        layer: the MoE layer.
+        routed: the tokens routed to its experts.
+        settings: settings of the quantization.
     """
 
     decoder: Decoder
@@ -59,11 +59,11 @@ class ExpertQuantizer:
     settings: QuantizeSettings
 
     def calibrated(self, batch: list[int], bits: int, device: torch.device) -> list[tuple[int, CalibratedExpert]]:
-        """Quantize experts of one width together; gate and up first, then down on what the quantized ones produce.
+        """Quantize experts of one width together: gate and up first, then down on the outputs of these two.
 
         Raises:
-            UnusableError: some of them saw what GPTQ cannot use.
-            CheckpointError: a weight that is not finite.
+            UnusableError: GPTQ cannot use the inputs of some expert in the batch.
+            CheckpointError: a weight is not finite.
         """
         experts = [self._load(expert, device) for expert in batch]
         rows = experts[0].gate.shape[0]
@@ -85,7 +85,7 @@ class ExpertQuantizer:
         """Quantize an expert by its weights alone.
 
         Raises:
-            CheckpointError: a weight that is not finite.
+            CheckpointError: a weight is not finite.
         """
         quantizer = quantizer_for(bits, self.settings.quantizer, self.settings.one_bit, self.settings.zero_points)
         exact = self._load(expert, device)
@@ -121,11 +121,11 @@ class ExpertQuantizer:
         self,
         expert: int,
         exact: ExpertWeights,
-        matrices: tuple[Quantized, Quantized, Quantized],
+        matrices: tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix],
         device: torch.device,
         fallback: str | None = None,
     ) -> CalibratedExpert:
-        """Run the quantized expert on its tokens, and the exact one beside it."""
+        """Run the quantized and the exact expert on its tokens; return the packed expert with outputs and error."""
         quantized = ExpertWeights(*(matrix.dequantize() for matrix in matrices))
         activation = self.decoder.activation
         outputs, tokens, difference, size = [], 0, 0.0, 0.0

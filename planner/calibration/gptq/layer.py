@@ -1,4 +1,4 @@
-"""Quantize the experts of one layer with GPTQ: which go together, which go without, and on which device."""
+"""Quantize the experts of one layer with GPTQ, in batches, on several devices, without calibration where it fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from planner.quantization.settings import QuantizeSettings
 Work = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
 
 BATCH_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
-"""Hessians that are factored at a time, by kind of device: their copies take some three times as much."""
+"""Bytes of Hessians to factor at a time, by kind of device. Their copies take some three times as much."""
 
 
 def quantize_layer(
@@ -30,22 +30,22 @@ def quantize_layer(
 ) -> Iterator[tuple[int, CalibratedExpert]]:
     """Quantize all experts of a layer and add the outputs of the quantized experts to ``routed``.
 
-    Experts of one width go in batches, one batch per device at a time; results are taken in a fixed order, so
-    that the sums do not depend on which is first.
+    Experts of one width go in batches, one batch per device at a time. Results are taken in a fixed order, so that the
+    sums do not depend on which batch ends first.
 
     Args:
         decoder: the model.
-        layer: which one.
+        layer: the MoE layer.
         widths: bits per expert.
-        routed: what the experts see.
-        settings: how to quantize.
-        devices: where; one thread for each, and one may stand there several times.
+        routed: the tokens routed to the experts.
+        settings: settings of the quantization.
+        devices: devices to use, with one thread for each entry; a device may be listed several times.
 
     Yields:
         (expert, result), not in the order of the experts.
 
     Raises:
-        CheckpointError: a weight that cannot be read or is not finite, by name.
+        CheckpointError: a weight cannot be read or is not finite; the message names it.
     """
     counts = [int((routed.ids == expert).sum()) for expert in range(layer.num_experts)]
     batches: deque[list[int]] = deque([expert] for expert, tokens in enumerate(counts) if tokens < settings.min_tokens)
@@ -62,7 +62,7 @@ def quantize_layer(
         except UnusableError as error:
             if len(batch) == 1:
                 return [(batch[0], math.uncalibrated(batch[0], bits, device, str(error)))]
-            return [result for expert in batch for result in work([expert], device)]  # find out whose they are
+            return [result for expert in batch for result in work([expert], device)]  # find the expert that fails
 
     for results in _in_order(work, batches, devices):
         for expert, result in results:
@@ -75,7 +75,7 @@ def quantize_layer(
 def _batches(
     layer: MoeLayer, widths: Sequence[int], counts: Sequence[int], least: int, device: torch.device
 ) -> Iterator[list[int]]:
-    """Yield experts of one width each, as many as fit."""
+    """Yield batches of experts that have one width and enough tokens, as many experts as fit."""
     largest = 4 * max(columns for _, columns in layer.shapes.values()) ** 2
     size = max(1, BATCH_BYTES[device.type] // largest)
     for bits in sorted(set(widths)):
@@ -87,7 +87,7 @@ def _batches(
 def _in_order(
     work: Work, batches: deque[list[int]], devices: Sequence[torch.device]
 ) -> Iterator[list[tuple[int, CalibratedExpert]]]:
-    """Yield the results of all batches in their order, as many at a time as there are devices."""
+    """Yield the results of all batches in order; as many batches run at a time as there are devices."""
     if len(devices) == 1:
         for batch in batches:
             yield work(batch, devices[0])

@@ -1,4 +1,4 @@
-"""Runs layer tasks with GPTQ: one after the other, each fed with what the quantized layers before it produce."""
+"""Run layer tasks with GPTQ, one after the other, each on the output of the quantized layers before it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from planner.quantization.layer_task import Finished, LayerTask, other_tensors, 
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.rows import open_threads
 from planner.quantization.runners.base import CONTINUES, Work
-from vllm_moeq.format import PACKED, SCALE, CheckpointError, linear_values
+from vllm_moeq.format import CheckpointError, linear_values
+from vllm_moeq.format.linears import SCALES, WORDS
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class GptqRunner:
     """Quantizes the experts of a model with GPTQ.
 
     Attributes:
-        text: what the model reads.
-        threads: how many compute what needs no calibration.
-        devices: where experts are quantized, one batch on each at a time; on the first, the model reads.
-        dtype: of weights and hidden states while the model reads.
+        text: the calibration text.
+        threads: number of threads for the work that needs no calibration.
+        devices: devices that quantize experts, one batch on each at a time; the first one also runs the model.
+        dtype: dtype of weights and hidden states while the model reads.
     """
 
     text: CalibrationText
@@ -53,7 +54,7 @@ class GptqRunner:
     def _layers(
         self, layers: Sequence[LayerTask], pending: Sequence[LayerTask], folder: Path
     ) -> Generator[Finished, None, None]:
-        """Do the decoder layers; hidden states are in ``folder`` until the last one is done."""
+        """Quantize the decoder layers; hidden states are in ``folder`` until the last one is done."""
         with SourceModel(layers[0].source) as model:
             decoder = Decoder(model, read_layout(model), self.devices[0], self.dtype)
             store = first_hidden(decoder, self.text.tokens, folder)
@@ -68,14 +69,14 @@ class GptqRunner:
                 store.drop(index)
 
     def _layer(self, decoder: Decoder, store: HiddenStates, index: int, task: LayerTask, last: bool) -> Finished:
-        """Quantize one layer, run it, and write the next one's input before its own shard."""
+        """Quantize one layer, run it, and write the next layer's input before its own shard."""
         began = time.monotonic()
         with open_threads(self.threads, self.devices[0]) as threads:
             tensors = other_tensors(task, decoder.model, threads)
         replaced = {}
         for name in task.linears:
             base = name.removesuffix(".weight")
-            words, scales = tensors[f"{base}.{PACKED}"], tensors[f"{base}.{SCALE}"]
+            words, scales = tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"]
             replaced[name] = linear_values(words, scales, task.settings.linear.bits)
         hidden = store.load(index)
         reports: dict[int, ExpertReport] = {}

@@ -1,4 +1,4 @@
-"""What each width of each expert adds to the model's KL divergence: estimated for all, measured for the largest."""
+"""The KL divergence that each width of each expert adds: estimated for all, measured for the largest estimates."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from planner.calibration.reading.hidden import HiddenStates
 from planner.common.progress import Progress
 
 MEASURED_TOKENS = 4096
-"""Tokens, at most, on which single experts are measured."""
+"""Maximum number of tokens on which single experts are measured."""
 
 EVIDENCE = 0.1
-"""Share of a layer's mean estimate that stands for what is not known of an expert: see :func:`_corrected`."""
+"""Weight of a layer's usual correction in :func:`_corrected`, as a share of the layer's mean estimate."""
 
 PRIOR = 4.0
-"""Tokens' worth of what is usual in a layer that every expert's estimate contains."""
+"""Weight of the layer's mean in every expert's estimate, in tokens: see :func:`_expected`."""
 
 UNSEEN = 0.5
-"""Tokens of weight that are added to every expert's use: what a text does not show may still come."""
+"""Router weight added to every expert's use, in tokens: see :func:`_expected`."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of the model may be measured.
+    """A limit on measurements.
 
     Attributes:
-        sequences: on which it is measured.
-        tokens: of these sequences.
-        passes: tokens × layers that may be computed for it.
+        sequences: number of sequences to measure on.
+        tokens: number of tokens in these sequences.
+        passes: limit on the computed tokens × layers.
     """
 
     sequences: int = 0
@@ -43,7 +43,7 @@ class Effort:
 
     @classmethod
     def like_pmq(cls, tokens: torch.Tensor, decoder: Decoder, widths: Sequence[int]) -> Effort:
-        """Return what PMQ spends on the same tokens: every expert once as it is and once for each width."""
+        """Return the effort of PMQ on the same tokens: one pass of every expert as it is, and one for each width."""
         sequences = max(1, min(len(tokens), MEASURED_TOKENS // tokens.shape[1]))
         return cls(sequences, sequences * tokens.shape[1], tokens.numel() * len(decoder.moe) * (1.0 + len(widths)))
 
@@ -58,25 +58,25 @@ def divergences(
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, Table], int]:
-    """Return what each width of each expert adds to the KL divergence to the original, and how many were measured.
+    """Return the KL divergence to the original that each width of each expert adds, and the number of measurements.
 
-    Estimated from one backward pass (:mod:`planner.calibration.kl.second_order`) over all tokens; then those with the
-    largest estimates are measured on some of the tokens, as many as the effort allows, and the estimates corrected by
-    what the measurements say, of the expert alone and among others that are rounded too.
+    One backward pass over all tokens gives the estimates (:mod:`planner.calibration.kl.second_order`). The variants
+    with the largest estimates are then measured on some of the tokens, as many variants as the effort allows. The
+    measurements correct the estimates, both of the expert alone and of the expert among others that are rounded too.
 
     Args:
         decoder: the model.
-        store: the input of every layer and the last one's output.
+        store: the input of every layer and the last layer's output.
         tokens: int64 [sequences, length].
-        weights: experts prefix → Σ of the router's weights of each expert, as a longer text has it for as many tokens,
-            float64 [experts].
-        widths: to round to.
-        effort: how many are measured.
-        seed: of the labels that the gradient draws.
-        progress: says how far it is.
+        weights: experts prefix → Σ of the router's weights of each expert, float64 [experts], as expected from a longer
+            text for this number of tokens.
+        widths: bit widths to round to.
+        effort: limit on the measurements.
+        seed: seed of the labels drawn for the gradient.
+        progress: shows the progress.
 
     Returns:
-        Experts prefix → width → nats per token, float64 [experts].
+        Experts prefix → width → nats per token, float64 [experts]; and the number of variants measured.
     """
     terms = {"projected": projected, "isotropic": isotropic}
     sums = second_order(decoder, store, tokens, widths, terms, "sampled", seed, progress, effort.sequences)
@@ -102,9 +102,10 @@ def divergences(
 
 
 def _scaled(sums: Terms, every: Terms, widths: Sequence[int]) -> Table:
-    """Return the isotropic sums, scaled so that the layer's total over all tokens is that of the projected ones.
+    """Return the isotropic sums, scaled so that the layer's total over all tokens equals that of the projected sums.
 
-    A projection is one draw of a variable with as much spread as mean; over an expert with few tokens it says little.
+    A projection is one draw of a variable whose spread is as large as its mean. For an expert with few tokens it says
+    little.
     """
     totals = {name: sum(float(every[f"{name}_{bits}"].sum()) for bits in widths) for name in ("projected", "isotropic")}
     scale = totals["projected"] / totals["isotropic"] if totals["isotropic"] else 0.0
@@ -112,10 +113,11 @@ def _scaled(sums: Terms, every: Terms, widths: Sequence[int]) -> Table:
 
 
 def _expected(seen: Table, weight: torch.Tensor, expected: torch.Tensor) -> Table:
-    """Return estimates for experts as often used as in a longer text.
+    """Return the estimates for each expert's expected use instead of its use on these tokens.
 
-    An expert's damage per unit of the router's weight is drawn to the layer's mean by as much as :data:`PRIOR` units
-    would; and none is taken to be used never.
+    An expert's damage per unit of router weight is shrunk towards the layer's mean, as if :data:`PRIOR` more tokens had
+    shown the mean. Every expert keeps some weight (:data:`UNSEEN`), because a text that does not show an expert does
+    not prove that it is never used.
     """
     result: Table = {}
     for bits, values in seen.items():
@@ -126,7 +128,7 @@ def _expected(seen: Table, weight: torch.Tensor, expected: torch.Tensor) -> Tabl
 
 
 def _worth_measuring(estimates: Mapping[int, Table], layers: int, effort: Effort) -> dict[int, list[Variant]]:
-    """Return layer → variants, those with the largest estimates first, until the effort is spent."""
+    """Return layer index → variants to measure: those with the largest estimates, until the effort is spent."""
     ranked = sorted(
         (-float(values[expert]), index, expert, bits)
         for index, table in estimates.items()
@@ -136,7 +138,7 @@ def _worth_measuring(estimates: Mapping[int, Table], layers: int, effort: Effort
     chosen: dict[int, list[Variant]] = {}
     left = effort.passes
     for estimate, index, expert, bits in ranked:
-        left -= effort.tokens * (layers - index)  # the layers before see no change
+        left -= effort.tokens * (layers - index)  # the layers before it do not change
         if left < 0 or not estimate or not effort.sequences:
             break
         chosen.setdefault(index, []).append((expert, bits))
@@ -144,7 +146,7 @@ def _worth_measuring(estimates: Mapping[int, Table], layers: int, effort: Effort
 
 
 def _typical(estimates: Mapping[int, Table], measured: Mapping[int, Mapping[Variant, float]], bits: int) -> float:
-    """Return Σ measured / Σ estimated over some layers' experts that were measured at a width."""
+    """Return Σ measured / Σ estimated over the experts measured at a width; 1 if there is nothing to compare."""
     exact = estimated = 0.0
     for index, variants in measured.items():
         for (expert, width), value in variants.items():
@@ -155,10 +157,11 @@ def _typical(estimates: Mapping[int, Table], measured: Mapping[int, Mapping[Vari
 
 
 def _corrected(full: Table, some: Table, measured: Mapping[Variant, float], typical: Mapping[int, float]) -> Table:
-    """Return the estimates over all tokens, times what was measured over what was estimated on the same tokens.
+    """Return the estimates over all tokens, times measured / estimated on the measured tokens.
 
-    Both are drawn to the layer's mean for that width: an expert that saw hardly a token there is corrected like the
-    others, one that saw many by its own measurement. A layer of which nothing was measured is corrected like the model.
+    Each expert's factor is shrunk towards the layer's factor for that width. So an expert with hardly a token there is
+    corrected like the others, and one with many tokens by its own measurement. A layer without measurements at the
+    width is corrected like the model.
     """
     result: Table = {}
     for bits, values in full.items():

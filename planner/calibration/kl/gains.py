@@ -1,4 +1,4 @@
-"""How much less GPTQ changes than rounding to nearest, width by width: tried on the busiest experts of each layer."""
+"""GPTQ's output error relative to rounding to nearest, for each width, tried on the busiest experts of each layer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 
 TRIED = 2
-"""Experts of each layer."""
+"""Number of experts to try in each layer."""
 
 LEAST, MOST = 256, 8192
-"""Tokens of an expert that is tried: half of them make the second moments, on the others errors are compared."""
+"""Minimum and maximum tokens of an expert that is tried. Half of them give second moments, the others errors."""
 
 
 def gptq_gains(
@@ -25,14 +25,14 @@ def gptq_gains(
 ) -> dict[str, dict[int, float]]:
     """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², Δ the change of an expert's output.
 
-    GPTQ gains most where rounding to nearest is bad, so that costs measured by rounding rank widths wrongly for it. A
-    layer whose experts saw too little takes the mean of the others.
+    GPTQ gains most where rounding to nearest is bad. So costs measured by rounding rank the widths wrongly for GPTQ. A
+    layer whose experts saw too few tokens takes the mean of the others.
 
     Args:
         decoder: the model.
         store: the input of every layer.
-        sequences: how many of the store's are read.
-        widths: to compare.
+        sequences: number of the store's sequences to read.
+        widths: bit widths to compare.
     """
     found: dict[str, dict[int, float]] = {}
     for index, layer in decoder.moe.items():
@@ -52,7 +52,7 @@ def gptq_gains(
 def _errors(
     decoder: Decoder, layer: MoeLayer, expert: int, routed: Routed, widths: tuple[int, ...]
 ) -> dict[int, tuple[float, float]] | None:
-    """Return width → squared output errors of GPTQ and of rounding, or None where GPTQ cannot work."""
+    """Return width → squared output errors of GPTQ and of rounding; None if GPTQ fails or rounding changes nothing."""
     tokens, _ = routed.slots(expert)
     inputs = routed.inputs[tokens[:MOST]].to(decoder.device).float()
     fit, test = inputs[::2], inputs[1::2]
@@ -74,7 +74,7 @@ def _errors(
 
 
 def _gptq(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int) -> ExpertWeights:
-    """Quantize one expert: gate and up first, then down on what the quantized ones produce."""
+    """Quantize one expert: gate and up first, then down on the outputs of the quantized gate and up."""
     size, settings = group_size(exact), GptqSettings()
 
     def solve(weight: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of a loss with respect to every layer's experts, last layer first, one layer in memory at a time."""
+"""Gradients of a loss with respect to every layer's experts, last layer first, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, batches
 
 Labels = Literal["sampled", "text"]
-"""Next tokens: drawn from the model's own distribution, or those of the text."""
+"""Next tokens in the loss: drawn from the model's own distribution, or taken from the text."""
 
 LOGITS = 1 << 26
-"""Logits in memory at a time."""
+"""Number of logits in memory at a time."""
 
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """What the loss, −Σ log p(next token) in nats, says of one MoE layer.
+    """The gradient of the loss, −Σ log p(next token) in nats, at one MoE layer.
 
     Attributes:
-        index: of the decoder layer.
-        routed: what its experts see; ``outputs`` are ∂loss / ∂(sum of the routed experts), float32 [tokens, hidden].
+        index: the layer's index.
+        routed: the experts' inputs and routing; ``outputs`` are ∂loss / ∂(sum of the routed experts), float32 [tokens,
+            hidden].
     """
 
     index: int
@@ -40,10 +41,10 @@ def backward(
 
     Args:
         decoder: the model.
-        store: holds the input of every layer for these sequences, or for more, and the last layer's output.
+        store: the input of every layer and the last layer's output, for at least these sequences.
         tokens: int64 [sequences, length]; the first sequences of the store.
-        labels: of the loss.
-        seed: of drawn labels.
+        labels: next tokens in the loss.
+        seed: seed of drawn labels.
     """
     shape = (*tokens.shape, decoder.config.hidden_size)
     above = store.scratch("gradient-0.bin", shape, torch.float32)
@@ -69,7 +70,7 @@ def backward(
 
 
 class _Parts:
-    """A :class:`Routed` in the making, batch by batch."""
+    """Collects a :class:`Routed` batch by batch."""
 
     def __init__(self, store: HiddenStates, tokens: int, size: int, dtype: torch.dtype) -> None:
         self.inputs = store.scratch("gradient-inputs.bin", (tokens, size), dtype)
@@ -78,7 +79,7 @@ class _Parts:
         self.next = 0
 
     def append(self, experts: ExactExperts, gradient: torch.Tensor) -> None:
-        """Add what the experts saw in their last call, and the gradient of what they returned [tokens, hidden]."""
+        """Add the arguments of the experts' last call, and the gradient [tokens, hidden] of its result."""
         place = slice(self.next, self.next + len(gradient))
         self.next = place.stop
         self.inputs[place] = experts.inputs.to(self.inputs)
@@ -95,7 +96,7 @@ class _Parts:
 def _head(
     decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor, labels: Labels, seed: int, result: torch.Tensor
 ) -> None:
-    """Fill the gradient with respect to the last layer's output [sequences, length, hidden]."""
+    """Write the gradient with respect to the last layer's output to ``result`` [sequences, length, hidden]."""
     flat, filled = hidden.flatten(0, 1), result.flatten(0, 1)
     following = torch.cat((tokens[:, 1:], torch.full((len(tokens), 1), -1)), dim=1).flatten()
     uniform = torch.rand(len(flat), generator=torch.Generator().manual_seed(seed))
@@ -111,12 +112,12 @@ def _head(
 
 
 def head_rows(vocabulary: int) -> int:
-    """Return how many tokens have their logits in memory at a time."""
+    """Return the number of tokens whose logits are in memory at a time."""
     return max(1, LOGITS // vocabulary)
 
 
 def _draw(likely: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return one token [n] for each row of log-probabilities [n, vocabulary] and number in [0, 1) [n]."""
+    """Draw one token [n] per row of log-probabilities [n, vocabulary], by numbers in [0, 1) [n]."""
     below = likely.detach().exp().cumsum(dim=-1)
     place = torch.searchsorted(below, uniform.to(below)[:, None] * below[:, -1:])
     return place[:, 0].clamp_max(likely.shape[1] - 1)

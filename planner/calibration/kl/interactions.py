@@ -1,4 +1,4 @@
-"""What an expert's width costs among other experts that are rounded too: measured once around one plan."""
+"""The cost of an expert's width when other experts are rounded too, measured once around one plan."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ Table = dict[int, torch.Tensor]
 """Width → Σ KL over tokens, nats, float64 [experts]."""
 
 OPERATING_POINT = Fraction(3, 8)
-"""Of the way from the lowest width to the highest: budgets below matter more, those above interact less."""
+"""The plan's average width, as a share of the way from the lowest width to the highest.
+
+Lower budgets matter more; at higher ones experts interact less.
+"""
 
 DOUBT = 0.1
-"""Share of the layer's mean that is added to what was measured before two measurements are compared."""
+"""Share of the layer's mean that is added to two measurements before their ratio is taken."""
 
 LARGEST = 4.0
-"""Of the ratio between them."""
+"""Upper limit of that ratio."""
 
 
 def with_interactions(
@@ -36,18 +39,19 @@ def with_interactions(
     alone: Mapping[int, Mapping[Variant, float]],
     progress: Progress,
 ) -> dict[int, Table]:
-    """Return costs that lie half-way between those of an expert alone and those among others.
+    """Return costs half-way between an expert's cost alone and its cost among other rounded experts.
 
-    The plan that the costs lead to at the operating point is made; every expert's width is then changed in it, one at a
-    time, and the change of the model's divergence compared with what the same step did in the original.
+    The costs give a plan at the operating point. In this plan the width of one expert is changed at a time. The change
+    of the model's divergence is compared with the change that the same step makes in the original model.
 
     Args:
         decoder: the model.
-        store: the input of every layer and the last one's output.
-        sequences: how many of the store's are read.
+        store: the input of every layer and the last layer's output.
+        sequences: number of the store's sequences to read.
         costs: layer index → width → Σ KL of each expert.
-        alone: layer index → (expert, bits) → Σ KL over these sequences of the original with that expert rounded.
-        progress: says how far it is.
+        alone: layer index → (expert, bits) → Σ KL over these sequences when only that expert of the original is
+            rounded.
+        progress: shows the progress.
     """
     plan = _plan(costs)
     around = _background(decoder, store, sequences, plan)
@@ -56,7 +60,7 @@ def with_interactions(
         for index, variants in alone.items()
     }
     last = max(costs)
-    wanted.setdefault(last, []).append((0, plan[last][0]))  # nothing changes: the plan itself
+    wanted.setdefault(last, []).append((0, plan[last][0]))  # no change: measures the plan itself
     found = measure_divergence(decoder, store, sequences, wanted, progress, around)
     present = found[last].pop((0, plan[last][0]))
     for index, widths in plan.items():
@@ -65,7 +69,7 @@ def with_interactions(
 
 
 def _plan(costs: Mapping[int, Table]) -> dict[int, list[int]]:
-    """Return the cheapest widths at the operating point, by layer index."""
+    """Return layer index → the cheapest widths at the operating point."""
     choices = sorted(next(iter(costs.values())))
     members = [(index, expert) for index, table in costs.items() for expert in range(len(table[choices[0]]))]
     table = [[float(costs[index][bits][expert]) for bits in choices] for index, expert in members]
@@ -78,7 +82,7 @@ def _plan(costs: Mapping[int, Table]) -> dict[int, list[int]]:
 
 
 def _background(decoder: Decoder, store: HiddenStates, sequences: int, plan: Mapping[int, list[int]]) -> Background:
-    """Have the plan's model read the sequences."""
+    """Run the plan's model over the sequences and keep the input of every layer."""
     states = HiddenStates(store.folder / "plan", (sequences, *store.shape[1:]), store.dtype)
     states.create(0)[:] = store.load(0)[:sequences]
     states.complete(0)
@@ -89,7 +93,7 @@ def _background(decoder: Decoder, store: HiddenStates, sequences: int, plan: Map
 
 
 def _between(costs: Table, alone: Mapping[Variant, float], among: Mapping[Variant, float]) -> Table:
-    """Scale each step from the highest width by the mean of 1 and what the step did among others over alone."""
+    """Scale each step from the highest width by the mean of 1 and the ratio of its effects among others and alone."""
     high = max(costs)
     result: Table = {high: costs[high]}
     for bits in sorted(costs)[:-1]:

@@ -1,4 +1,4 @@
-"""The KL divergence of a model of which one expert is rounded: exact, one forward pass per expert and width."""
+"""The exact KL divergence of a model with one expert rounded: one forward pass per expert and width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from planner.calibration.reading.routed import finish, route
 from planner.common.progress import Progress
 
 AT_A_TIME = 1 << 30
-"""Bytes of hidden states of all variants that pass through the model together."""
+"""Maximum bytes of hidden states of the variants that pass through the model together."""
 
 Variant = tuple[int, int]
 """(expert, bits)."""
@@ -28,7 +28,7 @@ class Background:
 
     Attributes:
         widths: layer index → bits per expert.
-        states: the input of every layer, for the sequences that are measured.
+        states: the input of every layer, for the measured sequences.
     """
 
     widths: Mapping[int, Sequence[int]]
@@ -43,15 +43,15 @@ def measure_divergence(
     progress: Progress,
     around: Background | None = None,
 ) -> dict[int, dict[Variant, float]]:
-    """Return layer index → (expert, bits) → Σ over tokens of KL(original ‖ rounded), nats.
+    """Return layer index → (expert, bits) → Σ over tokens of KL(original ‖ rounded), in nats.
 
     Args:
         decoder: the model.
-        store: the input of every layer and the last one's output, for at least these sequences.
-        sequences: how many of the store's are read.
-        wanted: layer index → what to round, one at a time.
-        progress: says how far it is.
-        around: the model in which one expert is changed at a time; by default the original.
+        store: the input of every layer and the last layer's output, for at least these sequences.
+        sequences: number of the store's sequences to read.
+        wanted: layer index → variants, rounded one at a time.
+        progress: shows the progress.
+        around: model in which one expert is changed at a time; by default the original.
     """
     found: dict[int, dict[Variant, float]] = {}
     if not wanted:
@@ -77,7 +77,7 @@ def _run(
     variants: Sequence[Variant],
     around: Background | None,
 ) -> list[float]:
-    """Return the divergences of some variants of one layer, which pass through the rest of the model as one batch."""
+    """Return the divergences of one layer's variants, which pass through the later layers as one batch."""
     start = (around.states if around else store).load(index)[:sequences]
     present = around.widths[index] if around else None
     length, size = start.shape[1:]
@@ -104,7 +104,7 @@ def _run(
 
 
 def _divergences(decoder: Decoder, exact: torch.Tensor, others: torch.Tensor) -> list[float]:
-    """Return each variant's Σ KL, from last hidden states [tokens, hidden] and [variants, tokens, hidden]."""
+    """Return each variant's Σ KL from last hidden states [tokens, hidden] and [variants, tokens, hidden]."""
     totals = [0.0] * len(others)
     with torch.no_grad(), decoder.head() as logits:
         for rows in torch.arange(len(exact)).split(head_rows(decoder.vocabulary)):

@@ -1,4 +1,4 @@
-"""What rounding one expert changes in the output of its layer."""
+"""The change in a layer's output when one expert is rounded."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def changes(
 
     Args:
         decoder: the model.
-        layer: which one.
-        expert: its index.
-        routed: what the experts see.
-        widths: to round to.
-        before: width that it has already, if any.
+        layer: the MoE layer.
+        expert: the expert's index.
+        routed: the tokens routed to the experts.
+        widths: bit widths to round to.
+        before: width that the expert has already; None if it is not rounded.
     """
     if not bool((routed.ids == expert).any()):
         return

@@ -1,4 +1,4 @@
-"""What rounding an expert costs, from gradients: the second-order term of a loss, token by token."""
+"""The cost of rounding an expert, from gradients: the second-order term of a loss, token by token."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(gradient [n, hidden], change [n, hidden]) → one number per token [n]."""
 
 Terms = dict[str, torch.Tensor]
-"""Name and width, ``<name>_<bits>``, → float64 [experts]. :data:`WEIGHT` besides."""
+"""``<name>_<bits>`` → sums per expert, float64 [experts]; sums over all tokens also have :data:`WEIGHT`."""
 
 WEIGHT = "weight"
-"""Σ of the router's weights over the tokens of an expert."""
+"""Σ of the router's weights over an expert's tokens."""
 
 
 def projected(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """½ (g·Δ)²: with labels drawn from the model, its mean is the KL divergence to second order.
+    """Return ½ (g·Δ)²: with labels drawn from the model, its mean is the KL divergence to second order.
 
     KL(p ‖ p') ≈ ½ Δzᵀ F Δz for a change Δz of the logits, F = E[s sᵀ] the Fisher information, s = ∂ log p(y) / ∂z with
-    y drawn from p. Terms between different tokens are left out: they have no sign of their own.
+    y drawn from p. Terms between different tokens are left out, because they have no preferred sign.
     """
     return (gradient * change).sum(dim=1).square() / 2
 
 
 def isotropic(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """½ ‖g‖²‖Δ‖²: the same but for a factor if changes had no direction; varies far less from token to token."""
+    """Return ½ ‖g‖²‖Δ‖², which varies far less from token to token than :func:`projected`.
+
+    Up to a factor, it would be the same if changes had no preferred direction.
+    """
     return gradient.square().sum(dim=1) * change.square().sum(dim=1) / 2
 
 
 def elementwise(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Σ g²Δ² over the hidden dimension: the coefficient of GEMQ (arXiv 2605.23078), with the labels of the text."""
+    """Return Σ g²Δ² over the hidden dimension: GEMQ's coefficient (arXiv 2605.23078), with the text's own labels."""
     return (gradient.square() * change.square()).sum(dim=1)
 
 
@@ -59,12 +62,12 @@ def second_order(
         decoder: the model.
         store: see :func:`planner.calibration.kl.gradients.backward`.
         tokens: int64 [sequences, length].
-        widths: to round to.
-        terms: name → what is summed.
-        labels: of the loss.
-        seed: of drawn labels.
-        progress: says how far it is.
-        first: sequences over which sums are returned as well.
+        widths: bit widths to round to.
+        terms: name → term to sum.
+        labels: next tokens in the loss.
+        seed: seed of drawn labels.
+        progress: shows the progress.
+        first: number of first sequences that also get sums of their own; None takes all.
 
     Returns:
         Experts prefix → (sums over all tokens, sums over the first sequences).

@@ -1,4 +1,4 @@
-"""A transformers model whose decoder layers get their weights one at a time, from the checkpoint."""
+"""A transformers model that loads its decoder layers from the checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
-"""Hidden states [sequences, length, hidden] → the next layer's."""
+"""A layer's input [sequences, length, hidden] → its output, of the same shape."""
 
 ROWS = 8192
-"""Tokens that pass through a layer, or an expert, at a time."""
+"""Number of tokens that pass through a layer, or an expert, at a time."""
 
 
 class _StopError(Exception):
-    """Ends a forward pass whose rest is not needed."""
+    """Ends a forward pass when its rest is not needed."""
 
 
 class _Recorder(torch.nn.Module):
-    """Stands for a decoder layer and remembers what it was called with."""
+    """Stands in for a decoder layer and records its arguments."""
 
     def __init__(self, last: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Recorder(torch.nn.Module):
         self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Return the input."""
+        """Return the input; in the last layer, end the forward pass instead."""
         self.hidden, self.arguments = hidden, arguments
         if self.last:
             raise _StopError
@@ -41,22 +41,22 @@ class _Recorder(torch.nn.Module):
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which a model reads calibration text: float32 where it costs little."""
+    """Return the dtype for reading calibration text: float32 on CPUs, where it costs little, bfloat16 elsewhere."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Decoder:
-    """The skeleton of a causal language model: parameters without storage, modules of transformers.
+    """A causal language model of transformers' modules, whose parameters have no storage until they are needed.
 
     Args:
         model: the checkpoint.
-        layout: where its experts are.
-        device: where layers run.
-        dtype: of weights and hidden states.
-        rows: tokens that pass through a layer at a time, at least one sequence.
+        layout: the model's MoE layers.
+        device: device that runs the layers.
+        dtype: dtype of weights and hidden states.
+        rows: maximum number of tokens that pass through a layer at a time; a longer sequence passes alone.
 
     Raises:
-        MoeqError: transformers does not know the model, or lays it out in another way.
+        MoeqError: the model cannot be calibrated, or transformers does not load it.
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class Decoder:
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """Number of logits per token."""
         return int(self.config.vocab_size)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the first layer's input [sequences, length, hidden] for tokens of that shape.
+        """Return the first layer's input [sequences, length, hidden] for tokens [sequences, length].
 
-        What the model passes to each of its layers besides (rotary embeddings, masks) is kept for
-        :meth:`layer`; it depends only on the shape.
+        The model's other arguments to its layers (rotary embeddings, masks) are kept for :meth:`layer`; they depend
+        only on the shape.
         """
         recorders = [_Recorder(last=index + 1 == len(self)) for index in range(len(self))]
         embedding = self.base.get_input_embeddings()
@@ -127,14 +127,14 @@ class Decoder:
         replaced: Mapping[str, torch.Tensor] | None = None,
         differentiable: bool = False,
     ) -> Iterator[LayerCall]:
-        """Load one layer but for its routed experts, and yield a function that runs it.
+        """Load one layer without its routed experts, and yield a function that runs it.
 
         Args:
-            index: of the decoder layer.
-            experts: stands for the routed experts: called with hidden states [tokens, hidden], expert
-                ids [tokens, k] and weights [tokens, k].
-            replaced: other weights for some of the layer's tensors, by checkpoint name.
-            differentiable: with respect to what the function is called with.
+            index: the layer's index.
+            experts: module in place of the routed experts; it is called with hidden states [tokens, hidden], expert ids
+                [tokens, k] and weights [tokens, k].
+            replaced: weights to use instead of the checkpoint's for some of the layer's tensors, by checkpoint name.
+            differentiable: whether the function can be differentiated with respect to its input.
 
         Raises:
             CheckpointError: a tensor that transformers expects is missing or has another shape.
@@ -178,14 +178,14 @@ class Decoder:
         try:
             self._fill(self.base.norm, lambda name: f"model.norm.{name}", {})
             self._fill(self.lm_head, lambda name: weight if name == "weight" else f"lm_head.{name}", {})
-            divisor = getattr(self.config, "logits_scaling", 1.0)  # of Granite
+            divisor = getattr(self.config, "logits_scaling", 1.0)  # Granite has it
             yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float() / divisor
         finally:
             self.base.norm.to("meta")
             self.lm_head.to("meta")
 
     def router(self, index: int) -> torch.nn.Module:
-        """Return the module of a layer's router."""
+        """Return a layer's router module."""
         return self.layers[index].get_submodule(self.row.module_name(self.row.router).removesuffix(".weight"))
 
     def _fill(
@@ -195,7 +195,7 @@ class Decoder:
         replaced: Mapping[str, torch.Tensor],
         skip: set[int] | None = None,
     ) -> None:
-        """Give the parameters and persistent buffers of a module their weights."""
+        """Load the weights of a module's parameters and persistent buffers."""
         for name, tensor in module.state_dict(keep_vars=True).items():
             if skip and id(tensor) in skip:
                 continue
@@ -214,7 +214,7 @@ class Decoder:
 
 
 def _activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the experts' activation function; the kernels know SiLU."""
+    """Return the experts' activation function. Only SiLU is allowed, because the kernels know no other."""
     name = getattr(config, "hidden_act", "silu")
     if name not in ("silu", "swish"):
         raise ConfigError(f"expected experts with the activation silu, found {name}")

@@ -1,4 +1,4 @@
-"""Routed experts without a quantizer's codes: as a module that gradients pass, and expert by expert on files."""
+"""Routed experts as a layer's forward pass runs them: with gradients, or one at a time at a given width."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vllm_moeq.format import drop_weak
 
 
 class ExactExperts(torch.nn.Module):
-    """Computes the experts of a layer; differentiable, so their weights stay in memory for the time of a batch.
+    """Computes the experts of a layer. It is differentiable, so their weights stay in memory during a batch.
 
     Attributes:
-        inputs, ids, weights: what the last call was given: [tokens, hidden], [tokens, k] and [tokens, k].
-        outputs: what it returned [tokens, hidden].
+        inputs, ids, weights: arguments of the last call: [tokens, hidden], [tokens, k] and [tokens, k].
+        outputs: result of the last call [tokens, hidden].
     """
 
     def __init__(self, decoder: Decoder, layer: MoeLayer) -> None:
@@ -43,13 +43,13 @@ class ExactExperts(torch.nn.Module):
 
 
 def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, widths: Sequence[int] | None = None) -> None:
-    """Add the outputs of all experts of a layer, one in memory at a time, to ``routed.outputs``.
+    """Add the outputs of all experts of a layer to ``routed.outputs``, with one expert in memory at a time.
 
     Args:
         decoder: the model.
-        layer: which one.
-        routed: what its experts see.
-        widths: bits to which each is rounded; None leaves them as they are.
+        layer: the MoE layer.
+        routed: the tokens routed to its experts.
+        widths: bits to round each expert to; None leaves the experts as they are.
     """
     for expert in range(layer.num_experts):
         if not bool((routed.ids == expert).any()):
@@ -73,12 +73,12 @@ def advance(
 
     Args:
         decoder: the model.
-        index: of the layer.
-        hidden: its input [sequences, length, hidden].
-        result: its output, same shape; filled.
-        store: where what lies between goes.
-        widths: layer index → bits to which each expert is rounded; None leaves the model as it is.
-        odp: experts whose routing weight is below this share of a token's largest are skipped, if not 0.
+        index: the layer's index.
+        hidden: the layer's input [sequences, length, hidden].
+        result: the layer's output, same shape; filled in.
+        store: folder for intermediate tensors.
+        widths: layer index → bits to round each expert to; None leaves the model as it is.
+        odp: if not 0, skip experts whose routing weight is below this share of the token's largest.
     """
     layer, outputs = decoder.moe.get(index), None
     if layer is not None:

@@ -1,4 +1,4 @@
-"""One expert's matrices and what it computes."""
+"""The weights of one expert and its forward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """down(activation(gate(x)) · up(x)).
+    """The matrices of one expert, which computes down(activation(gate(x)) · up(x)).
 
     Attributes:
-        gate: [intermediate, hidden].
-        up: same shape.
-        down: [hidden, intermediate].
+        gate: gate projection [intermediate, hidden].
+        up: up projection, same shape.
+        down: down projection [hidden, intermediate].
     """
 
     gate: torch.Tensor
@@ -28,7 +28,7 @@ class ExpertWeights:
     down: torch.Tensor
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return gate, up, down."""
+        """Return gate, up and down."""
         return self.gate, self.up, self.down
 
     def inner(self, inputs: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -13,7 +13,9 @@ from vllm_moeq.format import CheckpointError, read_json
 
 
 def file_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor whose storage is a file, created or extended to its size; the system pages it in and out.
+    """Return a tensor whose storage is a file; the system pages it in and out.
+
+    The file is created, or extended with zeros to the tensor's size.
 
     Raises:
         CheckpointError: the file cannot be written, or the disk is too small.
@@ -31,25 +33,25 @@ def file_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch
 
 
 def hidden_folder(parent: Path) -> Path:
-    """Return where the hidden states of a run are."""
+    """Return the folder of a run's hidden states."""
     return parent / "hidden"
 
 
 def remove_hidden(parent: Path) -> None:
-    """Delete the hidden states of a run, from whichever process."""
+    """Delete a run's hidden states."""
     shutil.rmtree(hidden_folder(parent), ignore_errors=True)
 
 
 class HiddenStates:
-    """The input of one decoder layer after another, in a folder.
+    """The inputs of decoder layers, one file per layer, in a folder.
 
-    At any moment the folder holds the complete input of at least one layer, and ``position.json`` says of which
-    layers. A layer's own input is deleted only when the next one's is complete and :meth:`advance` was called.
+    A JSON file beside a layer's file marks it as complete. Call :meth:`drop` for a layer only when the next layer's
+    input is complete: then a killed run can continue.
 
     Args:
         folder: created if missing.
         shape: [sequences, length, hidden].
-        dtype: of the states.
+        dtype: dtype of the states.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -64,7 +66,7 @@ class HiddenStates:
         """Return the input of a layer, mapped from its file.
 
         Raises:
-            CheckpointError: the file is not of the size that its description names.
+            CheckpointError: the file has another size, shape or dtype than expected.
         """
         path = self._path(layer)
         expected = torch.Size(self.shape).numel() * self.dtype.itemsize
@@ -74,14 +76,14 @@ class HiddenStates:
         return file_tensor(path, self.shape, self.dtype)
 
     def create(self, layer: int) -> torch.Tensor:
-        """Return room for the input of a layer, not yet complete."""
+        """Return an empty tensor for the input of a layer, which is not yet complete."""
         path = self._path(layer)
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         return file_tensor(path, self.shape, self.dtype)
 
     def complete(self, layer: int) -> None:
-        """Say that the input of a layer is all there, after it has reached the disk."""
+        """Mark the input of a layer as complete, after it has reached the disk."""
         descriptor = os.open(self._path(layer), os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -90,12 +92,12 @@ class HiddenStates:
         write_json(self._path(layer).with_suffix(".json"), self._facts())
 
     def drop(self, layer: int) -> None:
-        """Delete the input of a layer that is done."""
+        """Delete the input of a layer."""
         self._path(layer).with_suffix(".json").unlink(missing_ok=True)
         self._path(layer).unlink(missing_ok=True)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return a zeroed tensor in a file of that name, for the time of one layer."""
+        """Return a zeroed tensor in a file of this name, in place of an earlier one."""
         path = self.folder / name
         path.unlink(missing_ok=True)
         return file_tensor(path, shape, dtype)

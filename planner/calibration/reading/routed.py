@@ -1,4 +1,4 @@
-"""What the experts of one layer see: the tokens routed to each, in whatever order the experts are visited."""
+"""A layer's forward pass in two: the first finds each expert's tokens, the second uses the experts' outputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from planner.calibration.reading.hidden import HiddenStates, hidden_folder
 
 @dataclass
 class Routed:
-    """The MoE block's inputs for all calibration tokens, and room for its experts' outputs.
+    """The MoE block's inputs for all calibration tokens, with room for the outputs of its experts.
 
     Attributes:
         inputs: [tokens, hidden], in a file.
-        outputs: float32 [tokens, hidden], in a file: the weighted sum over experts, filled by :meth:`add`.
+        outputs: weighted sum over experts, float32 [tokens, hidden], in a file; filled by :meth:`add`.
         ids: expert of each slot, int64 [tokens, k]; −1 where the input is not finite.
         weights: routing weight of each slot, float32 [tokens, k].
         probabilities: softmax over all experts at each slot, float32 [tokens, k].
@@ -32,7 +32,7 @@ class Routed:
 
     @property
     def dropped(self) -> int:
-        """Tokens whose hidden state is not finite: no expert learns from them."""
+        """Number of tokens whose hidden state is not finite: no expert learns from them."""
         return int((self.ids < 0).all(dim=1).sum())
 
     def slots(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,19 +41,19 @@ class Routed:
         return tokens, slots
 
     def chunks(self, expert: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield (inputs [n, hidden], weights [n], tokens [n]) of an expert, some thousand tokens at a time."""
+        """Yield (inputs [n, hidden], weights [n], tokens [n]) of an expert, up to :data:`ROWS` tokens at a time."""
         tokens, slots = self.slots(expert)
         for part, places in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
             if part.numel():
                 yield self.inputs[part].to(device), self.weights[part, places].to(device), part
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
-        """Add an expert's weighted outputs [n, hidden] to those of its tokens."""
+        """Add an expert's weighted outputs [n, hidden] to the outputs of its tokens."""
         self.outputs.index_add_(0, tokens, values.to("cpu", torch.float32))
 
 
 class _Recording(torch.nn.Module):
-    """Stands for the experts in the first pass: notes what they would see, returns zeros."""
+    """Stands in for the experts in the first pass: records their arguments and returns zeros."""
 
     def __init__(self, inputs: torch.Tensor, logits: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Recording(torch.nn.Module):
         self.slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def note_logits(self, _router: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        """Keep the router's logits [tokens, experts]: its hook, called just before :meth:`forward`."""
+        """Keep the router's logits [tokens, experts]; the router's hook calls this just before :meth:`forward`."""
         self.logits = output[self.place]
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -79,14 +79,14 @@ class _Recording(torch.nn.Module):
 
 
 class _Replaying(torch.nn.Module):
-    """Stands for the experts in the second pass: returns what was computed for these tokens."""
+    """Stands in for the experts in the second pass: returns the outputs computed for these tokens."""
 
     def __init__(self, outputs: torch.Tensor) -> None:
         super().__init__()
         self.outputs, self.next = outputs, 0
 
     def forward(self, hidden: torch.Tensor, _ids: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:
-        """See :class:`planner.calibration.reading.decoder.Decoder`."""
+        """See :meth:`planner.calibration.reading.decoder.Decoder.layer`."""
         place = slice(self.next, self.next + hidden.shape[0])
         self.next = place.stop
         return self.outputs[place].to(hidden)
@@ -99,13 +99,13 @@ def route(
     store: HiddenStates,
     replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> Routed:
-    """Run a layer up to its experts on all sequences.
+    """Run a layer up to its experts, on all sequences.
 
     Args:
         decoder: the model.
-        index: of a MoE layer.
+        index: index of an MoE layer.
         hidden: the layer's input [sequences, length, hidden].
-        store: where the tensors go.
+        store: folder for the tensors.
         replaced: see :meth:`Decoder.layer`.
     """
     tokens, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
@@ -131,14 +131,14 @@ def finish(
     outputs: torch.Tensor | None = None,
     replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Run a whole layer, its experts' outputs (if it has any) being known, and write the next layer's input.
+    """Run a whole layer with its experts' outputs already computed, and write the next layer's input.
 
     Args:
         decoder: the model.
-        index: of the layer.
-        hidden: its input [sequences, length, hidden].
-        result: its output, same shape; filled.
-        outputs: of the routed experts [tokens, hidden].
+        index: the layer's index.
+        hidden: the layer's input [sequences, length, hidden].
+        result: the layer's output, same shape; filled in.
+        outputs: outputs of the routed experts [tokens, hidden]; None if the layer has none.
         replaced: see :meth:`Decoder.layer`.
     """
     experts = None if outputs is None else _Replaying(outputs)
@@ -148,19 +148,19 @@ def finish(
 
 
 def batches(hidden: torch.Tensor, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first sequence, sequences) with up to ``rows`` tokens at a time, at least one sequence."""
+    """Yield (index of the first sequence, sequences) in batches of up to ``rows`` tokens or of one sequence."""
     size = max(1, rows // hidden.shape[1])
     for begin in range(0, hidden.shape[0], size):
         yield begin, hidden[begin : begin + size]
 
 
 def first_hidden(decoder: Decoder, tokens: torch.Tensor, parent: Path) -> HiddenStates:
-    """Return the folder of hidden states in ``parent``, with at least the first layer's input or a later one's.
+    """Return the hidden states of a run, and compute the first layer's input if no layer's input is there yet.
 
     Args:
-        decoder: the model; learns what its layers are called with.
+        decoder: the model; it keeps the other arguments of its layers (:meth:`Decoder.embed`).
         tokens: int64 [sequences, length].
-        parent: where the folder is, or will be.
+        parent: parent of the folder with the hidden states.
     """
     shape = (*tokens.shape, decoder.config.hidden_size)
     store = HiddenStates(hidden_folder(parent), (shape[0], shape[1], shape[2]), decoder.dtype)

@@ -1,4 +1,4 @@
-"""Calibration text: files or a named dataset, cut into token sequences of one length."""
+"""Calibration text: files or named datasets, cut into token sequences of one length."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import NESTED, ConfigError, UsageError
 
 SEQUENCE = 2048
-"""Tokens of a sequence, unless asked for otherwise or the model can read fewer."""
+"""Number of tokens in a sequence by default, if the model can read as many."""
 
 BYTES_PER_TOKEN = 16
-"""How much text is read for each token wanted: several times what tokenizers need."""
+"""Characters of text to read for each token wanted: several times what tokenizers need."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ DATASETS = {
     ),
     "c4": Dataset("allenai/c4", "en", "train", "text", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
 }
-"""Names that ``--data`` knows; any other dataset is ``owner/name[:config]@commit``."""
+"""Datasets that ``--data`` knows by name; any other dataset is ``owner/name[:config]@commit``."""
 
 NAMED = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token sequences and where they came from.
+    """Token sequences and their source.
 
     Attributes:
         tokens: int64 [sequences, length].
-        source: what was asked for: file name or dataset, commit, seed.
+        source: name of the file or dataset (with its commit), and the seed.
     """
 
     tokens: torch.Tensor
     source: dict[str, Any]
 
     def fingerprint(self) -> str:
-        """Return a digest of the tokens and their shape."""
+        """Return the SHA-256 digest of the tokens and their shape."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         digest.update(self.tokens.numpy().tobytes())
         return digest.hexdigest()
@@ -66,18 +66,18 @@ class CalibrationText:
 def calibration_text(folder: Path, data: str, sequences: int, length: int, seed: int) -> CalibrationText:
     """Tokenize text with a model's tokenizer and draw sequences that do not overlap.
 
-    Documents follow each other, separated by the end-of-text token where the model has one.
+    Documents follow each other, separated by the end-of-text token if the model has one.
 
     Args:
         folder: model folder with a tokenizer.
         data: a text file, a JSON-lines file with a ``text`` field, a name in :data:`DATASETS`, or
             ``owner/name[:config]@commit``.
-        sequences: how many; fewer where the text is short.
-        length: tokens of each.
-        seed: which of the possible sequences.
+        sequences: number of sequences; fewer if the text is short.
+        length: number of tokens in each.
+        seed: seed of the draw.
 
     Raises:
-        MoeqError: no such file, not text, no tokenizer, or less text than one sequence.
+        MoeqError: the file is missing or no text, the model has no tokenizer, or the text is shorter than one sequence.
     """
     tokenizer = load_tokenizer(folder)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -95,10 +95,10 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
 
 
 def documents(data: str, characters: int) -> Iterator[str]:
-    """Yield the documents of a file or a dataset; a plain text is one document, read as far as needed.
+    """Yield the documents of a file or a dataset; a plain text is one document, of up to ``characters`` characters.
 
     Raises:
-        MoeqError: neither is there, or not what its name says.
+        MoeqError: there is no such file or dataset, or it has another format than its name says.
     """
     path = Path(data)
     if path.is_file():
@@ -162,7 +162,7 @@ def _dataset(dataset: Dataset) -> Iterator[str]:
 
 
 def _limited(texts: Iterable[str], budget: int) -> Iterator[str]:
-    """Yield texts until ``budget`` characters have been given."""
+    """Yield texts, up to ``budget`` characters in total."""
     for text in texts:
         if budget <= 0:
             return
@@ -174,7 +174,7 @@ def load_tokenizer(folder: Path) -> Any:
     """Return a model's tokenizer.
 
     Raises:
-        ConfigError: there is none that transformers can load.
+        ConfigError: transformers cannot load one.
     """
     from transformers import AutoTokenizer
 
@@ -185,7 +185,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def longest_text(model: SourceModel) -> int:
-    """Return how many tokens a model can read."""
+    """Return the number of tokens that a model can read, or :data:`SEQUENCE` if its config does not say."""
     for part in (model.config, model.config.get(NESTED)):
         longest = part.get("max_position_embeddings") if isinstance(part, dict) else None
         if type(longest) is int and longest > 0:
@@ -194,7 +194,7 @@ def longest_text(model: SourceModel) -> int:
 
 
 def calibration_facts(text: CalibrationText, device: torch.device) -> dict[str, Any]:
-    """Return what a report says of the text and what a run's fingerprint holds."""
+    """Return the facts about the text that go into reports and into a run's fingerprint."""
     sequences, length = text.tokens.shape
     return {
         **text.source,

@@ -20,6 +20,7 @@ from planner.output.checkpoint import CheckpointWriter
 from planner.output.unfinished import check_output
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
+    GRID,
     PACKED,
     SCALE,
     ZERO,
@@ -89,7 +90,14 @@ def _refuse_one_bit(folder: Path, config: MoeqConfig) -> None:
 
 
 def _packed(shards: Tensors, config: MoeqConfig) -> Iterator[Packed]:
-    experts = {matrix.name(PACKED): matrix.bits for matrix in expert_matrices(shards, config)}
+    experts: dict[str, int] = {}
+    for matrix in expert_matrices(shards, config):
+        if matrix.scheme is not GRID:
+            name = matrix.names()[0]
+            raise UsageError(
+                f"{shards.place(name)}: expected the scheme {GRID.name}, found {matrix.scheme.name}; {HOW}"
+            )
+        experts[matrix.name(PACKED)] = matrix.bits
     for name in shards.tensors:
         base, _, suffix = name.rpartition(".")
         if suffix == PACKED:

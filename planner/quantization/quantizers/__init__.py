@@ -1,6 +1,6 @@
 """Quantizers of expert matrices, one file each, and the table that names them."""
 
-from planner.quantization.quantizers.base import Quantized, Quantizer, ZeroPoints
+from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, Quantizer, ZeroPoints
 from planner.quantization.quantizers.hqq import quantize_hqq
 from planner.quantization.quantizers.linear import linear_group_size, quantize_linear
 from planner.quantization.quantizers.rtn import quantize_rtn
@@ -10,6 +10,7 @@ from planner.quantization.quantizers.table import QUANTIZERS, QuantizerRow, quan
 __all__ = [
     "QUANTIZERS",
     "Quantized",
+    "QuantizedMatrix",
     "Quantizer",
     "QuantizerRow",
     "ZeroPoints",

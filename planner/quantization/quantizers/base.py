@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, dequantize
+from vllm_moeq.format import CODES_PER_BLOCK, PACKED, SCALE, WHOLE_ROW, ZERO, CheckpointError, dequantize, pack
 
 NARROWEST = 2.0**-10
 """Least range of a group, relative to its largest magnitude, that is worth a zero point: half
@@ -18,9 +18,21 @@ MAX_ZERO = 2.0**15
 """Largest |zero| written, within the range of half precision."""
 
 
+class QuantizedMatrix(Protocol):
+    """One matrix, quantized for some scheme: the result of a quantizer."""
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weights in float32 [N, K]."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the matrix as a file holds it, on the CPU: the scheme's suffix → tensor, rows first."""
+        ...
+
+
 @dataclass(frozen=True)
 class Quantized:
-    """One matrix, quantized: w = (codes − zeros) · scales per group of the input dimension.
+    """One matrix on the affine grid: w = (codes − zeros) · scales per group of the input dimension.
 
     Attributes:
         codes: uint8 [N, K].
@@ -38,13 +50,18 @@ class Quantized:
         """Return the weights in float32 [N, K]."""
         return dequantize(self.codes, self.scales, self.zeros)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See :meth:`QuantizedMatrix.tensors`."""
+        words = pack(self.codes, self.bits)
+        return {PACKED: words.cpu(), SCALE: self.scales.contiguous().cpu(), ZERO: self.zeros.contiguous().cpu()}
+
 
 ZeroPoints = Literal["float", "integer"]
 """Any number, or a whole code 0 … 2^b − 1, which formats such as GPTQ's need; integer zero points reach groups on one
 side of 0 only by widening their range to 0."""
 
-Quantizer = Callable[[torch.Tensor, int, int], Quantized]
-"""(weight [N, K], bits, group size or −1) → Quantized."""
+Quantizer = Callable[[torch.Tensor, int, int], QuantizedMatrix]
+"""(weight [N, K], bits, group size or −1) → the quantized matrix."""
 
 
 def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from planner.quantization.quantizers.base import to_groups
 from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
+from vllm_moeq.format.linears import SCALES, SHAPE, WORDS
 
 CLIP_RATIOS = tuple(0.5 + 0.02 * i for i in range(31))
 """Candidates for the scale, relative to max|w| / (2^(b−1) − 1)."""
@@ -37,9 +38,9 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
         best_error = torch.where(better, error, best_error)
     codes = torch.round(groups / best_scale.float()).clamp_(-half, half - 1) + half
     return {
-        "weight_packed": pack(codes.flatten(1).to(torch.uint8), spec.bits),
-        "weight_scale": best_scale[..., 0].contiguous(),
-        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        WORDS: pack(codes.flatten(1).to(torch.uint8), spec.bits),
+        SCALES: best_scale[..., 0].contiguous(),
+        SHAPE: torch.tensor(weight.shape, dtype=torch.int64),
     }
 
 

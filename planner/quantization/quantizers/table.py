@@ -10,7 +10,7 @@ from planner.quantization.quantizers.base import Quantizer, ZeroPoints
 from planner.quantization.quantizers.hqq import quantize_hqq
 from planner.quantization.quantizers.rtn import quantize_rtn
 from planner.quantization.quantizers.sign import quantize_sign
-from vllm_moeq.format import BIT_WIDTHS
+from vllm_moeq.format import BIT_WIDTHS, GRID, Scheme
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class QuantizerRow:
         rounds: kind of zero points → function from weights alone. One bit has float zero points in any case.
         fallback: a quantizer with calibration works on a layer's inputs, so it has no such function; this one takes
             its place for experts that saw too few tokens. None for a quantizer without calibration.
+        scheme: the way of storing that its results have.
     """
 
     widths: tuple[int, ...] = BIT_WIDTHS
     rounds: Mapping[ZeroPoints, Quantizer] = field(default_factory=dict)
     fallback: str | None = None
+    scheme: Scheme = GRID
 
     @property
     def calibrated(self) -> bool:

@@ -31,6 +31,7 @@ from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
 from tests.paths import MIXTRAL, MODELS
 from tests.planner.folders import contents
+from vllm_moeq.format import SCALE, ZERO
 
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
@@ -125,8 +126,8 @@ class TestOddExperts:
         assert sorted(results) == list(range(8))
         for result in results.values():
             for matrix in result.matrices.values():
-                assert bool(torch.isfinite(matrix.scales).all())
-                assert bool(torch.isfinite(matrix.zeros).all())
+                assert bool(torch.isfinite(matrix.tensors[SCALE]).all())
+                assert bool(torch.isfinite(matrix.tensors[ZERO]).all())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from planner.common.progress import Progress
 from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.names import module_name
-from planner.exchange.dense import dequantize_expert, dequantize_linear, export_dense
+from planner.exchange.dense import dequantize_linear, export_dense
 from planner.model.architectures import ARCHITECTURES
 from tests.paths import MIXTRAL, MODELS, QWEN
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
@@ -105,9 +105,7 @@ def test_every_matrix_has_the_same_values(seen: dict[str, Seen], case: str) -> N
             base, _, suffix = name.rpartition(".")
             if suffix == PACKED:
                 matrix = experts.get(name)
-                values = (
-                    dequantize_expert(shards, matrix) if matrix else dequantize_linear(shards, base, config.linear.bits)
-                )
+                values = matrix.dequantize(shards) if matrix else dequantize_linear(shards, base, config.linear.bits)
                 assert torch.equal(theirs.pop(module_name(row, base)), values.half()), base
         for name, values in theirs.items():  # what is not packed with us: their asymmetric linears
             torch.testing.assert_close(shards.load(f"{name}.weight").float(), values.float(), rtol=2**-8, atol=0)

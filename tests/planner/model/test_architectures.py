@@ -15,7 +15,7 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.exact import advance
 from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import Progress
-from planner.exchange.dense import dequantize_expert, export_dense
+from planner.exchange.dense import export_dense
 from planner.model.architectures import ARCHITECTURES
 from planner.model.layout import Layout, read_layout
 from planner.model.source import SourceModel
@@ -160,7 +160,7 @@ def test_a_plan_a_valid_checkpoint_and_back(made: Made, moeq: Moeq, tmp_path: Pa
     with ShardSet(quantized) as shards, SourceModel(dense) as source:
         for matrix in expert_matrices(shards, load_config(quantized)):
             name = f"{matrix.prefix}.{matrix.expert}.{matrix.projection}.weight"
-            assert torch.equal(source.shards.load(name), dequantize_expert(shards, matrix))
+            assert torch.equal(source.shards.load(name), matrix.dequantize(shards))
 
 
 @pytest.mark.parametrize("made", [name for name, tiny in TINY.items() if tiny.convert is None], indirect=True)

@@ -10,7 +10,7 @@ from planner.model.source import SourceModel
 from planner.quantization.packed import PackedMatrix, pack_matrix
 from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.rows import open_threads, quantize_linear_rows, quantize_rows
-from vllm_moeq.format import CheckpointError, Linear
+from vllm_moeq.format import SCALE, CheckpointError, Linear
 
 COLUMNS = 1024
 
@@ -27,12 +27,9 @@ def weight() -> torch.Tensor:
     return torch.randn(1111, COLUMNS, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
 
-def tensors_of(matrix: PackedMatrix) -> list[torch.Tensor]:
-    return [matrix.words, matrix.scales, matrix.zeros]
-
-
 def assert_same(found: PackedMatrix, expected: PackedMatrix) -> None:
-    for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+    assert list(found.tensors) == list(expected.tensors)
+    for one, other in zip(found.tensors.values(), expected.tensors.values(), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
     assert found.squared_error == pytest.approx(expected.squared_error, rel=1e-12)
@@ -58,7 +55,7 @@ def test_rows_that_need_bfloat16_give_all_rows_bfloat16(tmp_path: Path, weight: 
     function = quantizer_for(3, "rtn", "sign")
     with model_of(tmp_path, weight) as model, open_threads(2) as threads:
         found = quantize_rows(threads, model, "w", function, 3, 128)
-    assert found.scales.dtype == torch.bfloat16
+    assert found.tensors[SCALE].dtype == torch.bfloat16
     assert_same(found, pack_matrix(weight, function(weight, 3, 128)))
 
 

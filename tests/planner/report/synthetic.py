@@ -9,7 +9,7 @@ from planner.evaluation.record import Evaluations
 from planner.plan import Plan
 from planner.quantization.record import Recorded
 from planner.report.facts import CheckpointSizes, Facts, LayerFacts, Part
-from planner.report.grids import ValueMap, ValueMaps
+from planner.report.value_maps import ValueMap, ValueMaps
 from vllm_moeq.format import parse_config
 
 WIDTHS = (1, 2, 3, 4, 8)

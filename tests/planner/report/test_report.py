@@ -19,9 +19,9 @@ import pytest
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.model.source import SourceModel
 from planner.report.facts import collect
-from planner.report.grids import collect_maps
 from planner.report.page import render
 from planner.report.palette import LIGHT
+from planner.report.value_maps import collect_maps
 from planner.sensitivity import max_variance, router_norm
 from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
