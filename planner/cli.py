@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import typer
@@ -12,6 +13,7 @@ from planner.commands.calibrate import calibrate_command
 from planner.commands.compare import compare_command
 from planner.commands.evaluate import eval_command
 from planner.commands.exchange import export_command, import_command
+from planner.commands.flatten import flattened
 from planner.commands.inspect import inspect_command
 from planner.commands.plan import plan_command
 from planner.commands.push import push_command
@@ -32,18 +34,25 @@ app = typer.Typer(
 )
 
 
-app.command("inspect")(inspect_command)
-app.command("plan")(plan_command)
-app.command("quantize")(quantize_command)
-app.command("calibrate")(calibrate_command)
-app.command("compare")(compare_command)
-app.command("verify")(verify_command)
-app.command("export")(export_command)
-app.command("import")(import_command)
-app.command("report")(report_command)
-app.command("push")(push_command)
-app.command("eval")(eval_command)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect_command,
+    "plan": plan_command,
+    "quantize": quantize_command,
+    "calibrate": calibrate_command,
+    "compare": compare_command,
+    "verify": verify_command,
+    "export": export_command,
+    "import": import_command,
+    "report": report_command,
+    "push": push_command,
+    "eval": eval_command,
+    "serve": serve_command,
+}
+FOR_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""What typer has to be told where further flags are vLLM's."""
+
+for _name, _function in COMMANDS.items():
+    app.command(_name, context_settings=FOR_VLLM if _name == "serve" else None)(flattened(_function))
 
 
 def main() -> NoReturn:

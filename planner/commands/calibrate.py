@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -12,9 +15,11 @@ from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import LayerStatistics, json_path
 from planner.commands import show
-from planner.commands.calibration_flags import Data, For, Samples, SeqLen, StatsFile, expert_devices, read_calibration
-from planner.commands.flags import Bits, Device, Json, Model, Resume, Seed, read_choices
-from planner.commands.service_flags import DryRun
+from planner.commands.completion import some_of
+from planner.commands.flags.calibration import TextFlags
+from planner.commands.flags.common import Bits, DryRun, Json, Model, Seed
+from planner.commands.flags.planning import read_choices
+from planner.commands.flags.running import RunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
@@ -29,15 +34,21 @@ from vllm_moeq.format import UsageError
 
 def calibrate_command(
     model: Model,
-    output: StatsFile,
-    data: Data = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    methods: For = OURS,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write, .safetensors.")],
+    *,
+    text: TextFlags,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="LIST",
+            autocompletion=some_of(name for name, method in METHODS.items() if method.calibrated),
+            help="Methods that will use the statistics, such as kl or pmq,gemq.",
+        ),
+    ] = OURS,
     bits: Bits = None,
-    resume: Resume = True,
+    seed: Seed = 0,
+    run: RunFlags,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -48,18 +59,19 @@ def calibrate_command(
     measures = _measures(methods)
     own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
     wanted = StatisticsRequest(measures, tuple(own) if bits is None else read_choices(bits), seed)
-    where = expert_devices(device, None, False)[0]
+    where = run.first_device()
     check_output(output)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
-        text = read_calibration(source, data, samples, seq_len, seed)
-        facts = calibration_facts(text, where)
+        sequences = text.read(source, seed)
+        facts = calibration_facts(sequences, where)
         if dry_run:
-            reading = Reading(len(text.tokens), text.tokens.shape[1])
+            reading = Reading(len(sequences.tokens), sequences.tokens.shape[1])
             report_needs("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
             return
         return_large_blocks()
-        found = collect(source, layout, text, output, facts, where, compute_dtype(where), Progress(), resume, wanted)
+        dtype = compute_dtype(where)
+        found = collect(source, layout, sequences, output, facts, where, dtype, Progress(), run.resume, wanted)
     if as_json:
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
         show.emit({"output": str(output), "calibration": facts, "tokens": coverage})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -10,25 +12,12 @@ from rich.console import Console
 
 from planner.calibration.reading.text import longest_text
 from planner.commands import show
-from planner.commands.calibration_flags import Data, MinTokens, Samples, expert_devices
 from planner.commands.completion import some_of
-from planner.commands.flags import (
-    Bits,
-    Device,
-    GroupSize,
-    Json,
-    LinearBits,
-    LinearGroup,
-    Model,
-    OneBit,
-    QuantizerName,
-    Resume,
-    checked_average,
-    checked_group_size,
-    linear_format,
-    read_choices,
-)
-from planner.commands.service_flags import DryRun
+from planner.commands.flags.calibration import TextFlags
+from planner.commands.flags.common import Bits, DryRun, Json, Limit, Model
+from planner.commands.flags.planning import read_average, read_choices
+from planner.commands.flags.quantizing import ComparedQuantizerFlags, StorageFlags
+from planner.commands.flags.running import CompareRunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
@@ -37,13 +26,84 @@ from planner.comparison.report import print_rows, write_report
 from planner.comparison.request import Comparison, ComparisonRun
 from planner.estimates.comparison import compare_needs
 from planner.evaluation.perplexity import read_text, read_tokens
-from planner.model.layout import read_layout
+from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
+from planner.model.source import SourceModel
 from planner.output.unfinished import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.quantizers.table import QUANTIZERS
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
+
+
+@dataclass(frozen=True)
+class CandidateFlags:
+    """The plans that are compared."""
+
+    methods: Annotated[
+        str,
+        typer.Option("--methods", metavar="LIST", autocompletion=some_of(("all", *METHODS)), help="Methods, or all."),
+    ] = "all"
+    avg_bits: Annotated[str, typer.Option("--avg-bits", metavar="LIST", help="Average bits, such as 2,2.5.")] = "2,2.5"
+    bits: Bits = None
+
+    def names(self) -> tuple[str, ...]:
+        """Return the methods of the list, each once, or all of them.
+
+        Raises:
+            UsageError: an unknown one.
+        """
+        if self.methods == "all":
+            return tuple(METHODS)
+        names = tuple(dict.fromkeys(self.methods.split(",")))
+        for name in names:
+            if name not in METHODS:
+                raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, or all, found {name!r}")
+        return names
+
+    def averages(self) -> tuple[Fraction, ...]:
+        """Return the averages; raise UsageError for one that is no number or out of range."""
+        return tuple(read_average(part) for part in self.avg_bits.split(","))
+
+    def choices(self) -> tuple[int, ...] | None:
+        """Return the widths to choose from, or None for each method's own; raise UsageError for impossible ones."""
+        return None if self.bits is None else read_choices(self.bits)
+
+
+@dataclass(frozen=True)
+class ComparedTextFlags(TextFlags):
+    """The calibration text, of which each seed takes other sequences."""
+
+    seq_len: Annotated[int, typer.Option("--seq-len", min=16, help="Tokens of a calibration sequence.")] = (
+        Comparison.length
+    )
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of random orders and of calibration sequences.")] = (
+        Comparison.seeds
+    )
+
+
+@dataclass(frozen=True)
+class MeasureFlags:
+    """What is measured of every candidate."""
+
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context of the evaluation.")] = (
+        Comparison.window
+    )
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Of the held-out text.")] = None
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None
+    limit: Limit = None
+    odp: Annotated[str | None, typer.Option("--odp", metavar="LIST", help="ODP thresholds to evaluate besides.")] = None
+
+    def thresholds(self) -> tuple[float, ...]:
+        """Return the thresholds of ODP; raise UsageError for one that is no number or out of range."""
+        try:
+            values = tuple(float(part) for part in self.odp.split(",")) if self.odp else ()
+        except ValueError:
+            values = (-1.0,)
+        if not all(0 < value <= 1 for value in values):
+            raise UsageError(f"--odp: expected numbers above 0 and up to 1, such as 0.3,0.5, found {self.odp!r}")
+        return values
 
 
 def compare_command(
@@ -52,32 +112,13 @@ def compare_command(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table, CSV, JSON and plot.")
     ],
-    methods: Annotated[
-        str,
-        typer.Option("--methods", metavar="LIST", autocompletion=some_of(("all", *METHODS)), help="Methods, or all."),
-    ] = "all",
-    avg_bits: Annotated[str, typer.Option("--avg-bits", metavar="LIST", help="Average bits, such as 2,2.5.")] = "2,2.5",
-    bits: Bits = None,
-    quantizer: Annotated[QuantizerName, typer.Option("--quantizer", help="For two bits and more.")] = QuantizerName.hqq,
-    one_bit: Annotated[OneBit, typer.Option("--one-bit", help="For one bit.")] = OneBit.sign,
-    data: Data = None,
-    samples: Samples = 128,
-    seq_len: Annotated[int, typer.Option("--seq-len", min=16, help="Tokens of a calibration sequence.")] = 512,
-    min_tokens: MinTokens = 64,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of random orders and of calibration sequences.")] = 1,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context of the evaluation.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Of the held-out text.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")] = None,
-    odp: Annotated[
-        str | None, typer.Option("--odp", metavar="LIST", help="ODP thresholds to evaluate besides.")
-    ] = None,
-    group_size: GroupSize = 128,
-    linear_bits: LinearBits = 4,
-    linear_group_size: LinearGroup = None,
-    device: Device = "cpu",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models quantized at a time, a process each.")] = 1,
-    resume: Resume = True,
+    *,
+    candidates: CandidateFlags,
+    codes: ComparedQuantizerFlags,
+    text: ComparedTextFlags,
+    measured: MeasureFlags,
+    storage: StorageFlags,
+    run: CompareRunFlags,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -85,50 +126,23 @@ def compare_command(
 
     Example: moeq compare MODEL --methods kl,pmq,router-norm-maxvar --data train.txt --held-out test.txt -o comparison
     """
-    progress, where = Progress(), expert_devices(device, None, False)[0]
-    names = _methods(methods)
-    text = read_text(held_out)
+    progress, where, names = Progress(), run.first_device(), candidates.names()
+    content = read_text(held_out)
     check_output(output)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
-        linear = linear_format(source, layout, linear_bits, linear_group_size)
-        gptq = GptqSettings() if quantizer is QuantizerName.gptq else None
-        settings = QuantizeSettings(
-            quantizer.value, one_bit.value, checked_group_size(group_size), linear, gptq=gptq, min_tokens=min_tokens
-        )
-        check_sizes(source, layout, settings)
-        needs = [name for name in names if METHODS[name].calibrated or METHODS[name].only_compared]
-        if data is None and (needs or gptq):
-            what = "--quantizer gptq" if gptq else f"--methods {','.join(needs)}"
-            raise UsageError(f"{what}: expected --data TEXT to calibrate on, found none")
-        longest = longest_text(source)
-        for flag, value in (("--seq-len", seq_len), ("--window", window)):
-            if value > longest:
-                raise UsageError(f"{flag}: expected at most {longest}, the model's longest text, found {value}")
-        wanted = Comparison(
-            methods=names,
-            averages=tuple(checked_average(part) for part in avg_bits.split(",")),
-            bit_choices=None if bits is None else read_choices(bits),
-            settings=settings,
-            data=data,
-            samples=samples,
-            length=seq_len,
-            seeds=seeds,
-            window=window,
-            max_tokens=max_tokens,
-            tasks=tuple(tasks.split(",")) if tasks else (),
-            limit=limit,
-            odp=_thresholds(odp),
-        )
+        settings = _settings(source, layout, codes, storage)
+        _check_text(source, names, settings, text, measured.window)
+        wanted = _wanted(names, settings, candidates, text, measured)
         if dry_run:
-            run = ComparisonRun(source, layout, wanted, output, where, progress, jobs)
-            tokens = len(read_tokens(source.folder, text, max_tokens, "--held-out"))
-            report_needs("comparing", compare_needs(run, tokens), as_json)
+            comparison = ComparisonRun(source, layout, wanted, output, where, progress, run.jobs)
+            tokens = len(read_tokens(source.folder, content, measured.max_tokens, "--held-out"))
+            report_needs("comparing", compare_needs(comparison, tokens), as_json)
             return
         return_large_blocks()
         rows = compare(
-            source, layout, wanted, text, output, where, progress, resume,
-            lambda rows: write_report(output, rows, wanted, str(source.folder)), jobs,
+            source, layout, wanted, content, output, where, progress, run.resume,
+            lambda rows: write_report(output, rows, wanted, str(source.folder)), run.jobs,
         )  # fmt: skip
     if as_json:
         show.emit(rows)
@@ -137,26 +151,61 @@ def compare_command(
         Console().print(f"wrote {output}", soft_wrap=True)
 
 
-def _methods(text: str) -> tuple[str, ...]:
-    """Return the methods of a list, or all of them.
+def _settings(
+    source: SourceModel, layout: Layout, codes: ComparedQuantizerFlags, storage: StorageFlags
+) -> QuantizeSettings:
+    """Return how every candidate is quantized.
 
     Raises:
-        UsageError: an unknown one.
+        MoeqError: impossible sizes of groups, or input dimensions that cannot be packed.
     """
-    if text == "all":
-        return tuple(METHODS)
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in METHODS:
-            raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, or all, found {name!r}")
-    return names
+    linear = storage.linear(source, layout)
+    gptq = GptqSettings() if QUANTIZERS[codes.quantizer].calibrated else None
+    settings = QuantizeSettings(
+        codes.quantizer, codes.one_bit, storage.checked_group_size(), linear, gptq=gptq, min_tokens=codes.min_tokens
+    )
+    check_sizes(source, layout, settings)
+    return settings
 
 
-def _thresholds(text: str | None) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        values = (-1.0,)
-    if not all(0 < value <= 1 for value in values):
-        raise UsageError(f"--odp: expected numbers above 0 and up to 1, such as 0.3,0.5, found {text!r}")
-    return values
+def _check_text(
+    source: SourceModel, names: tuple[str, ...], settings: QuantizeSettings, text: ComparedTextFlags, window: int
+) -> None:
+    """Refuse a comparison without the text that it needs, and sequences that the model cannot read.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    needs = [name for name in names if METHODS[name].calibrated or METHODS[name].only_compared]
+    if text.data is None and (needs or settings.calibrated):
+        what = f"--quantizer {settings.quantizer}" if settings.calibrated else f"--methods {','.join(needs)}"
+        raise UsageError(f"{what}: expected --data TEXT to calibrate on, found none")
+    longest = longest_text(source)
+    for flag, value in (("--seq-len", text.seq_len), ("--window", window)):
+        if value > longest:
+            raise UsageError(f"{flag}: expected at most {longest}, the model's longest text, found {value}")
+
+
+def _wanted(
+    names: tuple[str, ...],
+    settings: QuantizeSettings,
+    candidates: CandidateFlags,
+    text: ComparedTextFlags,
+    measured: MeasureFlags,
+) -> Comparison:
+    """Return what to compare; raise UsageError for a list that cannot be read."""
+    return Comparison(
+        methods=names,
+        averages=candidates.averages(),
+        bit_choices=candidates.choices(),
+        settings=settings,
+        data=text.data,
+        samples=text.samples,
+        length=text.seq_len,
+        seeds=text.seeds,
+        window=measured.window,
+        max_tokens=measured.max_tokens,
+        tasks=tuple(measured.tasks.split(",")) if measured.tasks else (),
+        limit=measured.limit,
+        odp=measured.thresholds(),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +16,15 @@ from rich.table import Table
 
 from planner.calibration.reading.text import longest_text
 from planner.commands import show
-from planner.commands.flags import Json, Model, Resume
-from planner.commands.service_flags import DryRun
+from planner.commands.flags.common import DryRun, Json, Limit, Model, Resume
+from planner.commands.flags.running import first_device
+from planner.commands.flatten import OneOf
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
+from planner.evaluation.lm_eval_backends import Backend
 from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
@@ -32,50 +34,88 @@ from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
-from planner.quantization.runners.choose import read_devices
 from planner.report.card import refresh_card
 from vllm_moeq.format import UsageError, read_json
 
 WINDOW = 512
 
 
-class Suite(StrEnum):
-    """Named lists of tasks."""
-
-    paper = "paper"
+SUITES = {"paper": PAPER_SUITE}
+"""Names of lists of tasks."""
 
 
-class BackendName(StrEnum):
-    """What answers tasks."""
+@dataclass(frozen=True)
+class PredictedText:
+    """The text that a model predicts."""
 
-    transformers = "transformers"
-    vllm = "vllm"
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")] = None
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="Model to diverge from, such as the original.")
+    ] = None
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help=f"Tokens of context [{WINDOW}, or what the model can read].")
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None
+
+    def read(self, folder: Path, dry_run: bool) -> Text | None:
+        """Return the text, if there is one, for a model in a folder.
+
+        Raises:
+            MoeqError: no such file or reference, or a window that the model cannot read.
+        """
+        if self.data is None:
+            if self.reference is not None:
+                raise UsageError("--reference: expected --data FILE too, which both models read, found none")
+            return None
+        content = read_text(self.data)
+        with open_folder(folder, dry_run) as source:
+            longest = longest_text(source)
+        if self.window is not None and self.window > longest:
+            raise UsageError(f"--window: expected at most {longest}, the model's longest text, found {self.window}")
+        window = self.window or min(WINDOW, longest)
+        if self.reference is None:
+            return Text(self.data.name, content, window, self.max_tokens)
+        other = resolve_model(self.reference, weights=not dry_run)
+        return Text(self.data.name, content, window, self.max_tokens, other, _name(self.reference))
 
 
-SUITES = {Suite.paper: PAPER_SUITE}
+@dataclass(frozen=True)
+class TaskFlags:
+    """The tasks that a model answers."""
+
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files, which may run code.")
+    ] = None
+    suite: Annotated[
+        str | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}."), OneOf(SUITES)
+    ] = None
+    limit: Limit = None
+    backend: Annotated[Backend, typer.Option("--backend", help="What answers tasks.")] = EvaluationRequest.backend
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Windows, or sequences of tasks, at a time.")
+    ] = None
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names or files of the tasks, each once.
+
+        Raises:
+            UsageError: both flags, or an empty name.
+        """
+        if self.tasks is not None and self.suite is not None:
+            raise UsageError("--tasks and --suite: expected one of them, found both")
+        if self.suite is not None:
+            return SUITES[self.suite]
+        names = () if self.tasks is None else tuple(dict.fromkeys(self.tasks.split(",")))
+        if "" in names:
+            raise UsageError(f"--tasks: expected names or files such as piqa,arc_easy, found {self.tasks!r}")
+        return names
 
 
 def eval_command(
     model: Model,
-    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")] = None,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="MODEL", help="Model to diverge from, such as the original.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option("--window", min=2, help=f"Tokens of context [{WINDOW}, or what the model can read].")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Stop after so many tokens.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files, which may run code.")
-    ] = None,
-    suite: Annotated[
-        Suite | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")] = None,
-    backend: Annotated[BackendName, typer.Option("--backend", help="What answers tasks.")] = BackendName.transformers,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Windows, or sequences of tasks, at a time.")
-    ] = None,
+    *,
+    text: PredictedText,
+    asked: TaskFlags,
     device: Annotated[
         str,
         typer.Option("--device", help="Where a model computes: cpu, cuda or one GPU such as cuda:1; for vLLM a list."),
@@ -95,31 +135,22 @@ def eval_command(
     Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt --reference mistralai/Mixtral-8x7B-v0.1
     """
     progress, folder = Progress(), resolve_model(model, weights=not dry_run)
-    chosen = _tasks(tasks, suite)
-    if data is None and not chosen:
+    tasks = asked.names()
+    if text.data is None and not tasks:
         raise UsageError("--data, --tasks, --suite: expected at least one of them, found none")
-    if data is None and reference is not None:
-        raise UsageError("--reference: expected --data FILE too, which both models read, found none")
-    text = None if data is None else _text(folder, data, reference, window, max_tokens, dry_run)
-    wanted = EvaluationRequest(folder, text, chosen, limit, backend.value, batch_size, device)
-    if "," in device and not (backend is BackendName.vllm and chosen):
-        raise UsageError(f"--device: expected one device (--backend vllm takes several), found {device!r}")
-    devices = read_devices(device)
+    read = text.read(folder, dry_run)
+    wanted = EvaluationRequest(folder, read, tasks, asked.limit, asked.backend, asked.batch_size, device)
+    first = _first_device(wanted)
     if dry_run:
-        report_needs("evaluating", _needs(wanted, torch.device(devices[0])), as_json)
+        report_needs("evaluating", _needs(wanted, first), as_json)
         return
     kept = _kept_in(model, folder, progress) if save else None
     return_large_blocks()
     partial = PartialRun(output or _unnamed(model, wanted), wanted.fingerprint(), resume)
     try:
         found = evaluate(wanted, partial, progress)
-        facts = _facts(model, data, found)
-        if output is not None:
-            write_json(output, facts)
-        if kept is not None:
-            texts = [] if found.text is None else [found.text]
-            read_evaluations(kept).merged(texts, found.tasks).write(kept)
-            refresh_card(kept)
+        facts = _facts(model, text.data, found)
+        _keep(found, facts, output, kept)
     except BaseException:
         partial.abandon()
         raise
@@ -128,6 +159,27 @@ def eval_command(
         show.emit(facts)
     else:
         print_found(found)
+
+
+def _first_device(wanted: EvaluationRequest) -> torch.device:
+    """Return where texts are read.
+
+    Raises:
+        UsageError: devices that are not there, or several where one is used.
+    """
+    if "," in wanted.device and not (wanted.backend == "vllm" and wanted.tasks):
+        raise UsageError(f"--device: expected one device (--backend vllm takes several), found {wanted.device!r}")
+    return first_device(wanted.device)
+
+
+def _keep(found: Found, facts: dict[str, Any], output: Path | None, kept: Path | None) -> None:
+    """Write the result to a file, if one is asked for, and beside the checkpoint's other results, if it has such."""
+    if output is not None:
+        write_json(output, facts)
+    if kept is not None:
+        texts = [] if found.text is None else [found.text]
+        read_evaluations(kept).merged(texts, found.tasks).write(kept)
+        refresh_card(kept)
 
 
 def _needs(wanted: EvaluationRequest, device: torch.device) -> Needs:
@@ -142,30 +194,6 @@ def _needs(wanted: EvaluationRequest, device: torch.device) -> Needs:
     folders = [wanted.folder] if text.reference is None else [wanted.folder, text.reference]
     tokens = len(read_tokens(wanted.folder, text.content, text.max_tokens, "--data"))
     return eval_needs(folders, tokens, text.window, device)
-
-
-def _tasks(tasks: str | None, suite: Suite | None) -> tuple[str, ...]:
-    if tasks is not None and suite is not None:
-        raise UsageError("--tasks and --suite: expected one of them, found both")
-    if suite is not None:
-        return SUITES[suite]
-    names = tuple(dict.fromkeys((tasks or "").split(","))) if tasks is not None else ()
-    if "" in names:
-        raise UsageError(f"--tasks: expected names or files such as piqa,arc_easy, found {tasks!r}")
-    return names
-
-
-def _text(
-    folder: Path, data: Path, reference: str | None, window: int | None, max_tokens: int | None, dry_run: bool
-) -> Text:
-    content = read_text(data)
-    with open_folder(folder, dry_run) as source:
-        longest = longest_text(source)
-    if window is not None and window > longest:
-        raise UsageError(f"--window: expected at most {longest}, the model's longest text, found {window}")
-    other = None if reference is None else resolve_model(reference, weights=not dry_run)
-    name = None if reference is None else _name(reference)
-    return Text(data.name, content, window or min(WINDOW, longest), max_tokens, other, name)
 
 
 def _name(model: str) -> str:

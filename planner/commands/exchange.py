@@ -10,8 +10,7 @@ import torch
 import typer
 
 from planner.commands import show
-from planner.commands.flags import Folder, Json
-from planner.commands.service_flags import DryRun
+from planner.commands.flags.common import DryRun, Folder, Json, NewFolder
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
 from planner.estimates.exchange import export_needs, import_needs
@@ -40,12 +39,9 @@ class StoredZeros(StrEnum):
     v2 = "v2"
 
 
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")]
-
-
 def export_command(
     folder: Folder,
-    output: Output,
+    output: NewFolder,
     format_: Annotated[
         Format, typer.Option("--format", help="bf16, f32: dense, for any server; gptq: packed, for GPTQModel.")
     ] = Format.bf16,
@@ -77,7 +73,7 @@ def export_command(
 
 def import_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="GPTQ checkpoint: folder or Hub name (owner/name).")],
-    output: Output,
+    output: NewFolder,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

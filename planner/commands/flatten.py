@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum, StrEnum
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
 class OneOf:
     """Marks a flag of text that takes some names only: ``Annotated[str, typer.Option(...), OneOf(NAMES)]``.
 
-    The names may come from a table, where an enum would repeat them.
+    The names may come from a table, where an enum would repeat them. A flag whose type is a ``Literal`` needs no mark.
     """
 
     names: Iterable[str]
@@ -69,13 +69,17 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _for_typer(annotation: Any) -> Any:
-    """Return the annotation with an enum as its type where :class:`OneOf` names the choices."""
+    """Return the annotation with an enum as its type where :class:`OneOf` or a ``Literal`` names the choices."""
     if get_origin(annotation) is not Annotated:
         return annotation
     plain, *rest = get_args(annotation)
-    choice = next((item for item in rest if isinstance(item, OneOf)), None)
-    if choice is None:
+    optional = NoneType in get_args(plain)
+    only = next(kind for kind in get_args(plain) if kind is not NoneType) if optional else plain
+    names = [name for item in rest if isinstance(item, OneOf) for name in item.names]
+    if get_origin(only) is Literal:
+        names += get_args(only)
+    if not names:
         return annotation
     make: Any = StrEnum  # mypy wants the names of an enum to be literals
-    enum = make("Choice", [(name, name) for name in choice.names])
-    return Annotated[enum | None if NoneType in get_args(plain) else enum, *rest]
+    enum = make("Choice", [(name, name) for name in names])
+    return Annotated[enum | None if optional else enum, *rest]

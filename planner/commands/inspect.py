@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.commands import show
-from planner.commands.flags import Json, Model
+from planner.commands.flags.common import Json, Model
 from planner.model.hub import resolve_model
 from planner.model.layout import Layout, read_layout
 from planner.model.source import SourceModel

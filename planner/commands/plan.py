@@ -8,45 +8,22 @@ from typing import Annotated
 import typer
 
 from planner.commands import show
-from planner.commands.calibration_flags import Data, Samples, SeqLen, expert_devices, read_calibration
-from planner.commands.flags import (
-    AvgBits,
-    Bits,
-    Budget,
-    Counts,
-    CountsFlag,
-    Device,
-    ForQuantizer,
-    GroupSize,
-    Initial,
-    Json,
-    LinearBits,
-    LinearGroup,
-    MethodName,
-    Model,
-    Overrides,
-    Promotion,
-    PromotionFlag,
-    RankingFlag,
-    Seed,
-    Stats,
-    Zeta,
-    checked_group_size,
-    linear_format,
-    plan_options,
-    planned_quantizer,
-)
-from planner.commands.quantize import uses_text
-from planner.commands.service_flags import Concurrency, Context, GpuGib
+from planner.commands.flags.calibration import TextFlags
+from planner.commands.flags.common import Device, Json, Model
+from planner.commands.flags.planning import PlanFlags
+from planner.commands.flags.quantizing import NAMES, StorageFlags
+from planner.commands.flags.running import first_device
+from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_plan_needs
 from planner.common.progress import Progress
-from planner.estimates import Reading, Service
+from planner.estimates import Reading
 from planner.estimates.quantizing import plan_needs
 from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
 from planner.planning.make import make_plan
 from planner.planning.statistics import with_statistics
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT, default_quantizer
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 
@@ -54,63 +31,47 @@ from vllm_moeq.format import UsageError
 def plan_command(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where plan.json goes.")] = None,
-    avg_bits: AvgBits = None,
-    bits: Bits = None,
-    method: MethodName = "auto",
-    zeta: Zeta = 3.0,
-    promotion: PromotionFlag = Promotion.official,
-    counts: CountsFlag = Counts.paper,
-    ranking: RankingFlag = None,
-    initial_model: Initial = None,
-    stats: Stats = None,
-    quantizer: ForQuantizer = None,
-    data: Data = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
+    *,
+    planning: PlanFlags,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            "--quantizer",
+            help="What will find the codes: some choices depend on it "
+            f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
+        ),
+        NAMES,
+    ] = None,
+    text: TextFlags,
     device: Device = "cpu",
-    budget_gib: Budget = None,
-    overrides: Overrides = None,
-    seed: Seed = 0,
-    group_size: GroupSize = 128,
-    linear_bits: LinearBits = 4,
-    linear_group_size: LinearGroup = None,
+    storage: StorageFlags,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes from the headers, or from config.json alone; plan nothing.")
     ] = False,
-    context: Context = 8192,
-    concurrency: Concurrency = 16,
-    gpu_gib: GpuGib = 80.0,
+    service: ServiceFlags,
     as_json: Json = False,
 ) -> None:
     """Choose a width for every expert and write plan.json.
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --bits 1,2,3 -o plan.json
     """
-    progress, where = Progress(), expert_devices(device, None, False)[0]
+    progress, where, given = Progress(), first_device(device), text.data is not None
     if dry_run and output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.note_limits(source, layout, progress)
-        linear = linear_format(source, layout, linear_bits, linear_group_size)
-        settings = QuantizeSettings(group_size=checked_group_size(group_size), linear=linear)
-        options = plan_options(
-            source, layout, settings, avg_bits=avg_bits, bits=bits, budget_gib=budget_gib, overrides=overrides,
-            initial_model=initial_model, stats=stats, method=method, zeta=zeta, promotion=promotion.value,
-            counts=counts.value, ranking=ranking and ranking.value, seed=seed, ranked=not dry_run,
-            calibrated=data is not None, quantizer=planned_quantizer(quantizer, data is not None),
-        )  # fmt: skip
+        linear, group_size = storage.linear(source, layout), storage.checked_group_size()
+        settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
+        options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
         show.announce(options, progress)
-        if data is not None and stats is not None:
-            raise UsageError("--data and --stats: expected one of them, found both")
-        if data is not None and not uses_text(method, None):
-            raise UsageError(f"--data: the method {method} does not read a text")
-        text = None if data is None else read_calibration(source, data, samples, seq_len, seed)
-        with with_statistics(source, layout, options, text, where, None, progress) as known:
+        _check_text(planning, text)
+        found = text.read(source, planning.seed) if given else None
+        with with_statistics(source, layout, options, found, where, None, progress) as known:
             made = make_plan(source, layout, known, progress)
         if dry_run:
-            needs = plan_needs(source, layout, options, Reading.of(text), where)
-            report_plan_needs(source, layout, made, settings, needs, Service(context, concurrency, gpu_gib), as_json)
+            needs = plan_needs(source, layout, options, Reading.of(found), where)
+            report_plan_needs(source, layout, made, settings, needs, service.service(), as_json)
             return
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
     if output is not None:
@@ -119,3 +80,15 @@ def plan_command(
         show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
     else:
         show.print_plan(made, sizes)
+
+
+def _check_text(planning: PlanFlags, text: TextFlags) -> None:
+    """Refuse a text that the plan would not read.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if text.data is not None and planning.stats is not None:
+        raise UsageError("--data and --stats: expected one of them, found both")
+    if text.data is not None and not planning.reads_text:
+        raise UsageError(f"--data: the method {planning.method} does not read a text")

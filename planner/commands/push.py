@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.commands import show
-from planner.commands.flags import Folder, Json
+from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.common.units import size
 from planner.report.files import checkpoint_files

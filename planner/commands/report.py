@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from planner.commands import show
-from planner.commands.flags import Folder, Json
+from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.model.hub import resolve_model
 from planner.model.source import SourceModel

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import typer
 
-from planner.commands.flags import Folder
+from planner.commands.flags.common import Folder
 from vllm_moeq.format import QUANT_METHOD, UsageError, verify
 
 SERVER = "vllm.entrypoints.openai.api_server"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.commands import show
-from planner.commands.flags import Folder, Json
+from planner.commands.flags.common import Folder, Json
 from vllm_moeq.format import verify
 
 

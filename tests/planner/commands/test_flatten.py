@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import typer
@@ -19,6 +19,7 @@ class Paint:
     colour: Annotated[str, typer.Option("--colour", help="Of the wall."), OneOf(COLOURS)] = "red"
     second: Annotated[str | None, typer.Option("--second"), OneOf(COLOURS)] = None
     coats: Annotated[int, typer.Option("--coats", min=1)] = 1
+    tool: Annotated[Literal["brush", "roller"] | None, typer.Option("--tool")] = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def runs(group: type[Paint], seen: Seen, *arguments: str) -> str:
     ("arguments", "expected"),
     [
         ((), Paint()),
-        (("--colour", "blue", "--second", "red", "--coats", "2"), Paint("blue", "red", 2)),
+        (("--colour", "blue", "--second", "red", "--coats", "2", "--tool", "brush"), Paint("blue", "red", 2, "brush")),
     ],
 )
 def test_the_function_gets_the_group(arguments: tuple[str, ...], expected: Paint) -> None:
@@ -66,6 +67,7 @@ def test_choices_and_help_are_shown() -> None:
     shown = runs(Paint, [], "--help")
     assert "Paint a wall." in shown
     assert "red|blue" in shown
+    assert "brush|roller" in shown
     assert "Of the wall." in shown
 
 

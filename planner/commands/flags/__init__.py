@@ -1,0 +1,1 @@
+"""The flags that several commands have, each defined once; dataclasses group them."""

@@ -1,0 +1,25 @@
+"""The flags that say what a dry run's output is to serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from planner.estimates import Service
+
+
+@dataclass(frozen=True)
+class ServiceFlags:
+    """The load that the quantized model is to serve."""
+
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Dry run: tokens of each request that is served.")
+    ] = 8192
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Dry run: requests served at a time.")] = 16
+    gpu_gib: Annotated[float, typer.Option("--gpu-gib", help="Dry run: memory of one GPU, GiB.")] = 80.0
+
+    def service(self) -> Service:
+        """Return the load, for estimates."""
+        return Service(self.context, self.concurrency, self.gpu_gib)
