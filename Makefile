@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo docs test test-all lint fuzz audit bench paper compare clean
+.PHONY: setup browser demo docs check test test-all lint fuzz audit bench paper compare clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict planner vllm_moeq
+	$(BIN)/mypy tests benchmarks
 
 # What looks at the report; installed where it is missing and can be, otherwise those tests are skipped and say so.
 browser:
@@ -44,14 +45,24 @@ browser:
 		false; \
 	fi || echo "no browser: the tests that look at the report will be skipped; install Chromium"
 
-# Everything but the full serving matrix. A process per core with one thread each takes half the time of one process with
-# a thread per core; of servers two at a time, since they mostly import while they start.
-test: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not server and not matrix" -n logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m "server and not matrix" -n logical --maxprocesses 2 --dist loadfile
+# Three tiers. A process per core with one thread each takes half the time of one process with a thread per core; of
+# servers two at a time, since they mostly import while they start.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+SERVERS = $(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile
 
+# What needs no server, no compiler, no browser and no network.
+check: lint
+	$(TESTS) -m "not (server or compiler or browser or slow or full or gpu)"
+
+# What CI runs: everything that guards users.
+test: lint browser
+	$(TESTS) -m "not (server or full)"
+	$(SERVERS) -m "server and not full"
+
+# And every architecture × TP 1, TP 2, TP 2 + EP, every variant of the kernels, every combination.
 test-all: test
-	$(BIN)/python -m pytest -m matrix
+	$(TESTS) -m "full and not server"
+	$(BIN)/python -m pytest -m "full and server"
 
 # Ten minutes per target, guided by coverage; a crash leaves its input in build/fuzz.
 FUZZ_SECONDS ?= 600

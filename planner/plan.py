@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from planner.model.layout import Layout
 from planner.output.files import validated, write_json
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
-from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Bits, Ids, Name, Strict, Widths
+from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Average, Bits, Ids, Name, Strict, Widths
 
 IMPORTED = "imported"
 """Method in the plan of a checkpoint that another program quantized."""
@@ -45,8 +45,8 @@ class Plan(Strict):
     version: Literal[1]
     method: Annotated[str, Field(max_length=64)]
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
-    avg_bits: Annotated[float, Field(ge=1, le=8)]
-    achieved_avg_bits: Annotated[float, Field(ge=1, le=8)]
+    avg_bits: Average
+    achieved_avg_bits: Average
     experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
     order: dict[Name, Ids] = Field(default_factory=dict)
     scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)

@@ -13,7 +13,7 @@ BLACK, WHITE = "#000000", "#ffffff"
 
 
 @dataclass(frozen=True)
-class Scheme:
+class ColourScheme:
     """Colours on one background.
 
     Attributes:
@@ -29,13 +29,13 @@ class Scheme:
     parts: tuple[str, ...]
 
 
-LIGHT = Scheme(
+LIGHT = ColourScheme(
     names={"page": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "rule": "#d9dee4", "panel": "#f5f7f9"},
     widths={1: "#c4501b", 2: "#f2b04e", 3: "#a3d3ee", 4: "#3f8cc0", 8: "#3b2f7a"},
     steps=("#e6f1ed", "#c6e2d9", "#9dcdbf", "#6fb3a2", "#459584", "#277465", "#0f4f45"),
     parts=("#8d7fb0", "#c3bcd6", "#c9ced4"),
 )
-DARK = Scheme(
+DARK = ColourScheme(
     names={"page": "#14171b", "ink": "#e6e9ed", "muted": "#9aa4af", "rule": "#343b44", "panel": "#1c2127"},
     widths={1: "#cf5722", 2: "#f0b354", 3: "#9ccbe6", 4: "#3f8cc0", 8: "#5f4fc4"},
     steps=("#1b322d", "#1f463d", "#245e52", "#317a6a", "#4c9a87", "#7fbfad", "#bfe5d9"),
@@ -61,7 +61,7 @@ def ink_on(fill: str) -> str:
     return max((BLACK, WHITE), key=lambda ink: contrast(ink, fill))
 
 
-def css_variables(scheme: Scheme) -> str:
+def css_variables(scheme: ColourScheme) -> str:
     """Return the declarations of a scheme: ``--b3`` and ``--s0`` are fills, ``--b3-ink`` is read on one of them."""
     fills = {f"b{bits}": colour for bits, colour in scheme.widths.items()}
     fills |= {f"s{step}": colour for step, colour in enumerate(scheme.steps)}

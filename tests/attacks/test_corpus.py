@@ -19,6 +19,8 @@ from vllm_moeq.format import PACKED, SCALE, ZERO, MoeqError, load_config, verify
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2.0
 BYTES = 200 << 20
 SHARD_IDS = ("w1", "w3", "w2")

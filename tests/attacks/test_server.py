@@ -11,6 +11,9 @@ import pytest
 from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from tests.attacks.forge import filled, ours, point, shard, tensor
 from tests.serving.conftest import MODELS, MOEQ
+from tests.tiers import thorough
+
+pytestmark = pytest.mark.slow
 
 FLAGS = ["--max-model-len", "128", "--max-num-seqs", "2", "--dtype", "bfloat16", "--enforce-eager"]
 LAYER = "model.layers.0.block_sparse_moe.experts"
@@ -32,7 +35,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", thorough(ATTACKS, ["scale NaN", "traversal"]))
 def test_the_server_refuses(name: str, quantized: Path, tmp_path: Path) -> None:
     change, words = ATTACKS[name]
     folder = Path(shutil.copytree(quantized, tmp_path / "model"))

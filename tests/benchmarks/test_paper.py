@@ -15,6 +15,8 @@ from benchmarks.replication.paper import run as paper
 from benchmarks.replication.paper.common import Result, markdown_table
 from benchmarks.replication.paper.tables import ABLATION, ZETAS
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("figure2", "figure9", "figure10", "figure11", "table2", "table5")
 LAYERS, EXPERTS = 4, 8
 MODEL = paper.SHIPPED[0]

@@ -33,6 +33,8 @@ from benchmarks.replication.switch.text import (
 )
 from benchmarks.replication.switch.train import PAPER_SIGMA, QUICK, Model, moe_layers, objective, routers
 
+pytestmark = pytest.mark.slow
+
 LAYERS, EXPERTS = 2, QUICK.experts
 METHODS = ("change", "change + MaxVar", "norm", "norm + MaxVar", "frequency", "weight", "random")
 

@@ -16,6 +16,8 @@ import torch
 from tests.faults.commands import COMMANDS, FAULTS, SOURCE, Command, prepare, run, start
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
 GOOD = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from tests.architectures import EXPERTS, TINY
@@ -11,6 +12,8 @@ from tests.hf.conftest import Pair, logits
 from vllm_moeq.format import verify
 from vllm_moeq.hf import RoutedExperts
 from vllm_moeq.kernels.cpu.layer import NativeLayer
+
+pytestmark = pytest.mark.compiler
 
 
 def dtypes(model: Any, packed: Any) -> dict[str, torch.dtype]:

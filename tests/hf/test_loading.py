@@ -19,6 +19,8 @@ from vllm_moeq.hf import MoeqQuantizationConfig, RoutedExperts
 from vllm_moeq.kernels import VARIABLE
 from vllm_moeq.kernels.cpu import build
 
+pytestmark = pytest.mark.compiler
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1"
 Change = Callable[..., Any]
 

@@ -14,6 +14,8 @@ from tests.hf.conftest import Pair, dense_of, logits
 from tests.paths import MODELS
 from tests.tasks import write_task
 
+pytestmark = pytest.mark.compiler
+
 PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 

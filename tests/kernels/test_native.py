@@ -11,8 +11,7 @@ from vllm_moeq.kernels import PackedExperts, PackedMatrices, ReferenceLayer, mak
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
 
-pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
-
+pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 """Largest ‖difference‖ / ‖exact‖; those of 16 bits are the roundings of the result, which nobody can avoid."""
 

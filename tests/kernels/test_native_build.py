@@ -19,6 +19,8 @@ from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import choose, make_layer
 from vllm_moeq.kernels.cpu import build
 
+pytestmark = pytest.mark.compiler
+
 ROOT = Path(__file__).parents[2]
 
 

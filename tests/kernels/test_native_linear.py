@@ -10,8 +10,7 @@ from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, instruction_sets
 from vllm_moeq.kernels.cpu.linear import NativeLinear
 
-pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
-
+pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 """Largest ‖difference‖ / ‖exact‖; those of 16 bits are the roundings of the result, which nobody can avoid."""
 

@@ -13,7 +13,7 @@ from vllm_moeq.kernels import PackedMatrices
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import repack
 
-pytestmark = pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
+pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 
 
 def chunk_codes(vectors: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ import pytest
 
 from vllm_moeq.kernels.cpu import build
 
+pytestmark = pytest.mark.compiler
+
 # Without optimization: instrumented and optimized, the inlined kernels would take minutes to compile.
 PARTS = ("host.cpp", "repack.cpp", "isa_scalar.cpp", "isa_avx2.cpp")
 DRIVER = ("native_driver.cpp", "emulated_avx512.cpp", "emulated_vnni.cpp")

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.tiers import thorough
+
+pytestmark = pytest.mark.compiler
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,10 +30,11 @@ def run(script: str, *flags: str) -> str:
 
 
 SETTINGS = [
-    "--arch sm_90 --widths 1,2,3",
-    "--arch sm_80 --widths 2,3",
+    "--arch sm_90 --widths 3",
+    pytest.param("--arch sm_90 --widths 1,2,3", marks=pytest.mark.full),
+    pytest.param("--arch sm_80 --widths 2,3", marks=pytest.mark.full),
     *(
-        pytest.param(f"--arch {arch} --widths 1,2,3,4,8 --dtype {dtype} --group-size {group}", marks=pytest.mark.matrix)
+        pytest.param(f"--arch {arch} --widths 1,2,3,4,8 --dtype {dtype} --group-size {group}", marks=pytest.mark.full)
         for arch in ("sm_80", "sm_90")
         for dtype, group in (("bf16", 128), ("fp16", 32))
     ),
@@ -64,7 +69,7 @@ def test_fits_the_shared_memory_of_small_gpus(rows: list[dict[str, Any]]) -> Non
         assert row["shared_bytes"] <= 99 * 1024, row
 
 
-@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "gfx942"])
+@pytest.mark.parametrize("arch", thorough(["sm_80", "sm_86", "sm_89", "gfx942"], ["gfx942"]))
 def test_compiles_for_other_gpus(arch: str) -> None:
     script = f"""
 from benchmarks.kernels.kernel_static import compile_variant, variants

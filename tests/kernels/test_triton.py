@@ -16,6 +16,7 @@ from tests.kernels.layers import (
     random_matrices,
     random_routing,
 )
+from tests.tiers import thorough
 from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
 from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer, sums_of
@@ -27,7 +28,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GROUPS = [32, 64, 128, -1]
-pytestmark = [pytest.mark.gpu] if GPU else []
+pytestmark = [pytest.mark.slow, *([pytest.mark.gpu] if GPU else [])]
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -44,8 +45,8 @@ def run(
     return TritonLayer(packed)(x, weights, ids), exact(packed, x, weights, ids)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 65])
-@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("tokens", thorough([1, 3, 16, 65], [3, 65]))
+@pytest.mark.parametrize("group_size", thorough(GROUPS, [64, -1]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch.dtype) -> None:
     """Rows of the identity matrix pick columns: (q − zero)·scale bit for bit, for every width."""
@@ -65,8 +66,8 @@ def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch
     assert torch.equal(out[0], expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 65])
-@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("tokens", thorough([1, 3, 16, 65], [3, 65]))
+@pytest.mark.parametrize("group_size", thorough(GROUPS, [64, -1]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_agrees_with_float64(tokens: int, group_size: int, dtype: torch.dtype) -> None:
     packed = random_layer(BIT_WIDTHS, 256, 128, group_size, device=DEVICE)
@@ -95,7 +96,7 @@ def test_slices_of_tensor_parallelism(group_size: int, offset: int, intermediate
     assert difference(found, expected) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("tokens", thorough([1, 5, 16, 17, 40], [5, 17]))
 @pytest.mark.parametrize("routing", EDGE_ROUTINGS)
 def test_edge_routing(tokens: int, routing: str) -> None:
     packed = random_layer([1, 3, 2, 3], 128, 64, 64, device=DEVICE)
@@ -128,7 +129,7 @@ def test_every_schedule(schedule: object, monkeypatch: pytest.MonkeyPatch) -> No
     assert difference(found, expected) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("splits", thorough([1, 2, 4, 8], [4]))
 def test_splitting_the_input_dimension(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = random_layer([8, 1, 3, 2], 128, 640, 128, device=DEVICE)
     monkeypatch.setattr(TritonLayer, "_splits", lambda *_: splits)

@@ -11,6 +11,8 @@ from vllm_moeq.format import PACKED, Linear, UsageError, linear_values
 from vllm_moeq.kernels import VARIABLE
 from vllm_moeq.kernels.cpu import build
 
+pytestmark = pytest.mark.compiler
+
 ROWS, COLUMNS, GROUP = 48, 128, 64
 
 

@@ -10,6 +10,8 @@ from benchmarks.serving.load import run
 from planner.evaluation import read_text
 from tests.serving.conftest import Pair
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.server
 def test_answers_under_load_are_those_of_an_idle_server(mixtral: Pair, tmp_path: Path) -> None:

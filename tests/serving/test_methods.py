@@ -14,6 +14,9 @@ from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
 from tests.serving.conftest import MODELS, MOEQ
+from tests.tiers import thorough
+
+pytestmark = pytest.mark.slow
 
 SOURCE = MODELS / "stdlib-mixtral"
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "4", "--dtype", "bfloat16", "--enforce-eager"]
@@ -44,7 +47,7 @@ def served_losses(folder: Path, texts: list[str], log: Path) -> list[tuple[float
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("method", ["kl", "pmq", "bsp"])
+@pytest.mark.parametrize("method", thorough(["kl", "pmq", "bsp"], ["bsp"]))
 def test_every_plan_is_served(method: str, stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     flags = ["--method", method, "--stats", stats, "--avg-bits", "2.25"]

@@ -15,6 +15,8 @@ import torch
 from tests.serving.conftest import MOEQ, Pair
 from tests.serving.test_server import Answer, ask, prompts
 
+pytestmark = pytest.mark.slow
+
 THRESHOLD = 0.5
 LAYERS = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 CONFIG: dict[str, Any] = {
@@ -135,7 +137,7 @@ def difference(expected: list[torch.Tensor], answers: list[Answer]) -> float:
     ("ranks", "extra"),
     [
         (1, []),
-        pytest.param(2, ["--tensor-parallel-size", "2", "--enable-expert-parallel"], marks=pytest.mark.matrix),
+        pytest.param(2, ["--tensor-parallel-size", "2", "--enable-expert-parallel"], marks=pytest.mark.full),
     ],
     ids=["tp1", "tp2-ep"],
 )

@@ -11,6 +11,8 @@ import torch
 
 from vllm_moeq.format import ConfigError, Linear
 
+pytestmark = pytest.mark.slow
+
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -20,6 +20,8 @@ from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from tests.conftest import bound_to_cores
 from tests.serving.conftest import MODELS, Pair
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = 16
 NEW_TOKENS = 32
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16"]
@@ -112,7 +114,7 @@ def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: P
 
 
 @pytest.mark.server
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "extra"),
     [(1, []), (2, []), (2, ["--enable-expert-parallel"])],
@@ -132,7 +134,7 @@ def test_matrix(
 
 
 @pytest.mark.server
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "extra"), [(1, []), (2, ["--enable-expert-parallel"])], ids=["tp1", "tp2-ep"])
 def test_fused_kernel_in_the_server(ranks: int, extra: list[str], mixtral: Pair, tmp_path: Path) -> None:
     """The GPU's way through vLLM, with Triton's interpreter in the GPU's place: a second per layer and step."""
@@ -147,7 +149,7 @@ def test_fused_kernel_in_the_server(ranks: int, extra: list[str], mixtral: Pair,
 
 
 @pytest.mark.server
-@pytest.mark.matrix
+@pytest.mark.full
 def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path) -> None:
     texts = prompts(mixtral.source)
     total = count = 0.0

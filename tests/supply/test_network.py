@@ -13,6 +13,8 @@ from planner.evaluation.vllm_server import Server, cpu_environment
 from tests.paths import MIXTRAL, ROOT
 from tests.serving.conftest import MOEQ
 
+pytestmark = pytest.mark.slow
+
 GUARD = '''
 """Python imports this module when it starts: look-ups of names and connections beyond this machine are noted."""
 
@@ -90,6 +92,7 @@ def test_importing_verifying_and_loading(guarded: tuple[dict[str, str], Path], q
 
 
 @pytest.mark.server
+@pytest.mark.full
 def test_serving(guarded: tuple[dict[str, str], Path], tmp_path: Path) -> None:
     from openai import OpenAI
 

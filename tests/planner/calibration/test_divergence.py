@@ -21,6 +21,8 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import MIXTRAL, MODELS
 
+pytestmark = pytest.mark.slow
+
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)

@@ -33,6 +33,8 @@ from tests.paths import MIXTRAL, MODELS
 from tests.planner.folders import contents
 from vllm_moeq.format import SCALE, ZERO
 
+pytestmark = pytest.mark.slow
+
 TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]

@@ -24,6 +24,8 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import MIXTRAL, MODELS
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)
 TERMS = {"projected": projected, "isotropic": isotropic, "gemq": elementwise}

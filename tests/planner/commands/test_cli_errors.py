@@ -12,6 +12,8 @@ import pytest
 
 from vllm_moeq.format import verify
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.block_sparse_moe.experts"
 
 Moeq = Callable[..., Any]

@@ -11,6 +11,8 @@ import pytest
 
 from planner.commands.completion import one_of, some_of
 
+pytestmark = pytest.mark.slow
+
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 
 

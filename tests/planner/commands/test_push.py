@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import Outcome
 from tests.planner.hub import READ_ONLY, TOKEN, Hub, open_hub
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/tiny-2bit"
 Moeq = Callable[..., Outcome]
 Push = Callable[..., Outcome]

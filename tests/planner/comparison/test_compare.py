@@ -15,6 +15,8 @@ import torch
 from tests.conftest import Outcome, run_here
 from tests.paths import MIXTRAL, MODELS
 
+pytestmark = pytest.mark.slow
+
 TEXT = MODELS / "calibration.jsonl"
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS = 2048

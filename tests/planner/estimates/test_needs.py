@@ -21,6 +21,8 @@ from planner.model.source import SourceModel
 from tests.paths import MIXTRAL, MODELS
 from vllm_moeq.format import UsageError
 
+pytestmark = pytest.mark.slow
+
 TEXT = MODELS / "calibration.jsonl"
 MOEQ = str(Path(sys.executable).with_name("moeq"))
 GPTQ = ("--data", TEXT, "--samples", "16", "--seq-len", "512", "--method", "router-norm-maxvar")
@@ -47,8 +49,15 @@ def peak(*arguments: object) -> int:
     return found
 
 
-@pytest.mark.parametrize("flags", [("--quantizer", "rtn"), GPTQ], ids=["rtn", "gptq"])
-@pytest.mark.parametrize("name", ["stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        pytest.param("stdlib-mixtral", ("--quantizer", "rtn"), id="mixtral-rtn"),
+        pytest.param("stdlib-qwen3-moe", ("--quantizer", "rtn"), id="qwen-rtn", marks=pytest.mark.full),
+        pytest.param("stdlib-mixtral", GPTQ, id="mixtral-gptq", marks=pytest.mark.full),
+        pytest.param("stdlib-qwen3-moe", GPTQ, id="qwen-gptq"),
+    ],
+)
 def test_quantizing_takes_what_was_announced(name: str, flags: tuple[object, ...], tmp_path: Path) -> None:
     arguments = ("quantize", MODELS / name, "--avg-bits", "2.5", *flags, "-o", tmp_path / "out")
     needs = announced(*arguments)["needs"]
@@ -79,7 +88,10 @@ def test_exporting_takes_what_was_announced(flags: tuple[str, ...], quantized_mi
     assert needs["ram_bytes"] == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("more", [(), ("--reference", MIXTRAL)], ids=["alone", "reference"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), id="alone", marks=pytest.mark.full), pytest.param(("--reference", MIXTRAL), id="reference")],
+)
 def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path: Path) -> None:
     model = MIXTRAL
     arguments = ("eval", model, "--data", model / "held_out.txt", "--max-tokens", "6000", *more, "-o", tmp_path / "out")
@@ -89,6 +101,7 @@ def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path:
     assert needs["seconds"] > 0
 
 
+@pytest.mark.full
 def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
     model, output = MIXTRAL, tmp_path / "out"
     wanted = ("--methods", "router-norm-maxvar,weight", "--avg-bits", "2,2.5", "--data", TEXT, "--samples", "4")

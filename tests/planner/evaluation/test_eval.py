@@ -24,6 +24,8 @@ from tests.conftest import Outcome, run_here
 from tests.paths import MIXTRAL
 from vllm_moeq.format import verify
 
+pytestmark = pytest.mark.slow
+
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS, WINDOW = 1100, 256
 READ = ("--data", HELD_OUT, "--max-tokens", TOKENS, "--window", WINDOW)

@@ -21,6 +21,8 @@ from tests.conftest import Outcome, run_here
 from tests.paths import MIXTRAL
 from tests.planner.evaluation.test_tasks import accuracies, code_documents, write_task
 
+pytestmark = pytest.mark.slow
+
 READ = ("--data", MIXTRAL / "held_out.txt", "--max-tokens", 2501, "--window", 250)
 NUMBERS = ("perplexity", "perplexity_error", "reference_perplexity", "kl")
 

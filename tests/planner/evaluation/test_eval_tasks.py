@@ -17,6 +17,8 @@ from tests.paths import MIXTRAL
 from tests.planner.evaluation.test_tasks import accuracies, code_documents
 from tests.tasks import write_task
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 6
 
 ROLLING = """\

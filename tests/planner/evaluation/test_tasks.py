@@ -21,6 +21,8 @@ from tests.paths import MIXTRAL
 from tests.tasks import write_task
 from vllm_moeq.format import ConfigError, UsageError
 
+pytestmark = pytest.mark.slow
+
 MODEL = MIXTRAL
 
 GROUP = """\

@@ -22,6 +22,8 @@ from planner.model.architectures import ARCHITECTURES
 from tests.paths import MIXTRAL, MODELS, QWEN
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("gptqmodel_process.py")
 QUIET = Progress(quiet=True)
 TOKENS = 128

@@ -22,6 +22,8 @@ from planner.model.source import SourceModel
 from tests.architectures import EXPERTS, FP4, TINY, build, quantize
 from vllm_moeq.format import CheckpointError, ShardSet, UsageError, expert_matrices, load_config, verify
 
+pytestmark = pytest.mark.slow
+
 Moeq = Callable[..., Any]
 
 

@@ -15,6 +15,8 @@ import pytest
 from tests.paths import MIXTRAL
 from tests.planner.hub import Hub, open_hub
 
+pytestmark = pytest.mark.slow
+
 MODEL = MIXTRAL
 NAME = "someone/stdlib-mixtral"
 MOEQ = str(Path(sys.executable).with_name("moeq"))

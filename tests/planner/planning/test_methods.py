@@ -19,6 +19,8 @@ from planner.planning.methods import METHODS
 from tests.conftest import Outcome, run_here
 from tests.paths import MIXTRAL, MODELS
 
+pytestmark = pytest.mark.slow
+
 TEXT = MODELS / "calibration.jsonl"
 READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]

@@ -17,6 +17,8 @@ from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings, quanti
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError, column_order, factorize
 from vllm_moeq.format import BIT_WIDTHS, CheckpointError
 
+pytestmark = pytest.mark.slow
+
 PLAIN = GptqSettings(act_order="none", search="range")
 
 

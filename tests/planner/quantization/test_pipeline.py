@@ -28,6 +28,8 @@ from planner.quantization.settings import QuantizeSettings
 from tests.paths import MIXTRAL
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, pack, verify
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.block_sparse_moe.experts"
 SETTINGS = QuantizeSettings(group_size=32, linear=Linear(bits=4, group_size=32))
 FIRST_SHARD = "model-00001-of-00003.safetensors"

@@ -28,6 +28,8 @@ from tests.paths import MIXTRAL
 from tests.planner.folders import contents
 from vllm_moeq.format import UsageError, verify
 
+pytestmark = pytest.mark.slow
+
 SOURCE = MIXTRAL
 KILLS = 10
 

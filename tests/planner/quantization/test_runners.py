@@ -27,6 +27,8 @@ from planner.quantization.settings import QuantizeSettings
 from planner.report.card import write_card
 from vllm_moeq.format import Linear, MoeqError, UsageError, verify
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = QuantizeSettings(group_size=32, linear=Linear(bits=4, group_size=32))
 
 Change = Callable[..., Any]

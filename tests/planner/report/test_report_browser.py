@@ -19,9 +19,8 @@ from tests.planner.report.synthetic import synthetic
 from tests.planner.report.test_report import EVALUATIONS, MIXTRAL
 
 BROWSER = find_browser()
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium: make browser installs it where apt-get and root are"
-)
+NO_BROWSER = "no Chromium: make browser installs it where apt-get and root are"
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)]
 
 SCHEMES = ("light", "dark")
 WIDE = 1280
