@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,12 @@ import typer
 
 from planner.commands import show
 from planner.commands.flags.common import DryRun, Folder, Json, NewFolder
+from planner.commands.flatten import OneOf
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
 from planner.estimates.exchange import export_needs, import_needs
+from planner.exchange.autogptq import export_gptq, import_gptq
+from planner.exchange.autogptq.layout import Version
 from planner.exchange.dense import export_dense
 from planner.model.hub import resolve_model
 from planner.output.unfinished import check_output
@@ -21,32 +25,48 @@ from planner.report.card import write_card
 from vllm_moeq.format import UsageError
 
 
-class Format(StrEnum):
-    """Formats to export to."""
+@dataclass(frozen=True)
+class Format:
+    """A format to export to.
 
-    bf16 = "bf16"
-    f32 = "f32"
-    gptq = "gptq"
+    Attributes:
+        write: makes the output; it takes the checkpoint, the folder to create, ``--zero-points`` and a progress.
+        item_bytes: bytes of a dense weight; None where weights stay packed.
+        zero_points: whether the format stores zero points.
+    """
+
+    write: Callable[[Path, Path, Version | None, Progress], None]
+    item_bytes: int | None = None
+    zero_points: bool = False
 
 
-DENSE = {Format.bf16: torch.bfloat16, Format.f32: torch.float32}
+def _dense(dtype: torch.dtype) -> Format:
+    """Return the format of an ordinary model, with weights of this type."""
+    return Format(lambda folder, output, _, progress: export_dense(folder, output, progress, dtype), dtype.itemsize)
 
 
-class StoredZeros(StrEnum):
-    """How AutoGPTQ's format stores zero points."""
+def _write_gptq(folder: Path, output: Path, version: Version | None, progress: Progress) -> None:
+    export_gptq(folder, output, version or "v2", progress)
 
-    v1 = "v1"
-    v2 = "v2"
+
+FORMATS = {
+    "bf16": _dense(torch.bfloat16),
+    "f32": _dense(torch.float32),
+    "gptq": Format(_write_gptq, zero_points=True),
+}
+"""The formats by name; a new one is a row here."""
 
 
 def export_command(
     folder: Folder,
     output: NewFolder,
     format_: Annotated[
-        Format, typer.Option("--format", help="bf16, f32: dense, for any server; gptq: packed, for GPTQModel.")
-    ] = Format.bf16,
+        str,
+        typer.Option("--format", help="bf16, f32: dense, for any server; gptq: packed, for GPTQModel."),
+        OneOf(FORMATS),
+    ] = "bf16",
     zero_points: Annotated[
-        StoredZeros | None,
+        Version | None,
         typer.Option("--zero-points", help="For gptq: stored as they are (v2, the default) or less one (v1)."),
     ] = None,
     dry_run: DryRun = False,
@@ -57,17 +77,14 @@ def export_command(
     Example: moeq export Mixtral-8x7B-2.5bit -o Mixtral-8x7B-2.5bit-dense
     """
     check_output(output)
-    if format_ in DENSE and zero_points is not None:
-        raise UsageError(f"--zero-points: expected --format gptq with it, found --format {format_.value}")
+    chosen = FORMATS[format_]
+    if zero_points is not None and not chosen.zero_points:
+        names = " or ".join(name for name, row in FORMATS.items() if row.zero_points)
+        raise UsageError(f"--zero-points: expected --format {names} with it, found --format {format_}")
     if dry_run:
-        report_needs("exporting", export_needs(folder, DENSE[format_].itemsize if format_ in DENSE else None), as_json)
+        report_needs("exporting", export_needs(folder, chosen.item_bytes), as_json)
         return
-    if format_ in DENSE:
-        export_dense(folder, output, Progress(), DENSE[format_])
-    else:
-        from planner.exchange.autogptq import export_gptq
-
-        export_gptq(folder, output, (zero_points or StoredZeros.v2).value, Progress())
+    chosen.write(folder, output, zero_points, Progress())
     _done(output, as_json)
 
 
@@ -81,8 +98,6 @@ def import_command(
 
     Example: moeq import Mixtral-8x7B-gptq -o Mixtral-8x7B-imported
     """
-    from planner.exchange.autogptq import import_gptq
-
     check_output(output)
     if dry_run:
         report_needs("importing", import_needs(resolve_model(model)), as_json)
