@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,17 +22,8 @@ from planner.commands.report import report_command
 from planner.commands.serve import serve_command
 from planner.commands.verify import verify_command
 from planner.common.memory import out_of_memory
+from vllm_moeq import __version__
 from vllm_moeq.format import MoeqError
-
-app = typer.Typer(
-    name="moeq",
-    help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
-    epilog="Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_command,
@@ -46,13 +37,46 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_command,
     "push": push_command,
     "eval": eval_command,
-    "serve": serve_command,
 }
-FOR_VLLM = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""What typer has to be told where further flags are vLLM's."""
+"""Name → function, in the order of ``moeq --help``. ``serve`` follows: its further flags are vLLM's."""
 
-for _name, _function in COMMANDS.items():
-    app.command(_name, context_settings=FOR_VLLM if _name == "serve" else None)(flattened(_function))
+EXIT_CODES = "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error."
+
+
+def build_app() -> typer.Typer:
+    """Return the command with all subcommands."""
+    made = typer.Typer(
+        name="moeq",
+        help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
+        epilog=EXIT_CODES,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_flags_of_moeq)
+    for name, function in COMMANDS.items():
+        made.command(name)(flattened(function))
+    theirs = {"allow_extra_args": True, "ignore_unknown_options": True}
+    made.command("serve", context_settings=theirs)(flattened(serve_command))
+    return made
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version number and end."""
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+def _flags_of_moeq(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the flags of ``moeq`` itself."""
+
+
+app = build_app()
 
 
 def main() -> NoReturn:

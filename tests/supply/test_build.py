@@ -98,11 +98,13 @@ def test_installed_elsewhere_it_works(
         "import importlib.metadata as m, planner, vllm_moeq, pathlib\n"
         "print(pathlib.Path(planner.__file__).parents[1], pathlib.Path(vllm_moeq.__file__).parents[1])\n"
         "print([e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'moeq'])\n"
+        "print(m.version('vllm-moeq'))\n"
     )
     found = subprocess.check_output([python, "-c", code], text=True, cwd=tmp_path, env=environment).splitlines()
     assert found[0] == f"{site} {site}"
     assert "vllm_moeq:register" in found[1]
     moeq = place / "bin" / "moeq"
+    assert subprocess.check_output([moeq, "--version"], text=True, env=environment).strip() == found[2]
     verified = subprocess.run([moeq, "verify", quantized_mixtral, "--json"], env=environment, capture_output=True)
     assert verified.returncode == 0
     assert b'"experts": 16' in verified.stdout

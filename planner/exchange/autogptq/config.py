@@ -9,9 +9,10 @@ from typing import Any
 from planner.exchange.autogptq.layout import FORMATS, Version
 from planner.exchange.autogptq.names import module_name
 from planner.model.architectures import Architecture
+from vllm_moeq import __version__
 from vllm_moeq.format import MoeqConfig
 
-PRODUCER = "vllm-moeq:0.1.0"
+PRODUCER = f"vllm-moeq:{__version__}"
 
 
 def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetric: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from planner.plan import read_plan
+from vllm_moeq import __version__
 
 LAYERS = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]
 COUNTS = {
@@ -190,6 +191,12 @@ def test_help_stands_alone(moeq: Moeq, command: tuple[str, ...]) -> None:
     outcome = moeq(*command, "--help")
     assert outcome.code == 0
     assert "Usage: moeq" in outcome.out
+
+
+def test_the_version(moeq: Moeq) -> None:
+    """``tests/supply/test_build.py`` compares it with an installation's."""
+    outcome = moeq("--version")
+    assert (outcome.code, outcome.out) == (0, f"{__version__}\n")
 
 
 def test_a_router_of_another_layer_decides_nothing(
