@@ -1,4 +1,4 @@
-"""What turning a checkpoint into another format takes."""
+"""Estimate the needs of converting a checkpoint to another format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from planner.model.hub import companions
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config
 
 HEADER_BYTES = 128
-"""Of a tensor in a shard's header and in the index."""
+"""Bytes of a tensor's entries in a shard's header and in the index."""
 
 
 def export_needs(folder: Path, item_bytes: int | None) -> Needs:
-    """Return what ``moeq export`` takes: dense weights of so many bytes, or (None) packed ones as they are.
+    """Return the needs of ``moeq export``. Weights take ``item_bytes`` each; with None they stay packed.
 
     Raises:
         MoeqError: a damaged checkpoint.
@@ -38,7 +38,7 @@ def export_needs(folder: Path, item_bytes: int | None) -> Needs:
 
 
 def import_needs(folder: Path) -> Needs:
-    """Return what ``moeq import`` takes: codes and scales as they are, under other names.
+    """Return the needs of ``moeq import``. It keeps codes and scales and changes their names.
 
     Raises:
         MoeqError: a damaged checkpoint.
