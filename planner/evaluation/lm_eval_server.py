@@ -59,7 +59,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token that precedes a text without context."""
+        """Token that precedes a text without context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 

@@ -90,7 +90,7 @@ def summarize(loss: torch.Tensor, divergence: torch.Tensor, same: torch.Tensor, 
 
 
 def perplexity_of(loss: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
-    """Return the perplexity and its standard error. The arguments are those of :func:`summarize`."""
+    """Return the perplexity and its standard error; see :func:`summarize` for the arguments."""
     mean, error = mean_of(loss, known)
     return math.exp(mean), math.exp(mean) * error
 

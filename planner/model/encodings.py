@@ -50,7 +50,7 @@ BLOCK = 128
 
 
 class Fp8Blocks(Codec):
-    """float8_e4m3fn with a float32 scale per 128 × 128 weights (DeepSeek-V3, MiniMax-M2): w = value · scale."""
+    """float8_e4m3fn values and a float32 scale per 128 × 128 weights (DeepSeek-V3, MiniMax-M2): w = value · scale."""
 
     def __init__(self) -> None:
         super().__init__(("", "_scale_inv"), 8 + 32 / BLOCK**2, torch.bfloat16)

@@ -143,7 +143,7 @@ def read_layout(model: SourceModel) -> Layout:
 def _sort(
     model: SourceModel, row: Architecture, blocks: frozenset[str], layers: Sequence[MoeLayer]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Sort the tensors besides expert matrices; return the names of linears, of tensors to keep and to leave out."""
+    """Sort all tensors but expert matrices; return the names of linears, of tensors to keep and to leave out."""
     routers = {layer.router for layer in layers}
     prefixes = tuple(f"{layer.prefix}." for layer in layers)
     linears, kept, left_out = [], [], []

@@ -183,7 +183,7 @@ def _fused(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
 
 
 def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Join the matrices of a layer's experts to the stored tensor. :class:`SourceTensors` does the reverse.
+    """Join the matrices of a layer's experts into the stored tensor. :class:`SourceTensors` does the reverse.
 
     Args:
         fused: layout of the stored tensor.

@@ -83,7 +83,7 @@ def _squared(values: torch.Tensor) -> float:
 
 
 def join_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
-    """Join consecutive rows to one matrix.
+    """Join consecutive rows into one matrix.
 
     Raises:
         ValueError: the scales of the parts differ in dtype.

@@ -106,7 +106,7 @@ def _search(
 def _round(
     block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and errors [B, G, N]."""
+    """Return the codes and the errors of rounding, [B, G, N] each."""
     inverse = torch.where(scale == 0, torch.ones_like(scale), 1 / scale)[:, None]
     codes = torch.addcmul(zero[:, None], block, inverse).round_().clamp_(0, steps)
     return codes, torch.addcmul(block, codes - zero[:, None], scale[:, None], value=-1)

@@ -67,13 +67,13 @@ class _Worker:
     """The parent's view of one process: its pipe, and its current task."""
 
     def __init__(self, runner: ProcessRunner, device: str) -> None:
-        context: Any = get_context(runner.start_method)  # typeshed knows no context that may be any
+        context: Any = get_context(runner.start_method)  # typeshed has no type for an arbitrary context
         pipes: tuple[Connection, Connection] = context.Pipe()
         self.pipe, theirs = pipes
         arguments = (theirs, runner.threads, device)
         self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
+        theirs.close()  # so that the pipe closes when the process ends
         self.task: Task[Any] | None = None
 
     def give(self, task: Task[Any]) -> None:
