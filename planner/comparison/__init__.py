@@ -1,1 +1,1 @@
-"""Which allocation is best for a model: every method's widths, evaluated side by side."""
+"""Compare allocation methods on a model: evaluate every method's widths side by side."""

@@ -1,4 +1,4 @@
-"""Where a candidate's experts come from: rounded on the spot, or a folder that a quantizer has written."""
+"""The experts of a candidate: quantized on demand, or read from a folder that a quantizer has written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Weights(Protocol):
     """The experts of one candidate."""
 
     def key(self, layer: MoeLayer, expert: int, /) -> Hashable:
-        """Return what decides an expert's matrices: candidates with equal keys share them."""
+        """Return a key for an expert's matrices. Candidates with equal keys share the matrices."""
 
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """Return an expert's dequantized matrices, in the decoder's dtype and on its device."""
@@ -29,13 +29,13 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """Quantized without calibration when they are needed.
+    """Experts that are quantized on demand, without calibration.
 
     Attributes:
         widths: experts prefix → bits per expert.
-        quantizer: for two bits and more.
-        one_bit: for one bit.
-        group_size: weights per scale.
+        quantizer: name of the quantizer for two bits and more.
+        one_bit: name of the quantizer for one bit.
+        group_size: weights per scale, or −1 for whole rows.
     """
 
     widths: Mapping[str, Sequence[int]]
@@ -57,7 +57,7 @@ class RoundedWeights:
 
 
 class CheckpointWeights:
-    """A checkpoint that moeq wrote."""
+    """Experts of a checkpoint that moeq wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,7 +73,7 @@ class CheckpointWeights:
 
 
 class DenseWeights:
-    """Matrices that were dequantized when they were made (:mod:`planner.comparison.slim`)."""
+    """Experts whose dequantized matrices are in a folder (:mod:`planner.comparison.slim`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,9 +94,10 @@ class Candidate:
     """One model to evaluate.
 
     Attributes:
-        name: unique, good for file names.
-        weights: its experts.
-        odp: experts whose routing weight is below this share of a token's largest are skipped, if not 0.
+        name: unique name that is fit for file names.
+        weights: the model's experts.
+        odp: threshold of ODP; an expert is skipped if its routing weight is below this share of the token's largest.
+            0 skips none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Every method's plan at every budget, quantized and evaluated side by side."""
+"""Quantize and evaluate the plans of every method at every budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
 
 Row = dict[str, Any]
-"""method, average, seed, odp, achieved, bytes, cost, scores and, of tasks, [value, standard error]."""
+"""One result: method, average, seed, odp, achieved, bytes, cost, scores, and [value, standard error] of each task."""
 
 
 def compare(
@@ -36,22 +36,22 @@ def compare(
     write: Callable[[list[Row]], None] | None = None,
     jobs: int = 1,
 ) -> list[Row]:
-    """Return one row for the original, and one per method, average, seed and ODP threshold. Continues a killed run.
+    """Return one row for the original, and one per method, average, seed and ODP threshold. Continue a killed run.
 
     Args:
-        model: the original.
-        layout: its layers.
+        model: the original model.
+        layout: the model's layout.
         wanted: what to compare.
         held_out: text on which the models are evaluated.
-        output: folder that the caller will write; unfinished results of an earlier run lie beside it.
-        device: where layers run.
-        progress: says how far it is.
+        output: folder that the caller will write; unfinished results of an earlier run are in a folder beside it.
+        device: device that layers run on.
+        progress: shows the progress.
         resume: continue an unfinished run instead of deleting it.
-        write: what to do with the rows before the results of the run are removed.
-        jobs: models that are quantized at a time, a process each.
+        write: function that saves the rows; it is called before the run's results are removed.
+        jobs: number of models that are quantized at a time, in a process each.
 
     Raises:
-        MoeqError: flags that cannot be met, damaged tensors, a full disk.
+        MoeqError: flags that a method cannot meet, damaged tensors, a full disk.
     """
     digest = hashlib.sha256(held_out.encode()).hexdigest()
     fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest}
@@ -72,14 +72,14 @@ def compare(
 
 
 def rows_of(run: ComparisonRun, found: Sequence[Entry], scores: Mapping[str, dict[str, Any]]) -> list[Row]:
-    """Return the original's row and those of the entries."""
+    """Return the row of the original, then one row per entry."""
     size = sum(info.nbytes for info in run.model.shards.tensors.values())
     original = {"method": ORIGINAL, "average": 16.0, "achieved": 16.0, "bytes": size, **scores[ORIGINAL]}
     return [original, *(_row(run, entry, scores[key_of(run, entry)]) for entry in found)]
 
 
 def _row(run: ComparisonRun, entry: Entry, scores: dict[str, Any]) -> Row:
-    """Return one line of the table."""
+    """Return the row of an entry."""
     settings = run.wanted.settings
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}
     experts: Mapping[str, Sequence[int]] = entry.plan.experts if entry.plan else same

@@ -1,4 +1,4 @@
-"""The plans that are compared, and what it took to make them."""
+"""Make the plans to compare, and measure the cost of making them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Entry:
     """One cell of the comparison.
 
     Attributes:
-        method: its name.
-        average: bits per expert weight that were asked for.
-        seed: of random orders and of the choice of calibration text.
-        plan: None for slim, whose widths no plan can hold.
-        cost: seconds and bytes that the choice took.
+        method: name of the method.
+        average: requested average bits per expert weight.
+        seed: seed for random orders and for the choice of calibration text.
+        plan: the plan; None for slim, whose widths per group no plan can hold.
+        cost: seconds, bytes of memory and forward passes for the choice of widths.
         odp: see :class:`planner.comparison.candidates.Candidate`.
     """
 
@@ -47,7 +47,7 @@ class Entry:
 
 
 def entries(run: ComparisonRun) -> list[Entry]:
-    """Return what is compared, methods in turn; those of equal widths are not left out.
+    """Return the entries of all methods, method by method. Entries with equal widths are all kept.
 
     Raises:
         MoeqError: flags that a method cannot meet.
@@ -59,7 +59,7 @@ def entries(run: ComparisonRun) -> list[Entry]:
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
-        # All that can be refused, before anything is calibrated.
+        # Refuse impossible flags before anything is calibrated.
         check_measures(METHODS[name].measures, run.model, run.layout, run.device)
         for average in averages:
             check_options(_options(run, name, average, 0, None))
@@ -77,19 +77,19 @@ def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats:
 
 
 def varies(name: str) -> bool:
-    """Tell whether a method depends on the seed."""
+    """Tell whether a method's result depends on the seed."""
     return METHODS[name].random or METHODS[name].calibrated or bool(METHODS[name].only_compared)
 
 
 def gives(name: str, average: Fraction) -> bool:
-    """Tell whether a method has a plan of so many bits."""
+    """Tell whether a method can make a plan with this average."""
     if METHODS[name].one_width:
         return average.denominator == 1 and int(average) in BIT_WIDTHS
     return True
 
 
 def _of_method(run: ComparisonRun, name: str, averages: list[Fraction], seed: int) -> Iterator[Entry]:
-    """Yield a method's plans for one seed; what calibration took counts for each of them."""
+    """Yield a method's plans for one seed. The cost of calibration counts for each plan."""
     method = METHODS[name]
     stats = _statistics(run, name, seed) if method.calibrated and averages else None
     for average in averages:
@@ -113,12 +113,15 @@ def _of_method(run: ComparisonRun, name: str, averages: list[Fraction], seed: in
 
 
 def choices_of(run: ComparisonRun, name: str) -> tuple[int, ...]:
-    """Return the widths that a method chooses from."""
+    """Return the widths that a method chooses from, in bits."""
     return run.wanted.bit_choices or METHODS[name].choices
 
 
 def _statistics(run: ComparisonRun, name: str, seed: int) -> Path:
-    """Return statistics of a seed's calibration text: those that a method needs and no others are in its seconds."""
+    """Return the file of statistics for a seed's calibration text, after collecting them if needed.
+
+    Only the method's own measures are collected, so that its cost contains no others.
+    """
     measures, choices = METHODS[name].measures, choices_of(run, name)
     known = "-".join(("statistics", *measures, "".join(map(str, choices)) if measures else "counts", str(seed)))
     path = run.folder / f"{known}.safetensors"

@@ -1,4 +1,4 @@
-"""Quantize what is compared, have it read the held-out text, and score it."""
+"""Quantize the compared models, run them over the held-out text, and score them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from planner.quantization.runners.processes import ProcessRunner
 from vllm_moeq.format import read_json
 
 AT_A_TIME = 1 << 30
-"""Bytes of hidden states of all candidates that are evaluated together."""
+"""Maximum bytes of hidden states of the candidates that are evaluated together."""
 
 ORIGINAL = "original"
 
 
 def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: str) -> dict[str, dict[str, Any]]:
-    """Return the scores of every distinct model by :func:`key_of`, and those of the original under :data:`ORIGINAL`.
+    """Return :func:`key_of` → scores for every distinct model, and the original's scores under :data:`ORIGINAL`.
 
     Args:
-        run: what to work with.
-        found: what is compared.
-        held_out: the text.
+        run: the comparison run.
+        found: the entries to compare.
+        held_out: the held-out text.
 
     Raises:
         MoeqError: a damaged tensor, a full disk, a task that lm-eval does not know.
@@ -76,14 +76,14 @@ def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: str) -> dict[
 
 
 def key_of(run: ComparisonRun, entry: Entry) -> str:
-    """Return a name of the model that an entry leads to; entries of one model share it."""
+    """Return a key for an entry's model. Entries that lead to the same model share the key."""
     text = entry.seed if run.wanted.settings.calibrated or entry.plan is None else 0
     widths = entry.plan.experts if entry.plan else f"{entry.method} at {entry.average}"
     return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
 
 
 def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
-    """Write the checkpoints of the entries that take a text or are to be asked tasks, as many at a time as ``jobs``."""
+    """Write the entries' checkpoints if the quantizer needs a text or tasks are evaluated, ``jobs`` at a time."""
     settings = run.wanted.settings
     if not settings.calibrated and not run.wanted.tasks:
         return
@@ -110,7 +110,7 @@ def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
 
 
 def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
-    """Return the experts of an entry: of a folder, written here for what no plan holds, or rounded when needed."""
+    """Return the experts of an entry: from a folder, or quantized on demand. Write the folder for an entry of slim."""
     settings, folder = run.wanted.settings, _folder(run, entry)
     if entry.plan is not None and (settings.calibrated or run.wanted.tasks):
         return CheckpointWeights(folder)
@@ -126,7 +126,7 @@ def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
 
 
 def _tasks(run: ComparisonRun, folder: Path) -> dict[str, Any]:
-    """Return the scores of lm-eval tasks, if any are asked for."""
+    """Return the scores of the requested lm-eval tasks; an empty dict without tasks."""
     if not run.wanted.tasks:
         return {}
     found = run_tasks(folder, run.wanted.tasks, limit=run.wanted.limit, device=str(run.device))
@@ -134,7 +134,7 @@ def _tasks(run: ComparisonRun, folder: Path) -> dict[str, Any]:
 
 
 def _folder(run: ComparisonRun, entry: Entry) -> Path:
-    """Return where an entry's experts are, which ODP does not change."""
+    """Return the folder of an entry's experts. ODP does not change it."""
     return run.folder / f"model-{key_of(run, replace(entry, odp=0.0))}"
 
 

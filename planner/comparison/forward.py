@@ -1,4 +1,4 @@
-"""Many candidates read a text at once, layer by layer; an expert's matrices are made once for all that share them."""
+"""Run many candidates over a text together, layer by layer. Candidates with equal expert matrices share them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def read_text(
     store: HiddenStates,
     progress: Progress,
 ) -> torch.Tensor:
-    """Return the last layer's output of each candidate [candidates, sequences, length, hidden], in a file.
+    """Return the last layer's output of each candidate [candidates, sequences, length, hidden], mapped from a file.
 
     Args:
         decoder: the original model.
         first: the first layer's input [sequences, length, hidden].
-        candidates: whose experts replace the model's.
-        linear: format of its other linears, the same for all candidates.
-        store: where hidden states go.
-        progress: says how far it is.
+        candidates: candidates whose experts replace the model's.
+        linear: format of the other linears, the same for all candidates.
+        store: store for the files of hidden states.
+        progress: shows the progress.
     """
     shape = (len(candidates) * len(first), *first.shape[1:])
     hidden, result = (store.scratch(f"candidates-{number}.bin", shape, store.dtype) for number in range(2))
@@ -53,7 +53,7 @@ def read_text(
 
 
 def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, torch.Tensor]:
-    """Return what quantization makes of a layer's other linears, by checkpoint name."""
+    """Return checkpoint name → quantized and dequantized weights, for a layer's linears that are not experts."""
     if linear.bits == 16:
         return {}
     found = {}
@@ -65,7 +65,7 @@ def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, t
 
 
 def prune(routed: Routed, candidates: Sequence[Candidate]) -> Routed:
-    """Skip the experts that a candidate's tokens hardly want, if it is to (``odp``)."""
+    """Drop the experts with a small routing weight for each candidate with an ODP threshold."""
     if not any(candidate.odp for candidate in candidates):
         return routed
     ids, weights = routed.ids.clone(), routed.weights.clone()
@@ -78,7 +78,7 @@ def prune(routed: Routed, candidates: Sequence[Candidate]) -> Routed:
 
 
 def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, candidates: Sequence[Candidate]) -> None:
-    """Add the outputs of every candidate's experts to ``routed.outputs``, one expert in memory at a time."""
+    """Add the outputs of every candidate's experts to ``routed.outputs``. One expert is in memory at a time."""
     span = len(routed.ids) // len(candidates)
     for expert in range(layer.num_experts):
         tokens, slots = routed.slots(expert)
@@ -95,7 +95,7 @@ def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, candidates: S
 
 
 def _sharing(layer: MoeLayer, expert: int, candidates: Sequence[Candidate]) -> Mapping[Hashable, list[int]]:
-    """Return the candidates that share an expert's matrices."""
+    """Return key of an expert's matrices → indices of the candidates that share them."""
     groups: dict[Hashable, list[int]] = {}
     for number, candidate in enumerate(candidates):
         groups.setdefault(candidate.weights.key(layer, expert), []).append(number)

@@ -1,4 +1,4 @@
-"""Quantize a model by one plan, in this process or in another."""
+"""Quantize a model by one plan, in this process or in another one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from planner.quantization.settings import QuantizeSettings
 
 @dataclass(frozen=True)
 class QuantizeTask:
-    """A plan that is to become a checkpoint.
+    """The task of writing the checkpoint of one plan.
 
     Attributes:
-        label: for people.
+        label: name of the task in messages.
         source: folder of the model.
-        plan: widths.
-        folder: to create.
+        plan: the widths.
+        folder: folder to create.
         settings: how to quantize.
-        text: what GPTQ reads; None without it.
+        text: calibration text for GPTQ; None for quantizers without calibration.
     """
 
     label: str

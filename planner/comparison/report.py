@@ -1,4 +1,4 @@
-"""The table of a comparison: Markdown, CSV, JSON, and the plot of quality against bits."""
+"""Write the tables of a comparison as Markdown, CSV and JSON, and plot quality against bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from planner.output.files import atomic, write_json
 from planner.planning.methods import METHODS
 
 Value = tuple[float, float]
-"""Mean over seeds, and its spread: over seeds where there are several, else the standard error over sequences."""
+"""(mean over seeds, spread). The spread is the standard deviation over seeds, or with one seed the standard error."""
 
 COLUMNS = (
     "method", "average", "achieved", "seed", "odp", "bytes", "perplexity", "perplexity_error", "kl", "kl_error",
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def cell(rows: Sequence[Row], name: str) -> Value:
-    """Return a score of the seeds of one method at one average."""
+    """Return a score from the rows of one method and average, one row per seed."""
     values = [row[name] for row in rows]
     if len(values) > 1:
         return statistics.mean(values), statistics.stdev(values)
@@ -37,7 +37,7 @@ def cell(rows: Sequence[Row], name: str) -> Value:
 
 
 def task_cell(rows: Sequence[Row], task: str) -> Value:
-    """Return a task's score in the same way."""
+    """Return a task's score from the rows of one method and average, one row per seed."""
     values = [row["tasks"][task][0] for row in rows]
     error = rows[0]["tasks"][task][1] or 0.0
     return (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else (values[0], error)
@@ -53,7 +53,7 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], dict[float, list[Row
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return (title, header, lines) of every table."""
+    """Return (title, header, lines) for every table."""
     original, groups = rows[0], grouped(rows)
     averages = sorted({average for found in groups.values() for average in found})
     header = ["method", *(f"{average:g} bits" for average in averages)]
@@ -84,7 +84,7 @@ def _label(method: str, odp: float) -> str:
 def _cost_table(
     groups: dict[tuple[str, float], dict[float, list[Row]]],
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Return what it takes to choose the widths: the largest of a method's rows."""
+    """Return the table of the cost of choosing widths: the maximum over each method's rows."""
     lines = []
     for (method, odp), found in groups.items():
         costs = [row["cost"] for rows in found.values() for row in rows]
@@ -96,7 +96,7 @@ def _cost_table(
 
 
 def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
-    """Return all tables and what they were made with."""
+    """Return all tables in Markdown, after a summary of the settings."""
     settings = wanted.settings
     lines = [
         f"# {Path(model).name}: methods compared",
@@ -115,7 +115,7 @@ def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
 
 
 def _widths(wanted: Comparison) -> str:
-    """Name the widths that the methods choose from."""
+    """Return a phrase with the widths that the methods choose from."""
     if wanted.bit_choices is not None:
         return ", ".join(map(str, wanted.bit_choices))
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -131,7 +131,7 @@ def _line(values: Sequence[str]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return one line per row."""
+    """Return the rows as CSV."""
     file = io.StringIO()
     tasks = list(rows[0].get("tasks", {}))
     writer = csv.DictWriter(
@@ -146,7 +146,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw KL and perplexity against average bits, a line per method.
+    """Plot KL divergence and perplexity against average bits, with one line per method.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -180,7 +180,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str) -> None:
-    """Write compare.md, compare.csv, compare.json and, where matplotlib is installed, compare.png into a new folder.
+    """Write compare.md, compare.csv and compare.json into a new folder, and compare.png if matplotlib is installed.
 
     Raises:
         CheckpointError: a full disk.

@@ -1,4 +1,4 @@
-"""What a comparison is asked for, and what it works with."""
+"""The request for a comparison, and the state that its parts share."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Comparison:
     """What to compare.
 
     Attributes:
-        methods: names, rows of ``METHODS``.
-        averages: bits per expert weight.
-        bit_choices: widths to choose from; None is each method's own.
-        settings: how to quantize; seeds change the calibration text.
-        data: calibration text, as ``--data`` takes it; None where nothing needs one.
-        samples: sequences of it.
-        length: tokens of each.
-        seeds: how many.
-        window: tokens of context of the evaluation.
-        max_tokens: of the held-out text, if not all.
-        tasks: lm-eval tasks, or files of such.
-        limit: documents of each task.
-        odp: thresholds at which every plan is evaluated besides.
+        methods: names of methods, keys of ``METHODS``.
+        averages: average bits per expert weight.
+        bit_choices: widths in bits to choose from; None takes each method's own.
+        settings: how to quantize; the seed changes the calibration text.
+        data: calibration text, as ``--data`` takes it; None if nothing needs one.
+        samples: number of calibration sequences.
+        length: tokens per calibration sequence.
+        seeds: number of seeds.
+        window: tokens of context in the evaluation.
+        max_tokens: maximum number of held-out tokens; None for all.
+        tasks: names of lm-eval tasks, or task files.
+        limit: maximum number of documents per task; None for all.
+        odp: further ODP thresholds at which every plan is evaluated.
     """
 
     methods: tuple[str, ...]
@@ -59,9 +59,9 @@ class Comparison:
 
 @dataclass
 class ComparisonRun:
-    """What the parts of a comparison share; ``folder`` holds what a killed run leaves.
+    """The state that the parts of a comparison share.
 
-    ``jobs`` models are quantized at a time.
+    ``folder`` holds unfinished results, so that a later run can continue. ``jobs`` models are quantized at a time.
     """
 
     model: SourceModel
@@ -74,7 +74,11 @@ class ComparisonRun:
     texts: dict[int, CalibrationText] = field(default_factory=dict)
 
     def text(self, seed: int) -> CalibrationText:
-        """Return the calibration text of a seed."""
+        """Return the calibration text for a seed.
+
+        Raises:
+            UsageError: the comparison has no calibration text.
+        """
         if self.wanted.data is None:
             raise UsageError("--data: expected a calibration text for these methods, found none")
         if seed not in self.texts:

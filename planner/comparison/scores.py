@@ -1,4 +1,4 @@
-"""The scores of several models with one head, from what their last layers return."""
+"""Score several models that share one head by the outputs of their last layers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def score(decoder: Decoder, reference: torch.Tensor, others: torch.Tensor, targe
     """Return the score of each model.
 
     Args:
-        decoder: has the head, the same for all.
-        reference: the original's last layer [sequences, length, hidden].
-        others: the models' [models, sequences, length, hidden].
-        targets: the next tokens, int64 [sequences, length], −1 where there is none.
+        decoder: model whose head all share.
+        reference: output of the original's last layer [sequences, length, hidden].
+        others: outputs of the models' last layers [models, sequences, length, hidden].
+        targets: next tokens, int64 [sequences, length]; −1 marks positions without one.
     """
     shape = (len(others), targets.numel())
     loss, divergence = torch.zeros(shape), torch.zeros(shape)

@@ -1,4 +1,4 @@
-"""Slim-LLM's checkpoints: widths per group of weights, which only dequantized matrices can show."""
+"""Write the dequantized experts of Slim-LLM. Its widths per group do not fit the checkpoint format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT
 from vllm_moeq.format import Linear
 
 SAMPLE = 2048
-"""Tokens by which the groups that change their width are chosen."""
+"""Number of tokens that decide how many groups change their width."""
 
 
 def write_slim(
@@ -35,17 +35,19 @@ def write_slim(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Write the dequantized experts of a model quantized by Slim-LLM, each layer fed by the quantized ones before it.
+    """Quantize a model's experts by Slim-LLM and write their dequantized matrices.
+
+    Each layer gets the hidden states of the quantized layers before it.
 
     Args:
         decoder: the original model.
-        tokens: calibration, int64 [sequences, length].
-        bits: of every expert on average.
-        group_size: weights per scale, and per width.
+        tokens: calibration tokens, int64 [sequences, length].
+        bits: average width of every expert.
+        group_size: number of weights that share a scale and a width.
         linear: format of the other linears.
-        min_tokens: experts that saw fewer are quantized with hqq, one width for all groups.
-        folder: created.
-        progress: says how far it is.
+        min_tokens: minimum number of tokens; hqq quantizes experts that saw fewer, with one width for all groups.
+        folder: folder to create.
+        progress: shows the progress.
 
     Raises:
         MoeqError: a damaged tensor, a full disk.
@@ -73,7 +75,7 @@ def write_slim(
 def _layer(
     decoder: Decoder, layer: MoeLayer, routed: Routed, bits: int, group_size: int, min_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Return the dequantized matrices of a layer, and add what they compute to ``routed.outputs``."""
+    """Return the dequantized expert matrices of a layer, and add their outputs to ``routed.outputs``."""
     tensors = {}
     for expert in range(layer.num_experts):
         exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)

@@ -1,4 +1,4 @@
-"""What a command will take before it starts: disk, memory, time, and the GPUs that serve its output."""
+"""Estimate the needs of a command before it starts: disk, memory, time, and GPUs to serve its output."""
 
 from planner.estimates.memory import Reading
 from planner.estimates.needs import Needs

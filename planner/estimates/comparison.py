@@ -1,4 +1,4 @@
-"""What ``moeq compare`` takes: statistics, a model per method and budget, and their way through the held-out text."""
+"""Estimate the needs of ``moeq compare``: statistics, quantization of all models, and evaluation on held-out text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from planner.model.sizes import estimate
 from planner.planning.methods import METHODS
 
 ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
-"""Of a row in table, CSV and JSON, and of the plot."""
+"""Bytes of a row in table, CSV and JSON together, and of the plot."""
 
 
 def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
-    """Return what a comparison takes at most: methods that choose the same widths share a model.
+    """Return the needs of a comparison. They are upper bounds: methods that choose the same widths share a model.
 
     Args:
-        run: what is compared; nothing is read but headers.
-        tokens: of the held-out text.
+        run: the comparison; only headers are read.
+        tokens: number of tokens of the held-out text.
     """
     wanted, config = run.wanted, run.model.config
     models = sum(_models(run, name) for name in wanted.methods)
@@ -54,13 +54,13 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
 
 
 def _models(run: ComparisonRun, name: str) -> int:
-    """Return how many models a method leads to."""
+    """Return the number of models of a method."""
     averages = sum(gives(name, average) for average in run.wanted.averages)
     return averages * (run.wanted.seeds if varies(name) else 1)
 
 
 def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
-    """Return what one model takes: that of the mean budget, all experts alike."""
+    """Return the needs of quantizing one model with the mean budget for all experts."""
     wanted = run.wanted
     bits = round(sum(wanted.averages) / len(wanted.averages))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
@@ -69,7 +69,7 @@ def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
 
 
 def _statistics_passes(run: ComparisonRun) -> float:
-    """Return how often calibration texts pass through the model; methods with equal measures share statistics."""
+    """Return the number of forward passes over calibration texts. Methods with equal measures share statistics."""
     distinct = {
         (METHODS[name].measures, choices_of(run, name) if METHODS[name].measures else ())
         for name in run.wanted.methods
@@ -79,14 +79,14 @@ def _statistics_passes(run: ComparisonRun) -> float:
 
 
 def _evaluation_ram(run: ComparisonRun, tokens: int, states: int) -> int:
-    """Return the memory of reading the held-out text: the states of all candidates, and logits."""
+    """Return the memory in bytes for reading the held-out text: hidden states of all candidates, and logits."""
     vocabulary = int(text_config(run.model.config).get("vocab_size") or 1)
     logits = LOGITS_BESIDE * FLOAT * vocabulary * min(tokens, head_rows(vocabulary))
     return resident_bytes() + states + (logits if run.device.type == "cpu" else 0)
 
 
 def _making_ram(run: ComparisonRun, text: Reading, passes: float, quantizing: int) -> int:
-    """Return the memory of statistics, and of the models that are quantized at a time."""
+    """Return the memory in bytes for statistics, or for the models that are quantized at a time if that is more."""
     own = resident_bytes()
     statistics = 0
     if passes:

@@ -1,4 +1,4 @@
-"""What reading a text takes, by a model and by its reference."""
+"""Estimate the needs of running a model and its reference over a text."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from planner.model.skeleton import open_folder
 from vllm_moeq.format import read_json
 
 FILES = 4
-"""States of a pass between two layers: inputs and outputs of a layer and of its experts."""
+"""Number of files of hidden states in a pass: inputs and outputs of a layer and of its experts."""
 
 RESULT_BYTES = 2048
-"""Of the file with the result."""
+"""Bytes of the file with the result."""
 
 LOGITS_ALONE, LOGITS_BESIDE = 3, 5
-"""Tensors of the logits' size at a time: of one model, and where it is compared with another."""
+"""Number of tensors of the logits' size in memory: for one model alone, and for a comparison with another."""
 
 EXPERT_COPIES = 3
-"""Of an expert in float32 while it is loaded: its codes, its values, and the matrix in the dtype of the layers."""
+"""Number of float32 copies of an expert while it is loaded: codes, values, and the matrix in the layers' dtype."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model decides how it reads.
+    """The sizes of a model that matter when it reads a text.
 
     Attributes:
         config: contents of config.json.
-        layout: of its layers; None where transformers loads it whole.
-        layer_bytes: of the largest decoder layer without its experts, or of the embedding or head if that is larger.
-        expert_bytes: of one expert.
-        whole_bytes: of everything, as it lies in memory.
+        layout: the model's layout; None if transformers loads the whole model.
+        layer_bytes: bytes of the largest decoder layer without its experts, or of a larger embedding or head.
+        expert_bytes: bytes of one expert in float32.
+        whole_bytes: bytes of the whole model in memory.
     """
 
     config: dict[str, Any]
@@ -56,11 +56,11 @@ class ModelSize:
 
     @classmethod
     def of(cls, folder: Path, item: int) -> ModelSize:
-        """Read headers.
+        """Return the sizes of a model from its headers.
 
         Args:
-            folder: the model's.
-            item: bytes of a value that the model computes with.
+            folder: the model's folder.
+            item: bytes per value in the dtype that the model computes in.
 
         Raises:
             MoeqError: a damaged checkpoint.
@@ -82,13 +82,13 @@ class ModelSize:
 
 
 def eval_needs(folders: Sequence[Path], tokens: int, window: int, device: torch.device) -> Needs:
-    """Return what ``moeq eval --data`` takes.
+    """Return the needs of ``moeq eval --data``.
 
     Args:
-        folders: the model, and the reference if there is one.
-        tokens: of the text.
-        window: tokens that are read together.
-        device: where the models compute.
+        folders: folder of the model, then of the reference if there is one.
+        tokens: number of tokens of the text.
+        window: tokens per window.
+        device: device that the models run on.
 
     Raises:
         MoeqError: a damaged checkpoint.
@@ -109,7 +109,7 @@ def eval_needs(folders: Sequence[Path], tokens: int, window: int, device: torch.
 
 
 def _reading_bytes(size: ModelSize, item: int, window: int) -> int:
-    """Return the bytes of a layer and its activations, or of a whole model."""
+    """Return the bytes of a layer, or of a whole model, and its activations."""
     text = text_config(size.config)
     scores = 2 * FLOAT * ROWS * min(window, ROWS) * int(text.get("num_attention_heads") or 1)
     rows = 4 * item * ROWS * int(text.get("hidden_size") or 0)
@@ -122,14 +122,14 @@ def _reading_bytes(size: ModelSize, item: int, window: int) -> int:
 
 
 def _head_bytes(size: ModelSize, tokens: int, models: int) -> int:
-    """Return the bytes of the head and of the logits of as many tokens as it takes at a time."""
+    """Return the bytes of the logits of one step of the head, and of the model if it is loaded whole."""
     vocabulary = int(text_config(size.config).get("vocab_size") or 1)
     copies = LOGITS_ALONE if models == 1 else LOGITS_BESIDE
     return size.whole_bytes * (size.layout is None) + copies * FLOAT * vocabulary * min(tokens, head_rows(vocabulary))
 
 
 def _seconds(size: ModelSize, tokens: int, window: int, device: torch.device) -> float:
-    """Return how long a model reads, where its layers are known."""
+    """Return the seconds that a model takes to read the text; 0 if its layout is not known."""
     if size.layout is None:
         return 0.0
     return reading_seconds(size.config, size.layout, Reading(tokens // window or 1, window), 1.0, device)

@@ -1,4 +1,4 @@
-"""What turning a checkpoint into another format takes."""
+"""Estimate the needs of converting a checkpoint to another format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_moeq.format import ShardSet, expert_matrices, load_config
 from vllm_moeq.format.linears import WORDS
 
 HEADER_BYTES = 128
-"""Of a tensor in a shard's header and in the index."""
+"""Bytes of a tensor's entries in a shard's header and in the index."""
 
 
 def export_needs(folder: Path, item_bytes: int | None) -> Needs:
-    """Return what ``moeq export`` takes: dense weights of so many bytes, or (None) packed ones as they are.
+    """Return the needs of ``moeq export``. Weights take ``item_bytes`` each; with None they stay packed.
 
     Raises:
         MoeqError: a damaged checkpoint.
@@ -41,7 +41,7 @@ def export_needs(folder: Path, item_bytes: int | None) -> Needs:
 
 
 def import_needs(folder: Path) -> Needs:
-    """Return what ``moeq import`` takes: codes and scales as they are, under other names.
+    """Return the needs of ``moeq import``. It keeps codes and scales and changes their names.
 
     Raises:
         MoeqError: a damaged checkpoint.

@@ -1,4 +1,4 @@
-"""Peak memory of quantizing and calibrating: what Python holds now, and what the work adds."""
+"""Estimate the peak memory of quantizing and calibrating: the process's memory now, and the memory for the work."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.rows import BLOCKS
 
 SHARD_COPIES = 2
-"""A layer's packed tensors, and the bytes that safetensors writes."""
+"""Number of copies of a shard in memory: the packed tensors, and the bytes that safetensors writes."""
 
 FACTOR_COPIES = 4
-"""Second moments of a batch of experts, and what factoring them takes."""
+"""Number of tensors of the Hessians' size in memory: a batch of Hessians, and temporaries of their factorization."""
 
 HIDDEN_FILES = 4
-"""Inputs and outputs of a layer and of its experts, mapped while it runs."""
+"""Number of mapped files of hidden states while a layer runs: inputs and outputs of the layer and of its experts."""
 
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text that a model reads, and for what.
+    """A model's run over a text.
 
     Attributes:
-        sequences: how many.
-        length: tokens of each.
-        gptq: experts are quantized by GPTQ on the way.
+        sequences: number of sequences.
+        length: tokens per sequence.
+        gptq: whether GPTQ quantizes the experts during the run.
     """
 
     sequences: int
@@ -44,17 +44,17 @@ class Reading:
 
     @classmethod
     def of(cls, text: CalibrationText | None, gptq: bool = False) -> Reading | None:
-        """Return the reading of a text, if there is one."""
+        """Return the run over a text; None without a text."""
         return None if text is None else cls(len(text.tokens), text.tokens.shape[1], gptq)
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Number of tokens of all sequences."""
         return self.sequences * self.length
 
 
 def rounding_ram(sizes: Sizes, threads: int, jobs: int) -> int:
-    """Return the resident bytes of quantizing without calibration: this process, or its workers and it."""
+    """Return the resident bytes of quantizing without calibration, for this process and its workers together."""
     part = BLOCKS * BLOCK_WEIGHTS * WORKING_BYTES_PER_WEIGHT
     own, working = resident_bytes(), SHARD_COPIES * sizes.largest_shard_bytes + threads * part
     return own + working if jobs == 1 else own + jobs * (own + working)
@@ -69,7 +69,7 @@ def reading_ram(config: Mapping[str, Any], layout: Layout, reading: Reading, siz
 
 
 def device_working(config: Mapping[str, Any], layout: Layout, reading: Reading, device: str) -> int:
-    """Return the bytes of activations, of a batch of experts and of their second moments, where they are computed."""
+    """Return the peak bytes on the device: activations, or a batch of experts and their Hessians if that is more."""
     text = text_config(config)
     heads = int(text.get("num_attention_heads") or 1)
     scores = 2 * FLOAT * ROWS * min(reading.length, ROWS) * heads
@@ -83,5 +83,5 @@ def device_working(config: Mapping[str, Any], layout: Layout, reading: Reading, 
 
 
 def hidden_bytes(config: Mapping[str, Any], reading: Reading) -> int:
-    """Return the bytes of the files between layers."""
+    """Return the bytes of the files of hidden states."""
     return HIDDEN_FILES * FLOAT * reading.tokens * int(text_config(config).get("hidden_size") or 0)

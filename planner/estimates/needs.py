@@ -1,4 +1,4 @@
-"""What a command takes, for people and for scripts."""
+"""The resources that a command needs, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Needs:
-    """What a command takes.
+    """The resources that a command needs.
 
     Attributes:
-        written_bytes: of all files of its output.
-        temporary_bytes: of files that it deletes at its end.
-        ram_bytes: largest resident memory of its processes together, Python and its libraries included.
-        device_bytes: memory of each GPU that it computes on; 0 on a CPU.
-        seconds: from rates measured on this machine just now; 0 where they are not known.
+        written_bytes: bytes of all output files.
+        temporary_bytes: bytes of temporary files; the command deletes them at its end.
+        ram_bytes: peak resident memory of all its processes together, Python and its libraries included.
+        device_bytes: memory of each GPU that the command uses; 0 on a CPU.
+        seconds: duration, estimated from rates just measured on this machine; 0 if unknown.
     """
 
     written_bytes: int

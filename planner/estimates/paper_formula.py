@@ -1,4 +1,4 @@
-"""Sizes as the paper's Table 1 counts them, beside ours."""
+"""Compute sizes by the formula of the paper's Table 1, beside our own."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import Linear
 
 STORED_BITS = {3: Fraction(32, 10)}
-"""Bits that a code takes in the paper's files where it is more than its width: ten 3-bit codes in 32 bits."""
+"""Width → stored bits per code in the paper's files, if larger than the width: 32 bits hold ten 3-bit codes."""
 
 PAPER_LINEAR_BITS = 4
 PAPER_GROUP_BITS = Fraction(16 + 16, 128)
-"""Bits per weight of a 16-bit scale and a 16-bit zero in groups of 128."""
+"""Bits per weight for a 16-bit scale and a 16-bit zero point per group of 128."""
 
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights.
+    """Numbers of weights by kind.
 
     Attributes:
-        experts: of all routed experts.
-        linears: of attention and other linears that are quantized.
-        embeddings: of the embedding and the head; once where they are tied.
-        rest: of routers, norms and biases.
+        experts: weights of all routed experts.
+        linears: weights of attention and other linears that are quantized.
+        embeddings: weights of the embedding and the head; tied weights count once.
+        rest: weights of routers, norms and biases.
     """
 
     experts: int
@@ -38,12 +38,12 @@ class WeightCounts:
 
     @property
     def total(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         return self.experts + self.linears + self.embeddings + self.rest
 
 
 def count_weights(model: SourceModel, layout: Layout) -> WeightCounts:
-    """Count a model's weights by what becomes of them."""
+    """Count a model's weights by kind."""
     numbers = {name: info.numel for name, info in model.shards.tensors.items()}
     embeddings = sum(numbers[name] for name in layout.kept if name.endswith(EMBEDDINGS))
     return WeightCounts(
@@ -57,14 +57,14 @@ def count_weights(model: SourceModel, layout: Layout) -> WeightCounts:
 def paper_bytes(layout: Layout, counts: WeightCounts, experts: Mapping[str, Sequence[int]]) -> int:
     """Return the bytes by the formula that fits Table 1 of the paper (its "GB" are GiB).
 
-    P_exp·(b̃ + 0.25)/8 + P_attn·4.25/8 + 2·(P_embed + P_head), b̃ the experts' average with 3.2 bits for a 3-bit code.
-    It is always of the paper's settings: groups of 128, linears of 4 bits, routers and norms not counted. Widths of 4
-    and 8 bits, which the paper does not have, fill 32-bit words and count as they are.
+    The formula is P_exp·(b̃ + 0.25)/8 + P_attn·4.25/8 + 2·(P_embed + P_head). b̃ is the experts' average width; a 3-bit
+    code counts as 3.2 bits. The formula always uses the paper's settings: groups of 128, linears of 4 bits, routers and
+    norms not counted. The paper has no widths of 4 and 8 bits; they fill 32-bit words exactly and count unchanged.
 
     Args:
-        layout: of the model.
-        counts: its numbers of weights.
-        experts: layer's prefix → width of each expert, bits.
+        layout: the model's layout.
+        counts: the model's numbers of weights.
+        experts: layer's prefix → width of each expert in bits.
     """
     bits = Fraction(0)
     for layer in layout.layers:
@@ -76,7 +76,7 @@ def paper_bytes(layout: Layout, counts: WeightCounts, experts: Mapping[str, Sequ
 
 @dataclass(frozen=True)
 class ConfigSizes:
-    """A model's numbers of weights and its bytes: as it is in bfloat16, by us, and by the paper's formula."""
+    """A model's numbers of weights and its bytes: in bfloat16, quantized by us, and by the paper's formula."""
 
     counts: WeightCounts
     bf16_bytes: int
@@ -87,15 +87,15 @@ class ConfigSizes:
 def config_sizes(
     model: SourceModel, layout: Layout, experts: Mapping[str, Sequence[int]], group_size: int, linear: Linear
 ) -> ConfigSizes:
-    """Return the sizes of a model whose experts have certain widths, from names and shapes alone.
+    """Return the sizes of a model with the given widths, from names and shapes alone.
 
-    Ours are those of :func:`planner.model.sizes.estimate`: N·K·b/8 bytes and 4 per group for an expert matrix, and
-    what ``linear`` takes for the others.
+    Our sizes come from :func:`planner.model.sizes.estimate`. An expert matrix takes N·K·b/8 bytes and 4 bytes per
+    group. The format ``linear`` decides the bytes of other linears.
 
     Args:
-        model: with weights or without.
-        layout: of the model.
-        experts: layer's prefix → width of each expert, bits.
+        model: the model, with or without weights.
+        layout: the model's layout.
+        experts: layer's prefix → width of each expert in bits.
         group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
     """

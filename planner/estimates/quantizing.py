@@ -1,4 +1,4 @@
-"""What each command takes."""
+"""Estimate the needs of ``moeq quantize``, ``moeq calibrate`` and ``moeq plan``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS
 
 COUNTING_PASSES = 2.0
-"""Of a text through the model: up to the experts, and to the next layer."""
+"""Number of passes over a text to count routed tokens: one up to the experts, one to the next layer."""
 
 PLAN_BYTES, SCORE_BYTES = 90, 28
-"""Of an expert in plan.json: width and place; of each of its scores."""
+"""Bytes in plan.json per expert, for its width and place, and per score of an expert."""
 
 STATISTICS_BYTES, COUNTS = 8, 4
-"""Of a value in the statistics, and how many values each expert has in any case."""
+"""Bytes of a value in the statistics, and number of values that every expert has."""
 
 
 def passes_of(layout: Layout, measures: Sequence[str]) -> float:
-    """Return how often a text passes through the model to find some measures."""
+    """Return the number of passes of a text through the model that some measures need."""
     return COUNTING_PASSES + sum(MEASURES[name].passes(layout) for name in measures)
 
 
@@ -46,17 +46,17 @@ def quantize_needs(
     reading: Reading | None = None,
     measures: Sequence[str] = (),
 ) -> Needs:
-    """Return what ``moeq quantize`` takes.
+    """Return the needs of ``moeq quantize``.
 
     Args:
         model: the source.
-        layout: of it.
-        experts: widths.
-        sizes: of the output.
+        layout: the source's layout.
+        experts: experts prefix → bits per expert.
+        sizes: sizes of the output.
         settings: how to quantize.
-        devices: where experts are quantized, one for each job.
-        reading: the text, if one is read.
-        measures: what the plan needs of it.
+        devices: devices that quantize experts, one per job.
+        reading: run over the calibration text; None without a text.
+        measures: measures that the plan needs from the text.
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
@@ -82,7 +82,7 @@ def quantize_needs(
 def calibrate_needs(
     model: SourceModel, layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device
 ) -> Needs:
-    """Return what ``moeq calibrate`` takes."""
+    """Return the needs of ``moeq calibrate``."""
     names = sum(len(MEASURES[name].all_names(BIT_WIDTHS)) for name in measures)
     written = STATISTICS_BYTES * (names + COUNTS) * layout.num_experts
     return _reading_needs(model, layout, reading, measures, device, written)
@@ -91,7 +91,7 @@ def calibrate_needs(
 def plan_needs(
     model: SourceModel, layout: Layout, options: PlanOptions, reading: Reading | None, device: torch.device
 ) -> Needs:
-    """Return what ``moeq plan`` takes: the way of a text through the model, or reading weights."""
+    """Return the needs of ``moeq plan``: running the model over a text, or reading weights."""
     method = METHODS[options.resolved_method]
     scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in method.measures)
     written = (PLAN_BYTES + SCORE_BYTES * scores) * layout.num_experts

@@ -1,4 +1,4 @@
-"""How long work takes, from what this machine does just now: a small piece of it is timed."""
+"""Estimate durations on this machine by timing a small piece of the work."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from planner.sensitivity import max_variance_of_rows
 from vllm_moeq.format import WHOLE_ROW
 
 SIDE = 1024
-"""Of the matrices whose product is timed."""
+"""Side of the square matrices whose product is timed."""
 
 
 def rounding_seconds(
     layout: Layout, experts: Mapping[str, Sequence[int]], settings: QuantizeSettings, threads: int, device: torch.device
 ) -> float:
-    """Return the seconds of quantizing all experts without calibration on some threads, or on one GPU."""
+    """Return the seconds to quantize all experts without calibration on ``threads`` threads or GPUs."""
     columns = max(columns for layer in layout.layers for _, columns in layer.shapes.values())
     weights: dict[int, int] = {}
     for layer in layout.layers:
@@ -38,7 +38,7 @@ def rounding_seconds(
 def reading_seconds(
     config: Mapping[str, Any], layout: Layout, reading: Reading, passes: float, device: torch.device
 ) -> float:
-    """Return the seconds of a text's way through a model, ``passes`` times, and of GPTQ on it."""
+    """Return the seconds to run a model ``passes`` times over a text, and to run GPTQ if ``reading`` asks for it."""
     text, layer = text_config(config), layout.layers[0]
     hidden = int(text.get("hidden_size") or 0)
     chosen = int(text.get("num_experts_per_tok") or text.get("moe_k") or 1)
@@ -51,7 +51,7 @@ def reading_seconds(
 
 
 def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
-    """Return the seconds of MaxVar of all experts, by that of one, whose weights are read."""
+    """Return the seconds to compute MaxVar of all experts. One expert's matrix is read and timed."""
     layer = layout.layers[0]
     name = layer.weight(0, layer.projections.gate)
     rows, columns = layer.shapes[layer.projections.gate]
@@ -63,7 +63,7 @@ def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
 
 
 def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int) -> float:
-    """Second moments of every expert's tokens, their factors, and the errors passed on."""
+    """Return the operations of GPTQ in one layer: Hessians, their factorization, and passing on errors."""
     total = 0.0
     for rows, columns in shapes.values():
         total += 2.0 * tokens * columns**2 + experts * (columns**3 + 2.0 * rows * columns**2)
@@ -71,7 +71,7 @@ def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens
 
 
 def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
-    """Return the weights that one thread quantizes in a second."""
+    """Return the number of weights that one thread quantizes per second."""
     rows = max(1, BLOCK_WEIGHTS // columns)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
     quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
@@ -85,13 +85,13 @@ def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.dev
 
 
 def _product_rate(device: torch.device) -> float:
-    """Return the operations of a second of matrix products, as many rows as calibration gives at a time."""
+    """Return the operations per second of a matrix product with at most as many rows as calibration uses."""
     left, right = torch.ones(min(ROWS, SIDE), SIDE, device=device), torch.ones(SIDE, SIDE, device=device)
     return 2.0 * left.shape[0] * SIDE**2 / _seconds(lambda: left @ right, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the best of three runs."""
+    """Return the seconds of the fastest of three runs."""
     found = []
     for _ in range(3):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How many GPUs serve a checkpoint: weights, cache and what vLLM keeps free, per rank of tensor parallelism."""
+"""Estimate the number of GPUs to serve a checkpoint, from weights and cache per rank of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from planner.model.sizes import Sizes
 from vllm_moeq.format import UsageError
 
 MEMORY_SHARE = 0.9
-"""Of a GPU's memory that vLLM uses (``--gpu-memory-utilization``)."""
+"""Share of a GPU's memory that vLLM uses (``--gpu-memory-utilization``)."""
 
 FIXED_BYTES = 2 * GIB
-"""For CUDA, its graphs and activations of a prefill step. An assumption: it was not measured."""
+"""Bytes for CUDA, CUDA graphs and the activations of a prefill step. This is an assumption, not a measurement."""
 
 RANKS = (1, 2, 4, 8, 16)
 CACHE_BYTES = 2
-"""Of a cached value: bfloat16."""
+"""Bytes of a cached value, bfloat16."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is to be served.
+    """The load to serve, and the GPUs to serve it on.
 
     Attributes:
-        context: tokens of a request, prompt and answer.
-        concurrency: requests at a time, each as long as that.
-        gpu_gib: memory of one GPU.
+        context: tokens per request, prompt and answer together.
+        concurrency: number of requests at a time, each ``context`` tokens long.
+        gpu_gib: memory of one GPU in GiB.
     """
 
     context: int = 8192
@@ -45,16 +45,16 @@ class Service:
 
 @dataclass(frozen=True)
 class ServingNeeds:
-    """What serving takes.
+    """The resources for serving.
 
     Attributes:
-        gpus: least tensor parallelism that holds it; None where not even the largest of :data:`RANKS` does.
-        weight_bytes: of each GPU.
-        cache_bytes: of each GPU, for all requests at their full length.
-        gpu_bytes: the two and what CUDA and activations take.
-        context: see :class:`Service`; so is the rest.
-        concurrency: requests.
-        gpu_gib: memory of one GPU.
+        gpus: least number of GPUs (tensor parallelism) that fits; None if no number that was tried fits.
+        weight_bytes: bytes of weights on each GPU.
+        cache_bytes: bytes of cache on each GPU, for all requests at full length.
+        gpu_bytes: bytes on each GPU: weights, cache and :data:`FIXED_BYTES`.
+        context: see :class:`Service`.
+        concurrency: see :class:`Service`.
+        gpu_gib: see :class:`Service`.
     """
 
     gpus: int | None
@@ -71,13 +71,13 @@ class ServingNeeds:
 
 
 def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, service: Service) -> ServingNeeds:
-    """Return the least number of GPUs for a checkpoint, and what each of them holds.
+    """Return the least number of GPUs that serve a checkpoint, and the bytes on each GPU.
 
     Args:
-        config: config.json of the source.
-        layout: of the source.
-        sizes: of the quantized checkpoint.
-        service: what is to be served.
+        config: contents of the source's config.json.
+        layout: the source's layout.
+        sizes: sizes of the quantized checkpoint.
+        service: the load to serve.
     """
     text = text_config(config)
     available = MEMORY_SHARE * service.gpu_gib * GIB
@@ -97,7 +97,10 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
 
 
 def _weights_per_rank(sizes: Sizes, ranks: int) -> int:
-    """Experts, linears and embeddings are split; routers and norms, a small part of what is kept, count as if so."""
+    """Return the bytes of weights per rank.
+
+    Ranks split experts, linears and embeddings. Routers and norms are not split but small, so they count as split.
+    """
     return math.ceil(sizes.total_bytes / ranks)
 
 
@@ -108,21 +111,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ranks: int) -> int:
-    """Return bytes of keys and values of one request on one rank."""
+    """Return the bytes of one request's keys and values on one rank."""
     kinds = text.get("layer_types")
     layers = kinds if isinstance(kinds, list) and kinds else ["full_attention"] * layout.num_layers
     window = text.get("sliding_window")
     seen = {
-        "linear_attention": 0,  # a state of fixed size, small beside a long context
+        "linear_attention": 0,  # its state has a fixed size, small compared with a long context
         "sliding_attention": min(context, window) if isinstance(window, int) and window > 0 else context,
     }
     return CACHE_BYTES * _values_per_token(text, ranks) * sum(seen.get(kind, context) for kind in layers)
 
 
 def _values_per_token(text: Mapping[str, Any], ranks: int) -> int:
-    """Return the values that a layer caches for a token on each rank."""
+    """Return the number of values that a layer caches per token on each rank."""
     latent = text.get("kv_lora_rank")
-    if isinstance(latent, int) and latent:  # one latent for all heads (MLA), on every rank
+    if isinstance(latent, int) and latent:  # MLA caches one latent for all heads, on every rank
         return latent + int(text.get("qk_rope_head_dim") or 0)
     heads = int(text.get("num_attention_heads") or 1)
     pairs = int(text.get("num_key_value_heads") or heads)

@@ -1,4 +1,4 @@
-"""Bytes of the files that quantizing writes: tensors exactly, their headers and the JSON files nearly so."""
+"""Estimate the bytes of the files that quantizing writes. Tensors are exact, headers and JSON files approximate."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import GRID, LINEAR_SUFFIXES, Linear, Scheme
 
 HEADER_ENTRY = 72
-"""Bytes of a tensor in a shard's header besides its name: dtype, shape, offsets."""
+"""Bytes of a tensor's entry in a shard's header without its name: dtype, shape, offsets."""
 
 INDEX_ENTRY = 46
-"""Bytes of a tensor in the index besides its name: the shard's name, indentation."""
+"""Bytes of a tensor's entry in the index without its name: the shard's name, indentation."""
 
 EXPERT_ENTRIES = 260
-"""Bytes of an expert in config.json, plan.json and quantization_report.json."""
+"""Bytes per expert in config.json, plan.json and quantization_report.json together."""
 
 FIXED = 8192
-"""Bytes of config.json, plan.json, the report and the model card besides their experts."""
+"""Bytes of config.json, plan.json, the report and the model card without their entries for experts."""
 
 
 def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear, scheme: Scheme = GRID) -> int:
     """Return the bytes of a quantized folder.
 
     Args:
-        model: the source, whose tokenizer and the like are copied.
-        layout: of the source.
-        sizes: of the output's tensors.
-        linear: format of its other linears.
-        scheme: the way in which its experts are stored.
+        model: the source; its tokenizer and similar files are copied.
+        layout: the source's layout.
+        sizes: sizes of the output's tensors.
+        linear: format of the linears that are not experts.
+        scheme: storage scheme of the experts.
     """
     entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
     copied = sum(path.stat().st_size for path in companions(model.folder))

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, KL divergence to a reference, accuracy on tasks."""
+"""Measure a model's quality: perplexity, KL divergence to a reference, accuracy on tasks."""
 
 from planner.evaluation.perplexity import perplexity, read_text
 

@@ -1,4 +1,4 @@
-"""What answers lm-eval's questions: transformers in this process, or vLLM's OpenAI server beside it."""
+"""Backends that run a model for lm-eval: transformers in this process, or vLLM's OpenAI server in another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_moeq.format import ConfigError, UsageError
 Backend = Literal["transformers", "vllm"]
 
 SEQUENCES = {"transformers": 8, "vllm": 64}
-"""Sequences at a time: transformers pads them to the longest, vLLM takes them as they come."""
+"""Number of sequences at a time. transformers pads them to the longest one; vLLM batches them without padding."""
 
 
 @contextmanager
@@ -34,19 +34,19 @@ def open_model(
 ) -> Iterator[Any]:
     """Yield a model for lm-eval.
 
-    Transformers computes in float32 on a CPU and in bfloat16 on a GPU; vLLM computes in the dtype of config.json, on
-    whatever it was built for. The experts of a moeq checkpoint stay packed in both.
+    transformers computes in float32 on a CPU and in bfloat16 on a GPU. vLLM computes in the dtype of config.json, on
+    the kind of device that it was built for. The experts of a moeq checkpoint stay packed in both.
 
     Args:
         folder: a Hugging Face folder, quantized by moeq or not.
-        backend: which one.
-        devices: transformers takes the first; vLLM shares the model among GPUs.
+        backend: ``transformers`` or ``vllm``.
+        devices: names of devices; transformers takes the first, vLLM splits the model among all GPUs.
         batch_size: sequences at a time; None for :data:`SEQUENCES`.
-        store: where vLLM's log goes, if not to a temporary folder.
-        progress: says how far it is.
+        store: folder for vLLM's log; None for a temporary folder.
+        progress: shows the progress; None shows none.
 
     Raises:
-        MoeqError: a model that cannot be loaded, vLLM is not installed, its server does not start.
+        MoeqError: the model cannot be loaded, vLLM is not installed, or its server does not start.
     """
     size = batch_size or SEQUENCES[backend]
     if backend == "transformers":
@@ -73,9 +73,9 @@ def _in_transformers(folder: Path, device: str, batch_size: int) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # the one that config.json has
-            # A relative path would be asked of the Hub as well. Choices that differ may be equal in bfloat16's
-            # log-softmax.
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # it is the one of config.json
+            # The path is absolute because transformers would look up a relative one on the Hub too. The log-softmax is
+            # float32 because different choices may get equal values in bfloat16.
             return HFLM(
                 str(folder.resolve()), device=device, dtype=dtype, softmax_dtype=torch.float32,
                 batch_size=batch_size, trust_remote_code=False,
@@ -85,10 +85,10 @@ def _in_transformers(folder: Path, device: str, batch_size: int) -> Any:
 
 
 def _placement(devices: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return vLLM's flags and variables for devices; those of its CPU backend mean nothing to others."""
+    """Return vLLM's flags and environment variables for some devices. GPUs ignore the variables of the CPU backend."""
     environment = cpu_environment()
     if devices[0] == "cpu":
-        # The experts are one operator to its compiler, which takes longer than it saves.
+        # Compiling takes longer than it saves: the experts are a single operator to vLLM's compiler.
         return ([] if torch.cuda.is_available() else ["--enforce-eager"]), environment
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     indices = [torch.device(name).index or 0 for name in devices]

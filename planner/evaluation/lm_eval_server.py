@@ -1,8 +1,8 @@
-"""A running vLLM server as a model of lm-eval.
+"""Use a running vLLM server as a model of lm-eval.
 
-lm-eval has two ways of its own. Its class ``vllm`` asks for the version of a package of that name, which the CPU build
-does not have, and ``local-completions`` needs packages that nothing else here does. This one talks to the server that
-users run, on any device, and vLLM batches what is asked at the same time.
+lm-eval's own classes do not fit. Its class ``vllm`` needs a package named vllm, but the CPU build has another name.
+``local-completions`` needs packages that nothing else here needs. This class talks to the server that users run, on any
+device; vLLM batches concurrent requests.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from planner.common.progress import Progress
 from planner.evaluation.vllm_server import ServerError
 
 SECONDS = 3600
-"""How long one answer may take: a CPU may need minutes for a long prompt."""
+"""Timeout of one answer. A CPU may need minutes for a long prompt."""
 
 Request = tuple[Any, list[int], list[int]]
-"""What lm-eval remembers an answer by, tokens of the context, tokens of the continuation."""
+"""(lm-eval's key for the answer, tokens of the context, tokens of the continuation)."""
 
 
 class ServedModel(TemplateLM):  # type: ignore[misc]
-    """Answers from a server.
+    """A model of lm-eval that asks a server.
 
     Args:
-        url: its base URL for OpenAI clients.
-        folder: the model that it serves, for the tokenizer.
-        concurrent: requests at a time.
-        progress: says how far it is.
+        url: the server's base URL for OpenAI clients.
+        folder: folder of the served model, for the tokenizer.
+        concurrent: number of requests at a time.
+        progress: shows the progress.
     """
 
     def __init__(self, url: str, folder: Path, concurrent: int, progress: Progress) -> None:
@@ -59,12 +59,12 @@ class ServedModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """Return what stands before a text without context."""
+        """Token that precedes a text without context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return tokens as lm-eval's transformers model does, so that both see the same."""
+        """Return the tokens of a text, the same as in lm-eval's transformers model."""
         prefix = None if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and has_bos_prefix(string, prefix):
             add_special_tokens = False
@@ -73,20 +73,20 @@ class ServedModel(TemplateLM):  # type: ignore[misc]
         return ids
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether it is what the model finds likeliest."""
+        """Return each continuation's log-likelihood, and whether each of its tokens is the most likely one."""
         prompts = [(context + continuation)[1 - self.max_length :] for _, context, continuation in requests]
         answers = self._ask([{"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0} for prompt in prompts])
         found = []
         for (_key, _context, continuation), answer in zip(requests, answers, strict=True):
-            # With no alternatives asked for, each place has the prompt's own token, and its rank among all; the first
-            # has none.
+            # prompt_logprobs of 0 gives only the prompt's own token and its rank for each position, nothing for the
+            # first position.
             places = answer["prompt_logprobs"][-len(continuation) :]
             last = [next(iter(place.values())) for place in places if place]
             found.append((sum(it["logprob"] for it in last), all(it["rank"] == 1 for it in last)))
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Return the log-likelihood of each text, read in windows."""
+        """Return the log-likelihood of each text. Long texts are split into windows."""
         found = []
         for (string,) in (request.args for request in requests):
             parts = get_rolling_token_windows(self.tok_encode(string), self.prefix_token_id, self.max_length - 2, 1)
@@ -95,7 +95,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """Return what the model writes behind each text, up to the first of its stops."""
+        """Return the model's continuation of each text, up to the first stop sequence."""
         bodies, stops = [], []
         for context, wanted in (request.args for request in requests):
             options = normalize_gen_kwargs(wanted)
@@ -108,7 +108,7 @@ class ServedModel(TemplateLM):  # type: ignore[misc]
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
     def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the first choice of each completion, several being asked for at the same time."""
+        """Return the first choice of each completion. Several requests run at the same time."""
         with ThreadPoolExecutor(self._concurrent) as pool:
             shared = {"model": "model", "temperature": 0.0}
             waiting = [pool.submit(self._call, "completions", {**shared, **body}) for body in bodies]

@@ -1,4 +1,4 @@
-"""Which tasks lm-eval is asked for: its own by name, or YAML files; and their datasets."""
+"""Load lm-eval's tasks, by name or from YAML files, with their datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TASK_FILES = (".yaml", ".yml")
 
 
 def load_tasks(tasks: list[str], include: Path | None) -> dict[str, Any]:
-    """Return lm-eval's tasks and groups by name, their datasets loaded.
+    """Return name → task or group of lm-eval, with loaded datasets.
 
     Raises:
         UsageError: an unknown task, a damaged task file, a dataset that cannot be loaded.
@@ -29,15 +29,16 @@ def load_tasks(tasks: list[str], include: Path | None) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for name in names:
         found = _load_task(manager, name)
-        # A group comes with its subgroups and tasks, and is the first of its groups; a tag is its tasks alone.
+        # For a group, lm-eval also lists its subgroups and tasks; the first entry is the group itself. A tag only has
+        # tasks.
         loaded |= dict(list(found["groups"].items())[:1]) or found["tasks"]
     return loaded
 
 
 def _task_manager(tasks: list[str], folders: list[str]) -> tuple[Any, list[str]]:
-    """Return lm-eval's index of tasks, and the names in it of ``tasks``.
+    """Return lm-eval's index of tasks, and the names of ``tasks`` in it.
 
-    Reading lm-eval's own thousands of files takes many seconds: they are left out where the folders hold all tasks.
+    Reading lm-eval's own thousands of files takes many seconds. They are not read if the folders hold all tasks.
     """
     from lm_eval.tasks import TaskManager
 
@@ -50,7 +51,7 @@ def _task_manager(tasks: list[str], folders: list[str]) -> tuple[Any, list[str]]
 
 
 def _is_complete(manager: Any, name: str) -> bool:
-    """Whether a name is indexed and, if it is a group, all its members are."""
+    """Tell whether the index has a name and, for a group, all its members."""
     entry = manager.task_index.get(name)
     if entry is None:
         return False
@@ -59,12 +60,12 @@ def _is_complete(manager: Any, name: str) -> bool:
 
 
 def is_file_name(task: str) -> bool:
-    """Tell a task's file from a name."""
+    """Tell whether a task is given by its file, not by its name."""
     return task.endswith(TASK_FILES)
 
 
 def _name_in(manager: Any, task: str) -> str:
-    """Return the name under which a file is indexed; other tasks, and files that are not, as they are."""
+    """Return the name of a task file in the index; other tasks, and files that are not indexed, stay as they are."""
     if is_file_name(task):
         path = Path(task).resolve()
         for name, entry in manager.task_index.items():
@@ -74,7 +75,7 @@ def _name_in(manager: Any, task: str) -> str:
 
 
 def _check_known(names: list[str], known: set[str]) -> None:
-    """Raise UsageError for names that lm-eval does not know; it says itself what is wrong with a file."""
+    """Raise UsageError for names that lm-eval does not know. It reports errors in files itself."""
     unknown = [name for name in names if name not in known and not is_file_name(name)]
     if unknown:
         close = ", ".join(match for name in unknown for match in difflib.get_close_matches(name, known))
@@ -96,12 +97,12 @@ def _load_task(manager: Any, name: str) -> dict[str, Any]:
         raise UsageError(
             f"task {name}: expected {which}, found that it cannot be loaded ({reason_of(error)})"
         ) from None
-    except Exception as error:  # Task files are programs: what they raise is anybody's guess.
+    except Exception as error:  # task files are programs and may raise anything
         raise UsageError(f"task {name}: expected a task that lm-eval can load, found: {reason_of(error)}") from None
     return found
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's kind and the first line of its message."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

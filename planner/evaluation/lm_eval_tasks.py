@@ -1,4 +1,4 @@
-"""Scores on tasks of lm-eval, the EleutherAI harness; each is kept as soon as it is known."""
+"""Score a model on tasks of lm-eval, the EleutherAI harness. Each score is saved at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAPER_SUITE: tuple[str, ...] = (
     "mathqa",
     "mmlu",
 )
-"""The eight zero-shot tasks of the paper's Table 1, in its order, under lm-eval's names."""
+"""lm-eval's names of the eight zero-shot tasks in the paper's Table 1, in the table's order."""
 
 
 def run_tasks(
@@ -43,29 +43,30 @@ def run_tasks(
     store: Path | None = None,
     progress: Progress | None = None,
 ) -> list[TaskResult]:
-    """Score a model on tasks, each with as many examples in its prompt as it prescribes (lm-eval's default: none).
+    """Score a model on tasks. A task defines the number of examples in its prompts (lm-eval's default: none).
 
-    Sets the global seeds of random, numpy and torch.
+    This sets the global seeds of random, numpy and torch.
 
     Args:
         folder: a Hugging Face folder, quantized by moeq or not.
-        tasks: names of lm-eval's tasks, groups and tags, or paths of task YAML files. Such files, and those beside
-            them, may name Python functions, which are run.
-        include: a folder with further task files; they win over lm-eval's tasks of the same name.
-        limit: use only the first so many documents of each task, at least 1.
-        batch_size: sequences at a time; None for what the backend is good at.
-        device: ``cpu``, ``cuda`` or one GPU such as ``cuda:1``; vLLM shares a model among several.
-        seed: chooses the examples in prompts, and resamples where a standard error needs it.
-        backend: what computes; see :func:`planner.evaluation.lm_eval_backends.open_model`.
-        store: folder of results by task; those that are there are not computed again.
-        progress: says how far it is.
+        tasks: names of lm-eval's tasks, groups and tags, or paths of task YAML files. Such files, and the files beside
+            them, may name Python functions; these are run.
+        include: a folder with further task files; they take precedence over lm-eval's tasks of the same name.
+        limit: use only the first ``limit`` documents of each task, at least 1; None for all.
+        batch_size: sequences at a time; None for the backend's default.
+        device: ``cpu``, ``cuda`` or one GPU such as ``cuda:1``; for vLLM also a list of GPUs, which share the model.
+        seed: seed for the choice of examples in prompts, and for bootstrap standard errors.
+        backend: see :func:`planner.evaluation.lm_eval_backends.open_model`.
+        store: folder with one result per task; a task with a result there is not run again.
+        progress: shows the progress; None shows none.
 
     Returns:
-        The scores in the order of ``tasks``: a group with a score of its own as one task, any other as its members.
+        The scores in the order of ``tasks``. A group with a score of its own counts as one task; other groups are
+        replaced by their members.
 
     Raises:
-        MoeqError: lm-eval is not installed, an unknown task, a dataset that cannot be loaded, a device that is not
-            there, a damaged checkpoint.
+        MoeqError: lm-eval is not installed, an unknown task, a dataset that cannot be loaded, a missing device, a
+            damaged checkpoint.
     """
     if not tasks or ("," in device and backend != "vllm"):
         raise UsageError(f"expected at least one task and one device, found {len(tasks)} and {device!r}")
@@ -102,7 +103,7 @@ def _require_lm_eval() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show lm-eval's errors and progress bars, but not its remarks, nor the bars of loading models and datasets."""
+    """Show lm-eval's errors and progress bars; hide its other messages, and the bars of loading models and datasets."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -121,7 +122,7 @@ def _evaluate(model: Any, name: str, task: Any, limit: int | None, seed: int) ->
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # A task manager that knows none: the default one would read all of lm-eval's files once more.
+    # An empty task manager, since the default one would read all of lm-eval's files again.
     manager = TaskManager(include_defaults=False)
     try:
         results: dict[str, Any] = simple_evaluate(
@@ -129,13 +130,13 @@ def _evaluate(model: Any, name: str, task: Any, limit: int | None, seed: int) ->
             torch_random_seed=seed, fewshot_random_seed=seed, task_manager=manager,
         )  # fmt: skip
     except ValueError as error:
-        # One that runs code that the model writes; no documents.
+        # The task runs code that the model writes, or it has no documents.
         raise UsageError(f"task {name}: expected tasks that lm-eval can run, found: {reason_of(error)}") from None
     return results
 
 
 def _scores(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the scores of a task or group, those of its members where a group has none."""
+    """Return the scores of a task or group; for a group without a score, those of its members."""
     result = results["results"][name]
     metrics = [key for key in result if "," in key and "_stderr," not in key]
     if not metrics:
@@ -144,7 +145,7 @@ def _scores(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _score(name: str, result: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the metric of a key such as ``acc,none``; a filter of answers stays part of the metric's name."""
+    """Return the score under a key such as ``acc,none``. A filter of answers becomes part of the metric's name."""
     metric, filtered_by = key.split(",", 1)
     stderr = result.get(f"{metric}_stderr,{filtered_by}")
     return {

@@ -1,4 +1,4 @@
-"""A text read by a model, and by a reference, in passes of bounded size; every finished pass is kept."""
+"""Run a model and a reference over a text in passes of bounded size. Every finished pass is saved."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from planner.evaluation.scores import Score, perplexity_of, summarize, token_dis
 from planner.output.files import write_tensors
 
 STATES = 1 << 30
-"""Bytes of a model's states, at most, between two of its layers; a pass takes five times as much on the disk."""
+"""Maximum bytes of a model's hidden states between two layers. A pass takes five times as much disk space."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a text says of a model.
+    """The scores of a model on a text.
 
     Attributes:
-        model: without a reference, its KL divergence is that from itself.
-        reference: perplexity of the reference, and its standard error, if one read the text.
+        model: score of the model; without a reference, its KL divergence is 0.
+        reference: perplexity of the reference and its standard error; None without a reference.
     """
 
     model: Score
@@ -41,15 +41,15 @@ def evaluate_text(
     folder: Path,
     progress: Progress,
 ) -> TextScore:
-    """Score a model on windows of a text; continues behind what a killed run left in ``folder``.
+    """Score a model on windows of a text. Finished passes of a killed run in ``folder`` are not run again.
 
     Args:
-        model: reads the text.
-        reference: with the same vocabulary; reads it too, so that KL(reference ‖ model) is known.
+        model: the model to score.
+        reference: a model with the same vocabulary for KL(reference ‖ model); None for no KL divergence.
         tokens: int64 [windows, length].
-        targets: the next tokens, same shape, −1 where there is none.
-        folder: for files that the caller deletes.
-        progress: says how far it is.
+        targets: next tokens, int64 [windows, length]; −1 marks positions without one.
+        folder: folder for files; the caller deletes it.
+        progress: shows the progress.
 
     Raises:
         MoeqError: a damaged tensor, a full disk.
@@ -79,7 +79,7 @@ def _read_pass(
     progress: Progress,
     of: str,
 ) -> dict[str, torch.Tensor]:
-    """Return values per token [windows, length]: ``loss``, ``divergence``, ``same``, the ``reference``'s loss."""
+    """Return values per token [windows, length]: ``loss``, ``divergence``, ``same``, and ``reference``, its loss."""
     exact = None
     if reference is not None:
         exact = reference.read(tokens, folder / "reference", progress, f"reference{of}").flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Texts and their tokens; a model's perplexity on one."""
+"""Read texts and their tokens, and compute a model's perplexity on a text."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def read_text(path: Path) -> str:
 
 
 def read_tokens(folder: Path, text: str, max_tokens: int | None, name: str) -> list[int]:
-    """Return a text's tokens by a model's tokenizer, with what that puts before every text.
+    """Return a text's tokens by a model's tokenizer, with the special tokens that it puts before a text.
 
     Args:
-        folder: the model's.
+        folder: the model's folder.
         text: the text.
-        max_tokens: how many to return at most.
-        name: what a message calls the text.
+        max_tokens: maximum number of tokens; None for all.
+        name: name of the text in messages.
 
     Raises:
         MoeqError: no tokenizer, or a text of fewer than two tokens.
@@ -46,7 +46,7 @@ def read_tokens(folder: Path, text: str, max_tokens: int | None, name: str) -> l
 
 
 def cut(ids: list[int], window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return windows as :func:`windows` does, none longer than the text."""
+    """Return windows as :func:`windows` does, but shorten the window to the text."""
     return windows(ids, min(window, len(ids) - 1))
 
 
@@ -56,9 +56,9 @@ def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, m
     Args:
         folder: a Hugging Face folder, quantized by moeq or not.
         text: the text to predict.
-        progress: where progress is shown.
-        window: tokens of context; each window predicts all its tokens from those before it.
-        max_tokens: use only the first so many tokens.
+        progress: shows the progress.
+        window: tokens of context; in each window, a token is predicted from the tokens before it.
+        max_tokens: maximum number of tokens, from the text's begin; None for all.
 
     Raises:
         MoeqError: a damaged checkpoint, or a text of fewer than two tokens.

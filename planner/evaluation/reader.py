@@ -1,4 +1,4 @@
-"""How a model reads windows of a text: layer by layer where its architecture can, else whole in memory."""
+"""Run a model over windows of a text: layer by layer if its architecture allows it, else whole in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Reader(Protocol):
     """A model that reads windows of one length.
 
     Attributes:
-        folder: the model's.
+        folder: the model's folder.
         vocabulary: number of logits.
-        state_bytes: what the states of one token take.
+        state_bytes: bytes of one token's hidden states.
     """
 
     folder: Path
@@ -32,35 +32,35 @@ class Reader(Protocol):
     state_bytes: int
 
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
-        """Return what the model's head turns into logits [windows, length, hidden], in a file; continues a killed run.
+        """Return the head's input [windows, length, hidden], mapped from a file. Continue a killed run.
 
         Args:
             tokens: int64 [windows, length].
-            folder: where files go; the caller deletes it.
-            progress: says how far it is.
-            what: is being read.
+            folder: folder for files; the caller deletes it.
+            progress: shows the progress.
+            what: label of the progress.
 
         Raises:
             MoeqError: a damaged tensor, a full disk.
         """
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
-        """Yield a function from states [n, hidden] to float32 logits [n, vocabulary]."""
+        """Yield a function from hidden states [n, hidden] to float32 logits [n, vocabulary]."""
 
     def release(self) -> None:
-        """Give back the memory of all but the head."""
+        """Free the memory of everything but the head."""
 
     def close(self) -> None:
-        """Give back everything."""
+        """Free all memory and close all files."""
 
 
 def open_reader(folder: Path, device: torch.device, batch: int | None = None) -> Reader:
-    """Return how a model reads.
+    """Return the reader for a model.
 
     Args:
         folder: a Hugging Face folder, quantized by moeq or not.
-        device: where the model computes.
-        batch: windows at a time; None for some thousand tokens.
+        device: device that the model runs on.
+        batch: windows at a time; None for as many as give some thousand tokens.
 
     Raises:
         MoeqError: a damaged config or checkpoint, a model that transformers cannot load.
@@ -69,7 +69,7 @@ def open_reader(folder: Path, device: torch.device, batch: int | None = None) ->
 
 
 def reads_by_layers(folder: Path) -> bool:
-    """Tell whether a model can be read with one of its layers in memory.
+    """Tell whether a model can run with one layer in memory at a time.
 
     Raises:
         ConfigError: no usable config.json.

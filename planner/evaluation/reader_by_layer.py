@@ -1,4 +1,4 @@
-"""A model that reads a text with one decoder layer in memory, and one of its experts at a time."""
+"""Run a model over a text with one decoder layer in memory, and one of its experts at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_moeq.format import read_json
 
 
 class LayerReader:
-    """See :class:`planner.evaluation.reader.Reader`; a moeq checkpoint computes with its dequantized values.
+    """See :class:`planner.evaluation.reader.Reader`. A moeq checkpoint computes with its dequantized values.
 
     Raises:
         MoeqError: a damaged checkpoint, or one that transformers lays out in another way.
@@ -41,7 +41,7 @@ class LayerReader:
         self.state_bytes = int(self._decoder.config.hidden_size) * self._decoder.dtype.itemsize
 
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
-        """See :class:`planner.evaluation.reader.Reader`; continues behind the last whole layer."""
+        """See :class:`planner.evaluation.reader.Reader`. Continue a killed run after its last finished layer."""
         self._decoder.rows = ROWS if self._batch is None else self._batch * tokens.shape[1]
         found = read_layers(self._decoder, first_hidden(self._decoder, tokens, folder), progress, what, self._odp)
         self._model.shards.check_unchanged()
@@ -67,15 +67,17 @@ def read_layers(
     odp: Mapping[str, float],
     keep: Collection[int] = (),
 ) -> torch.Tensor:
-    """Return the last layer's output [sequences, length, hidden], in a file; continues behind the last whole layer.
+    """Return the last layer's output [sequences, length, hidden], mapped from a file.
+
+    Layers whose output is already in ``store`` are not run again.
 
     Args:
         decoder: the model.
-        store: has some layer's input.
-        progress: says how far it is.
-        what: is being done.
-        odp: experts prefix → share of a token's largest routing weight below which an expert is skipped.
-        keep: layers whose input stays.
+        store: hidden states; it must have the input of at least one layer.
+        progress: shows the progress.
+        what: label of the progress.
+        odp: experts prefix → threshold; an expert is skipped below this share of the token's largest routing weight.
+        keep: indices of layers whose input is not deleted.
     """
     first = max(index for index in range(len(decoder) + 1) if store.has(index))
     for index in progress.track(range(first, len(decoder)), what):

@@ -1,4 +1,4 @@
-"""A model that reads a text whole in memory, as transformers loads it; experts of a moeq checkpoint stay packed."""
+"""Run a whole model, loaded by transformers, over a text. The experts of a moeq checkpoint stay packed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_moeq.format import ConfigError, UsageError, read_json
 
 
 class _Output:
-    """What a base model returns, as far as a head looks at it: states, and nothing of whatever else it asks for."""
+    """The output of a base model as a head uses it: hidden states, and None for every other field."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.last_hidden_state = states
@@ -31,19 +31,19 @@ class _Output:
 
 
 class _StoredOutputs(torch.nn.Module):
-    """Stands for all of a model but its head: returns states that were computed before."""
+    """A stand-in for a model's base, that is everything but the head. It returns hidden states computed earlier."""
 
     states = torch.empty(0)
 
     def forward(self, *_arguments: Any, **_options: Any) -> _Output:
-        """Return the states as the model's own base would."""
+        """Return the hidden states in the form of the base's output."""
         return _Output(self.states)
 
 
 class WholeReader:
     """See :class:`planner.evaluation.reader.Reader`.
 
-    Whatever a model does behind its base (a bias, a scale, a cap of the logits) is its own code in :meth:`head` too.
+    :meth:`head` runs the model's own code behind its base, such as a bias, a scale or a cap of the logits.
 
     Raises:
         MoeqError: transformers does not know the model.
@@ -66,7 +66,7 @@ class WholeReader:
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, folder: Path, progress: Progress, what: str) -> torch.Tensor:
-        """See :class:`planner.evaluation.reader.Reader`; continues behind the last whole batch of windows."""
+        """See :class:`planner.evaluation.reader.Reader`. Continue a killed run after its last finished batch."""
         folder.mkdir(parents=True, exist_ok=True)
         path, note = folder / "states.bin", folder / "states.json"
         states = file_tensor(path, (*tokens.shape, self._hidden), self._dtype)
@@ -111,10 +111,10 @@ class WholeReader:
         self._model = self._base = None
 
     def _load(self) -> torch.nn.Module:
-        """Return the base model, in memory."""
+        """Return the base model; load it if it is not in memory."""
         if self._base is None:
             self._model = load_whole(self.folder, self._device, self._dtype)
-            # Not base_model or get_decoder(): Llama-4's are wrong.
+            # base_model and get_decoder() are wrong for Llama-4.
             embedding = self._model.get_input_embeddings()
             children = self._model.named_children()
             self._name, self._base = next(it for it in children if any(part is embedding for part in it[1].modules()))
@@ -125,7 +125,7 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """Return transformers' causal language model of a folder, quantized by moeq or not.
 
     Raises:
-        MoeqError: a damaged checkpoint, a model that transformers cannot load, packages that are missing.
+        MoeqError: a damaged checkpoint, a model that transformers cannot load, missing packages.
     """
     try:
         from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""evaluation.json: what was measured on a checkpoint, kept beside it for its report and model card."""
+"""evaluation.json: the measurements on a checkpoint, in its folder, for its report and model card."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from vllm_moeq.format.schema import Strict
 FILE = "evaluation.json"
 Text = Annotated[str, Field(max_length=4096)]
 AGREE = 1e-4
-"""Perplexities of one model, computed in other batches or on another device, differ by less (relative)."""
+"""Relative tolerance. One model's perplexities from different batch sizes or devices differ by less."""
 
 MAX_RESULTS = 4096
 
 
 class Divergence(Strict):
-    """KL(reference ‖ model) over the tokens of a text, in nats, and how often both expect the same token.
+    """KL(reference ‖ model) per token of a text in nats, and how often both models predict the same token.
 
-    ``error`` is the standard error of the mean over windows, ``p99`` the 99th percentile of the tokens, ``same_top``
-    the share of tokens for which the most likely next one is the reference's, with its standard error.
+    ``error`` is the standard error of the mean over windows. ``p99`` is the 99th percentile over tokens. ``same_top``
+    is the share of tokens for which both models have the same most likely next token, ``same_top_error`` its standard
+    error.
     """
 
     mean: float
@@ -36,7 +37,7 @@ class Divergence(Strict):
 
 
 class TextResult(Strict):
-    """A model on a text: perplexity, its standard error over windows, the distance from a reference if one read it."""
+    """The result on a text: perplexity, its standard error over windows, and the distance from a reference, if any."""
 
     data: Text
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -51,11 +52,11 @@ class TextResult(Strict):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What was read, and how."""
+        """Key of the text and the way it was read: two results with equal keys measure the same."""
         return self.sha256, self.window, self.tokens
 
     def beside(self, older: TextResult) -> TextResult:
-        """Return this result, with an older one's reference if it has none itself and they agree."""
+        """Return this result. If it has no reference and its perplexity equals the older one's, copy that reference."""
         if self.kl is not None or not math.isclose(self.perplexity, older.perplexity, rel_tol=AGREE):
             return self
         names = ("reference", "reference_perplexity", "reference_perplexity_error", "kl")
@@ -63,7 +64,7 @@ class TextResult(Strict):
 
 
 class TaskResult(Strict):
-    """One metric of one task of lm-eval, in the metric's own unit: accuracies are between 0 and 1."""
+    """One metric of one lm-eval task, in the metric's own unit. An accuracy is between 0 and 1."""
 
     task: Text
     metric: Text
@@ -82,9 +83,9 @@ class Evaluations(Strict):
     tasks: Annotated[list[TaskResult], Field(max_length=MAX_RESULTS)] = Field(default_factory=list)
 
     def merged(self, texts: list[TextResult], tasks: list[TaskResult]) -> Evaluations:
-        """Return these and newer results; a newer one replaces that of the same text or task and settings.
+        """Return these and newer results. A newer result replaces an older one of the same text or task and settings.
 
-        A text that was read again without a reference keeps what an older result says of one.
+        A newer result without a reference keeps the older result's reference; see :meth:`TextResult.beside`.
         """
         known = {it.key: it for it in self.texts}
         newer_texts = {it.key for it in texts}
@@ -103,10 +104,10 @@ class Evaluations(Strict):
 
 
 def read_evaluations(folder: Path) -> Evaluations:
-    """Return what was measured on a checkpoint so far; nothing where it has no evaluation.json.
+    """Return the contents of a checkpoint's evaluation.json; an empty record if there is no file.
 
     Raises:
-        ConfigError: a damaged file, naming it and the first violation.
+        ConfigError: a damaged file; the message names it and the first violation.
     """
     path = folder / FILE
     return read_as(path, Evaluations) if path.exists() else Evaluations()

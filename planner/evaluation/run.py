@@ -1,4 +1,4 @@
-"""One evaluation: a text and tasks, with everything that a killed run leaves in one folder."""
+"""Evaluate a model on a text and on tasks. Unfinished results are in one folder, so that a run can continue."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from vllm_moeq.format import UsageError
 
 @dataclass(frozen=True)
 class Text:
-    """What a model is to read.
+    """A text to evaluate a model on.
 
     Attributes:
-        name: what results call it.
+        name: name of the text in results.
         content: the text itself.
         window: tokens of context.
-        max_tokens: of the text, if not all.
-        reference: folder of a model that reads it too, if one does.
-        reference_name: what results call that.
+        max_tokens: maximum number of tokens; None for all.
+        reference: folder of the reference model; None for no reference.
+        reference_name: name of the reference in results.
     """
 
     name: str
@@ -55,16 +55,17 @@ class Text:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to find out of a model.
+    """The measurements to make on a model.
 
     Attributes:
-        folder: the model's.
-        text: to read, if any.
-        tasks: of lm-eval, names or files.
-        limit: documents of each, if not all.
-        backend: what answers them.
-        batch_size: windows, or sequences of tasks, at a time; None for what is usual; results differ by rounding only.
-        device: as ``--device`` takes it; texts are read on the first.
+        folder: the model's folder.
+        text: the text; None for no text.
+        tasks: names of lm-eval tasks, or task files.
+        limit: maximum number of documents per task; None for all.
+        backend: backend for tasks.
+        batch_size: windows of the text, or sequences of tasks, at a time; None for the default. It changes results by
+            rounding only.
+        device: devices as ``--device`` takes them; the text is read on the first one.
     """
 
     folder: Path
@@ -76,7 +77,7 @@ class EvaluationRequest:
     device: str = "cpu"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything that decides the results, under names that a message can show."""
+        """Return everything that decides the results; messages show the keys."""
         text, reference = self.text, None if self.text is None else self.text.reference
         return {
             "model": _digest(self.folder),
@@ -96,7 +97,7 @@ def _digest(folder: Path) -> str:
 
 
 def _task_digest(task: str) -> str:
-    """Return a task's name, and what a file of that name holds."""
+    """Return a task's name; for a task file, add a digest of its contents."""
     path = Path(task)
     content = path.read_bytes() if is_file_name(task) and path.is_file() else b""
     return f"{task} {hashlib.sha256(content).hexdigest()[:16]}" if content else task
@@ -104,14 +105,14 @@ def _task_digest(task: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found out."""
+    """The results of an evaluation."""
 
     text: TextResult | None
     tasks: list[TaskResult]
 
 
 def evaluate(wanted: EvaluationRequest, partial: PartialRun, progress: Progress) -> Found:
-    """Measure what is wanted; continues what a killed run left in the folder of ``partial``, which stays.
+    """Run the requested measurements. Continue a killed run from the folder of ``partial``; the folder is not deleted.
 
     Raises:
         MoeqError: models with different vocabularies, a damaged checkpoint, an unknown task, too little memory.
@@ -128,7 +129,7 @@ def evaluate(wanted: EvaluationRequest, partial: PartialRun, progress: Progress)
 
 
 def finish(partial: PartialRun) -> None:
-    """Remove what a finished run has left."""
+    """Remove the folder of a finished run."""
     shutil.rmtree(partial.folder, ignore_errors=True)
     partial.release()
 
@@ -146,7 +147,7 @@ def _read(wanted: EvaluationRequest, text: Text, folder: Path, progress: Progres
 
 
 def _check_vocabularies(model: Reader, reference: Reader) -> None:
-    """Refuse a reference whose tokens are not the model's."""
+    """Refuse a reference with another vocabulary than the model's."""
     expected = f"--reference {reference.folder}: expected the vocabulary of {model.folder}"
     if reference.vocabulary != model.vocabulary:
         raise UsageError(f"{expected}, {model.vocabulary:,} tokens, found {reference.vocabulary:,}")

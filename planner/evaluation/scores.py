@@ -1,4 +1,4 @@
-"""How far a model is from another, token by token: likelihood, KL divergence, the most likely token."""
+"""Compare two models token by token: likelihood, KL divergence, the most likely token."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 import torch
 
 RESAMPLES = 1000
-"""Bootstrap samples of sequences behind an error."""
+"""Number of bootstrap samples of sequences for a standard error."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one text.
+    """The score of one model on one text. Errors are standard errors over sequences, by bootstrap.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood per token.
-        perplexity_error: its standard error over sequences, by bootstrap.
-        kl: mean over tokens of KL(reference ‖ model), nats.
-        kl_error: its standard error over sequences.
-        kl_median: of the tokens.
-        kl_99: 99th percentile of the tokens.
-        kl_max: of the tokens.
-        same_top: share of tokens for which the most likely next token is the reference's.
-        same_top_error: its standard error over sequences.
-        tokens: how many were predicted.
+        perplexity_error: standard error of ``perplexity``.
+        kl: mean over tokens of KL(reference ‖ model), in nats.
+        kl_error: standard error of ``kl``.
+        kl_median: median of the KL divergence over tokens.
+        kl_99: 99th percentile of the KL divergence over tokens.
+        kl_max: maximum of the KL divergence over tokens.
+        same_top: share of tokens for which model and reference have the same most likely next token.
+        same_top_error: standard error of ``same_top``.
+        tokens: number of predicted tokens.
     """
 
     perplexity: float
@@ -52,25 +52,25 @@ def token_losses(likely: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Args:
         likely: log-probabilities [n, vocabulary].
-        targets: the next tokens, int64 [n]; −1 where there is none, and the result means nothing.
+        targets: next tokens, int64 [n]; −1 marks positions without one, where the result has no meaning.
     """
     chosen = targets.clamp_min(0)[:, None].to(likely.device)
     return -likely.gather(1, chosen)[:, 0].cpu()
 
 
 def token_distances(reference: torch.Tensor, likely: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(reference ‖ model) in nats [n], and whether the most likely token is the same [n], on the CPU.
+    """Return KL(reference ‖ model) in nats [n], and whether the most likely token is the same, bool [n], on the CPU.
 
     Args:
-        reference: log-probabilities [n, vocabulary].
-        likely: the model's, same shape.
+        reference: log-probabilities of the reference [n, vocabulary].
+        likely: log-probabilities of the model [n, vocabulary].
     """
     divergence = (reference.exp() * (reference - likely)).sum(dim=-1)
     return divergence.cpu(), (likely.argmax(dim=-1) == reference.argmax(dim=-1)).cpu()
 
 
 def summarize(loss: torch.Tensor, divergence: torch.Tensor, same: torch.Tensor, known: torch.Tensor) -> Score:
-    """Return the score of one model from its values per token [sequences, length]; those not known do not count."""
+    """Return the score of one model from its values per token [sequences, length]. Only ``known`` tokens count."""
     tokens = divergence[known].double().clamp_min(0)  # rounding may leave −1e-9
     perplexity, perplexity_error = perplexity_of(loss, known)
     kl, kl_error = mean_of(divergence, known)
@@ -90,13 +90,13 @@ def summarize(loss: torch.Tensor, divergence: torch.Tensor, same: torch.Tensor, 
 
 
 def perplexity_of(loss: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
-    """Return the perplexity and its standard error; arguments as for :func:`summarize`."""
+    """Return the perplexity and its standard error; see :func:`summarize` for the arguments."""
     mean, error = mean_of(loss, known)
     return math.exp(mean), math.exp(mean) * error
 
 
 def mean_of(values: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
-    """Return the mean over known tokens, and its standard error when whole sequences are drawn again."""
+    """Return the mean over known tokens, and its standard error by a bootstrap over whole sequences."""
     counts = known.sum(dim=1).double()
     sums = (values * known).sum(dim=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -106,10 +106,10 @@ def mean_of(values: torch.Tensor, known: torch.Tensor) -> tuple[float, float]:
 
 
 def windows(ids: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut a text into windows: inputs [n, length] and the tokens that follow, −1 behind the end.
+    """Cut a text into windows; return inputs and next tokens, int64 [n, length] each.
 
-    Each token is predicted from those before it in its window. The last window is filled up with token 0, which no
-    earlier token sees.
+    Each token is predicted from the tokens before it in its window. The last window is padded: inputs with token 0,
+    which no earlier token sees, and next tokens with −1.
     """
     text = torch.tensor(ids)
     count = math.ceil((len(text) - 1) / length)

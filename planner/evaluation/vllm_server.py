@@ -1,4 +1,4 @@
-"""A vLLM server as a child process: started, waited for, stopped."""
+"""Run a vLLM server as a child process: start it, wait until it is healthy, stop it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    """Have Linux end the server when this process is killed: it would keep its memory from whoever runs next."""
+    """Make Linux end the server when this process is killed, so that the server frees its memory."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ServerError(MoeqError):
-    """The server did not become healthy; the message ends with the last lines of its log."""
+    """The server did not start or answer. After a failed start, the message ends with the last lines of the log."""
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on at the moment."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -47,7 +47,7 @@ class Server:
         log: file that receives the server's output.
         flags: further vLLM flags.
         environment: variables added to this process's own.
-        timeout: seconds to wait for it to become healthy.
+        timeout: seconds to wait until the server is healthy.
 
     Raises:
         ServerError: the server exited or was not healthy in time.
@@ -76,7 +76,7 @@ class Server:
 
     @property
     def process(self) -> int:
-        """Number of the server's process, which leads a session of its own."""
+        """ID of the server's process, the leader of its own session."""
         if self._process is None:
             raise ServerError("expected a server that has been started")
         return self._process.pid
@@ -116,7 +116,7 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
 
     def stop(self) -> None:
-        """Ask the server and its workers to end; kill what has not ended after 20 s."""
+        """Ask the server and its workers to end; kill them after 20 s."""
         process = self._process
         if process is None:
             return

@@ -1,1 +1,1 @@
-"""Checkpoints in other formats, and back."""
+"""Convert checkpoints to other formats and back."""

@@ -1,4 +1,4 @@
-"""Turn a moeq checkpoint back into an ordinary one, with the quantized values."""
+"""Convert a moeq checkpoint back into an ordinary one with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vllm_moeq.format.linears import LINEAR_SUFFIXES, SCALES, WORDS
 
 
 def dequantize_linear(shards: ShardSet, base: str, bits: int) -> torch.Tensor:
-    """Return one packed linear that is not an expert, float32 [N, K]."""
+    """Return one dequantized linear that is not an expert, float32 [N, K]."""
     return linear_values(shards.load(f"{base}.{WORDS}"), shards.load(f"{base}.{SCALES}"), bits)
 
 
 def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write ``output``, a Hugging Face folder that any server loads, in the source's layout, shard by shard.
+    """Write ``output``, a Hugging Face folder in the source's layout that any server loads, shard by shard.
 
     Args:
         folder: the checkpoint.
         output: the folder to create.
-        progress: says how far it is.
-        dtype: of all weights; quantized values are rounded to bfloat16 once, and not at all to float32.
+        progress: shows the progress.
+        dtype: dtype of all weights. bfloat16 rounds the dequantized values once, float32 not at all.
 
     Raises:
         MoeqError: a damaged checkpoint, an output that exists, a full disk.
@@ -59,14 +59,14 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
 
 @dataclass(frozen=True)
 class _Dense:
-    """A checkpoint on its way to a dense one.
+    """A checkpoint that is converted to a dense one.
 
     Attributes:
-        shards: its tensors.
-        config: its configuration.
-        row: the architecture, which knows the source's layout.
-        dtype: the result's dtype.
-        matrices: name of the codes → the expert's matrix.
+        shards: the checkpoint's tensors.
+        config: the checkpoint's configuration.
+        row: the architecture, for the source's layout.
+        dtype: dtype of the result.
+        matrices: name of the codes → expert matrix.
     """
 
     shards: ShardSet
@@ -88,7 +88,7 @@ class _Dense:
         return frozenset(name.removesuffix(f".{WORDS}") for name in packed)
 
     def shard(self, shard: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of one shard, packed ones replaced by ``.weight``."""
+        """Return the tensors of one shard. Dequantized weights, named ``.weight``, replace packed tensors."""
         result: dict[str, torch.Tensor] = {}
         for name, info in self.shards.tensors.items():
             base, _, suffix = name.rpartition(".")
@@ -106,7 +106,11 @@ class _Dense:
         return result
 
     def _expert(self, matrix: ExpertMatrix) -> dict[str, torch.Tensor]:
-        """Return an expert's matrix; where the source has one tensor for a layer, it comes with the first expert."""
+        """Return the dense tensor for an expert matrix.
+
+        If the source stores a layer's experts in one tensor, the first matrix in it stands for the whole tensor, and
+        the other matrices return nothing.
+        """
         row, names = self.row, self.config.projections
         if row is None or row.fused is None:
             expert = str(matrix.expert) if row is None else row.expert.format(matrix.expert)

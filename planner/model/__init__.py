@@ -1,1 +1,1 @@
-"""A source model: where it lies, how its tensors are stored, which of them are experts."""
+"""Source models: their location, the storage of their tensors, and which tensors are experts."""

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its routers and experts: one table row each."""
+"""The names of routers and experts in each architecture, one table row per ``model_type``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _GATE_UP_DOWN = Projections(gate="gate_proj", up="up_proj", down="down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A run of layers.
+    """A list of consecutive layers.
 
     Attributes:
         layers: name of the list of layers.
-        count: keys of config.json, the first that is there says how many.
-        inside: where in a layer the names of its MoE block begin.
+        count: keys of config.json; the first one present gives the number of layers.
+        inside: prefix of the MoE block's names within a layer.
     """
 
     layers: str = "model.layers"
@@ -31,13 +31,13 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """All experts of a layer in two tensors, names relative to the layer.
+    """Storage of all experts of a layer in two tensors. Names are relative to the layer.
 
     Attributes:
-        gate_up: [experts, gate and up, hidden].
-        down: [experts, hidden, intermediate].
-        transposed: the last two dimensions are exchanged.
-        interleaved: rows of gate and up alternate, instead of gate's half first.
+        gate_up: name of the tensor [experts, gate and up, hidden].
+        down: name of the tensor [experts, hidden, intermediate].
+        transposed: whether the last two dimensions are exchanged.
+        interleaved: whether rows of gate and up alternate; otherwise all rows of gate come first.
     """
 
     gate_up: str
@@ -48,20 +48,21 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One row; names are relative to a layer.
+    """One row of the table. Names are relative to a layer.
 
     Attributes:
-        router: the router's weight [experts, hidden].
-        experts: what the names of experts begin with, here and in vLLM.
-        projections: the matrices of an expert, as the output names them.
-        expert: an expert's part of the names in the source.
-        fused: where the source has all experts of a layer in one tensor.
-        stacks: where layers are.
-        renamed: (name in transformers, name in the checkpoint) of modules that differ; the first that fits.
-        kept: ends of names of matrices that stay as they are besides routers: what vLLM does not quantize.
-        logits: which of the outputs of transformers' router are the logits of all experts.
-        uncalibrated: why the model cannot run layer by layer over a text, or None.
-        unserved: why vLLM cannot serve the quantized model, or None.
+        router: name of the router's weight [experts, hidden].
+        experts: prefix of the experts' names, here and in vLLM.
+        projections: names of an expert's matrices in the output.
+        expert: pattern of an expert's part of the names in the source.
+        fused: storage of all experts of a layer in one tensor per projection; None for one tensor per expert.
+        stacks: lists of layers.
+        renamed: pairs (name in transformers, name in the checkpoint) of modules whose names differ; the first match
+            counts.
+        kept: name suffixes of matrices that are not quantized, besides routers, because vLLM does not quantize them.
+        logits: index of the logits of all experts among the outputs of transformers' router.
+        uncalibrated: reason why the model cannot run layer by layer over a text, or None.
+        unserved: reason why vLLM cannot serve the quantized model, or None.
     """
 
     router: str = "mlp.gate.weight"
@@ -77,33 +78,33 @@ class Architecture:
     unserved: str | None = None
 
     def module_name(self, name: str) -> str:
-        """Name in transformers of a module or parameter within a layer of the checkpoint."""
+        """Return transformers' name for a module or parameter of the checkpoint; both are relative to a layer."""
         for module, saved in self.renamed:
             if f"{name}.".startswith(f"{saved}."):
                 return module + name[len(saved) :]
         return name
 
     def saved_name(self, name: str) -> str:
-        """Name in the checkpoint of a module or parameter that transformers calls ``name`` within a layer."""
+        """Return the checkpoint's name for a module or parameter of transformers; both are relative to a layer."""
         for module, saved in self.renamed:
             if f"{name}.".startswith(f"{module}."):
                 return saved + name[len(module) :]
         return name
 
     def checkpoint_name(self, layer: int, name: str) -> str:
-        """Checkpoint name of a parameter that transformers calls ``name`` within a layer of a decoder."""
+        """Return the full checkpoint name of a parameter that transformers calls ``name`` within a decoder layer."""
         return f"{self.stacks[0].layers}.{layer}.{self.saved_name(name)}"
 
     def router_name(self, layer: int) -> str:
-        """Checkpoint name of the weight of a decoder layer's router."""
+        """Return the full checkpoint name of the router's weight in a decoder layer."""
         return f"{self.stacks[0].layers}.{layer}.{self.stacks[0].inside}{self.router}"
 
     def prefix(self, layer: int) -> str:
-        """What the names of the experts of a decoder's layer begin with."""
+        """Return the prefix of the experts' full names in a decoder layer."""
         return f"{self.stacks[0].layers}.{layer}.{self.stacks[0].inside}{self.experts}"
 
     def owner(self, name: str) -> tuple[int, int] | None:
-        """Return which stack, and which of its layers, a tensor belongs to."""
+        """Return the index of a tensor's stack and of its layer within the stack; None for a tensor outside layers."""
         for number, stack in enumerate(self.stacks):
             found = re.match(rf"{re.escape(stack.layers)}\.(0|[1-9][0-9]{{0,5}})\.", name)
             if found is not None:
@@ -189,14 +190,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         unserved="vLLM has no encoder-decoder of the T5 family",
     ),
 }
-"""``model_type`` of config.json → row."""
+"""``model_type`` in config.json → row."""
 
 EMBEDDINGS = ("lm_head.weight", "embed_tokens.weight")
-"""Weights outside the layers that a size is told for by themselves."""
+"""Name suffixes of the embedding and head weights; sizes list them separately."""
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """Return the row of a config.json, if there is one."""
+    """Return the row for a config.json; None for an unknown ``model_type``."""
     model_type = config.get("model_type")
     return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
 
@@ -205,7 +206,7 @@ def architecture_for(config: Mapping[str, Any], folder: Path, tensors: Iterable[
     """Return the table row of a model.
 
     Raises:
-        UsageError: an unknown ``model_type``; names the tensors that look like experts.
+        UsageError: an unknown ``model_type``; the message names tensors that look like experts.
     """
     row = find_architecture(config)
     if row is not None:

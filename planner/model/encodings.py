@@ -1,4 +1,4 @@
-"""Formats of source weights with fewer than sixteen bits, decoded to bfloat16 as they are read."""
+"""Formats of source weights with fewer than sixteen bits. They are decoded to bfloat16 while they are read."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.tensors import Tensors
 
 Parts = Mapping[str, torch.Tensor]
-"""Suffix → what the file holds under it for one matrix."""
+"""Suffix → the tensor that the file holds under this suffix for one matrix."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Values as they are.
+    """A storage format of one tensor. This base class stores the values unchanged.
 
     Attributes:
-        suffixes: appended to a tensor's name, the values first.
-        bits: per weight, scales included.
-        dtype: of decoded values, or None where it is the file's.
+        suffixes: suffixes appended to the tensor's name; the first one is for the values.
+        bits: stored bits per weight, scales included.
+        dtype: dtype of the decoded values; None for the file's dtype.
     """
 
     suffixes: tuple[str, ...] = ("",)
@@ -29,7 +29,7 @@ class Codec:
     dtype: torch.dtype | None = None
 
     def tensors(self, name: str) -> dict[str, str]:
-        """Return suffix → name of the tensors that stand for ``name``."""
+        """Return suffix → name of the stored tensors that together encode ``name``."""
         return {suffix: name + suffix for suffix in self.suffixes}
 
     def shape(self, name: str, files: Tensors) -> tuple[int, ...]:
@@ -41,16 +41,16 @@ class Codec:
         return files.info(name + self.suffixes[0]).shape
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
-        """Return stored rows ``first``, ``first + step`` … below ``last``, decoded."""
+        """Return the stored rows ``first``, ``first + step``, … below ``last``, decoded."""
         return parts[""][first:last:step]
 
 
 BLOCK = 128
-"""Rows and columns that share a scale in DeepSeek's eight-bit checkpoints."""
+"""Number of rows and of columns that share a scale in DeepSeek's eight-bit checkpoints."""
 
 
 class Fp8Blocks(Codec):
-    """float8_e4m3fn with a float32 scale per 128 × 128 weights (DeepSeek-V3, MiniMax-M2): w = value · scale."""
+    """float8_e4m3fn values and a float32 scale per 128 × 128 weights (DeepSeek-V3, MiniMax-M2): w = value · scale."""
 
     def __init__(self) -> None:
         super().__init__(("", "_scale_inv"), 8 + 32 / BLOCK**2, torch.bfloat16)
@@ -75,14 +75,14 @@ class Fp8Blocks(Codec):
 
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitudes of the eight codes without the sign bit: e2m1."""
+"""Magnitudes of the eight e2m1 codes without the sign bit."""
 
 GROUP = 32
-"""Weights that share an exponent in MXFP4."""
+"""Number of weights that share an exponent in MXFP4."""
 
 
 class Mxfp4(Codec):
-    """Sixteen bytes of two e2m1 codes, the lower half first, and a power of two per 32 weights (OCP MX, gpt-oss)."""
+    """A power-of-two scale and 16 bytes per 32 weights; a byte is two e2m1 codes, low half first (OCP MX, gpt-oss)."""
 
     def __init__(self) -> None:
         super().__init__(("_blocks", "_scales"), 4 + 8 / GROUP, torch.bfloat16)
@@ -110,16 +110,16 @@ class Mxfp4(Codec):
 PLAIN, FP8_BLOCKS, MXFP4 = Codec(), Fp8Blocks(), Mxfp4()
 
 DECODED = {"fp8": FP8_BLOCKS, "mxfp4": MXFP4}
-"""``quant_method`` of a source that is quantized already, but in a way that can be read."""
+"""``quant_method`` → codec, for sources that are already quantized in a readable format."""
 
 
 def codec_of(name: str, tensors: Container[str], encoded: bool = False) -> Codec:
-    """Return how a tensor is stored, which the names beside it tell.
+    """Return the codec of a tensor. The names of the tensors beside it reveal the codec.
 
     Args:
-        name: of the decoded tensor.
-        tensors: names of the file.
-        encoded: its blocks are there instead of itself.
+        name: name of the decoded tensor.
+        tensors: names of all stored tensors.
+        encoded: whether the file holds MXFP4 blocks in place of the tensor.
     """
     if encoded:
         return MXFP4

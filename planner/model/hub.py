@@ -1,4 +1,4 @@
-"""Where a model lies (a folder, or a name on the Hub, downloaded first), and its files besides weights."""
+"""Find a model, as a folder or by its name on the Hub, and its files besides the weights."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ COMPANIONS = (
 """Files beside the weights that a server needs."""
 
 NEEDED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "README.md"]
-"""Globs of what is downloaded; a model card names the licence."""
+"""Globs of the files to download; README.md, the model card, names the licence."""
 
 LIGHT = ["config.json", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*.txt"]
-"""Globs of what a dry run downloads: sizes and texts, without weights and their index."""
+"""Globs of the files that a dry run downloads: config and tokenizer, without weights and their index."""
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return a model folder's tokenizer, generation settings and chat template."""
+    """Return the paths of a model folder's tokenizer, generation settings and chat template."""
     return sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()})
 
 
 def resolve_model(model: str, weights: bool = True) -> Path:
-    """Return the local folder of a model: a path as it is, a Hub name downloaded first.
+    """Return the local folder of a model. A model given by its Hub name is downloaded first.
 
     Args:
         model: folder or Hub name.
-        weights: download them too; without, the folder has them only if they were there before.
+        weights: whether to download the weights too. Without them, the folder has weights only if an earlier call
+            downloaded them.
 
     Raises:
-        UsageError: neither a folder nor a name that the Hub (or its local cache) has.
+        UsageError: neither a folder nor a name in the Hub or its local cache.
     """
     path = Path(model)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: MoE layers, other linears, and the rest, from its headers alone."""
+"""The parts of a checkpoint, read from its headers alone: MoE layers, other linears, and the rest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
 
 ROWS_MULTIPLE = 32
-"""Matrices with other numbers of output neurons are gates and the like, which no low-bit kernel takes."""
+"""A matrix whose number of output neurons is no multiple of this is a gate or the like; no low-bit kernel takes it."""
 
 
 SPECULATIVE = ("mtp.", "model.mtp.")
-"""Names of layers for speculative decoding that are no decoder layers."""
+"""Name prefixes of layers for speculative decoding that are no decoder layers."""
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -26,12 +26,12 @@ class MoeLayer:
     """One MoE layer of a checkpoint.
 
     Attributes:
-        index: of the layer within its stack.
+        index: the layer's index within its stack.
         block: name of the layer.
-        prefix: what the names of its experts begin with.
-        router: the router's weight.
-        num_experts: how many it has.
-        projections: their matrices.
+        prefix: prefix of the experts' names.
+        router: name of the router's weight.
+        num_experts: number of experts.
+        projections: names of an expert's matrices.
         shapes: projection → [outputs, inputs].
     """
 
@@ -44,27 +44,28 @@ class MoeLayer:
     shapes: dict[str, tuple[int, int]]
 
     def weight(self, expert: int, projection: str) -> str:
-        """Checkpoint name of one expert's matrix."""
+        """Return the checkpoint name of one expert's matrix."""
         return f"{self.prefix}.{expert}.{projection}.weight"
 
     @property
     def weights_per_expert(self) -> int:
-        """Number of weights of one expert."""
+        """Number of weights in one expert."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint is made of.
+    """The parts of a checkpoint. Linears and tensors are given by name.
 
     Attributes:
-        model_type: of config.json.
+        model_type: ``model_type`` in config.json.
         blocks: names of all layers, in order.
-        layers: those with experts.
+        layers: layers with experts.
         linears: matrices that are quantized in vLLM's own format.
-        kept: tensors that stay as they are.
-        plain: those of them that are matrices, which vLLM may have a linear for.
-        left_out: layers behind the last, for speculative decoding, which the output does not have.
+        kept: tensors that are copied unchanged.
+        plain: the matrices among ``kept``; vLLM may have a linear layer for them, so the config must list them as
+            unquantized.
+        left_out: tensors of layers for speculative decoding; the output does not have them.
     """
 
     model_type: str
@@ -77,21 +78,21 @@ class Layout:
 
     @property
     def num_layers(self) -> int:
-        """Layers of all kinds."""
+        """Number of layers of all kinds."""
         return len(self.blocks)
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """The routers' weights."""
+        """Names of the routers' weights."""
         return tuple(layer.router for layer in self.layers)
 
     @property
     def num_experts(self) -> int:
-        """Experts of all layers together."""
+        """Number of experts of all layers together."""
         return sum(layer.num_experts for layer in self.layers)
 
     def block_of(self, name: str) -> str | None:
-        """Return the layer that a tensor belongs to."""
+        """Return the name of a tensor's layer; None for a tensor outside all layers."""
         return next((block for block in _heads(name) if block in self._known), None)
 
     @cached_property
@@ -108,7 +109,7 @@ def architecture_of(model: SourceModel) -> Architecture:
     """Return the table row of a model.
 
     Raises:
-        UsageError: an unknown ``model_type``; names the tensors that look like experts.
+        UsageError: an unknown ``model_type``; the message names tensors that look like experts.
     """
     return architecture_for(model.config, model.folder, model.shards.tensors)
 
@@ -117,8 +118,8 @@ def read_layout(model: SourceModel) -> Layout:
     """Find the MoE layers and linears of a checkpoint from its headers alone.
 
     Raises:
-        MoeqError: an unknown architecture, a checkpoint that is quantized already, a missing expert
-            tensor, or shapes that do not fit together.
+        MoeqError: an unknown architecture, an already quantized checkpoint, a missing expert tensor, or shapes that do
+            not fit together.
     """
     row = architecture_of(model)
     _refuse_quantized(model)
@@ -142,7 +143,7 @@ def read_layout(model: SourceModel) -> Layout:
 def _sort(
     model: SourceModel, row: Architecture, blocks: frozenset[str], layers: Sequence[MoeLayer]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return the tensors that are not experts' matrices: linears to quantize, those to keep, those to leave out."""
+    """Sort all tensors but expert matrices; return the names of linears, of tensors to keep and to leave out."""
     routers = {layer.router for layer in layers}
     prefixes = tuple(f"{layer.prefix}." for layer in layers)
     linears, kept, left_out = [], [], []
@@ -177,10 +178,10 @@ def _refuse_quantized(model: SourceModel) -> None:
 
 
 def _is_of_an_expert(model: SourceModel, name: str, prefixes: tuple[str, ...], row: Architecture) -> bool:
-    """Tell a matrix of one expert from what a layer keeps for all of them together, such as gpt-oss's biases.
+    """Tell whether a tensor belongs to one expert, not to all of a layer together as gpt-oss's biases do.
 
     Raises:
-        CheckpointError: an expert has something besides its matrices.
+        CheckpointError: an expert has a tensor besides its matrices.
     """
     rest = next(name[len(prefix) :] for prefix in prefixes if name.startswith(prefix)).split(".")
     if not rest[0].isdigit():
@@ -201,14 +202,14 @@ def _is_plain(name: str, info: TensorInfo) -> bool:
 
 
 def _has_experts(model: SourceModel, row: Architecture, stack: Stack, index: int) -> bool:
-    """Tell a MoE layer, even one whose router is missing, from a dense one."""
+    """Tell whether a layer is an MoE layer. Experts without a router count too, so that the missing router is named."""
     block = f"{stack.layers}.{index}.{stack.inside}"
     first = f"{block}{row.experts}.0.{row.projections.gate}.weight"
     return f"{block}{row.router}" in model.shards.tensors or first in model.shards.tensors
 
 
 def _read_layer(model: SourceModel, row: Architecture, stack: Stack, index: int) -> MoeLayer:
-    """Check that every expert of one layer has its matrices, all of one shape."""
+    """Check one layer's router, and that each of its experts has all matrices in the same shapes; return the layer."""
     block = f"{stack.layers}.{index}"
     router, prefix = f"{block}.{stack.inside}{row.router}", f"{block}.{stack.inside}{row.experts}"
     num_experts = model.integer(*EXPERT_COUNT)

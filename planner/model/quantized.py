@@ -1,4 +1,4 @@
-"""A moeq checkpoint as an ordinary model: its matrices under their plain names, dequantized when they are read."""
+"""A moeq checkpoint as an ordinary model: matrices have their plain names and are dequantized while they are read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vllm_moeq.format.tensors import Tensors
 
 @dataclass(frozen=True)
 class PackedExpert(Codec):
-    """One matrix of an expert.
+    """Storage format of one expert matrix.
 
     Attributes:
-        scheme: the way in which it is stored.
-        group_size: weights per scale, or −1.
+        scheme: storage scheme of the matrix.
+        group_size: weights per scale, or −1 for whole rows.
     """
 
     scheme: Scheme = GRID
@@ -42,7 +42,7 @@ class PackedExpert(Codec):
 
 @dataclass(frozen=True)
 class PackedLinear(Codec):
-    """One linear in compressed-tensors' ``pack-quantized``."""
+    """Storage format of one linear, compressed-tensors' ``pack-quantized``."""
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
         """See :meth:`Codec.read`; float32."""
@@ -51,13 +51,13 @@ class PackedLinear(Codec):
 
 
 class DequantizedModel(SourceModel):
-    """Every value is float32, rounded by nothing but the quantizer.
+    """A moeq checkpoint whose packed matrices are read as float32: only the quantizer has rounded them.
 
     Args:
         folder: a checkpoint that moeq wrote.
 
     Raises:
-        MoeqError: a damaged config, index or shard; a tensor of an expert that is missing or misshapen.
+        MoeqError: a damaged config, index or shard; a missing or misshapen expert tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,12 +69,12 @@ class DequantizedModel(SourceModel):
 
     @property
     def odp(self) -> Mapping[str, float]:
-        """Experts prefix → share of a token's largest routing weight below which an expert is skipped."""
+        """Experts prefix → threshold. An expert is skipped below this share of the token's largest routing weight."""
         return self.quantization.odp or {}
 
 
 def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
-    """Return plain name → packed matrix, of experts and of other linears."""
+    """Return plain name → packed matrix, for experts and for other linears."""
     found: dict[str, Matrix] = {}
     for it in expert_matrices(files, config):
         base = f"{it.prefix}.{it.expert}.{it.projection}"
@@ -91,6 +91,6 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
 
 
 def is_moeq(config: Any) -> bool:
-    """Tell by a config.json whether the checkpoint is one of this project's."""
+    """Tell by the contents of a config.json whether moeq wrote the checkpoint."""
     found = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD

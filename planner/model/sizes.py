@@ -1,4 +1,4 @@
-"""Sizes from headers alone: what a plan weighs on disk and in memory, and what fits a budget."""
+"""Sizes from headers alone: the bytes of a plan's checkpoint, and the average width that fits a budget."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from planner.model.source import SourceModel
 from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
 
 WORKING_BYTES_PER_WEIGHT = 24
-"""Float32 copies and temporaries of a quantizer while it works on one matrix."""
+"""Bytes per weight of a quantizer's float32 copies and temporaries while it works on one matrix."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a quantized checkpoint's tensors, and of those in its largest shard: a decoder layer, or the rest."""
+    """Bytes of the source's tensors and of the quantized checkpoint's, by kind.
+
+    ``largest_shard_bytes`` counts the largest shard: one decoder layer, or all tensors outside the layers.
+    """
 
     source_bytes: int
     expert_bytes: int
@@ -30,7 +33,7 @@ class Sizes:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors: the disk space, and the memory that the weights take when served."""
+        """Bytes of all tensors: on disk, and in memory when the checkpoint is served."""
         return self.expert_bytes + self.linear_bytes + self.kept_bytes
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,14 +52,14 @@ def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, scheme:
 
 
 def stored_bytes(info: TensorInfo, linear: Linear) -> int:
-    """Return the bytes of a linear that is not an expert."""
+    """Return the bytes of one linear that is not an expert, in the format ``linear``."""
     if linear.bits == 16:
         return info.nbytes
     return info.numel * linear.bits // 8 + 2 * info.shape[0] * math.ceil(info.shape[1] / linear.group_size) + 16
 
 
 def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
-    """Return the bytes of the linears that are not experts."""
+    """Return the bytes of all linears that are not experts, in the format ``linear``."""
     return sum(stored_bytes(model.shards.info(name), linear) for name in layout.linears)
 
 
@@ -68,15 +71,15 @@ def estimate(
     linear: Linear,
     scheme: Scheme = GRID,
 ) -> Sizes:
-    """Return the sizes of the checkpoint that a plan leads to.
+    """Return the sizes of the checkpoint with the given widths.
 
     Args:
         model: the source.
-        layout: its layers.
-        experts: experts prefix → width of each expert, bits.
-        group_size: expert weights per scale, or −1.
+        layout: the source's layout.
+        experts: experts prefix → bits per expert.
+        group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
-        scheme: the way in which experts are stored.
+        scheme: storage scheme of the experts.
     """
     per_layer = [layer_bytes(layer, experts[layer.prefix], group_size, scheme) for layer in layout.layers]
     others = {name: stored_bytes(model.shards.info(name), linear) for name in layout.linears}
@@ -102,10 +105,10 @@ def average_for_budget(
     linear: Linear,
     scheme: Scheme = GRID,
 ) -> Fraction:
-    """Return the largest average width whose checkpoint fits ``budget_gib``, every byte counted.
+    """Return the largest average width whose checkpoint fits into ``budget_gib``, counting all tensors.
 
     Raises:
-        UsageError: even the smallest width does not fit; names the GiB that would.
+        UsageError: even the smallest width does not fit; the message names the GiB it needs.
     """
     if not 0 < budget_gib < math.inf:
         raise UsageError(f"--budget-gib: expected a positive number, found {budget_gib:g}")

@@ -1,4 +1,4 @@
-"""A model from its config.json alone: the names, shapes and dtypes of weights that are not there."""
+"""A model from its config.json alone: names, shapes and dtypes of its tensors without the weights."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
-"""Fields that config.json has to name where transformers' class has them: its defaults are those of another model."""
+"""Sizes that config.json must name if transformers' config class has them: the class's defaults fit another model."""
 
 
 class _Headers(Tensors):
-    """The tensors that a checkpoint would have; there are no files to read them from."""
+    """Headers of the tensors that a checkpoint would have. There are no files to read."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
@@ -60,13 +60,13 @@ class _Headers(Tensors):
 
 
 class ConfigModel(SourceModel):
-    """A folder with a config.json and no weights: names, shapes and dtypes of the tensors that belong to it.
+    """A folder with a config.json and no weights. It knows the names, shapes and dtypes of the tensors.
 
-    They are those of transformers' own model, built on the meta device (no memory, well below a second), under the
-    names of the checkpoint. Where the config names no dtype, weights are bfloat16.
+    transformers builds the model on the meta device (no memory, well below a second); tensors get their checkpoint
+    names. If the config names no dtype, weights are bfloat16.
 
     Raises:
-        ConfigError: config.json is no JSON object, lacks a size, or is nothing that transformers can build.
+        ConfigError: config.json is no JSON object, lacks a size, or transformers cannot build its model.
         UsageError: an unknown ``model_type``, or transformers is not installed.
     """
 
@@ -81,12 +81,12 @@ class ConfigModel(SourceModel):
         self.shards = SourceTensors(folder, config, _Headers(folder, _tensors(_skeleton(self))))
 
     def fingerprint(self) -> str:
-        """Return a digest of the config, all there is."""
+        """Return a digest of the config."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
 
 def open_model(model: str, dry_run: bool) -> SourceModel:
-    """Open a folder or a Hub name; a dry run downloads no weights, and does with config.json where there are none.
+    """Open a model by its folder or Hub name. A dry run downloads no weights and can do with config.json alone.
 
     Raises:
         MoeqError: see :func:`resolve_model`, :class:`SourceModel` and :class:`ConfigModel`.
@@ -95,7 +95,7 @@ def open_model(model: str, dry_run: bool) -> SourceModel:
 
 
 def open_folder(folder: Path, dry_run: bool) -> SourceModel:
-    """Open a folder; a dry run does with config.json where there are no weights.
+    """Open a folder. A dry run can do without weights: config.json is enough.
 
     Raises:
         MoeqError: see :class:`SourceModel` and :class:`ConfigModel`.
@@ -106,7 +106,7 @@ def open_folder(folder: Path, dry_run: bool) -> SourceModel:
 
 
 def model_class(config: Any) -> Any:
-    """Return transformers' class of a config: the one that it names, or that of causal language models."""
+    """Return transformers' class for a config: the class that it names, else its causal language model."""
     import transformers
 
     for name in config.architectures or ():
@@ -117,7 +117,7 @@ def model_class(config: Any) -> Any:
 
 
 def _skeleton(model: SourceModel) -> torch.nn.Module:
-    """Build transformers' model without storage."""
+    """Build transformers' model on the meta device."""
     try:
         from transformers import AutoConfig
     except ModuleNotFoundError as error:
@@ -140,7 +140,7 @@ def _skeleton(model: SourceModel) -> torch.nn.Module:
 
 
 def _tensors(skeleton: torch.nn.Module) -> dict[str, TensorInfo]:
-    """Return checkpoint name → shape and dtype; tied weights once, as checkpoints store them."""
+    """Return checkpoint name → shape and dtype. Tied weights appear once, as in checkpoints."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state: dict[str, torch.Tensor] = {}

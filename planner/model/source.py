@@ -1,4 +1,4 @@
-"""Source checkpoints: a config and tensors, read lazily."""
+"""Source checkpoints: a config, and tensors that are read when they are needed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_moeq.format import NESTED, ConfigError, read_json
 from vllm_moeq.format.tensors import Tensors
 
 MAX_INTEGER = 1 << 20
-"""Largest size that a config.json may name: more would be a damaged file, and long loops."""
+"""Largest size that a config.json may name. A larger one means a damaged file, and would cause long loops."""
 
 
 class SourceModel:
-    """A Hugging Face folder: its config.json and its tensors, loaded one at a time.
+    """A Hugging Face folder: its config.json and its tensors. Tensors are loaded one at a time.
 
     Raises:
         MoeqError: a missing or damaged config, index or shard.
@@ -32,7 +32,11 @@ class SourceModel:
         self.shards: Tensors = SourceTensors(folder, config)
 
     def integer(self, *keys: str) -> int:
-        """Return the first of the config's ``keys`` that is there, a positive integer; also its language model's."""
+        """Return the first positive integer under one of ``keys`` in the config, else in its language model's config.
+
+        Raises:
+            ConfigError: no key has a positive integer of at most :data:`MAX_INTEGER`.
+        """
         for part in (self.config, self.config.get(NESTED)):
             found = part if isinstance(part, dict) else {}
             for key in keys:
@@ -48,7 +52,7 @@ class SourceModel:
         return sum(self.shards.stored_bytes(name) for name in self.shards.tensors)
 
     def hub_name(self) -> tuple[str, str | None]:
-        """Return owner/name and commit of a model that lies in the Hub's cache, else the folder's name and None."""
+        """Return (owner/name, commit) for a model in the Hub's cache, else (folder name, None)."""
         folder = self.folder.resolve()
         repository, snapshots = folder.parent.parent.name, folder.parent.name
         if snapshots == "snapshots" and repository.startswith("models--"):
@@ -56,9 +60,9 @@ class SourceModel:
         return folder.name, None
 
     def fingerprint(self) -> str:
-        """Return a digest of config and headers: names, shapes, dtypes, file sizes and times.
+        """Return a digest of the config, the headers (names, shapes, dtypes), file sizes and times.
 
-        Contents are not hashed: it would cost a full read of the model.
+        Weights are not hashed: that would cost a full read of the model.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.shards.tensors.items()):

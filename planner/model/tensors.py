@@ -1,8 +1,8 @@
-"""A source's tensors as the planner wants them: every expert's matrices by themselves, [outputs, inputs], decoded.
+"""A source's tensors as the planner uses them: one decoded tensor [outputs, inputs] per expert matrix.
 
-Checkpoints keep all experts of a layer in one tensor, transposed, with gate and up interleaved, in eight bits with a
-scale per block, or in four. Behind :class:`SourceTensors` such a tensor is one name per matrix, read when it is asked
-for; all other tensors are what they are.
+Some checkpoints store all experts of a layer in one tensor, transpose it, interleave gate and up, or use eight or four
+bits with a scale per block. :class:`SourceTensors` gives each matrix of such a tensor a name of its own and reads it on
+demand. It does not change other tensors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Matrix:
     """A matrix [rows, columns] inside a stored tensor.
 
     Attributes:
-        tensor: the stored tensor's name, without what its codec appends.
-        codec: how its values are stored.
-        rows: output neurons.
-        columns: inputs.
-        index: of the expert, where the tensor holds all of them.
-        first: stored row of row 0.
-        step: between stored rows.
-        transposed: the tensor's last two dimensions are exchanged.
+        tensor: the stored tensor's name, without the codec's suffixes.
+        codec: storage format of the values.
+        rows: number of output neurons.
+        columns: number of inputs.
+        index: the expert's index in a tensor that holds all experts; None for a tensor of one matrix.
+        first: stored row that holds the matrix's row 0.
+        step: distance between stored rows of the matrix.
+        transposed: whether the tensor's last two dimensions are exchanged.
     """
 
     tensor: str
@@ -45,7 +45,7 @@ class Matrix:
     transposed: bool = False
 
     def read(self, files: Tensors, begin: int, end: int) -> torch.Tensor:
-        """Return rows ``begin`` to ``end``."""
+        """Return the decoded rows from ``begin`` up to, but not including, ``end``."""
         first, last = self.first + begin * self.step, self.first + (end - 1) * self.step + 1
         parts = {suffix: files.map(name, self.index) for suffix, name in self.codec.tensors(self.tensor).items()}
         if self.transposed:
@@ -54,7 +54,7 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its share of the file."""
+        """Bytes that the matrix takes in the file."""
         return round(self.rows * self.columns * self.codec.bits / 8)
 
 
@@ -63,12 +63,12 @@ class SourceTensors(Tensors):
 
     Args:
         folder: a Hugging Face folder.
-        config: its config.json.
-        files: what is in the folder, if that is known already.
-        matrices: logical name → where it is, if the architecture does not say.
+        config: contents of its config.json.
+        files: the folder's stored tensors, if they are already open.
+        matrices: logical name → location in a stored tensor; None to find the matrices by the architecture.
 
     Raises:
-        MoeqError: see :class:`ShardSet`; a tensor of experts whose shape is none of its architecture.
+        MoeqError: see :class:`ShardSet`; an expert tensor whose shape does not fit the architecture.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SourceTensors(Tensors):
         return matrix.read(self.files, begin, end)
 
     def stored_bytes(self, name: str) -> int:
-        """Return the bytes that a tensor takes in its file."""
+        """Return the bytes that a tensor takes in the file."""
         matrix = self.matrices.get(name)
         return self.files.info(name).nbytes if matrix is None else matrix.nbytes
 
@@ -126,7 +126,7 @@ class SourceTensors(Tensors):
 
 
 def _decoded(files: Tensors) -> dict[str, Matrix]:
-    """Return the two-dimensional weights that are stored in few bits, by their own names."""
+    """Return the two-dimensional weights that need decoding, under their own names."""
     found = {}
     for name in files.tensors:
         codec = codec_of(name, files.tensors)
@@ -138,7 +138,7 @@ def _decoded(files: Tensors) -> dict[str, Matrix]:
 
 
 def _experts(files: Tensors, row: Architecture) -> dict[str, Matrix]:
-    """Return the matrices of experts whose stored names or tensors are not theirs alone."""
+    """Return the expert matrices that share a stored tensor or have another name in the source."""
     found: dict[str, Matrix] = {}
     for block in _blocks(files, row):
         if row.fused is not None:
@@ -149,7 +149,7 @@ def _experts(files: Tensors, row: Architecture) -> dict[str, Matrix]:
 
 
 def _blocks(files: Tensors, row: Architecture) -> list[str]:
-    """Return what the names of each layer's MoE block begin with, for all layers that the tensors tell of."""
+    """Return the prefix of the MoE block's names for each layer that has tensors."""
     owners = {owner for name in files.tensors if (owner := row.owner(name)) is not None}
     return [f"{row.stacks[stack].layers}.{index}.{row.stacks[stack].inside}" for stack, index in sorted(owners)]
 
@@ -183,11 +183,11 @@ def _fused(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
 
 
 def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Return the stored tensor of a layer's experts, the reverse of what :class:`SourceTensors` does.
+    """Join the matrices of a layer's experts into the stored tensor. :class:`SourceTensors` does the reverse.
 
     Args:
-        fused: how the tensor is laid out.
-        experts: one or two matrices [outputs, inputs] of each, gate and up or down.
+        fused: layout of the stored tensor.
+        experts: matrices [outputs, inputs] of each expert: gate and up, or down alone.
     """
     if fused.interleaved:
         whole = torch.stack([torch.stack(list(parts), dim=1).flatten(0, 1) for parts in experts])
@@ -197,7 +197,7 @@ def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tenso
 
 
 def _renamed(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
-    """Return experts under names with plain numbers."""
+    """Return the expert matrices under names that have the expert's number alone."""
     found: dict[str, Matrix] = {}
     for projection in row.projections.names():
         expert = 0

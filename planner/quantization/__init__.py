@@ -1,1 +1,1 @@
-"""From a plan to a checkpoint: a task per decoder layer, quantized, packed and written."""
+"""Turn a plan into a checkpoint. One task per decoder layer quantizes, packs and writes the layer."""

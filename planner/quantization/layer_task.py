@@ -1,4 +1,4 @@
-"""One decoder layer's work from end to end: read, quantize, write its shard."""
+"""The work for one decoder layer: read it, quantize it, write its shard."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from planner.quantization.settings import QuantizeSettings
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What one shard needs, small and picklable.
+    """Everything that is needed to write one shard, small and picklable.
 
     Attributes:
         source: folder of the model.
-        shard: file to write; ``entry`` stands beside it.
-        layer: the routed experts, or None where there are none.
+        shard: file to write; ``entry`` is written beside it.
+        layer: the routed experts; None for a shard without experts.
         widths: bits per expert.
-        linears: tensors to quantize in vLLM's own format.
-        kept: tensors to copy.
-        settings: see there.
+        linears: names of tensors to quantize in vLLM's own format.
+        kept: names of tensors to copy.
+        settings: how to quantize.
     """
 
     source: Path
@@ -45,12 +45,12 @@ class LayerTask:
 
     @property
     def entry(self) -> Path:
-        """The JSON file with the layer's part of the report."""
+        """Path of the JSON file with the layer's part of the report."""
         return self.shard.with_name(f"{self.shard.name}.json")
 
     @property
     def label(self) -> str:
-        """A name for people."""
+        """Name of the task in messages."""
         if self.layer:
             return self.layer.prefix
         return f"layer without experts ({self.shard.name})" if self.linears else f"the rest ({self.shard.name})"
@@ -65,9 +65,9 @@ class Finished:
     """A task whose shard and entry are written.
 
     Attributes:
-        task: which one.
-        experts: how well each survived.
-        seconds: time that it took.
+        task: the task.
+        experts: one report per expert.
+        seconds: duration of the task.
         memory_bytes: peak resident memory of the process so far.
     """
 
@@ -111,10 +111,10 @@ def _by_block(layout: Layout, names: Sequence[str]) -> dict[str | None, list[str
 
 
 def run_task(task: LayerTask, threads: int, device: torch.device) -> Finished:
-    """Do a task's work.
+    """Quantize the experts and linears of a task and write its shard.
 
     Raises:
-        MoeqError: a damaged tensor, a full disk; the shard is not there then.
+        MoeqError: a damaged tensor, a full disk; then there is no shard.
     """
     began = time.monotonic()
     tensors: dict[str, torch.Tensor] = {}
@@ -134,7 +134,7 @@ def quantize_expert(
     """Quantize one expert without calibration; return its tensors and its report.
 
     Raises:
-        CheckpointError: a tensor that cannot be read or quantized, by name.
+        CheckpointError: a tensor that cannot be read or quantized; the message names it.
     """
     layer, bits, settings = task.layer, task.widths[expert], task.settings
     if layer is None:
@@ -160,13 +160,13 @@ def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict
 def write_layer(
     task: LayerTask, tensors: dict[str, torch.Tensor], reports: Sequence[ExpertReport], began: float
 ) -> Finished:
-    """Write a task's entry, then its shard: where the shard is, both are.
+    """Write a task's entry, then its shard. So a shard always has its entry beside it.
 
     Args:
-        task: whose.
-        tensors: everything of the shard.
+        task: the task.
+        tensors: all tensors of the shard.
         reports: one per expert, in order.
-        began: ``time.monotonic()`` of the task's begin.
+        began: value of ``time.monotonic()`` when the task began.
     """
     prefix = task.layer.prefix if task.layer else None
     write_json(task.entry, {"prefix": prefix, "experts": [report.as_dict() for report in reports]})
@@ -175,7 +175,7 @@ def write_layer(
 
 
 def merged_report(tasks: Sequence[LayerTask], entries: Sequence[Any], settings: QuantizeSettings) -> dict[str, Any]:
-    """Return quantization_report.json: the settings, and the entries of layers that have experts."""
+    """Return the contents of quantization_report.json: the settings, and the entries of layers with experts."""
     layers = [entry for task, entry in zip(tasks, entries, strict=True) if task.layer]
     return {
         "quantizer": settings.quantizer,

@@ -1,4 +1,4 @@
-"""From quantized matrices to the tensors of a shard, and how well they fit."""
+"""Pack quantized matrices into the tensors of a shard, and measure their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from planner.quantization.quantizers import QuantizedMatrix
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix, or some of its rows, as the file holds it, on the CPU.
+    """A matrix, or some of its rows, on the CPU and in the form of the file.
 
     Attributes:
         tensors: the scheme's suffix → tensor; rows are the first dimension.
@@ -35,16 +35,16 @@ class PackedMatrix:
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """How well one expert survived.
+    """The errors of one quantized expert.
 
     Attributes:
-        expert: index within the layer.
+        expert: the expert's index within the layer.
         bits: width of its codes.
-        quantizer: what found the codes.
-        relative_error: ‖W − Ŵ‖ / ‖W‖ over the three matrices.
-        fallback: why ``quantizer`` is not the one that was asked for.
-        tokens: calibration tokens that were routed to it.
-        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its outputs on them, weighted by the router.
+        quantizer: name of the quantizer that chose the codes.
+        relative_error: ‖W − Ŵ‖ / ‖W‖ over the expert's matrices.
+        fallback: reason why ``quantizer`` is not the requested one; None if it is.
+        tokens: number of calibration tokens that were routed to the expert.
+        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its outputs on these tokens, weighted by the router.
     """
 
     expert: int
@@ -56,16 +56,16 @@ class ExpertReport:
     output_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON that say something."""
+        """Return the fields that are not None, for JSON."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def pack_matrix(weight: torch.Tensor, result: QuantizedMatrix) -> PackedMatrix:
-    """Pack one matrix, or rows of it, and measure its error.
+    """Pack one matrix, or some of its rows, and measure the error.
 
     Args:
         weight: the exact values, float [N, K], on the device of ``result``.
-        result: its quantization.
+        result: the quantized values.
     """
     exact = weight.float()
     return PackedMatrix(
@@ -76,15 +76,15 @@ def pack_matrix(weight: torch.Tensor, result: QuantizedMatrix) -> PackedMatrix:
 
 
 def _squared(values: torch.Tensor) -> float:
-    """Return Σ v² of a matrix: by rows in float32, then exactly, so that threads do not change it."""
+    """Return Σ v² of a matrix: float32 sums per row, then an exact sum, so that threads do not change the result."""
     return math.fsum(values.square().sum(dim=1).tolist())
 
 
 def join_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
-    """Put consecutive rows together.
+    """Join consecutive rows into one matrix.
 
     Raises:
-        ValueError: parts whose tensors differ in dtype.
+        ValueError: a tensor's dtype differs between the parts.
     """
     if len({part.dtypes for part in parts}) > 1:
         raise ValueError("expected parts whose tensors have the same dtypes")
@@ -106,12 +106,12 @@ def pack_expert(
     """Return one expert's tensors under their checkpoint names, and its report.
 
     Args:
-        layer: where the expert lives.
-        expert: its index.
-        bits: its width.
+        layer: the expert's layer.
+        expert: the expert's index.
+        bits: width of the codes.
         matrices: projection → packed matrix, for every projection.
-        quantizer: name of what found the codes.
-        fallback: why it is not the quantizer that was asked for.
+        quantizer: name of the quantizer that chose the codes.
+        fallback: reason why ``quantizer`` is not the requested one; None if it is.
     """
     tensors: dict[str, torch.Tensor] = {}
     for projection, matrix in matrices.items():

@@ -1,4 +1,4 @@
-"""quantization_report.json: what quantizing writes about itself, and how reports read it back, trusting nothing."""
+"""quantization_report.json: the facts that quantizing records, and their validation when reports read them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PLAIN_LINE = re.compile(r"^(license|license_name|license_link):[ \t]*([^\r\n]*?)
 
 
 def printable(text: str) -> str:
-    """Return text without what could hide or reorder the rest: line breaks, controls, changes of direction."""
+    """Replace characters that could hide or reorder text: line breaks, control characters, direction marks."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def without_folder(name: str) -> str:
-    """Return the last part of an absolute path, which says something of a machine only; other names as they are."""
+    """Return the last part of an absolute path, since its folders concern one machine only; keep other names."""
     return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
@@ -33,13 +33,13 @@ Text = Annotated[str, Field(max_length=512), AfterValidator(printable)]
 
 
 class _Read(BaseModel):
-    """Unknown keys are left out: other versions may write more."""
+    """Base of the records. Unknown keys are ignored, since other versions may write more."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
 class SourceRecord(_Read):
-    """The model that was quantized: Hub name or folder name, commit on the Hub, bytes of its tensors, licence."""
+    """The source model: Hub name or folder name, commit on the Hub, bytes of its tensors, licence."""
 
     name: Text
     revision: Text | None = None
@@ -50,7 +50,7 @@ class SourceRecord(_Read):
 
 
 class CalibrationRecord(_Read):
-    """The text that was read: ``sequences`` × ``seq_len`` tokens."""
+    """The calibration text: ``sequences`` × ``seq_len`` tokens."""
 
     data: Text
     seed: int = 0
@@ -59,7 +59,7 @@ class CalibrationRecord(_Read):
 
 
 class GptqRecord(_Read):
-    """How GPTQ worked; see :class:`planner.quantization.quantizers.gptq.GptqSettings`."""
+    """The settings of GPTQ; see :class:`planner.quantization.quantizers.gptq.GptqSettings`."""
 
     damping: float
     act_order: Text
@@ -69,7 +69,7 @@ class GptqRecord(_Read):
 
 
 class SettingsRecord(_Read):
-    """What decided the output besides the plan, where config.json does not tell; see ``QuantizeSettings``."""
+    """The settings that neither the plan nor config.json contains; see ``QuantizeSettings``."""
 
     zero_points: Text = "float"
     min_tokens: int = 64
@@ -77,7 +77,7 @@ class SettingsRecord(_Read):
 
 
 class ExpertRecord(_Read):
-    """How well one expert survived; see :class:`planner.quantization.packed.ExpertReport`."""
+    """The errors of one expert; see :class:`planner.quantization.packed.ExpertReport`."""
 
     expert: Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
     relative_error: float | None = None
@@ -104,29 +104,29 @@ class Recorded(_Read):
     source: SourceRecord | None = None
 
     def experts(self, prefix: str) -> dict[int, ExpertRecord]:
-        """Return the experts of a layer by index; none where the file has no such layer."""
+        """Return expert index → record for a layer; empty if the file has no such layer."""
         return {entry.expert: entry for layer in self.layers if layer.prefix == prefix for entry in layer.experts}
 
 
 def read_recorded(folder: Path) -> Recorded:
-    """Return what a checkpoint's quantization_report.json says; nothing where it has none.
+    """Return the contents of a checkpoint's quantization_report.json; an empty record if there is no file.
 
     Raises:
-        ConfigError: a damaged file, naming it and the first violation.
+        ConfigError: a damaged file; the message names it and the first violation.
     """
     path = folder / FILE
     return read_as(path, Recorded) if path.exists() else Recorded()
 
 
 def describe_source(model: SourceModel) -> dict[str, Any]:
-    """Return what a checkpoint records of its source: nothing that depends on the machine or its folders."""
+    """Return the facts that a checkpoint records about its source. They do not depend on the machine or its folders."""
     name, revision = model.hub_name()
     found = {"name": name, "revision": revision, "bytes": model.stored_bytes, **_license(model.folder / README)}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _license(readme: Path) -> dict[str, str]:
-    """Return the licence that a model card's front matter names in plain lines."""
+    """Return the licence fields of a model card's front matter; only plain ``key: value`` lines are read."""
     if not readme.is_file() or readme.stat().st_size > MAX_README:
         return {}
     front = FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))

@@ -1,8 +1,8 @@
-"""Quantize a matrix some rows at a time, the parts on several threads.
+"""Quantize a matrix in parts of some rows, on several threads.
 
-All quantizers without calibration treat output neurons independently, so the result is that of the whole matrix. A
-part and its float32 temporaries stay in the cache, and memory stays small. Each part is computed by one thread alone:
-how many threads there are changes nothing, and they never wait for each other inside an operation.
+Quantizers without calibration treat output neurons independently, so the result equals that of the whole matrix. A part
+and its float32 temporaries stay in the cache, and memory stays small. One thread computes each part, so the number of
+threads does not change the result, and threads do not wait for each other inside an operation.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from vllm_moeq.format.linears import SHAPE
 T = TypeVar("T")
 
 BLOCKS = 4
-"""Blocks of the hqq quantizer in one part: float32 temporaries of 2 MiB are reused by malloc, those of 4 MiB would be
-mapped anew each time (:mod:`planner.common.memory`)."""
+"""Number of hqq's blocks in one part. malloc reuses the resulting float32 temporaries of 2 MiB; it would map those of
+4 MiB anew each time (:mod:`planner.common.memory`)."""
 
 
 class Threads:
-    """A pool whose threads each compute alone, and the device that they compute on."""
+    """A thread pool and the device that its threads compute on. Each thread uses one torch thread."""
 
     def __init__(self, pool: ThreadPoolExecutor, device: torch.device) -> None:
         self.pool = pool
         self.device = device
 
     def parts(self, function: Callable[[torch.Tensor], T], model: SourceModel, name: str) -> list[T]:
-        """Return ``function`` of consecutive rows of a matrix; on a GPU of all rows at once.
+        """Apply ``function`` to consecutive parts of a matrix's rows, on a GPU to all rows at once; return the results.
 
         Raises:
-            CheckpointError: the matrix cannot be read, or what ``function`` raises, with file and tensor.
+            CheckpointError: the matrix cannot be read, or ``function`` raised one; the message names file and tensor.
         """
         rows, columns = model.shards.info(name).shape
         step = BLOCKS * max(1, BLOCK_WEIGHTS // columns) if self.device.type == "cpu" else rows
@@ -57,7 +57,7 @@ class Threads:
 
 @contextmanager
 def open_threads(count: int, device: torch.device | None = None) -> Iterator[Threads]:
-    """Yield ``count`` threads; meanwhile torch itself uses one."""
+    """Yield a pool of ``count`` threads. While it is open, torch uses one thread in the caller too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
@@ -82,13 +82,13 @@ def quantize_rows(
 
     parts = threads.parts(part, model, name)
     if len({found.dtypes for found in parts}) > 1:
-        # Some rows need bfloat16 scales, say, and a tensor has one dtype.
+        # Some rows may need bfloat16 scales, for example, but a tensor has one dtype.
         return part(model.shards.load(name))
     return join_rows(parts)
 
 
 def quantize_linear_rows(threads: Threads, model: SourceModel, name: str, spec: Linear) -> dict[str, torch.Tensor]:
-    """Return what :func:`planner.quantization.quantizers.quantize_linear` does, for a matrix of a model."""
+    """Quantize a matrix of a model by :func:`planner.quantization.quantizers.quantize_linear`; return its tensors."""
     parts = threads.parts(lambda rows: quantize_linear(rows, spec), model, name)
     joined = {suffix: torch.cat([found[suffix].cpu() for found in parts]) for suffix in parts[0]}
     return {**joined, SHAPE: torch.tensor(model.shards.info(name).shape, dtype=torch.int64)}

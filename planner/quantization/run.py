@@ -1,4 +1,4 @@
-"""plan → quantize → write, decoder layer by decoder layer."""
+"""Quantize a model by a plan and write the checkpoint, one decoder layer after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
 
 HEADROOM_BYTES = 4 << 20
-"""Headers, index, config and tokenizer, in the check for free space."""
+"""Bytes for headers, index, config and tokenizer in the check for free space."""
 
 
 def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
@@ -47,7 +47,7 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
 
 
 def with_fallbacks(config: MoeqConfig, report: Mapping[str, Any]) -> MoeqConfig:
-    """Add the experts that could not be quantized as asked for."""
+    """Return the config with the experts that were not quantized as requested."""
     found = {
         layer["prefix"]: [entry["expert"] for entry in layer["experts"] if "fallback" in entry]
         for layer in report["layers"]
@@ -59,7 +59,7 @@ def with_fallbacks(config: MoeqConfig, report: Mapping[str, Any]) -> MoeqConfig:
 def fingerprint(
     model: SourceModel, plan: Plan, settings: QuantizeSettings, calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return everything that decides the output, under names for people."""
+    """Return everything that decides the output; messages show the keys."""
     return {
         "model": model.fingerprint(),
         "plan": plan.model_dump(mode="json", exclude={"cost"}),
@@ -81,26 +81,26 @@ def quantize(
     calibration: Mapping[str, Any] | None = None,
     describe: Callable[[Path], None] | None = None,
 ) -> Sizes:
-    """Write the quantized checkpoint; the output folder appears only when it is complete.
+    """Write the quantized checkpoint. The output folder appears only when it is complete.
 
     Args:
         model: the source.
-        layout: its layers.
+        layout: the source's layout.
         plan: one width per expert.
         output: folder to create.
         settings: how to quantize.
-        progress: says how far the run is.
-        runner: does the layers; by default this process, one after the other.
+        progress: shows the progress.
+        runner: runs the layers' tasks; None runs them one after the other in this process.
         resume: continue an unfinished run instead of deleting it.
-        calibration: what the report says of the text that the runner reads.
-        describe: called with the folder when all else is in it, such as ``write_card``: it may add files.
+        calibration: facts about the runner's calibration text, for the report.
+        describe: function that may add files to the complete folder, such as ``write_card``.
 
     Returns:
-        The estimate that the free space was checked against.
+        The estimated sizes.
 
     Raises:
-        MoeqError: before anything is written for whatever the headers tell; later for a damaged
-            tensor or a full disk, with whole shards kept for the next run.
+        MoeqError: an error that the headers reveal, before anything is written; later a damaged tensor or a full disk,
+            and finished shards are kept for the next run.
     """
     plan.check_against(layout, "plan")
     check_sizes(model, layout, settings)
@@ -130,15 +130,15 @@ def quantize(
 def _files(
     model: SourceModel, plan: Plan, config: MoeqConfig, report: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json, and the other JSON files by name."""
+    """Return the contents of config.json, and name → contents of the other JSON files."""
     quantization_config = config.model_dump(mode="json", exclude_none=True)
-    # Without the time that planning took: the same input makes the same bytes.
+    # The time that planning took is left out, so that the same input makes the same bytes.
     extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
     return {**model.config, "quantization_config": quantization_config}, extra
 
 
 def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progress: Progress) -> None:
-    """Have every task done, and register the shards."""
+    """Run the tasks that no earlier run has finished, and register all shards."""
     pending = tuple(task for task in tasks if not (task.entry.is_file() and writer.has_shard(task.shard.name)))
     for task in tasks:
         if task not in pending:

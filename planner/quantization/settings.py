@@ -1,4 +1,4 @@
-"""What decides the output besides model and plan, and the checks that it fits the model."""
+"""The settings that decide the output besides model and plan, and checks that they fit the model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """Everything besides the plan that decides the output.
+    """The settings that decide the output besides model and plan.
 
     Attributes:
-        quantizer: for two bits and more.
-        one_bit: for one bit, without calibration.
-        group_size: expert weights per scale, or −1.
+        quantizer: name of the quantizer for two bits and more.
+        one_bit: name of the quantizer for one bit, without calibration.
+        group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
-        zero_points: of experts with two bits and more.
-        gptq: how GPTQ works, where it is the quantizer.
-        min_tokens: experts that saw fewer calibration tokens are quantized without them.
+        zero_points: kind of zero points of experts with two bits and more.
+        gptq: settings of GPTQ, if it is the quantizer.
+        min_tokens: minimum number of calibration tokens; an expert that saw fewer is quantized without calibration.
 
-    A new field needs nothing else to take part in the fingerprint of a run.
+    The fingerprint of a run contains every field, so a new field needs no other change there.
     """
 
     quantizer: str = DEFAULT
@@ -43,16 +43,16 @@ class QuantizeSettings:
 
     @property
     def scheme(self) -> Scheme:
-        """The way in which experts are stored."""
+        """The storage scheme of the experts."""
         return QUANTIZERS[self.quantizer].scheme
 
     @property
     def calibrated(self) -> bool:
-        """Whether the quantizer reads a text."""
+        """Whether the quantizer needs a calibration text."""
         return QUANTIZERS[self.quantizer].calibrated
 
     def without_text(self, bits: int) -> str:
-        """Return the name of the quantizer that takes an expert of this width by its weights alone."""
+        """Return the name of the quantizer for experts of this width that uses the weights alone."""
         return self.one_bit if bits == 1 else QUANTIZERS[self.quantizer].fallback or self.quantizer
 
 
@@ -66,7 +66,7 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
     """Refuse input dimensions that cannot be packed, before any work.
 
     Raises:
-        CheckpointError: naming the first tensor.
+        CheckpointError: an input dimension does not fit; the message names the first such tensor.
     """
     for layer in layout.layers:
         for projection, (_, columns) in layer.shapes.items():

@@ -1,1 +1,1 @@
-"""What a checkpoint tells people: the report (HTML, PNG), the model card, and the way to the Hub."""
+"""Describe a checkpoint for people: the report (HTML and PNG), the model card, and the files to push to the Hub."""

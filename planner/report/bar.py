@@ -1,4 +1,4 @@
-"""The size breakdown as stacked bars: before, and after on the same scale."""
+"""Draw the size breakdown as bars: before, and after on the same scale."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from planner.report.facts import Facts, Part
 WIDTH = 1096
 HEIGHT = 34
 LABEL_FITS = 58
-"""Pixels from which a segment holds its percentage."""
+"""Minimum width in pixels of a segment that shows its percentage."""
 
 
 def part_class(parts: tuple[Part, ...], index: int) -> str:
-    """Return the CSS class of a part's colour: that of its width, or the next for what is not expert codes."""
+    """Return the CSS class of a part's colour. Expert codes have one class per width; other parts are numbered."""
     part = parts[index]
     if part.bits is not None:
         return f"b{part.bits}"

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint, the model card: what it is, how it was made, how to use it, how good it is."""
+"""Write a checkpoint's model card, README.md: contents, origin, use, and evaluation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from planner.report.files import CARD
 from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
 
 DIR = "DIR"
-"""Stands for the folder: its name must not change its contents."""
+"""Placeholder for the folder, since the folder's name must not change the card."""
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 ON_THE_HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-"""Names that the Hub takes for a model's; it refuses cards with others."""
+"""Names that the Hub accepts as a model's name. It refuses cards with other names."""
 
 LISTED = 8
-"""Fallbacks that the card names; the report has all."""
+"""Number of fallbacks that the card lists. The report lists all."""
 
 
 def write_card(folder: Path) -> None:
-    """Write a checkpoint's model card; the same checkpoint, the same bytes, whatever its folder is called.
+    """Write a checkpoint's model card. It depends on the checkpoint only, not on the folder's name.
 
     Raises:
         MoeqError: no checkpoint, damaged JSON, a full disk.
@@ -37,10 +37,10 @@ def write_card(folder: Path) -> None:
 
 
 def refresh_card(folder: Path) -> bool:
-    """Bring the evaluation section of a card up to date; write the card where there is none.
+    """Update the evaluation section of a card; write the card if there is none.
 
     Returns:
-        Whether the card shows the evaluations now: one that somebody wrote without our section is left alone.
+        Whether the card now shows the evaluations. A card without our section, written by someone else, is not changed.
 
     Raises:
         MoeqError: as :func:`write_card`.
@@ -65,14 +65,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def card(facts: Facts) -> str:
-    """Return the card."""
+    """Return the text of the card."""
     parts = [_front_matter(facts), _introduction(facts), _use(facts), _plan(facts), _sizes(facts)]
     parts += [_calibration(facts), f"## Evaluation\n\n{evaluation_section(facts.evaluations)}", _license(facts)]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(facts: Facts) -> str:
-    """Return what the Hub reads; strings are JSON, which YAML reads as such."""
+    """Return the YAML front matter for the Hub. Strings are written as JSON, which is valid YAML."""
     source = facts.recorded.source
     known = source is not None and ON_THE_HUB.fullmatch(source.name) is not None
     encoder_decoder = bool(facts.model.get("is_encoder_decoder"))
@@ -116,7 +116,7 @@ def _use(facts: Facts) -> str:
 
 
 def _block(text: str, language: str = "sh") -> str:
-    """Return a fenced block; names come from elsewhere and may hold fences and line breaks."""
+    """Return a fenced block. Fences inside the text are removed, since names in it come from other files."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("```"))
     return f"```{language}\n{lines}\n```"
 
@@ -167,7 +167,7 @@ def _calibration(facts: Facts) -> str:
 
 
 def evaluation_section(found: Evaluations) -> str:
-    """Return the section that :func:`refresh_card` replaces, marks included."""
+    """Return the evaluation section that :func:`refresh_card` replaces, with its begin and end marks."""
     tables = [table.markdown() for table in evaluation_tables(found)]
     if not tables:
         return f"{BEGIN}\nNot measured yet: `moeq eval {DIR} --data text.txt`.\n{END}"

@@ -1,4 +1,4 @@
-"""The commands that made a checkpoint and that use it, reconstructed from its files."""
+"""Reconstruct the commands that made a checkpoint and the commands that use it, from its files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from planner.quantization.settings import QuantizeSettings
 from planner.report.facts import Facts
 
 UNNAMED = "SOURCE"
-"""Stands for a source that is not recorded."""
+"""Placeholder for a source that is not recorded."""
 
 
 def quantize_command(facts: Facts, output: str) -> str:
-    """Return what makes the checkpoint again; with its plan.json where flags alone cannot say why widths are so."""
+    """Return the command that makes the checkpoint again. It uses plan.json if flags alone cannot give the widths."""
     if facts.imported:
         return shlex.join(["moeq", "import", facts.name or UNNAMED, "-o", output])
     flags = _plan_flags(facts)
@@ -88,7 +88,7 @@ def _gptq_flags(facts: Facts) -> list[str]:
 
 
 def _flags(given: Iterable[tuple[str, object, object]]) -> list[str]:
-    """Return flag and value of (flag, value, default) where the value is known and no default."""
+    """Return the command-line words for (flag, value, default); leave out values that are None or the default."""
     return [word for flag, value, default in given if value not in (None, default) for word in (flag, str(value))]
 
 
@@ -97,25 +97,25 @@ def _file(name: str) -> str:
 
 
 def serve_commands(facts: Facts, folder: str) -> list[str]:
-    """Return what serves the checkpoint; nothing where vLLM cannot."""
+    """Return the commands that serve the checkpoint; none if vLLM cannot serve it."""
     if unserved(facts) is not None:
         return []
     return [shlex.join(["moeq", "serve", folder]), shlex.join(["vllm", "serve", folder])]
 
 
 def unserved(facts: Facts) -> str | None:
-    """Return why vLLM cannot serve the model, if so."""
+    """Return the reason why vLLM cannot serve the model; None if it can."""
     row = find_architecture(facts.model)
     return row.unserved if row else None
 
 
 def auto_class(facts: Facts) -> str:
-    """Return the class of transformers that loads the model."""
+    """Return the name of transformers' class that loads the model."""
     return "AutoModelForSeq2SeqLM" if facts.model.get("is_encoder_decoder") else "AutoModelForCausalLM"
 
 
 def evaluate_commands(facts: Facts, folder: str) -> list[str]:
-    """Return what measured the checkpoint, or would."""
+    """Return the commands that measured the checkpoint; if there are none, one that would."""
     found = facts.evaluations
     measured = [*map(_evaluation_flags, found.texts), *_task_flags(found.tasks)]
     if not measured:
@@ -124,7 +124,7 @@ def evaluate_commands(facts: Facts, folder: str) -> list[str]:
 
 
 def _task_flags(results: Iterable[TaskResult]) -> list[list[str]]:
-    """Return the flags of one command for each limit and backend."""
+    """Return a list of flags for each limit and backend, one command each."""
     tasks: dict[tuple[int | None, str], dict[str, None]] = {}
     for it in results:
         tasks.setdefault((it.limit, it.backend), {})[_file(it.task)] = None
@@ -141,7 +141,7 @@ def _evaluation_flags(text: TextResult) -> list[str]:
 
 
 def method_in_words(facts: Facts) -> str:
-    """Return the method with what is behind its name."""
+    """Return the method's name, with a short explanation for known methods."""
     method = facts.config.plan.method
     words = {PAPER: "the paper’s rule", OURS: "one budget spent by KL divergence"}
     return f"{method} ({words[method]})" if method in words else method

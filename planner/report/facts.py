@@ -1,4 +1,4 @@
-"""Everything that report and card say about a checkpoint, collected once from its folder."""
+"""Collect the facts about a checkpoint from its folder, for report and card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_moeq.format import (
 from vllm_moeq.format.linears import WORDS
 
 HALF = 2
-"""Bytes of a weight in 16 bits."""
+"""Bytes per weight in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class LayerFacts:
     """One MoE layer.
 
     Attributes:
-        prefix: what the names of its experts begin with.
-        label: its number; with the stack's name where numbers alone would be ambiguous.
+        prefix: prefix of the experts' names.
+        label: the layer's number, with the stack's name if numbers alone are ambiguous.
         widths: bits per expert.
-        promoted: experts that MaxVar moved up.
-        fallbacks: experts that were quantized otherwise than asked for → why.
+        promoted: indices of experts that MaxVar moved to a larger width.
+        fallbacks: index of an expert that was not quantized as requested → reason.
     """
 
     prefix: str
@@ -48,7 +48,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the checkpoint's bytes; ``bits`` is the width of expert codes, None for everything else."""
+    """A share of the checkpoint's bytes. ``bits`` is the width of expert codes; None for all other tensors."""
 
     title: str
     bytes: int
@@ -57,7 +57,13 @@ class Part:
 
 @dataclass(frozen=True)
 class CheckpointSizes:
-    """Bytes of all tensors by part, of the same tensors in 16 bits, and of the source's where that is recorded."""
+    """Bytes of a checkpoint's tensors.
+
+    Attributes:
+        parts: the bytes by part.
+        half_precision: bytes of the same tensors in 16 bits.
+        source: bytes of the source's tensors; None if they are not recorded.
+    """
 
     parts: tuple[Part, ...]
     half_precision: int
@@ -70,29 +76,29 @@ class CheckpointSizes:
 
     @property
     def before(self) -> int:
-        """What the checkpoint is compared with: the source, or 16 bits."""
+        """Bytes that the checkpoint is compared with: the source's if they are recorded, else those in 16 bits."""
         return self.source or self.half_precision
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the checkpoint is."""
+        """Ratio of the size before to the checkpoint's size."""
         return self.before / self.total
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A checkpoint.
+    """The facts about a checkpoint.
 
     Attributes:
-        folder: where it is; never shown with its path.
-        model: its config.json.
-        config: the part of it that is ours.
-        plan: why the widths are what they are; None without plan.json.
-        recorded: quantization_report.json, empty where there is none.
-        evaluations: evaluation.json, likewise.
-        layers: its MoE layers.
-        sizes: bytes.
-        average_bits: per expert weight.
+        folder: the checkpoint's folder; its path is never shown.
+        model: contents of config.json.
+        config: moeq's part of config.json.
+        plan: contents of plan.json; None without the file.
+        recorded: contents of quantization_report.json; empty without the file.
+        evaluations: contents of evaluation.json; empty without the file.
+        layers: the MoE layers.
+        sizes: bytes of the tensors.
+        average_bits: average bits per expert weight.
     """
 
     folder: Path
@@ -107,17 +113,17 @@ class Facts:
 
     @property
     def name(self) -> str | None:
-        """The source's name, where it is recorded."""
+        """The source's name; None if it is not recorded."""
         return self.recorded.source.name if self.recorded.source else None
 
     @property
     def folder_name(self) -> str:
-        """The folder's own name."""
+        """The folder's name without its path."""
         return printable(self.folder.resolve().name)
 
     @property
     def model_type(self) -> str:
-        """The architecture."""
+        """``model_type`` in config.json."""
         return str(self.model.get("model_type", "unknown architecture"))
 
     @property
@@ -132,22 +138,22 @@ class Facts:
 
     @property
     def num_experts(self) -> int:
-        """Experts of all layers together."""
+        """Number of experts of all layers together."""
         return sum(len(layer.widths) for layer in self.layers)
 
     @property
     def most_experts(self) -> int:
-        """Experts of the largest layer."""
+        """Number of experts of the largest layer."""
         return max(len(layer.widths) for layer in self.layers)
 
     @property
     def num_promoted(self) -> int:
-        """Experts that MaxVar moved up."""
+        """Number of experts that MaxVar moved to a larger width."""
         return sum(len(layer.promoted) for layer in self.layers)
 
     @property
     def num_fallbacks(self) -> int:
-        """Experts that were quantized otherwise than asked for."""
+        """Number of experts that were not quantized as requested."""
         return sum(len(layer.fallbacks) for layer in self.layers)
 
 
@@ -155,7 +161,7 @@ def collect(folder: Path) -> Facts:
     """Read a checkpoint's headers and JSON files.
 
     Raises:
-        MoeqError: no checkpoint of ours, damaged headers or JSON, a plan with other widths than config.json.
+        MoeqError: no moeq checkpoint, damaged headers or JSON, a plan whose widths differ from config.json.
     """
     average_bits = verify(folder, values=False).average_bits
     config, recorded = load_config(folder), read_recorded(folder)
@@ -189,7 +195,7 @@ def _layers(config: MoeqConfig, plan: Plan | None, recorded: Recorded) -> tuple[
 
 
 def _labels(prefixes: Sequence[str]) -> list[str]:
-    """Return the numbers of layers, or where two stacks share them, with the stacks' names."""
+    """Return the layers' numbers; if two stacks share numbers, add the stacks' names."""
     numbers = [layer_number(prefix) for prefix in prefixes]
     if len(set(numbers)) == len(numbers):
         return numbers

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are there for people, and which files belong to a checkpoint at all."""
+"""The names of a checkpoint's files for people, and the list of all files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def picture(page: Path, name: str) -> Path:
-    """Return where a picture of a page goes: beside it, ``<page>-<name>.png``."""
+    """Return the path of a page's picture: ``<page>-<name>.png`` beside the page."""
     return page.with_name(f"{page.stem}-{name}.png")
 
 
 def checkpoint_files(folder: Path) -> dict[str, int]:
-    """Return name → bytes of what belongs to a checkpoint: its shards, and the files with names that we write or copy.
+    """Return name → bytes for the files of a checkpoint: its shards, and files with names that moeq writes or copies.
 
     Raises:
-        CheckpointError: damaged headers, a file that is not a regular one.
+        CheckpointError: damaged headers, or a name that is not a regular file.
     """
     with ShardSet(folder) as shards:
         names = {info.shard for info in shards.tensors.values()}

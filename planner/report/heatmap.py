@@ -1,4 +1,4 @@
-"""Maps of one cell per expert, layers downwards, as inline SVG: a path per colour, so that 15 000 cells stay small."""
+"""Draw maps with one cell per expert as inline SVG. There is one path per colour, so 15 000 cells stay small."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Cell = tuple[int, int]
 """(column, row)."""
 
 NUMBER_FITS = (9, 12)
-"""Width and height from which a cell holds a digit."""
+"""Minimum width and height in pixels of a cell with a digit."""
 
 VALUE_FITS = (38, 15)
-"""From which it holds a number of so many letters."""
+"""Minimum width and height in pixels of a cell with a number of :data:`LETTERS` characters."""
 
 LETTERS = 5
 
 
 def width_map(facts: Facts, room: int) -> str:
-    """Return the map of widths, at most ``room`` pixels wide: numbers where they fit, promotions, fallbacks."""
+    """Return the map of widths, at most ``room`` pixels wide, with numbers if they fit, promotions and fallbacks."""
     layers = facts.layers
     shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 30), 900, titled=True)
     cells: dict[int, list[Cell]] = defaultdict(list)
@@ -40,7 +40,7 @@ def width_map(facts: Facts, room: int) -> str:
 
 
 def value_map(facts: Facts, grid: ValueMap, room: int) -> str:
-    """Return the map of one quantity with the same cells, and its legend."""
+    """Return the map of one quantity, at most ``room`` pixels wide, and its legend."""
     layers = facts.layers
     shape = Geometry.fit(facts.most_experts, [it.label for it in layers], room, (44, 22), 600)
     scale = Scale.of([value for row in grid.values for value in row if value is not None])
@@ -62,14 +62,14 @@ def value_map(facts: Facts, grid: ValueMap, room: int) -> str:
 
 
 def _short(value: float) -> str:
-    """Return a number that a cell holds: three significant digits, fewer where those take too many letters."""
+    """Return a number for a cell: three significant digits, or fewer if they take more than :data:`LETTERS`."""
     unit, name = next((row for row in ((1e6, "M"), (1e3, "k")) if abs(value) >= max(row[0], 1e4)), (1.0, ""))
     texts = [f"{number(value / unit, digits)}{name}" for digits in (3, 2, 1)]
     return next((text for text in texts if len(text) <= LETTERS), texts[-1])
 
 
 def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
-    """Return one path per class in units of cells; neighbours in a row are one rectangle."""
+    """Return one path per class, in units of cells. Neighbours in a row form one rectangle."""
     paths = "".join(f'<path class="{name}" d="{_runs(cells)}"/>' for name, cells in classes)
     place = f"translate({shape.left} {shape.TOP}) scale({shape.width} {shape.height})"
     lines = ""
@@ -81,7 +81,7 @@ def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> st
 
 
 def _runs(cells: Sequence[Cell]) -> str:
-    """Return rectangles ``M<x> <y>h<cells>v1H<x>z`` that cover the cells, given row by row."""
+    """Return rectangles ``M<x> <y>h<cells>v1H<x>z`` that cover the cells. The cells must come row by row."""
     runs: list[tuple[int, int, int]] = []
     for x, y in cells:
         if runs and runs[-1][1] == y and runs[-1][0] + runs[-1][2] == x:
@@ -122,7 +122,7 @@ def _marks(shape: Geometry, layers: Sequence[LayerFacts], promoted: bool) -> str
 
 
 def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str) -> str:
-    """Return the figure with its axes; a script finds cells by the ``data-`` attributes."""
+    """Return the figure with its axes. The page's script finds cells by the ``data-`` attributes."""
     ticks = "".join(
         f'<text text-anchor="middle" x="{shape.left + (x + 0.5) * shape.width:g}" y="{shape.TOP - 5}">{x}</text>'
         for x in shape.column_ticks()
@@ -146,7 +146,7 @@ def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str)
 
 
 def _legend(scale: Scale, unit: str, power: int) -> str:
-    """Return the steps of a scale with numbers at both ends and in the middle."""
+    """Return the legend: the steps of a scale, with numbers at both ends and in the middle."""
     bounds, side = [bound / 10.0**power for bound in scale.bounds()], 30
     factor = f"×10{superscript(power)}" if power else ""
     more = ", ".join(part for part in (factor, escape(unit), "log" if scale.logarithmic else "") if part)

@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing but itself."""
+"""Render report.html, a page that loads no other files."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from planner.report.tables import evaluation_tables, layer_table, named, size_ta
 from planner.report.value_maps import ValueMaps
 
 ROOM = 1096
-"""Pixels of content: what 1280 leave after the margins."""
+"""Width of the content in pixels, for a window of 1280 pixels with margins."""
 
 COLUMNS = ((16, "three", 338), (120, "two", 528), (1 << 30, "one", ROOM))
-"""Up to so many experts: class of the small maps' grid, and room for one."""
+"""(maximum number of experts per layer, CSS class of the grid of small maps, width of a small map in pixels)."""
 
 NUMBER = re.compile(r"^\d+ ")
-"""What reasons that are alike begin with: a count of one expert's tokens."""
+"""Count of an expert's tokens at the begin of a fallback's reason. It is removed to group equal reasons."""
 
 LAYERS_OPEN = 16
-"""Up to so many rows the table of layers is unfolded."""
+"""Maximum number of layers for which the table of layers is unfolded."""
 
 
 def render(facts: Facts, grids: ValueMaps) -> str:
-    """Return the page; everything that comes from the checkpoint is escaped."""
+    """Return the page's HTML. All text from the checkpoint is escaped."""
     css = _style()
     script = _asset("tooltip.js")
     policy = (
@@ -79,7 +79,7 @@ def _style() -> str:
 
 
 def _digest(text: str) -> str:
-    """Return what a Content-Security-Policy calls an inline text."""
+    """Return the hash by which a Content-Security-Policy allows an inline text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -135,7 +135,7 @@ def _widths(facts: Facts) -> str:
 
 
 def _reasons(facts: Facts) -> str:
-    """Say why experts were quantized otherwise than asked for."""
+    """Return a note on the reasons for fallbacks."""
     reasons = [NUMBER.sub("", why) for layer in facts.layers for why in layer.fallbacks.values()]
     lines = "; ".join(f"{named(why)}: {count:,}" for why, count in Counter(reasons).most_common(5))
     return f'<p class="note">Fallbacks by reason: {escape(lines)}.</p>' if lines else ""
@@ -196,7 +196,7 @@ def _commands(facts: Facts) -> str:
 
 
 def _values(facts: Facts, grids: ValueMaps) -> str:
-    """Return what the tooltips say, as JSON that cannot end its element."""
+    """Return the data for tooltips as JSON. ``<``, ``>`` and ``&`` are escaped so that it cannot end its element."""
     notes: dict[str, list[str]] = {}
     for index, layer in enumerate(facts.layers):
         for expert in sorted(layer.promoted):

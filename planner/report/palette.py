@@ -1,7 +1,7 @@
-"""Colours of the figures, one table for page and PNG: fills, and the ink that is read on each of them.
+"""The colours of the figures, for page and PNG: fills, and an ink that is readable on each fill.
 
-Widths run from vermilion, few bits, to deep blue, many: hues that the common kinds of colour blindness keep apart.
-Other quantities run in one hue away from the page's colour.
+Widths go from vermilion (few bits) to deep blue (many bits). People with the common kinds of colour blindness can tell
+these hues apart. Other quantities use one hue; larger values differ more from the page's colour.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class ColourScheme:
     """Colours on one background.
 
     Attributes:
-        names: CSS variable → colour, of the page itself.
+        names: CSS variable → colour of the page itself.
         widths: bits → fill.
-        steps: fills from low to high.
-        parts: fills of what is not expert codes, in the order of the size breakdown.
+        steps: fills for low to high values.
+        parts: fills of the parts besides expert codes, in the order of the size breakdown.
     """
 
     names: Mapping[str, str]
@@ -51,13 +51,13 @@ def luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """Return WCAG's contrast of two colours, 1 to 21."""
+    """Return WCAG's contrast ratio of two colours, 1 to 21."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def ink_on(fill: str) -> str:
-    """Return black or white, whichever is read better; the contrast is at least 4.58."""
+    """Return black or white, whichever has more contrast; the contrast is at least 4.58."""
     return max((BLACK, WHITE), key=lambda ink: contrast(ink, fill))
 
 
@@ -71,7 +71,7 @@ def css_variables(scheme: ColourScheme) -> str:
 
 
 def css_classes() -> str:
-    """Return the rules that use them: ``.b3`` fills, ``.b3-ink`` is text or a mark on it."""
+    """Return the CSS rules for the variables: ``.b3`` is filled, ``.b3-ink`` is text or a mark on it."""
     names = [f"b{bits}" for bits in LIGHT.widths]
     names += [f"s{step}" for step in range(len(LIGHT.steps))] + [f"p{part}" for part in range(len(LIGHT.parts))]
     return "".join(f".{name}{{fill:var(--{name})}}.{name}-ink{{fill:var(--{name}-ink)}}" for name in names)

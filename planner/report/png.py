@@ -1,4 +1,4 @@
-"""The figures as PNG, for slides and papers: the page's colours on white, drawn by matplotlib."""
+"""Draw the figures as PNG by matplotlib, for slides and papers, in the page's colours on white."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 DPI = 150
 NUMBERED = 64
-"""Experts per layer up to which cells hold their number."""
+"""Maximum number of experts per layer, and of layers, for cells with numbers."""
 
 
 def draw(facts: Facts, grids: ValueMaps, page: Path) -> list[Path]:
-    """Write ``<page>-widths.png`` and, where there is any quantity, ``<page>-experts.png``; return their paths.
+    """Write ``<page>-widths.png`` and, if a quantity is known, ``<page>-experts.png``; return their paths.
 
     Raises:
         CheckpointError: a full disk.
@@ -38,18 +38,18 @@ def draw(facts: Facts, grids: ValueMaps, page: Path) -> list[Path]:
 
 def _save(figure: Figure, path: Path) -> Path:
     with atomic(path) as temporary:
-        # Without the version of matplotlib: the same checkpoint, the same bytes.
+        # matplotlib's version is left out, so that the same checkpoint gives the same bytes.
         figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
     return path
 
 
 def _width(facts: Facts) -> float:
-    """Return inches for a map of its own."""
+    """Return the width in inches of the map of widths."""
     return min(14.0, max(6.0, 0.45 * facts.most_experts + 1))
 
 
 def _height(facts: Facts, cell: float) -> float:
-    """Return inches for all layers."""
+    """Return the height in inches of all layers, for cells ``cell`` inches high."""
     return min(9.0, max(1.2, cell * len(facts.layers)))
 
 
@@ -88,7 +88,7 @@ def _widths(facts: Facts) -> Figure:
 
 
 def _mark(axes: Axes, facts: Facts, promoted: bool, marker: str, label: str) -> Any:
-    """Draw the marks of one kind in a corner of their cells; return their entry of the legend."""
+    """Draw the marks of one kind in a corner of their cells; return their handle for the legend."""
     sign = -1 if promoted else 1
     places = [
         (expert + 0.36 * sign, row + 0.3 * sign)
@@ -136,7 +136,7 @@ def _quantity(axes: Axes, facts: Facts, grid: ValueMap) -> None:
 
 
 def _array(facts: Facts, rows: list[list[float]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return [layers, experts], NaN behind the last expert of layers that have fewer."""
+    """Return an array [layers, experts]. Rows of layers with fewer experts end with NaN."""
     return np.array([row + [np.nan] * (facts.most_experts - len(row)) for row in rows])
 
 

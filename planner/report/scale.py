@@ -1,4 +1,4 @@
-"""From values to the steps of a colour scale, and numbers as people read them."""
+"""Map values to the steps of a colour scale, and format numbers for people."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from planner.report.palette import LIGHT
 
 STEPS = len(LIGHT.steps)
 LOGARITHMIC_ABOVE = 30.0
-"""Ratio of the largest to the smallest positive value from which steps are equal factors, not equal differences."""
+"""Ratio of the largest to the smallest positive value above which a scale is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Steps between the smallest and the largest value.
+    """A scale with steps between the smallest and the largest value.
 
     Attributes:
-        low: smallest value; of the positive ones where steps are factors.
+        low: smallest value; on a logarithmic scale, the smallest positive value.
         high: largest value.
-        logarithmic: steps are equal factors; 0 is below the first.
+        logarithmic: whether steps are equal factors, not equal differences. The value 0 is then in the first step.
     """
 
     low: float
@@ -29,7 +29,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Scale:
-        """Return the scale of some finite values, at least one."""
+        """Return the scale for one or more finite values."""
         low, high = min(values), max(values)
         positive = [value for value in values if value > 0]
         if low >= 0 and positive and high / min(positive) > LOGARITHMIC_ABOVE:
@@ -45,7 +45,7 @@ class Scale:
         return min(STEPS - 1, int(STEPS * (at - low) / (high - low)))
 
     def bounds(self) -> list[float]:
-        """Return the values between which the steps lie, STEPS + 1 of them; one if all values are equal."""
+        """Return the STEPS + 1 bounds of the steps; a single value if all values are equal."""
         if self.high == self.low:
             return [self.low]
         parts = [part / STEPS for part in range(STEPS + 1)]
@@ -55,7 +55,7 @@ class Scale:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits, thousands apart, without an exponent where that is short."""
+    """Return a number with ``digits`` significant digits and spaces between thousands; an exponent only if needed."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if float(value).is_integer() and abs(value) < 1e9:
@@ -68,12 +68,12 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def superscript(number: int) -> str:
-    """Return an exponent."""
+    """Return an integer in superscript digits."""
     return str(number).translate(SUPERSCRIPTS)
 
 
 def power_of_ten(largest: float) -> int:
-    """Return the exponent that is taken out of small numbers: 0 for those that need no zeros behind the point."""
+    """Return the power of ten to factor out of numbers up to ``largest``; 0 if ``largest`` is at least 0.01."""
     return math.floor(math.log10(largest)) if 0 < largest < 0.01 else 0
 
 

@@ -1,4 +1,4 @@
-"""The tables that page and card share, as plain text, and how each is written in HTML and in Markdown."""
+"""Make the tables that page and card share, and write them as HTML and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from planner.report.scale import number
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 LIMIT = 160
-"""Characters of a name in a table; longer ones end with an ellipsis."""
+"""Maximum number of characters of a shown name. Longer names end with an ellipsis."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; the first column is text, the others are numbers."""
+    """Rows under a header. The first column is text; the other columns are numbers."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def html(self, lead: Callable[[int], str] = lambda _row: "") -> str:
-        """Return the table, escaped; ``lead`` gives HTML to stand before a row's first cell."""
+        """Return the table as escaped HTML. ``lead`` gives the HTML before the text of a row's first cell."""
         head = "".join(f"<th>{escape(text)}</th>" for text in self.header)
         body = []
         for index, (first, *others) in enumerate(self.rows):
@@ -37,7 +37,7 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
     def markdown(self) -> str:
-        """Return the table in Markdown, escaped."""
+        """Return the table as escaped Markdown."""
         lines = [self.header, ("---", *(["---:"] * (len(self.header) - 1)))]
         written = [lines[0], *self.rows]
         cells = [" | ".join(map(markdown, row)) for row in written]
@@ -49,31 +49,31 @@ TOTAL = "all tensors"
 
 
 def markdown(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text that Markdown shows literally, on one line."""
     return MARKDOWN.sub(r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
 def named(text: str) -> str:
-    """Return a name fit to be shown: printable, not too long, of an absolute path its last part only."""
+    """Return a name in a form to show: printable, not too long, and the last part of an absolute path."""
     name = printable(without_folder(text))
     return name if len(name) <= LIMIT else f"{name[: LIMIT - 1]}…"
 
 
 def width_table(facts: Facts) -> Table:
-    """Return width → experts and their share."""
+    """Return the table of widths with the number and the share of their experts."""
     rows = [(str(bits), f"{count:,}", f"{count / facts.num_experts:.1%}") for bits, count in facts.widths.items()]
     return Table(("bits", "experts", "share"), tuple(rows))
 
 
 def size_table(facts: Facts) -> Table:
-    """Return the parts of the checkpoint and their share."""
+    """Return the table of the checkpoint's parts with their sizes and shares."""
     total = facts.sizes.total
     rows = [(part.title, size(part.bytes), f"{part.bytes / total:.1%}") for part in facts.sizes.parts]
     return Table(("tensors", "size", "share"), (*rows, (TOTAL, size(total), "100%")))
 
 
 def layer_table(facts: Facts) -> Table:
-    """Return what became of each layer: widths, promotions, and the errors of its experts."""
+    """Return the table of layers: widths, promotions, fallbacks, and the errors of the experts."""
     widths = tuple(facts.widths)
     header = ["layer", "average bits", *(f"{bits} bit" for bits in widths), "promoted", "fallback"]
     header += ["mean error of weights", "largest, of expert"]
@@ -94,7 +94,7 @@ def _percent(share: float) -> str:
 
 
 def text_tables(found: Evaluations) -> list[Table]:
-    """Return perplexities, and where a reference read the text too, distances from it."""
+    """Return a table of perplexities, and a table of distances if there are results with a reference."""
     if not found.texts:
         return []
     rows = [
@@ -128,7 +128,7 @@ def _pm(value: float, error: float) -> str:
 
 
 def task_table(found: Evaluations) -> Table | None:
-    """Return the scores of tasks, if there are any."""
+    """Return the table of task scores; None without scores."""
     if not found.tasks:
         return None
     rows = [
@@ -145,6 +145,6 @@ def task_table(found: Evaluations) -> Table | None:
 
 
 def evaluation_tables(found: Evaluations) -> Sequence[Table]:
-    """Return all tables of evaluation.json."""
+    """Return all tables for evaluation.json."""
     tasks = task_table(found)
     return [*text_tables(found), *([tasks] if tasks else [])]

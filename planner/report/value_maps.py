@@ -1,4 +1,4 @@
-"""Values per expert that stand beside the widths: from the folder, its plan, its report, or the source model."""
+"""Collect further values per expert: from the folder, its plan, its report, or the source model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from planner.sensitivity import router_norm
 from vllm_moeq.format import ShardSet, UsageError
 
 Values = tuple[tuple[float | None, ...], ...]
-"""[layers][experts], None where there is no value."""
+"""Values [layers][experts]; None marks a missing value."""
 
 
 @dataclass(frozen=True)
 class ValueMap:
-    """One quantity.
+    """One quantity with a value per expert.
 
     Attributes:
-        key: its name in JSON.
-        title: its name for people.
-        meaning: its definition, one line.
-        unit: of the values as shown.
+        key: name of the quantity in JSON.
+        title: name of the quantity for people.
+        meaning: definition in one line.
+        unit: unit of the shown values.
         values: see :data:`Values`.
     """
 
@@ -43,21 +43,21 @@ class ValueMap:
 
 @dataclass(frozen=True)
 class ValueMaps:
-    """What is known, and for everything else a line that says how to get it."""
+    """The known quantities, and a line for every missing one that says how to get it."""
 
     known: tuple[ValueMap, ...]
     missing: tuple[str, ...]
 
 
 def collect_maps(facts: Facts, source: SourceModel | None = None) -> ValueMaps:
-    """Return every quantity that the folder, or with it the source model, tells.
+    """Return every quantity that can be read or computed from the folder and the source model.
 
     Args:
-        facts: the checkpoint.
-        source: the model that it was made from, for MaxVar where the plan has none.
+        facts: facts about the checkpoint.
+        source: the source model, to compute MaxVar if the plan has none; None to skip that.
 
     Raises:
-        MoeqError: a source of other layers, a router that is damaged.
+        MoeqError: the source has other layers, or a router is damaged.
     """
     known: list[ValueMap] = []
     missing: list[str] = []
@@ -98,7 +98,7 @@ def _norms(facts: Facts) -> ValueMap:
 
 
 def _router_norms(facts: Facts) -> Values:
-    """Compute the norms from the folder: routers are stored as they were."""
+    """Compute the norms from the checkpoint's routers, which are not quantized."""
     row = find_architecture(facts.model)
     result = []
     with ShardSet(facts.folder) as shards:
@@ -133,7 +133,7 @@ def _tokens(facts: Facts) -> Values:
 
 
 def _from_plan(facts: Facts, name: str) -> Values | None:
-    """Return scores of the plan, if it has them for all experts."""
+    """Return the plan's scores of one name; None unless the plan has them for all experts."""
     scores: Mapping[str, Mapping[str, Sequence[float]]] = facts.plan.scores if facts.plan else {}
     rows = [scores.get(layer.prefix, {}).get(name, ()) for layer in facts.layers]
     if any(len(row) != len(layer.widths) for row, layer in zip(rows, facts.layers, strict=True)):

@@ -1,4 +1,4 @@
-"""Checkpoints in AutoGPTQ's format, to and fro without requantizing (docs/format.md)."""
+"""Convert checkpoints to and from AutoGPTQ's format without quantizing again (docs/format.md)."""
 
 from planner.exchange.autogptq.export import export_gptq
 from planner.exchange.autogptq.importer import import_gptq

@@ -1,4 +1,4 @@
-"""Decide what becomes of the linears of a GPTQ checkpoint: experts, packed linears, dequantized ones."""
+"""Sort the quantized linears of a GPTQ checkpoint: experts, packed linears, and linears to dequantize."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planner.model.architectures import EMBEDDINGS
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that vLLM loads as one, and that must be stored alike."""
+"""Groups of linears that vLLM loads as one; all linears of a group must have the same format."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class AssignedExperts:
 
     Attributes:
         widths: experts prefix → one width per expert.
-        group_size: weights per scale, or −1.
-        modules: our names of their matrices.
-        average: bits per expert weight.
+        group_size: weights per scale, or −1 for whole rows.
+        modules: our names of the expert matrices.
+        average: average bits per expert weight.
     """
 
     widths: dict[str, list[int]]
@@ -32,20 +32,25 @@ class AssignedExperts:
 
 @dataclass(frozen=True)
 class Linears:
-    """The other quantized linears: format of the packed ones, and the names of those that are dequantized."""
+    """The other quantized linears.
+
+    Attributes:
+        spec: format of the packed linears; 16 bits if there are none.
+        packed: our names of the linears that stay packed.
+        dequantized: our name of each linear to dequantize → reason.
+    """
 
     spec: Linear
     packed: set[str]
     dequantized: dict[str, str]
-    """Our name → why."""
 
 
 def assign_experts(checkpoint: GptqCheckpoint) -> AssignedExperts:
     """Find every expert of every MoE layer.
 
     Raises:
-        CheckpointError: an expert that is missing, not quantized or of several widths, experts with different
-            group sizes, tensors that belong to no expert.
+        CheckpointError: an expert is missing, not quantized, or has several widths; experts have different group
+            sizes; a tensor belongs to no expert.
     """
     model, row = checkpoint.model, checkpoint.row
     names = row.projections.names()
@@ -87,7 +92,7 @@ def _refuse_strays(checkpoint: GptqCheckpoint, prefix: str, known: set[str]) -> 
 
 
 def _group_size(checkpoint: GptqCheckpoint, modules: dict[str, Module]) -> int:
-    """Return the one group size of all experts."""
+    """Return the group size that all experts share; −1 if it is the whole row of every matrix."""
     sizes = {module.group_size for module in modules.values()}
     if all(module.groups == 1 for module in modules.values()) and (checkpoint.whole_rows or len(sizes) > 1):
         return WHOLE_ROW
@@ -103,9 +108,9 @@ def _group_size(checkpoint: GptqCheckpoint, modules: dict[str, Module]) -> int:
 
 
 def assign_linears(checkpoint: GptqCheckpoint, experts: AssignedExperts) -> Linears:
-    """Keep symmetric linears of 4 or 8 bits packed, if they share one format; the others get dequantized.
+    """Keep symmetric linears of 4 or 8 bits packed if they share one format; mark the others for dequantization.
 
-    Where formats differ, the one of most linears stays.
+    If formats differ, the most frequent format stays packed.
     """
     rest = {name: module for name, module in checkpoint.modules.items() if name not in experts.modules}
     reasons = {name: _unfit(checkpoint, name, module) for name, module in rest.items()}
@@ -125,7 +130,7 @@ def assign_linears(checkpoint: GptqCheckpoint, experts: AssignedExperts) -> Line
 
 
 def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
-    """Return why a linear has no packed form of ours, or None."""
+    """Return the reason why our format cannot pack a linear, or None."""
     if f"{name}.weight".endswith(EMBEDDINGS):
         return "embeddings and lm_head are not packed"
     if module.bits not in (4, 8):
@@ -138,7 +143,7 @@ def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
 
 
 def _companions_fit(checkpoint: GptqCheckpoint, name: str, reasons: dict[str, str | None]) -> bool:
-    """Tell whether all linears that vLLM joins with this one are packed."""
+    """Tell whether all linears that vLLM joins with this one can stay packed."""
     parent, _, leaf = name.rpartition(".")
     for names in FUSED:
         for other in (f"{parent}.{sibling}" for sibling in names if leaf in names):

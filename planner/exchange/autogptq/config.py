@@ -1,4 +1,4 @@
-"""The quantization_config that GPTQModel reads, with one rule per layer and width."""
+"""Make the quantization_config that GPTQModel reads, with one rule per layer and width."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PRODUCER = f"vllm-moeq:{__version__}"
 
 
 def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetric: bool) -> dict[str, Any]:
-    """Return the equivalent of our configuration.
+    """Return GPTQModel's equivalent of our configuration.
 
     Args:
-        config: ours, without experts of one bit.
+        config: our configuration, without experts of one bit.
         row: the architecture, for names.
-        version: how zero points are stored.
-        symmetric: every zero point of every linear is 2^(b−1).
+        version: storage of zero points.
+        symmetric: whether every zero point of every linear is 2^(b−1).
     """
     counts = Counter(bits for widths in config.experts.values() for bits in widths)
     base = {"bits": counts.most_common(1)[0][0], "group_size": config.group_size}
@@ -54,5 +54,5 @@ def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetr
 
 
 def _layers(config: MoeqConfig) -> int:
-    """Return a number above the index of every MoE layer."""
+    """Return one more than the largest index of an MoE layer."""
     return 1 + max(int(prefix.split(".")[2]) for prefix in config.experts)

@@ -1,4 +1,4 @@
-"""Turn a checkpoint of ours into one that GPTQModel loads."""
+"""Convert a moeq checkpoint into one that GPTQModel loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOW = "make exportable checkpoints with moeq quantize --zero-points integer and 
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed linear of ours; experts have zero points of their own."""
+    """A packed linear of a moeq checkpoint. Only expert matrices have stored zero points."""
 
     base: str
     bits: int
@@ -49,8 +49,8 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
     """Write ``output`` in AutoGPTQ's format, shard by shard.
 
     Raises:
-        MoeqError: before anything is written for a damaged checkpoint, experts of one bit, zero points that are
-            not integers, scales beyond float16; later for a full disk.
+        MoeqError: before anything is written, a damaged checkpoint, experts of one bit, zero points that are not
+            integers, or scales that float16 cannot hold; later a full disk.
     """
     check_output(output)
     verify(folder)
@@ -110,7 +110,7 @@ def _refuse(shards: Tensors, name: str, expected: str, found: object) -> NoRetur
 
 
 def _check(shards: Tensors, linear: Packed, version: Version) -> bool:
-    """Refuse what the format cannot hold; tell whether all zero points are 2^(b−1)."""
+    """Refuse values that the format cannot hold; return whether all zero points are 2^(b−1)."""
     name = f"{linear.base}.{SCALE}"
     scales = shards.load(name).float()
     if scales.shape[0] % CODES_PER_BLOCK:
@@ -133,7 +133,7 @@ def _check(shards: Tensors, linear: Packed, version: Version) -> bool:
 
 
 def _shard(shards: Tensors, shard: str, linears: dict[str, Packed], version: Version) -> dict[str, torch.Tensor]:
-    """Return the tensors of one shard; a linear's four go where its packed codes are."""
+    """Return the tensors of one shard. All four tensors of a linear go into the shard of its packed codes."""
     result: dict[str, torch.Tensor] = {}
     for name, info in shards.tensors.items():
         base, _, suffix = name.rpartition(".")

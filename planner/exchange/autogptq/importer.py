@@ -1,4 +1,4 @@
-"""Turn a GPTQ checkpoint into ours: the same codes, scales and zero points in other places."""
+"""Convert a GPTQ checkpoint into a moeq checkpoint with the same codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqCo
 
 
 def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callable[[Path], None] | None = None) -> None:
-    """Write ``output``, a checkpoint of ours, shard by shard.
+    """Write ``output``, a moeq checkpoint, shard by shard.
 
-    Linears outside the experts that have no packed form of ours are dequantized; a line says which and why.
-    ``describe`` is called with the folder when all else is in it, such as ``write_card``.
+    Linears outside the experts are dequantized if our format cannot pack them; printed lines name them and the reason.
+    ``describe``, such as ``write_card``, is called with the folder when all other files are in it.
 
     Raises:
-        MoeqError: before anything is written for whatever the input is to blame for; later for a full disk.
+        MoeqError: before anything is written, an unusable input; later a full disk.
     """
     check_output(output)
     with SourceModel(folder) as model:
@@ -53,7 +53,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callab
 
 
 def _say(linears: Linears, progress: Progress) -> None:
-    """Name the linears that get dequantized, one line per reason."""
+    """Print the linears that are dequantized, one line per reason."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, reason in linears.dequantized.items():
         names[reason].append(name)
@@ -96,7 +96,7 @@ def _config(checkpoint: GptqCheckpoint, experts: AssignedExperts, linears: Linea
 def _shard(
     checkpoint: GptqCheckpoint, shard: str, experts: AssignedExperts, linears: Linears
 ) -> dict[str, torch.Tensor]:
-    """Return our tensors for one shard: those of the linears whose ``qweight`` is in it, and the others in it."""
+    """Return our tensors for one shard: the linears whose ``qweight`` is in it, and its unquantized tensors."""
     shards = checkpoint.model.shards
     result: dict[str, torch.Tensor] = {}
     for name, module in checkpoint.modules.items():
@@ -118,7 +118,7 @@ def _shard(
 
 
 def _packed_linear(checkpoint: GptqCheckpoint, module: Module) -> dict[str, torch.Tensor]:
-    """Return a symmetric linear in compressed-tensors' form; scales in the model's dtype where that is exact."""
+    """Return a symmetric linear in compressed-tensors' format. Scales get the model's dtype if that is exact."""
     scales = checkpoint.load(module, SCALES).T.contiguous()
     rounded = scales.to(_dtype(checkpoint))
     return {
@@ -129,6 +129,6 @@ def _packed_linear(checkpoint: GptqCheckpoint, module: Module) -> dict[str, torc
 
 
 def _dtype(checkpoint: GptqCheckpoint) -> torch.dtype:
-    """Return the half precision of the model's other tensors."""
+    """Return the 16-bit dtype of the model's other tensors."""
     config = checkpoint.model.config
     return torch.float16 if config.get("dtype", config.get("torch_dtype")) == "float16" else torch.bfloat16

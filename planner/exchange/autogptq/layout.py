@@ -1,13 +1,13 @@
-"""The four tensors of one linear in AutoGPTQ's format, and what they are in ours.
+"""Convert the four tensors of one linear between AutoGPTQ's format and ours.
 
-For a matrix [N, K] of b bits in groups of G:
+AutoGPTQ's tensors for a matrix [N, K] of b bits in groups of G, and their equivalents in our format:
 
     qweight  int32    [K·b/32, N]     our packed words [N, K·b/32], transposed
     qzeros   int32    [K/G, N·b/32]   integer zero points, packed along N
     scales   float16  [K/G, N]        our scales, transposed
     g_idx    int32    [K]             k // G
 
-The file stores zero points as they are (``gptq_v2``) or less one (``gptq``).
+The file stores zero points unchanged (``gptq_v2``) or reduced by one (``gptq``).
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
 SUFFIXES = (QWEIGHT, QZEROS, SCALES, G_IDX)
 
 WIDTHS = (2, 3, 4, 8)
-"""Widths that both formats have."""
+"""Widths that both formats support."""
 
 Version = Literal["v1", "v2"]
 FORMATS: dict[str, Version] = {"gptq": "v1", "gptq_v2": "v2"}
-"""``checkpoint_format`` → how zero points are stored."""
+"""``checkpoint_format`` → storage of zero points."""
 
 
 def group_index(columns: int, groups: int) -> torch.Tensor:
-    """Return g_idx of a matrix whose groups are contiguous, int32 [K]."""
+    """Return ``g_idx`` for contiguous groups, int32 [K]."""
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
 def encode(
     words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, version: Version
 ) -> dict[str, torch.Tensor]:
-    """Return the four tensors of a matrix.
+    """Return AutoGPTQ's four tensors for a matrix of ours. N must be a multiple of 32.
 
     Args:
-        words: int32 [N, K·b/32].
+        words: packed codes, int32 [N, K·b/32].
         scales: [N, K/G], exact in float16.
-        zeros: integers 0 … 2^b − 1 of any dtype, [N, K/G]; none is 0 for ``v1``. N is a multiple of 32.
+        zeros: zero points [N, K/G], integers 0 … 2^b − 1 of any dtype; for ``v1``, 1 … 2^b − 1.
         bits: 2, 3, 4 or 8.
-        version: how zero points are stored.
+        version: storage of zero points.
 
     Raises:
         ValueError: a zero point that the version cannot hold.
@@ -65,10 +65,10 @@ def decode_zeros(qzeros: torch.Tensor, bits: int, rows: int, version: Version) -
         qzeros: int32 [K/G, N·b/32].
         bits: 2, 3, 4 or 8.
         rows: N.
-        version: how they are stored.
+        version: storage of zero points.
 
     Raises:
-        ValueError: a ``v1`` field of all ones. It should be zero point 0, but programs disagree: some borrow
+        ValueError: a ``v1`` field has all bits set. It should mean zero point 0, but programs disagree: some borrow
             from the neighbouring field when they write it, some do not.
     """
     stored = unpack(qzeros, bits, rows)
@@ -80,10 +80,10 @@ def decode_zeros(qzeros: torch.Tensor, bits: int, rows: int, version: Version) -
 
 
 def decode(qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return an expert's three tensors, in the dtype of the scales.
+    """Return our three tensors for an expert matrix: packed codes, scales, and zero points in the scales' dtype.
 
     Args:
-        qweight: int32 [K·b/32, N].
+        qweight: packed codes, int32 [K·b/32, N].
         scales: float16 or bfloat16 [K/G, N].
         zeros: uint8 [N, K/G], from :func:`decode_zeros`.
     """

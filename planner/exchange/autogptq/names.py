@@ -1,4 +1,4 @@
-"""Names of tensors: GPTQModel uses those of transformers' modules, our checkpoints those of the source."""
+"""Convert tensor names. GPTQModel uses the names of transformers' modules; our checkpoints use the source's names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def module_name(row: Architecture, name: str) -> str:
-    """Return GPTQModel's name of a tensor or module of our checkpoint."""
+    """Return GPTQModel's name for a tensor or module of our checkpoint."""
     match = LAYER.match(name)
     if match is None:
         return name
@@ -25,7 +25,7 @@ def module_name(row: Architecture, name: str) -> str:
 
 
 def checkpoint_name(row: Architecture, name: str) -> str:
-    """Return our name of a tensor or module of a GPTQ checkpoint, which may use either kind of name."""
+    """Return our name for a tensor or module of a GPTQ checkpoint. The checkpoint may use either kind of name."""
     match = LAYER.match(name)
     if match is None:
         return name

@@ -1,7 +1,7 @@
 """Open a checkpoint in AutoGPTQ's format and check all of it before anything is written.
 
-Widths come from the tensors' shapes. The ``dynamic`` entry of the config, regular expressions over module names, is
-never looked at: files are not trusted to bring programs.
+Widths come from the tensors' shapes. The config's ``dynamic`` entry holds regular expressions over module names. It is
+never read, since a file is not trusted to bring programs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Module:
-    """One quantized linear [rows, columns]; ``base`` is its name in the file."""
+    """One quantized linear [rows, columns]. ``base`` is its name in the file, ``groups`` counts the groups per row."""
 
     base: str
     bits: int
@@ -47,25 +47,25 @@ class Module:
 
     @property
     def group_size(self) -> int:
-        """Weights per scale."""
+        """Number of weights per scale."""
         return self.columns // self.groups
 
     def name(self, suffix: str) -> str:
-        """Return the name of one of its tensors."""
+        """Return the name of one of the linear's tensors."""
         return f"{self.base}.{suffix}"
 
 
 @dataclass(frozen=True)
 class GptqCheckpoint:
-    """A checked checkpoint.
+    """A GPTQ checkpoint that has passed all checks.
 
     Attributes:
-        model: the folder.
-        row: its architecture.
-        version: how zero points are stored.
-        whole_rows: the config says that a group is a whole row.
+        model: the checkpoint's folder.
+        row: the model's architecture.
+        version: storage of zero points.
+        whole_rows: whether the config says that a group is a whole row.
         modules: our name → quantized linear.
-        others: our name → name in the file, of every other tensor.
+        others: our name → name in the file, for every other tensor.
     """
 
     model: SourceModel
@@ -83,7 +83,7 @@ class GptqCheckpoint:
         """Return the zero points of a linear, uint8 [N, K/G].
 
         Raises:
-            CheckpointError: they cannot be told.
+            CheckpointError: a stored zero point is ambiguous; see :func:`decode_zeros`.
         """
         try:
             return decode_zeros(self.load(module, QZEROS), module.bits, module.rows, self.version)
@@ -106,7 +106,7 @@ def read_gptq(model: SourceModel) -> GptqCheckpoint:
     """Check config, headers, group indices, scales and zero points of a folder.
 
     Raises:
-        MoeqError: the first thing that is not as it has to be, naming file and tensor.
+        MoeqError: something is not as it must be; the message names the file and the tensor.
     """
     config = _quantization_config(model)
     version = _version(model, config)
@@ -145,7 +145,7 @@ def _add(shards: Tensors, known: dict[str, Any], key: str, value: object, name: 
 
 
 def _quantization_config(model: SourceModel) -> Mapping[str, Any]:
-    """Return the quantization settings, from config.json or, as AutoGPTQ did, from a file of their own."""
+    """Return the quantization settings from config.json, else from quantize_config.json, where AutoGPTQ put them."""
     path = model.folder / "config.json"
     config = model.config.get("quantization_config")
     if config is None and (model.folder / "quantize_config.json").exists():
@@ -160,7 +160,7 @@ def _quantization_config(model: SourceModel) -> Mapping[str, Any]:
 
 
 def _version(model: SourceModel, config: Mapping[str, Any]) -> Version:
-    """Return how zero points are stored; files without ``checkpoint_format`` are AutoGPTQ's, version 1."""
+    """Return how zero points are stored. Files without ``checkpoint_format`` are AutoGPTQ's and use version 1."""
     where = model.folder / "config.json"
     given = [config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None] or ["gptq"]
     for value in given:
@@ -172,7 +172,7 @@ def _version(model: SourceModel, config: Mapping[str, Any]) -> Version:
 
 
 def _read_module(shards: Tensors, base: str) -> Module:
-    """Check the headers of one linear against each other; its width is what they say."""
+    """Check the headers of one linear against each other; return the linear with the width that they imply."""
     qweight, g_idx = shards.info(f"{base}.{QWEIGHT}"), shards.info(f"{base}.{G_IDX}")
     scales, qzeros = shards.info(f"{base}.{SCALES}"), shards.info(f"{base}.{QZEROS}")
     if g_idx.dtype != torch.int32 or len(g_idx.shape) != 1 or 0 in g_idx.shape:

@@ -1,4 +1,4 @@
-"""Quantizers of expert matrices, one file each, and the table that names them."""
+"""Quantizers for expert matrices, one file each, and the table that names them."""
 
 from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, Quantizer, ZeroPoints
 from planner.quantization.quantizers.hqq import quantize_hqq

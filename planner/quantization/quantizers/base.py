@@ -1,4 +1,4 @@
-"""What every quantizer takes and returns, and the storage rounding that they share."""
+"""The interface of all quantizers, and the rounding to storage that they share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from vllm_moeq.format import CODES_PER_BLOCK, PACKED, SCALE, WHOLE_ROW, ZERO, CheckpointError, dequantize, pack
 
 NARROWEST = 2.0**-10
-"""Least range of a group, relative to its largest magnitude, that is worth a zero point: half
-precision resolves no finer one."""
+"""Least range of a group, relative to its largest magnitude, for which a zero point is useful. Half precision cannot
+resolve a finer range."""
 
 MAX_ZERO = 2.0**15
-"""Largest |zero| written, within the range of half precision."""
+"""Largest magnitude of a stored zero point; half precision can hold it."""
 
 
 class QuantizedMatrix(Protocol):
@@ -37,7 +37,7 @@ class Quantized:
     Attributes:
         codes: uint8 [N, K].
         scales: float16 or bfloat16 [N, K / G], non-zero.
-        zeros: same shape and dtype.
+        zeros: zero points in the shape and dtype of ``scales``.
         bits: width of the codes.
     """
 
@@ -57,18 +57,18 @@ class Quantized:
 
 
 ZeroPoints = Literal["float", "integer"]
-"""Any number, or a whole code 0 … 2^b − 1, which formats such as GPTQ's need; integer zero points reach groups on one
-side of 0 only by widening their range to 0."""
+"""Kind of zero points. ``float`` allows any number. ``integer`` allows the codes 0 … 2^b − 1, as formats such as GPTQ's
+need; a group whose weights all have one sign then gets a wider range that includes 0."""
 
 Quantizer = Callable[[torch.Tensor, int, int], QuantizedMatrix]
-"""(weight [N, K], bits, group size or −1) → the quantized matrix."""
+"""(weight [N, K], bits, group size or −1 for whole rows) → the quantized matrix."""
 
 
 def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return a float32 view [N, K / G, G] of a finite matrix.
 
     Raises:
-        CheckpointError: K is no multiple of 32 or of the group size, or a weight is not finite.
+        CheckpointError: K is not a multiple of 32 and of the group size, or a weight is not finite.
     """
     columns = weight.shape[1]
     size = columns if group_size == WHOLE_ROW else group_size
@@ -83,20 +83,20 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def group_range(groups: torch.Tensor, zero_points: ZeroPoints) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the least and the largest weight of each group [N, K / G, G] as [N, K / G].
+    """Return the least and the largest weight [N, K / G] of each group [N, K / G, G].
 
-    With integer zero points the range includes 0: −min·(2^b − 1)/(max − min), rounded, is then a code.
+    With integer zero points the range includes 0. Then −min·(2^b − 1)/(max − min), rounded, is a code.
     """
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     return (low.clamp_max(0), high.clamp_min(0)) if zero_points == "integer" else (low, high)
 
 
 def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> Quantized:
-    """Round scales and zeros as they are stored, then choose the nearest code for each weight.
+    """Round scales and zero points to their stored dtype, then choose the nearest code for each weight.
 
-    Codes are chosen last, so that they compensate for the rounding of scale and zero. Where a group is
-    (nearly) constant, a huge zero would swallow it; such groups get the scale |mean|, which a code
-    and a small zero then hit exactly. Scales below bfloat16's normal range are raised to it.
+    Codes are chosen last, so that they compensate for the rounding of scale and zero point. A (nearly) constant group
+    would need a huge zero point, and the weights would be lost beside it. Such a group gets the scale |mean|: a code
+    and a small zero point then give its mean exactly. Scales below bfloat16's normal range are raised to its minimum.
 
     Args:
         groups: float32 [N, K / G, G].
@@ -125,7 +125,7 @@ def finish(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits
 
 
 def _storage(scales: torch.Tensor) -> torch.dtype:
-    """Half precision unless a scale would leave its normal range; bfloat16 then."""
+    """Return float16 if its normal range holds all scales, else bfloat16."""
     smallest, largest = float(scales.min()), float(scales.max())
     info = torch.finfo(torch.float16)
     return torch.float16 if info.tiny <= smallest and largest <= info.max else torch.bfloat16

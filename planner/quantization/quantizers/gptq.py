@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., 2023): round column by column, and let the columns that follow make up for the error."""
+"""GPTQ (Frantar et al., 2023): round column by column, and compensate for the error in the columns that follow."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from planner.quantization.quantizers.hessian import ActOrder, Factor, column_ord
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
 LEAF = 16
-"""Columns rounded one after the other; wider ranges pass their errors on by matrix products."""
+"""Number of columns that are rounded one after the other. Wider ranges pass on their errors by matrix products."""
 
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """Everything that decides the codes, besides weights and Hessian.
+    """Everything besides weights and Hessian that decides the codes.
 
     Attributes:
-        damping: added to the Hessian's diagonal, relative to its mean.
-        act_order: order of the columns.
-        static_groups: scales from the weights as they were, not as errors have changed them.
-        symmetric: zero points in the middle of the codes.
+        damping: λ added to the Hessian's diagonal, relative to the diagonal's mean.
+        act_order: order in which columns are quantized.
+        static_groups: whether scales come from the original weights; otherwise from the weights after compensation for
+            earlier errors.
+        symmetric: whether the zero point is the middle of the codes, 2^(b−1).
         search: how a group's scale is chosen.
     """
 
@@ -34,12 +35,12 @@ class GptqSettings:
     search: Search = "mse"
 
     def grid(self, bits: int, zero_points: ZeroPoints) -> Grid:
-        """Return the levels for a width."""
+        """Return the settings of a group's levels for a width."""
         return Grid(bits, self.symmetric, zero_points, self.search)
 
 
 PUBLISHED = GptqSettings(act_order="none", search="published")
-"""The variant behind the paper's results."""
+"""The settings behind the paper's results."""
 
 
 def quantize_gptq(
@@ -50,13 +51,13 @@ def quantize_gptq(
     settings: GptqSettings,
     zero_points: ZeroPoints = "float",
 ) -> list[Quantized]:
-    """Quantize several matrices of one shape, each with the second moments of its own inputs.
+    """Quantize several matrices of one shape, each with the Hessian of its own inputs.
 
     Args:
         weights: float [B, N, K].
-        hessians: mean of x·xᵀ over the inputs, float32 [B, K, K]; destroyed.
+        hessians: mean of x·xᵀ over the inputs, float32 [B, K, K]; overwritten.
         bits: width of the codes; one bit is the sign times the mean magnitude.
-        group_size: weights per scale along K, or −1.
+        group_size: weights per scale along K, or −1 for whole rows.
         settings: see :class:`GptqSettings`.
         zero_points: see :data:`planner.quantization.quantizers.base.ZeroPoints`.
 
@@ -64,9 +65,9 @@ def quantize_gptq(
         One result per matrix, on the device of the weights.
 
     Raises:
-        CheckpointError: weights that are not finite, K no multiple of 32 and of the group.
-        NotPositiveDefiniteError: Hessians that no damping makes usable.
-        ValueError: ``act_order`` full without static groups.
+        CheckpointError: a weight is not finite, or K is not a multiple of 32 and of the group size.
+        NotPositiveDefiniteError: a Hessian stays unusable with any damping.
+        ValueError: ``act_order`` is full without static groups.
     """
     batch, _, columns = weights.shape
     size = columns if group_size == WHOLE_ROW else group_size
@@ -88,7 +89,7 @@ def quantize_gptq(
 
 
 class _Solver:
-    """State of one batch. Columns come first, [B, K, N], so that a column is contiguous."""
+    """The state of one batch. Tensors are [B, K, N], so that a column of the input dimension is contiguous."""
 
     def __init__(
         self, weights: torch.Tensor, order: torch.Tensor, factor: Factor, grid: Grid, size: int, static: bool
@@ -100,7 +101,7 @@ class _Solver:
         groups = columns // size
         self.scales = original.new_empty(batch, groups, rows)
         self.zeros = torch.empty_like(self.scales)
-        # Which group a position belongs to: its own, or, with scales beforehand, that of the column.
+        # Static groups are groups of the original columns. Other groups are ranges of the new order.
         self.group_of = order // size if static else None
         if static:
             costs = torch.empty_like(factor.cost).scatter_(1, order, factor.cost)
@@ -114,7 +115,7 @@ class _Solver:
         self.codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
 
     def solve(self) -> list[Quantized]:
-        """Round all columns; return codes and parameters in the order of the input."""
+        """Round all columns; return the results in the input's order of columns."""
         self._groups(0, self.errors.shape[1] // self.size)
         codes = torch.empty_like(self.codes).scatter_(1, self.order[:, :, None].expand_as(self.codes), self.codes)
         if self.group_of is None:
@@ -127,7 +128,7 @@ class _Solver:
         ]
 
     def _groups(self, first: int, last: int) -> None:
-        """Quantize a range of groups: one half, its errors passed on, the other half."""
+        """Quantize a range of groups: the first half, then the second half with the errors of the first passed on."""
         if last - first > 1:
             middle = (first + last) // 2
             self._groups(first, middle)
@@ -141,10 +142,10 @@ class _Solver:
         self._columns(begin, end)
 
     def _expected(self, begin: int, end: int) -> torch.Tensor:
-        """Return the values [B, G, N] that would be rounded in a group if its own rounding made no errors.
+        """Return the values [B, G, N] that a group would round if its own rounding made no errors.
 
-        ``adjusted`` holds what the columns before have left to do; doing it in one column changes the next
-        ones, which is a triangular system.
+        ``adjusted`` contains the corrections for the errors of earlier columns. A correction in one column changes
+        the next columns of the group; this is a triangular system.
         """
         original = self.errors[:, begin:end]
         if begin == 0:
@@ -173,12 +174,12 @@ class _Solver:
                 rest.baddbmm_(feedback[:, column, column + 1 : end, None], error[:, None])
 
     def _pass_on(self, begin: int, middle: int, end: int) -> None:
-        """Add what the errors of the columns before ``middle`` mean for those behind it."""
+        """Correct the columns from ``middle`` to ``end`` for the errors of those from ``begin`` to ``middle``."""
         feedback = self.factor.feedback[:, begin:middle, middle:end]
         self.adjusted[:, middle:end].baddbmm_(feedback.mT, self.errors[:, begin:middle])
 
     def _parameters(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scale and zero [B, N] of a column."""
+        """Return the scale and the zero point of a column, [B, N] each."""
         if self.group_of is None:
             group = column // self.size
             return self.scales[:, group], self.zeros[:, group]
@@ -187,7 +188,7 @@ class _Solver:
 
 
 def _storage(original: torch.Tensor, size: int, grid: Grid) -> torch.dtype:
-    """Half precision, unless a scale may leave its normal range by what errors add to the weights; else bfloat16."""
+    """Return float16 if its normal range holds all scales, with a margin for corrected weights; else bfloat16."""
     groups = original.unflatten(1, (-1, size))
     scale = (groups.amax(dim=2) - groups.amin(dim=2)) / grid.steps
     used = scale[scale > 0]

@@ -1,4 +1,4 @@
-"""The scale and zero point of one group of weights, given what an error in each column costs."""
+"""Choose the scale and the zero point of a group of weights, given the cost of an error in each column."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from planner.quantization.quantizers.base import MAX_ZERO, NARROWEST, ZeroPoints
 
 Search = Literal["range", "mse", "published"]
-"""The group's range as it is; the least weighted squared error; the paper's published grid."""
+"""How to choose a scale. ``range`` takes the group's range, ``mse`` the least weighted squared error, ``published`` the
+grid search of the paper's published code."""
 
 SHRINK = tuple(1 - 0.04 * step for step in range(16))
-"""Fractions of the range that ``mse`` tries, before it fits scale and zero to the codes."""
+"""Fractions of the range that ``mse`` tries before it fits scale and zero point to the codes."""
 REFITS = 2
 
 PUBLISHED = tuple(0.9 + 0.002 * step for step in range(101))
@@ -22,12 +23,12 @@ PUBLISHED_POWER = 2.4
 
 @dataclass(frozen=True)
 class Grid:
-    """How the levels of a group are chosen.
+    """How to choose the levels of a group.
 
     Attributes:
         bits: width of the codes.
-        symmetric: zero is 2^(b−1), and the range symmetric about it.
-        zero_points: ``integer`` ones are codes, and the range includes 0.
+        symmetric: whether the zero point is 2^(b−1) and the range symmetric about it.
+        zero_points: with ``integer``, the zero point is a code and the range includes 0.
         search: see :data:`Search`.
     """
 
@@ -43,18 +44,18 @@ class Grid:
 
     @property
     def fixed(self) -> bool:
-        """Whether the zero point follows from the range alone."""
+        """Whether the range alone decides the zero point."""
         return self.symmetric or self.zero_points == "integer" or self.search == "published"
 
 
 def fit_group(block: torch.Tensor, cost: torch.Tensor, grid: Grid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return scale and zero of every row, float32 [B, N] each, rounded as ``dtype`` stores them.
+    """Return the scale and the zero point of one group in every row, float32 [B, N] each, rounded to ``dtype``.
 
     Args:
-        block: weights, float32 [B, G, N]: columns of the input dimension first.
+        block: weights of the group, float32 [B, G, N]; the input dimension comes before the rows.
         cost: weight of a squared error in each column, float32 [B, G].
-        grid: how to choose; one bit is ±mean|w|, whatever else it says.
-        dtype: float16 or bfloat16.
+        grid: how to choose; one bit is always ±mean|w|.
+        dtype: stored dtype, such as float16 or bfloat16.
     """
     if grid.bits == 1:
         scale = 2 * block.abs().mean(dim=1)
@@ -77,7 +78,7 @@ def fit_group(block: torch.Tensor, cost: torch.Tensor, grid: Grid, dtype: torch.
 def _search(
     block: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale, of some fractions of the range's, that costs least; then fit both to the codes."""
+    """Return scale and zero point: try fractions of the range's scale, then fit both to the codes of the best one."""
     published = grid.search == "published"
     best, best_scale, best_zero = torch.full_like(scale, float("inf")), scale, zero
     for ratio in PUBLISHED if published else SHRINK:
@@ -105,7 +106,7 @@ def _search(
 def _round(
     block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and errors [B, G, N]."""
+    """Return the codes and the errors of rounding, [B, G, N] each."""
     inverse = torch.where(scale == 0, torch.ones_like(scale), 1 / scale)[:, None]
     codes = torch.addcmul(zero[:, None], block, inverse).round_().clamp_(0, steps)
     return codes, torch.addcmul(block, codes - zero[:, None], scale[:, None], value=-1)
@@ -114,7 +115,10 @@ def _round(
 def _regress(
     block: torch.Tensor, codes: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the line through (code, weight) of least weighted squared error, or the old one of equal codes."""
+    """Return scale and zero point of the weighted least-squares line through (code, weight).
+
+    If all codes of a group are equal, or the slope is not positive, return the old scale and zero point.
+    """
     share = (cost / cost.sum(dim=1, keepdim=True))[:, None]
     mean_code, mean_weight = torch.bmm(share, codes), torch.bmm(share, block)
     centred = codes - mean_code
@@ -128,7 +132,7 @@ def _regress(
 def _storable(
     block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to the stored dtype; groups too narrow for their distance from 0 get the scale |mean| instead."""
+    """Round to the stored dtype. A group that is too narrow for its distance from 0 gets the scale |mean|."""
     mean = block.mean(dim=1)
     largest_zero = min(grid.steps / NARROWEST, MAX_ZERO)
     flat = ~(scale * largest_zero >= block.abs().amax(dim=1)) | (scale == 0) | ~torch.isfinite(zero)

@@ -1,4 +1,4 @@
-"""The second moments of a layer's inputs, in the order and the factored form that GPTQ consumes."""
+"""Order and factor the Hessians (second moments of a layer's inputs) for GPTQ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 
 class NotPositiveDefiniteError(Exception):
-    """Second moments that no damping makes usable."""
+    """A Hessian stays unusable with any damping."""
 
 
 ActOrder = Literal["none", "group", "full"]
-"""Columns as they are; groups, and columns within each, by falling second moment; all columns by it."""
+"""Order of the columns. ``none`` keeps it. ``group`` sorts the groups, and the columns within each group, by falling
+second moment. ``full`` sorts all columns by it."""
 
 MAX_DAMPING = 1.0
-"""Relative to the mean of the diagonal: beyond it nothing of the Hessian is left."""
+"""Largest damping, relative to the mean of the diagonal. With more, the Hessian would hardly count."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Factor:
     """H + λI = (I + U) · diag(d) · (I + U)ᵀ with U strictly upper triangular.
 
     Attributes:
-        feedback: U, float32 [B, K, K]; the diagonal and what lies below are not read.
-        cost: d, float32 [B, K]: what a rounding error of 1 in a column adds to the squared output error.
-        damping: λ over the mean of the diagonal, as it was needed, one per matrix.
+        feedback: U, float32 [B, K, K]; the diagonal and the entries below it are not used.
+        cost: d, float32 [B, K]; a rounding error of 1 in a column adds d to the squared output error.
+        damping: λ that was needed, relative to the mean of the diagonal, one per matrix.
     """
 
     feedback: torch.Tensor
@@ -40,8 +41,8 @@ def column_order(diagonal: torch.Tensor, group_size: int, order: ActOrder) -> to
     Args:
         diagonal: second moment of each input, [B, K].
         group_size: columns that share a scale.
-        order: see :data:`ActOrder`. ``group`` keeps groups together, so that the stored format needs no
-            index; ``full`` does not, and needs scales that are fixed beforehand.
+        order: see :data:`ActOrder`. ``group`` keeps each group's columns together, so the stored format needs no
+            index. ``full`` does not; it needs scales that are chosen beforehand.
     """
     batch, columns = diagonal.shape
     if order == "none":
@@ -56,17 +57,17 @@ def column_order(diagonal: torch.Tensor, group_size: int, order: ActOrder) -> to
 
 
 def factorize(hessians: torch.Tensor, damping: float) -> Factor:
-    """Factor damped Hessians, with ten times the damping wherever one is not positive definite.
+    """Factor damped Hessians. If one is not positive definite, try again with ten times its damping.
 
-    This is the L·D·Lᵀ form of GPTQ (Chee et al., 2023, theorem 6): one Cholesky factorization instead of
-    an inverse between two.
+    This is the L·D·Lᵀ form of GPTQ (Chee et al., 2023, theorem 6). It takes one Cholesky factorization; the usual form
+    takes two and an inverse.
 
     Args:
-        hessians: float32 [B, K, K], symmetric, destroyed. Inputs that were always 0 get a diagonal of 1.
-        damping: λ to begin with, relative to the mean of the diagonal.
+        hessians: float32 [B, K, K], symmetric; overwritten. An input that was always 0 gets a diagonal of 1.
+        damping: first λ to try, relative to the mean of the diagonal.
 
     Raises:
-        NotPositiveDefiniteError: not finite, or not positive definite with any damping.
+        NotPositiveDefiniteError: a Hessian is not finite, or not positive definite with any damping.
     """
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     diagonal[diagonal == 0] = 1
@@ -75,7 +76,7 @@ def factorize(hessians: torch.Tensor, damping: float) -> Factor:
         raise NotPositiveDefiniteError("second moments of the inputs that are not finite")
     wanted = torch.full_like(mean, damping)
     diagonal += (wanted * mean)[:, None]
-    # A Cholesky factor is lower triangular; of the reversed matrix it is the upper one that is wanted.
+    # Cholesky gives a lower triangular factor. Reversing the matrix and its factor gives the upper one that we need.
     lower, failed = torch.linalg.cholesky_ex(hessians.flip(1, 2))
     while bool(failed.any()):
         again = failed.nonzero()[:, 0]

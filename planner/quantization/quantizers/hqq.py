@@ -1,4 +1,4 @@
-"""Half-quadratic quantization (Badri & Shaji, 2023): a float zero point that minimises an lp error, p < 1."""
+"""Half-quadratic quantization (Badri & Shaji, 2023): find the zero point that minimises an lp error, p < 1."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ NORM = 0.7
 BETA = 10.0
 ITERATIONS = 20
 BLOCK_WEIGHTS = 1 << 17
-"""Weights optimized at a time: their float32 temporaries stay in the cache."""
+"""Number of weights that are optimized at a time. Their float32 temporaries stay in the cache."""
 
 
 def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int, zero_points: ZeroPoints = "float") -> Quantized:
     """Quantize [N, K] without calibration, a block of rows at a time.
 
-    Alternates between the shrunken residual W_e = shrink(W − W_r) and the zero point that fits
-    W − W_e, at a fixed scale (max − min)/(2^b − 1), and stops when mean|W − W_r| of the block no longer
+    The scale is fixed at (max − min)/(2^b − 1). The loop alternates between the shrunken residual
+    W_e = shrink(W − W_r) and the zero point that fits W − W_e. It stops when mean|W − W_r| of the block no longer
     falls. Integer zero points are rounded after every step.
 
     Raises:
@@ -33,7 +33,7 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int, zero_points: 
 def _fit(
     groups: torch.Tensor, steps: int, round_first: bool, zero_points: ZeroPoints
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales and zeros [rows, groups] of one block [rows, groups, G]."""
+    """Return scales and zero points, [rows, groups] each, of one block [rows, groups, G]."""
     low, high = (edge[..., None] for edge in group_range(groups, zero_points))
     scales = (high - low) / steps
     inverse = torch.where(scales == 0, torch.ones_like(scales), 1 / scales)
@@ -49,7 +49,7 @@ def _fit(
         if not error < lowest:
             break
         lowest, best = error, zeros
-        # mean(codes − (W − W_e) / s), with the block's own W / s at hand.
+        # This is mean(codes − (W − W_e) / s); W / s is already in ``scaled``.
         zeros = (codes.sub_(scaled) + _shrink_(residual).mul_(inverse)).mean(dim=-1, keepdim=True)
         if zero_points == "integer":
             zeros = zeros.round_().clamp_(0, steps)
@@ -57,7 +57,7 @@ def _fit(
 
 
 def _shrink_(residual: torch.Tensor) -> torch.Tensor:
-    """Proximal step of the lp norm, in place: sign(x) · max(|x| − |x|^(p−1)/β, 0)."""
+    """Take the proximal step of the lp norm in place: sign(x) · max(|x| − |x|^(p−1)/β, 0)."""
     magnitude = residual.abs()
     threshold = magnitude.log().mul_(NORM - 1).exp_().div_(BETA)  # |x|^(p−1); pow takes four times as long
     return residual.sign_().mul_(magnitude.sub_(threshold).clamp_min_(0))

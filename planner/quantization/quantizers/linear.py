@@ -1,4 +1,4 @@
-"""The linears that are not routed experts: symmetric integers in compressed-tensors' packed format."""
+"""Quantize linears that are not routed experts: symmetric integers in compressed-tensors' packed format."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
 from vllm_moeq.format.linears import SCALES, SHAPE, WORDS
 
 CLIP_RATIOS = tuple(0.5 + 0.02 * i for i in range(31))
-"""Candidates for the scale, relative to max|w| / (2^(b−1) − 1)."""
+"""Candidate scales, relative to max|w| / (2^(b−1) − 1)."""
 
 
 def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tensor]:
-    """Quantize [N, K] with the scale per group that leaves the least squared error.
+    """Quantize [N, K]. Each group takes the candidate scale with the least squared error.
 
     Returns:
         ``weight_packed`` int32 [N, K·b/32] (codes offset by 2^(b−1)), ``weight_scale`` in the weight's
@@ -45,7 +45,7 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
 
 
 def linear_group_size(input_sizes: list[int]) -> int:
-    """Return the largest group of 128, 64, 32 that still fits when tensor parallelism splits K in four.
+    """Return the largest group size of 128, 64 and 32 that fits if tensor parallelism splits K in four; else 32.
 
     Row-parallel linears are split along K, and a rank must hold whole groups. Real models get 128.
     """

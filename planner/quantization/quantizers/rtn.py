@@ -1,4 +1,4 @@
-"""Round to nearest (paper, eq. 2): the range of each group in 2^b equal steps, integer zero point."""
+"""Round to nearest (paper, eq. 2): 2^b equally spaced levels over the range of each group, integer zero point."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from planner.quantization.quantizers.base import Quantized, ZeroPoints, finish, 
 def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int, zero_points: ZeroPoints = "float") -> Quantized:
     """Quantize [N, K] without calibration.
 
-    Δ = (max − min)/(2^b − 1), zero = −round(min/Δ); with codes counted from 0 instead of −2^(b−1) this
-    is eq. 2. The zero point is rounded in any case; ``zero_points`` "integer" also makes it a code.
+    Δ = (max − min)/(2^b − 1), zero = −round(min/Δ). This is eq. 2 with codes from 0 instead of −2^(b−1). The zero point
+    is always rounded; ``zero_points="integer"`` also makes it a code.
 
     Raises:
         CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.

@@ -1,8 +1,8 @@
-"""Slim-LLM (Huang et al., ICML 2025): some groups of a matrix get a bit more and as many others a bit less.
+"""Slim-LLM (Huang et al., ICML 2025): some groups of a matrix get one bit more, and as many others one bit less.
 
-For comparisons only, through dequantized weights: the checkpoint format has one width per expert and cannot carry a
-width per group, so nothing here returns codes. The method's search for scales weighted by salience is left out; at its
-published weight of 1 it changes nothing.
+It serves comparisons only. The checkpoint format has one width per expert, so these functions return dequantized
+weights, not codes. The method's salience-weighted search for scales is left out: at its published weight of 1 it
+changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_moeq.format import WHOLE_ROW
 WIDEST = 8
 
 TOKENS = 1024
-"""Inputs whose outputs are held at a time."""
+"""Number of inputs whose outputs are in memory at a time."""
 
 
 def quantize_slim(
@@ -36,21 +36,21 @@ def quantize_slim(
 
     Args:
         weight: float [N, K].
-        moments: mean of x·xᵀ over the inputs, float [K, K].
-        inputs: some of them, float [n, K], by which the number of groups that change their width is chosen; without
-            any (n = 0), or at 1 and 8 bits, none do.
+        moments: Hessian, the mean of x·xᵀ over the inputs, float [K, K].
+        inputs: a sample of the inputs, float [n, K]. It decides how many groups change their width. No group does
+            without a sample (n = 0), or at 1 and 8 bits.
         bits: average width, 1 … 8.
-        group_size: a multiple of 32 that divides K, or −1: then there is but one group, of ``bits``.
-        settings: as for :func:`~planner.quantization.quantizers.gptq.quantize_gptq`, but each group's scale is
-            fitted in its turn.
+        group_size: a multiple of 32 that divides K, or −1 for one group per row, which has ``bits``.
+        settings: as for :func:`~planner.quantization.quantizers.gptq.quantize_gptq`; static groups and full
+            ``act_order`` are not possible.
 
     Returns:
         The dequantized weights, float32 [N, K], and the width of each group in the order of the columns.
 
     Raises:
-        CheckpointError: weights that are not finite, K no multiple of 32 and of the group.
-        NotPositiveDefiniteError: moments that no damping makes usable.
-        ValueError: no such width, static groups, or inputs that are not finite.
+        CheckpointError: a weight is not finite, or K is not a multiple of 32 and of the group size.
+        NotPositiveDefiniteError: ``moments`` stay unusable with any damping.
+        ValueError: a width out of range, static groups, full ``act_order``, or inputs that are not finite.
     """
     if not 1 <= bits <= WIDEST:
         raise ValueError(f"expected 1 to {WIDEST} bits, got {bits}")
@@ -68,10 +68,10 @@ def quantize_slim(
 
 
 def group_salience(weight: torch.Tensor, cost: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the salience [K / G] of each group of ``size`` columns, from weights [N, K] and costs [K], float32.
+    """Return the salience [K / G] of each group of ``size`` columns from weights [N, K] and costs [K], all float32.
 
-    That is Σ W² / diag(R)² with R the upper Cholesky factor of the damped Hessian's inverse. In the terms of
-    :class:`planner.quantization.quantizers.hessian.Factor` R = d^(−1/2) · (I + U)⁻¹, so that diag(R)⁻² is its ``cost``.
+    Salience is Σ W² / diag(R)². R is the upper Cholesky factor of the damped Hessian's inverse. In the terms of
+    :class:`planner.quantization.quantizers.hessian.Factor`, R = d^(−1/2) · (I + U)⁻¹, so diag(R)⁻² is ``cost``.
     """
     return (weight.square().sum(dim=0) * cost).reshape(-1, size).sum(dim=1)
 
@@ -79,7 +79,7 @@ def group_salience(weight: torch.Tensor, cost: torch.Tensor, size: int) -> torch
 def _choose_widths(
     weight: torch.Tensor, cost: torch.Tensor, inputs: torch.Tensor, bits: int, size: int, settings: GptqSettings
 ) -> list[int]:
-    """Return the width of each group: one more for the k most salient, one less for the k least."""
+    """Return the width of each group: one bit more for the k most salient groups, one less for the k least salient."""
     ranking = group_salience(weight, cost, size).argsort(descending=True, stable=True)
     widths = torch.full_like(ranking, bits)
     if 1 < bits < WIDEST and len(ranking) > 1:
@@ -95,8 +95,8 @@ def _divergences(
 ) -> torch.Tensor:
     """Return KL(softmax(Y_q) ‖ softmax(Y)), summed over the inputs, for k = 0 … groups // 2, float64.
 
-    Each weight is rounded by itself, but on the grids that GPTQ will use: on plain ranges two bits look far worse than
-    they then are. From one k to the next two groups change, and the outputs by what these contribute.
+    Each weight is rounded by itself, but on GPTQ's grids: on the plain range of a group, two bits look far worse than
+    they are with GPTQ. From one k to the next, two groups change; only their part of the outputs is computed again.
     """
     groups, pairs = len(ranking), len(ranking) // 2
     blocks = weight.mT.reshape(groups, -1, weight.shape[0])
@@ -119,17 +119,17 @@ def _divergences(
 
 
 def _nearest(blocks: torch.Tensor, cost: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return groups [B, G, N] rounded each weight by itself, with scales and zeros not rounded for storage."""
+    """Round each weight of groups [B, G, N] by itself; scales and zero points are not rounded for storage."""
     scale, zero = (found[:, None] for found in fit_group(blocks, cost, grid, torch.float32))
     codes = torch.addcdiv(zero, blocks, scale).round_().clamp_(0, grid.steps)
     return codes.sub_(zero).mul_(scale)
 
 
 def _solve(weight: torch.Tensor, factor: Factor, widths: list[int], size: int, settings: GptqSettings) -> torch.Tensor:
-    """Quantize [N, K] group by group, passing errors on; return the dequantized weights.
+    """Quantize [N, K] group by group and pass the errors on; return the dequantized weights.
 
-    Each group is a problem of its own for GPTQ: its Hessian is what the factor's diagonal block multiplies out to, and
-    its weights those whose rounding column by column adds, up to rounding, what the groups before left to do.
+    GPTQ solves each group as a problem of its own. The group's Hessian is the product of the factor's diagonal block.
+    The group's weights include the corrections for the errors of earlier groups.
     """
     alone = replace(settings, act_order="none", damping=0.0)  # already in order, already damped
     feedback, cost = factor.feedback[0], factor.cost[0]
@@ -140,7 +140,7 @@ def _solve(weight: torch.Tensor, factor: Factor, widths: list[int], size: int, s
         unit = feedback[inside, inside].triu(1)
         unit.diagonal().fill_(1)
         due = errors[:, :begin] @ feedback[:begin, inside]
-        # What is due for one column passes on to the next ones when that column does it: a triangular system.
+        # A correction in one column changes the next columns of the group: a triangular system.
         own = torch.linalg.solve_triangular(unit, due, upper=True, left=False, unitriangular=True)
         hessian = (unit * cost[inside]) @ unit.mT
         target = weight[:, inside] + own

@@ -1,4 +1,4 @@
-"""The quantizers of expert matrices, a row each. A new one is a file beside this one and a row here."""
+"""The table of quantizers for expert matrices. A new quantizer needs a file beside this one and a row here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class QuantizerRow:
     """One quantizer.
 
     Attributes:
-        widths: the widths, bits, that it quantizes to.
-        rounds: kind of zero points → function from weights alone. One bit has float zero points in any case.
-        fallback: a quantizer with calibration works on a layer's inputs, so it has no such function; this one takes
-            its place for experts that saw too few tokens. None for a quantizer without calibration.
-        scheme: the way of storing that its results have.
+        widths: widths in bits that the quantizer offers.
+        rounds: kind of zero points → function that needs only the weights. One bit always has float zero points.
+            Empty for a quantizer with calibration: it also needs the layer's inputs.
+        fallback: name of the quantizer for experts that saw too few tokens; None for a quantizer without calibration.
+        scheme: storage scheme of the results.
     """
 
     widths: tuple[int, ...] = BIT_WIDTHS
@@ -32,7 +32,7 @@ class QuantizerRow:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it reads a text."""
+        """Whether the quantizer needs a calibration text."""
         return self.fallback is not None
 
 
@@ -47,27 +47,27 @@ DEFAULT, DEFAULT_WITH_TEXT, DEFAULT_ONE_BIT = "hqq", "gptq", "sign"
 
 
 def default_quantizer(text: bool) -> str:
-    """Return the quantizer for two bits and more, by whether there is a calibration text."""
+    """Return the name of the default quantizer for two bits and more, with or without a calibration text."""
     return DEFAULT_WITH_TEXT if text else DEFAULT
 
 
 def quantizer_names() -> list[str]:
-    """Return the names for two bits and more."""
+    """Return the names of the quantizers for two bits and more."""
     return [name for name, row in QUANTIZERS.items() if max(row.widths) > 1]
 
 
 def one_bit_names() -> list[str]:
-    """Return the names for one bit, without calibration."""
+    """Return the names of the quantizers for one bit that need no calibration."""
     return [name for name, row in QUANTIZERS.items() if 1 in row.widths and not row.calibrated]
 
 
 def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float") -> Quantizer:
-    """Return the function that quantizes to a width by weights alone.
+    """Return the function that quantizes to a width from the weights alone.
 
     Args:
         bits: the width.
-        name: the quantizer for two bits and more; a calibrated one's fallback is taken.
-        one_bit: the quantizer for one bit.
+        name: name of the quantizer for two bits and more; if it needs calibration, its fallback is used.
+        one_bit: name of the quantizer for one bit.
         zero_points: kind of zero points for two bits and more.
     """
     if bits == 1:

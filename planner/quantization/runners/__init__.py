@@ -1,4 +1,4 @@
-"""What runs the layer tasks, one kind per file; all write the same bytes."""
+"""Runners of layer tasks, one kind per file. All write the same bytes."""
 
 from planner.quantization.runners.base import CONTINUES, Runner, Work
 from planner.quantization.runners.choose import choose_runner

@@ -1,4 +1,4 @@
-"""The one interface of everything that runs layer tasks, and how a task's end travels between processes."""
+"""The interface of all runners, and the transport of a task's result or error between processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CONTINUES = "finished layers are kept, and the same command continues behind the
 
 @dataclass(frozen=True)
 class Work:
-    """The layers of a run, in order.
+    """The tasks of a run, in order.
 
     Attributes:
-        tasks: all of them.
-        pending: those that no earlier run finished.
+        tasks: all tasks.
+        pending: tasks that no earlier run has finished.
     """
 
     tasks: tuple[LayerTask, ...]
@@ -34,29 +34,29 @@ Made = TypeVar("Made", covariant=True)
 
 
 class Task(Protocol[Made]):
-    """Something picklable to do."""
+    """A picklable task."""
 
     @property
     def label(self) -> str:
-        """A name for people."""
+        """Name of the task in messages."""
         ...
 
     def run(self, threads: int, device: torch.device) -> Made:
-        """Do it.
+        """Do the work and return its result.
 
         Raises:
-            MoeqError: it cannot be done.
+            MoeqError: the task failed.
         """
         ...
 
 
 class Runner(Protocol):
-    """Does the pending tasks, wherever."""
+    """Runs the pending tasks, in any place."""
 
     def run(self, work: Work) -> Generator[Finished, None, None]:
         """Yield each pending task once its shard is written, in any order.
 
-        Closing the generator stops what still runs.
+        Closing the generator stops the running tasks.
 
         Raises:
             MoeqError: a task failed.
@@ -66,14 +66,14 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A task's error, as text: not every exception survives pickling."""
+    """A task's error as text, since not every exception can be pickled."""
 
     label: str
     message: str
     expected: bool
 
     def error(self) -> Exception:
-        """Return what to raise for it."""
+        """Return the exception to raise."""
         if self.expected:
             return MoeqError(self.message)
         return RuntimeError(f"{self.label}: unexpected error\n{self.message}")
@@ -92,7 +92,7 @@ def attempt(task: Task[Result], threads: int, device: str) -> Result | Failure:
 
 
 def checked(outcome: Result | Failure) -> Result:
-    """Return the result of a finished task; raise the error of one that failed."""
+    """Return a task's result, or raise its error."""
     if isinstance(outcome, Failure):
         raise outcome.error()
     return outcome

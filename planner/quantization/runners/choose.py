@@ -1,4 +1,4 @@
-"""The runner that flags ask for."""
+"""Choose the runner by the command's flags."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vllm_moeq.format import UsageError
 
 
 def choose_runner(jobs: int | None = None, device: str = "cpu", ray: bool = False) -> Runner:
-    """Return a runner.
+    """Return the runner for some flags.
 
     Args:
-        jobs: layers at a time; None for one per device (with Ray: per machine or GPU).
+        jobs: number of layers at a time; None for one per device (with Ray: per machine or GPU).
         device: ``cpu``, ``cuda`` (every GPU) or a list such as ``cuda:0,cuda:1``.
-        ray: run on a Ray cluster.
+        ray: whether to run on a Ray cluster.
 
     Raises:
-        UsageError: devices that are not there, fewer jobs than one, Ray not installed.
+        UsageError: unknown or missing devices, fewer jobs than one or than devices, Ray not installed.
     """
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs: expected at least 1, found {jobs}")
@@ -40,10 +40,10 @@ def choose_runner(jobs: int | None = None, device: str = "cpu", ray: bool = Fals
 
 
 def read_devices(text: str) -> list[str]:
-    """Return the names in a comma-separated list of devices; ``cuda`` alone is all GPUs.
+    """Return the names in a comma-separated list of devices; ``cuda`` alone means all GPUs.
 
     Raises:
-        UsageError: a device that torch does not know or this machine does not have.
+        UsageError: a repeated device, or one that torch does not know or this machine does not have.
     """
     names = [part.strip() for part in text.split(",")]
     if names == ["cuda"]:

@@ -1,4 +1,4 @@
-"""One layer after the other, in this process."""
+"""Run one layer after the other in this process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from planner.quantization.runners.base import Work, attempt, checked
 
 @dataclass(frozen=True)
 class InlineRunner:
-    """Runs tasks here, on one device.
+    """Runs tasks in this process, on one device.
 
     Attributes:
-        threads: how many compute.
-        device: for torch.
+        threads: number of threads that compute.
+        device: torch device.
     """
 
     threads: int

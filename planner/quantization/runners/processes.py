@@ -1,4 +1,4 @@
-"""Several tasks at once, each in a process of its own."""
+"""Run several tasks at once, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SECONDS_TO_STOP = 5.0
 
 @dataclass(frozen=True)
 class ProcessRunner:
-    """Runs tasks in processes, one per entry of ``devices``.
+    """Runs tasks in several processes, one per entry of ``devices``.
 
     Attributes:
-        threads: how many compute in each process.
-        devices: one for each process.
-        start_method: of multiprocessing; CUDA and threads survive only ``spawn``.
+        threads: number of threads that compute in each process.
+        devices: one torch device per process.
+        start_method: start method of multiprocessing; CUDA and threads need ``spawn``.
     """
 
     threads: int
@@ -43,7 +43,7 @@ class ProcessRunner:
         yield from self.each(work.pending)
 
     def each(self, tasks: Sequence[Task[Result]]) -> Generator[Result, None, None]:
-        """Yield the results of tasks of any kind, in the order in which they are done."""
+        """Yield the results of tasks of any kind, in the order in which the tasks end."""
         waiting = deque(tasks)
         workers: list[_Worker] = []
         try:
@@ -64,16 +64,16 @@ class ProcessRunner:
 
 
 class _Worker:
-    """The parent's side of one process: its pipe, and the task that it works on."""
+    """The parent's view of one process: its pipe, and its current task."""
 
     def __init__(self, runner: ProcessRunner, device: str) -> None:
-        context: Any = get_context(runner.start_method)  # typeshed knows no context that may be any
+        context: Any = get_context(runner.start_method)  # typeshed has no type for an arbitrary context
         pipes: tuple[Connection, Connection] = context.Pipe()
         self.pipe, theirs = pipes
         arguments = (theirs, runner.threads, device)
         self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
+        theirs.close()  # so that the pipe closes when the process ends
         self.task: Task[Any] | None = None
 
     def give(self, task: Task[Any]) -> None:
@@ -84,7 +84,7 @@ class _Worker:
             raise MoeqError(self._death(task)) from None
 
     def take(self) -> Any:
-        """Return what became of the task, or its failure; the process has something to say, or is dead."""
+        """Return the task's result or failure. Call it when the pipe is ready: the process has answered or died."""
         if self.task is None:
             raise RuntimeError("expected a task")
         task, self.task = self.task, None
@@ -104,7 +104,7 @@ class _Worker:
         return f"{task.label}: its process {how}; {CONTINUES}"
 
     def stop(self) -> None:
-        """End the process at once: shards are written atomically."""
+        """End the process at once. This is safe because shards are written atomically."""
         self.pipe.close()
         self.process.terminate()
         self.process.join(SECONDS_TO_STOP)
@@ -116,7 +116,7 @@ class _Worker:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Have processes that start meanwhile ignore Ctrl-C, which a terminal sends to all: the parent ends them."""
+    """Make processes that start meanwhile ignore Ctrl-C. A terminal sends it to all; the parent ends its processes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -128,7 +128,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, threads: int, device: str) -> None:
-    """Do tasks until the pipe ends."""
+    """Run tasks from the pipe until it closes."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     return_large_blocks()
     torch.set_num_threads(threads)
@@ -141,7 +141,7 @@ def _serve(pipe: Connection, threads: int, device: str) -> None:
 
 
 def _follow_parent() -> None:
-    """Die with the parent: a task must not write into a folder that another run has claimed."""
+    """End this process with its parent: a task must not write into a folder that another run has claimed."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Layers on the machines of a Ray cluster that share a file system."""
+"""Run layers on the machines of a Ray cluster with a shared file system."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vllm_moeq.format import MoeqError, UsageError
 
 @dataclass(frozen=True)
 class RayRunner:
-    """Runs tasks on the cluster that Ray finds (``RAY_ADDRESS``), or on a local one that it starts.
+    """Runs tasks on the cluster that Ray finds (``RAY_ADDRESS``), or on a local one that Ray starts.
 
     Attributes:
-        jobs: tasks at a time; None for one per machine, or per GPU on GPUs.
-        device: ``cpu`` or ``cuda``; on ``cuda`` each task has a GPU of its own.
-        threads: how many compute in each task; None for an equal share of the cluster.
+        jobs: number of tasks at a time; None for one per machine, or per GPU with ``cuda``.
+        device: ``cpu`` or ``cuda``; with ``cuda`` each task has a GPU of its own.
+        threads: number of threads that compute in each task; None for an equal share of the cluster.
     """
 
     jobs: int | None = None
@@ -71,10 +71,10 @@ class RayRunner:
 
 
 def import_ray() -> Any:
-    """Return the package.
+    """Return the ray package.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: Ray is not installed.
     """
     if find_spec("ray") is None:
         raise UsageError("--ray: Ray is not installed: pip install 'vllm-moeq[ray]'")
