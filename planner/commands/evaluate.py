@@ -24,7 +24,7 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
-from planner.evaluation.lm_eval_backends import Backend
+from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
@@ -90,7 +90,9 @@ class TaskFlags:
         str | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}."), OneOf(SUITES)
     ] = None
     limit: Limit = None
-    backend: Annotated[Backend, typer.Option("--backend", help="What answers tasks.")] = EvaluationRequest.backend
+    backend: Annotated[str, typer.Option("--backend", help="What answers tasks."), OneOf(TASK_BACKENDS)] = (
+        EvaluationRequest.backend
+    )
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows, or sequences of tasks, at a time.")
     ] = None
@@ -167,8 +169,9 @@ def _first_device(wanted: EvaluationRequest) -> torch.device:
     Raises:
         UsageError: devices that are not there, or several where one is used.
     """
-    if "," in wanted.device and not (wanted.backend == "vllm" and wanted.tasks):
-        raise UsageError(f"--device: expected one device (--backend vllm takes several), found {wanted.device!r}")
+    if "," in wanted.device and not (wanted.tasks and TASK_BACKENDS[wanted.backend].several_devices):
+        names = " or ".join(name for name, row in TASK_BACKENDS.items() if row.several_devices)
+        raise UsageError(f"--device: expected one device (--backend {names} takes several), found {wanted.device!r}")
     return first_device(wanted.device)
 
 

@@ -73,7 +73,7 @@ def plan_command(
             needs = plan_needs(source, layout, options, Reading.of(found), where)
             report_plan_needs(source, layout, made, settings, needs, service.service(), as_json)
             return
-        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
+        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     if output is not None:
         made.write(output)
     if as_json:

@@ -107,7 +107,7 @@ def quantize_command(
         else:
             planning.refuse_with_plan()
             made = _given_plan(work, plan_file, model)
-        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear)
+        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
         if dry_run:
             needs = _needs(work, made, sizes, run, planned=plan_file is None)
             serving = serving_needs(source.config, layout, sizes, service.service())

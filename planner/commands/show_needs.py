@@ -84,7 +84,7 @@ def report_plan_needs(
     """
     check_sizes(model, layout, settings)
     facts = dry_run_facts(model, layout, made, settings)
-    sizes = estimate(model, layout, made.experts, settings.group_size, settings.linear)
+    sizes = estimate(model, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     serving = serving_needs(model.config, layout, sizes, service)
     if as_json:
         show.emit({**facts, "needs": needs.as_dict(), "serving": serving.as_dict()})
@@ -97,7 +97,7 @@ def report_plan_needs(
 
 def dry_run_facts(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings) -> dict[str, Any]:
     """Return the result as JSON values: the average and bytes; without weights also counts, and the table's GiB."""
-    found = config_sizes(model, layout, made.experts, settings.group_size, settings.linear)
+    found = config_sizes(model, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": found.ours.as_dict()}
     if not isinstance(model, ConfigModel):
         return facts

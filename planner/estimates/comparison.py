@@ -64,7 +64,8 @@ def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
     wanted = run.wanted
     bits = round(sum(wanted.averages) / len(wanted.averages))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
-    sizes = estimate(run.model, run.layout, experts, wanted.settings.group_size, wanted.settings.linear)
+    settings = wanted.settings
+    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.scheme)
     return quantize_needs(run.model, run.layout, experts, sizes, wanted.settings, [run.device], reading)
 
 

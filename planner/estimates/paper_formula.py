@@ -10,7 +10,7 @@ from planner.model.architectures import EMBEDDINGS
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
-from vllm_moeq.format import Linear
+from vllm_moeq.format import GRID, Linear, Scheme
 
 STORED_BITS = {3: Fraction(32, 10)}
 """Width → stored bits per code in the paper's files, if larger than the width: 32 bits hold ten 3-bit codes."""
@@ -85,7 +85,12 @@ class ConfigSizes:
 
 
 def config_sizes(
-    model: SourceModel, layout: Layout, experts: Mapping[str, Sequence[int]], group_size: int, linear: Linear
+    model: SourceModel,
+    layout: Layout,
+    experts: Mapping[str, Sequence[int]],
+    group_size: int,
+    linear: Linear,
+    scheme: Scheme = GRID,
 ) -> ConfigSizes:
     """Return the sizes of a model with the given widths, from names and shapes alone.
 
@@ -98,11 +103,12 @@ def config_sizes(
         experts: layer's prefix → width of each expert in bits.
         group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
+        scheme: storage scheme of the experts.
     """
     counts = count_weights(model, layout)
     return ConfigSizes(
         counts=counts,
         bf16_bytes=2 * counts.total,
-        ours=estimate(model, layout, experts, group_size, linear),
+        ours=estimate(model, layout, experts, group_size, linear, scheme),
         paper_bytes=paper_bytes(layout, counts, experts),
     )

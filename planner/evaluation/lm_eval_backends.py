@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,41 +18,53 @@ from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
 from vllm_moeq.format import ConfigError, UsageError
 
-Backend = Literal["transformers", "vllm"]
 
-SEQUENCES = {"transformers": 8, "vllm": 64}
-"""Number of sequences at a time. transformers pads them to the longest one; vLLM batches them without padding."""
+@dataclass(frozen=True)
+class TaskBackend:
+    """One way of running a model for lm-eval. The experts of a moeq checkpoint stay packed in all of them.
+
+    Attributes:
+        sequences: number of sequences at a time, unless asked for otherwise.
+        open: yields a model for lm-eval, given the folder, the names of devices, the sequences at a time, a folder for
+            logs and what shows the progress. Raises MoeqError where the model cannot be loaded.
+        several_devices: whether it splits a model among devices; otherwise it takes the first.
+    """
+
+    sequences: int
+    open: Callable[[Path, Sequence[str], int, Path | None, Progress | None], AbstractContextManager[Any]]
+    several_devices: bool = False
 
 
 @contextmanager
-def open_model(
-    folder: Path,
-    backend: Backend,
-    devices: Sequence[str],
-    batch_size: int | None,
-    store: Path | None,
-    progress: Progress | None,
+def _in_transformers(
+    folder: Path, devices: Sequence[str], batch_size: int, _store: Path | None, _progress: Progress | None
 ) -> Iterator[Any]:
-    """Yield a model for lm-eval.
+    """See :attr:`TaskBackend.open`: in this process, in float32 on a CPU and in bfloat16 on a GPU."""
+    from lm_eval.models.huggingface import HFLM
 
-    transformers computes in float32 on a CPU and in bfloat16 on a GPU. vLLM computes in the dtype of config.json, on
-    the kind of device that it was built for. The experts of a moeq checkpoint stay packed in both.
+    import vllm_moeq.hf  # noqa: F401  (registers the method)
 
-    Args:
-        folder: a Hugging Face folder, quantized by moeq or not.
-        backend: ``transformers`` or ``vllm``.
-        devices: names of devices; transformers takes the first, vLLM splits the model among all GPUs.
-        batch_size: sequences at a time; None for :data:`SEQUENCES`.
-        store: folder for vLLM's log; None for a temporary folder.
-        progress: shows the progress; None shows none.
+    device = devices[0]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # it is the one of config.json
+            # The path is absolute because transformers would look up a relative one on the Hub too. The log-softmax is
+            # float32 because different choices may get equal values in bfloat16.
+            model = HFLM(
+                str(folder.resolve()), device=device, dtype=dtype, softmax_dtype=torch.float32,
+                batch_size=batch_size, trust_remote_code=False,
+            )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+    yield model
 
-    Raises:
-        MoeqError: the model cannot be loaded, vLLM is not installed, or its server does not start.
-    """
-    size = batch_size or SEQUENCES[backend]
-    if backend == "transformers":
-        yield _in_transformers(folder, devices[0], size)
-        return
+
+@contextmanager
+def _in_vllm(
+    folder: Path, devices: Sequence[str], batch_size: int, store: Path | None, progress: Progress | None
+) -> Iterator[Any]:
+    """See :attr:`TaskBackend.open`: in a server of its own, in the dtype of config.json."""
     if find_spec("vllm") is None:
         raise UsageError("--backend vllm: vLLM is not installed: pip install 'vllm-moeq[gpu]' (README: for CPUs)")
     from planner.evaluation.lm_eval_server import ServedModel
@@ -62,26 +75,7 @@ def open_model(
         if progress is not None:
             progress.line(f"starting vLLM, log in {log}")
         with Server(folder.resolve(), log, ["--max-model-len", "auto", *flags], environment) as server:
-            yield ServedModel(server.url, folder, size, progress or Progress(quiet=True))
-
-
-def _in_transformers(folder: Path, device: str, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    import vllm_moeq.hf  # noqa: F401  (registers the method)
-
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # it is the one of config.json
-            # The path is absolute because transformers would look up a relative one on the Hub too. The log-softmax is
-            # float32 because different choices may get equal values in bfloat16.
-            return HFLM(
-                str(folder.resolve()), device=device, dtype=dtype, softmax_dtype=torch.float32,
-                batch_size=batch_size, trust_remote_code=False,
-            )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+            yield ServedModel(server.url, folder, batch_size, progress or Progress(quiet=True))
 
 
 def _placement(devices: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -94,3 +88,10 @@ def _placement(devices: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     indices = [torch.device(name).index or 0 for name in devices]
     chosen = [visible[index] if index < len(visible) and visible[index] else str(index) for index in indices]
     return ["--tensor-parallel-size", str(len(devices))], {**environment, "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+
+
+TASK_BACKENDS = {
+    "transformers": TaskBackend(8, _in_transformers),  # it pads sequences to the longest one
+    "vllm": TaskBackend(64, _in_vllm, several_devices=True),
+}
+DEFAULT_TASK_BACKEND = "transformers"

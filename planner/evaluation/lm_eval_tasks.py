@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.common.progress import Progress
-from planner.evaluation.lm_eval_backends import Backend, open_model
+from planner.evaluation.lm_eval_backends import DEFAULT_TASK_BACKEND, TASK_BACKENDS
 from planner.evaluation.lm_eval_task_files import load_tasks, reason_of
 from planner.evaluation.record import TaskResult
 from planner.output.files import write_json
@@ -39,7 +39,7 @@ def run_tasks(
     batch_size: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    backend: Backend = "transformers",
+    backend: str = DEFAULT_TASK_BACKEND,
     store: Path | None = None,
     progress: Progress | None = None,
 ) -> list[TaskResult]:
@@ -68,7 +68,8 @@ def run_tasks(
         MoeqError: lm-eval is not installed, an unknown task, a dataset that cannot be loaded, a missing device, a
             damaged checkpoint.
     """
-    if not tasks or ("," in device and backend != "vllm"):
+    runs, size = TASK_BACKENDS[backend], batch_size or TASK_BACKENDS[backend].sequences
+    if not tasks or ("," in device and not runs.several_devices):
         raise UsageError(f"expected at least one task and one device, found {len(tasks)} and {device!r}")
     devices = read_devices(device)
     read_json(folder / "config.json")
@@ -77,19 +78,23 @@ def run_tasks(
     with _quiet(), ExitStack() as stack:
         loaded, model = load_tasks(list(dict.fromkeys(tasks)), include), None
         for number, (name, task) in enumerate(loaded.items(), start=1):
-            path = None if store is None else store / f"result-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+            path = None if store is None else store / _file_name(name)
             if path is not None and path.is_file():
                 results += map(TaskResult.model_validate, read_json(path))
                 continue
             if progress is not None:
                 progress.line(f"task {number} of {len(loaded)}: {name}")
-            model = model or stack.enter_context(open_model(folder, backend, devices, batch_size, store, progress))
+            model = model or stack.enter_context(runs.open(folder, devices, size, store, progress))
             scores = _scores(_evaluate(model, name, task, limit, seed), name)
             found = [TaskResult(**values, limit=limit, backend=backend) for values in scores]
             if path is not None:
                 write_json(path, [result.model_dump() for result in found])
             results += found
     return results
+
+
+def _file_name(task: str) -> str:
+    return f"result-{hashlib.sha256(task.encode()).hexdigest()[:16]}.json"
 
 
 def _require_lm_eval() -> None:

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.output.files import read_as, write_json
 from vllm_moeq.format.schema import Strict
 
@@ -63,6 +64,12 @@ class TextResult(Strict):
         return self.model_copy(update={name: getattr(older, name) for name in names})
 
 
+def _known_backend(name: str) -> str:
+    if name not in TASK_BACKENDS:
+        raise ValueError(f"expected one of {', '.join(TASK_BACKENDS)}")
+    return name
+
+
 class TaskResult(Strict):
     """One metric of one lm-eval task, in the metric's own unit. An accuracy is between 0 and 1."""
 
@@ -72,7 +79,7 @@ class TaskResult(Strict):
     stderr: float | None = None
     samples: int
     limit: int | None = None
-    backend: Literal["transformers", "vllm"]
+    backend: Annotated[str, AfterValidator(_known_backend)]
 
 
 class Evaluations(Strict):

@@ -14,7 +14,7 @@ import torch
 from planner.calibration.reading.text import load_tokenizer
 from planner.common.memory import explained_if_out_of_memory
 from planner.common.progress import Progress
-from planner.evaluation.lm_eval_backends import Backend
+from planner.evaluation.lm_eval_backends import DEFAULT_TASK_BACKEND
 from planner.evaluation.lm_eval_task_files import is_file_name
 from planner.evaluation.lm_eval_tasks import run_tasks
 from planner.evaluation.passes import TextScore, evaluate_text
@@ -72,7 +72,7 @@ class EvaluationRequest:
     text: Text | None = None
     tasks: tuple[str, ...] = ()
     limit: int | None = None
-    backend: Backend = "transformers"
+    backend: str = DEFAULT_TASK_BACKEND
     batch_size: int | None = None
     device: str = "cpu"
 

@@ -179,7 +179,9 @@ class PlanFlags:
             return read_average(AVERAGE if self.avg_bits is None else self.avg_bits)
         if self.avg_bits is not None:
             raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
-        average = average_for_budget(model, layout, self.budget_gib, choices, settings.group_size, settings.linear)
+        average = average_for_budget(
+            model, layout, self.budget_gib, choices, settings.group_size, settings.linear, settings.scheme
+        )
         if self.method in METHODS and METHODS[self.method].one_width:
             return Fraction(max(width for width in choices if width <= average))
         return average
