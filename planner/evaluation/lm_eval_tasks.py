@@ -56,13 +56,12 @@ def run_tasks(
         batch_size: sequences at a time; None for the backend's default.
         device: ``cpu``, ``cuda`` or one GPU such as ``cuda:1``; for vLLM also a list of GPUs, which share the model.
         seed: seed for the choice of examples in prompts, and for bootstrap standard errors.
-        backend: see :func:`planner.evaluation.lm_eval_backends.open_model`.
+        backend: a row of :data:`planner.evaluation.lm_eval_backends.TASK_BACKENDS`.
         store: folder with one result per task; a task with a result there is not run again.
         progress: shows the progress; None shows none.
 
     Returns:
-        The scores in the order of ``tasks``. A group with a score of its own counts as one task; other groups are
-        replaced by their members.
+        The scores in the order of ``tasks``; the members' scores for a group without a score of its own.
 
     Raises:
         MoeqError: lm-eval is not installed, an unknown task, a dataset that cannot be loaded, a missing device, a
