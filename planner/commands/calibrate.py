@@ -81,7 +81,7 @@ def calibrate_command(
 
 
 def _measures(methods: str) -> tuple[str, ...]:
-    """Return what the methods of a list such as kl,pmq have measured.
+    """Return the measures that the methods of a list such as kl,pmq need.
 
     Raises:
         UsageError: a method that does not exist or needs no text.
@@ -95,7 +95,7 @@ def _measures(methods: str) -> tuple[str, ...]:
 
 
 def print_coverage(found: Mapping[str, LayerStatistics]) -> None:
-    """Print how many calibration tokens reach the experts of each layer."""
+    """Print the number of calibration tokens that reach the experts of each layer."""
     table = Table("MoE layer", "experts", "least", "median", "most", "without", title="calibration tokens per expert")
     for prefix, layer in found.items():
         tokens = layer.tokens

@@ -85,7 +85,7 @@ class ComparedTextFlags(TextFlags):
 
 @dataclass(frozen=True)
 class MeasureFlags:
-    """What is measured of every candidate."""
+    """The measurements of every candidate."""
 
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context of the evaluation.")] = (
         Comparison.window
@@ -154,7 +154,7 @@ def compare_command(
 def _settings(
     source: SourceModel, layout: Layout, codes: ComparedQuantizerFlags, storage: StorageFlags
 ) -> QuantizeSettings:
-    """Return how every candidate is quantized.
+    """Return the settings with which every candidate is quantized.
 
     Raises:
         MoeqError: impossible sizes of groups, or input dimensions that cannot be packed.
@@ -193,7 +193,7 @@ def _wanted(
     text: ComparedTextFlags,
     measured: MeasureFlags,
 ) -> Comparison:
-    """Return what to compare; raise UsageError for a list that cannot be read."""
+    """Return the request for the comparison; raise UsageError for a list that cannot be read."""
     return Comparison(
         methods=names,
         averages=candidates.averages(),

@@ -1,4 +1,4 @@
-"""What a shell offers for the value of a flag."""
+"""Completion: the values of a flag that a shell offers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a completion of a list such as ``kl,pmq``: of its last name, by one that it does not have yet."""
+    """Return a completion of a list such as ``kl,pmq``. It completes the last name, by one that is not there yet."""
     known = tuple(names)
 
     def complete(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``moeq eval``: how good a model is."""
+"""``moeq eval``: measure how good a model is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WINDOW = 512
 
 
 SUITES = {"paper": PAPER_SUITE}
-"""Names of lists of tasks."""
+"""Lists of tasks by name."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def eval_command(
 
 
 def _first_device(wanted: EvaluationRequest) -> torch.device:
-    """Return where texts are read.
+    """Return the device that reads texts.
 
     Raises:
         UsageError: devices that are not there, or several where one is used.
@@ -176,7 +176,7 @@ def _first_device(wanted: EvaluationRequest) -> torch.device:
 
 
 def _keep(found: Found, facts: dict[str, Any], output: Path | None, kept: Path | None) -> None:
-    """Write the result to a file, if one is asked for, and beside the checkpoint's other results, if it has such."""
+    """Write the result to the file of ``--output``, and add it to the results that a checkpoint keeps, if any."""
     if output is not None:
         write_json(output, facts)
     if kept is not None:
@@ -186,10 +186,10 @@ def _keep(found: Found, facts: dict[str, Any], output: Path | None, kept: Path |
 
 
 def _needs(wanted: EvaluationRequest, device: torch.device) -> Needs:
-    """Return what reading the text takes.
+    """Return the disk, memory and time that reading the text takes.
 
     Raises:
-        UsageError: no text: what tasks take depends on their documents.
+        UsageError: there is no text, or there are tasks, whose documents nobody knows yet.
     """
     text = wanted.text
     if text is None or wanted.tasks:
@@ -200,13 +200,13 @@ def _needs(wanted: EvaluationRequest, device: torch.device) -> Needs:
 
 
 def _name(model: str) -> str:
-    """Return a model's name on the Hub, or that of its folder."""
+    """Return a model's name on the Hub, or the name of its folder."""
     path = Path(model)
     return path.resolve().name if path.is_dir() else model
 
 
 def _kept_in(model: str, folder: Path, progress: Progress) -> Path | None:
-    """Return the folder whose evaluation.json gets the results: that of a checkpoint of moeq, not one of a Hub cache.
+    """Return the folder whose evaluation.json gets the results: a checkpoint of moeq, but none in a Hub cache.
 
     Raises:
         ConfigError: its evaluation.json is damaged.
@@ -221,7 +221,7 @@ def _kept_in(model: str, folder: Path, progress: Progress) -> Path | None:
 
 
 def _unnamed(model: str, wanted: EvaluationRequest) -> Path:
-    """Return what an unfinished run without ``-o`` is called after, in the working directory; other runs differ."""
+    """Return the path that names an unfinished run without ``-o``; it differs from that of any other run."""
     digest = hashlib.sha256(json.dumps(wanted.fingerprint()).encode()).hexdigest()[:8]
     return Path.cwd() / f"{_name(model).replace('/', '--')}-eval-{digest}"
 

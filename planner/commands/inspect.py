@@ -1,4 +1,4 @@
-"""``moeq inspect``: what a model is made of."""
+"""``moeq inspect``: show the parts of a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def inspect_command(model: Model, as_json: Json = False) -> None:
 
 
 def inspect_facts(model: SourceModel, layout: Layout) -> dict[str, Any]:
-    """Return what ``moeq inspect`` shows."""
+    """Return the facts that ``moeq inspect`` shows.
+
+    Raises:
+        CheckpointError: a damaged or missing tensor.
+    """
     layers = []
     for layer in layout.layers:
         norms = router_norm(model.shards.load(layer.router))

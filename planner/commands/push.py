@@ -22,7 +22,7 @@ REASONS = {
     403: "your token may not write there",
     404: "the Hub has no such repository or branch, or does not show it to you",
 }
-"""HTTP status → what it means here."""
+"""HTTP status → its meaning here."""
 
 
 def push_command(
@@ -94,7 +94,7 @@ def _upload(folder: Path, repo: str, names: list[str], private: bool, revision: 
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why the Hub took nothing."""
+    """Return the Hub's reason in one line."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return REASONS.get(status) or _line(error)
 

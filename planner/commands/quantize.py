@@ -44,15 +44,15 @@ from vllm_moeq.format import UsageError
 
 @dataclass(frozen=True)
 class _Work:
-    """An open model, and how it is to be quantized.
+    """An open model, and the settings for its quantization.
 
     Attributes:
         source: the model.
         layout: its layers.
-        settings: how to quantize.
-        text: what the model reads, if anything.
-        devices: where it reads, the first of them, and where a calibrated quantizer computes.
-        progress: says how far the work is.
+        settings: the settings of the quantizers.
+        text: the text that the model reads, if any.
+        devices: the first reads the text; a quantizer with calibration computes on all of them.
+        progress: shows how far the work is.
     """
 
     source: SourceModel
@@ -172,7 +172,7 @@ def _given_plan(work: _Work, path: Path, model: str) -> Plan:
 
 
 def _needs(work: _Work, made: Plan, sizes: Sizes, run: QuantizeRunFlags, planned: bool) -> Needs:
-    """Return what the work takes, with the plan's statistics if the plan is made here."""
+    """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.calibrated)
     measures = METHODS[made.method].measures if planned else ()
     devices = run.job_devices()

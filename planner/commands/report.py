@@ -83,7 +83,7 @@ def _refresh(folder: Path, progress: Progress) -> None:
 
 
 def _as_json(facts: Facts, grids: ValueMaps, page: Path, pictures: list[Path]) -> dict[str, Any]:
-    """Return what the page shows."""
+    """Return the page's content as JSON values."""
     sizes = facts.sizes
     return {
         "report": str(page),

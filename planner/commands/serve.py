@@ -35,7 +35,7 @@ def serve_command(context: typer.Context, folder: Folder) -> None:
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Refuse flags of vLLM that cannot work, before it takes its time to start.
+    """Refuse flags of vLLM that cannot work, before vLLM takes its time to start.
 
     Raises:
         UsageError: naming the flag.

@@ -1,4 +1,4 @@
-"""What commands print for people."""
+"""Print results for people."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def emit(value: Any) -> None:
 
 
 def announce(options: PlanOptions, progress: Progress) -> None:
-    """Say what ``--method auto`` stands for."""
+    """Name the method that ``--method auto`` chooses."""
     if options.method != "auto":
         return
     if options.resolved_method == PAPER:
@@ -44,7 +44,7 @@ def announce(options: PlanOptions, progress: Progress) -> None:
 
 
 def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
-    """Say before the work what the output will not be good for."""
+    """Name the limits of the output before the work starts."""
     reason = architecture_of(source).unserved
     if reason is not None:
         progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
@@ -117,7 +117,7 @@ def print_plan(plan: Plan, sizes: Sizes) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    """Print what a verified checkpoint holds."""
+    """Print the contents of a verified checkpoint."""
     widths = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.widths.items()))
     Console().print(
         f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}), "

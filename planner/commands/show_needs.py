@@ -1,4 +1,4 @@
-"""What a dry run prints."""
+"""Print what a command would take: its dry run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def report_needs(what: str, needs: Needs, as_json: bool) -> None:
 
 
 def print_needs(what: str, needs: Needs, serving: ServingNeeds | None = None) -> None:
-    """Print what a command, such as ``quantizing``, takes, and what serving its output takes."""
+    """Print the needs of a command, named such as ``quantizing``, and those of serving its output."""
     console = Console(highlight=False)
     temporary = f" and {size(needs.temporary_bytes)} for a while" if needs.temporary_bytes else ""
     device = f", {size(needs.device_bytes)} on each GPU (estimated, never measured)" if needs.device_bytes else ""
@@ -55,7 +55,7 @@ def print_needs(what: str, needs: Needs, serving: ServingNeeds | None = None) ->
 
 
 def serving_line(serving: ServingNeeds) -> str:
-    """Return one line about GPUs."""
+    """Return one line about the GPUs that serve the output."""
     load = f"{serving.concurrency} requests of {serving.context} tokens"
     if serving.gpus is None:
         count = f"more than {RANKS[-1]} GPUs, or fewer requests:"
@@ -96,7 +96,7 @@ def report_plan_needs(
 
 
 def dry_run_facts(model: SourceModel, layout: Layout, made: Plan, settings: QuantizeSettings) -> dict[str, Any]:
-    """Return the result as JSON values: the average and bytes; without weights also counts, and the table's GiB."""
+    """Return the average and the bytes as JSON values; without weights also counts, and the GiB of the table."""
     found = config_sizes(model, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     facts: dict[str, Any] = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": found.ours.as_dict()}
     if not isinstance(model, ConfigModel):

@@ -1,4 +1,4 @@
-"""``moeq verify``: whether a checkpoint is whole."""
+"""``moeq verify``: check that a checkpoint is whole."""
 
 from __future__ import annotations
 

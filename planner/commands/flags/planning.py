@@ -56,7 +56,7 @@ def read_choices(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """How widths are chosen."""
+    """The choice of widths."""
 
     avg_bits: Annotated[
         str | None, typer.Option("--avg-bits", metavar="B", help=f"Average bits per expert weight [{AVERAGE}].")

@@ -105,7 +105,7 @@ class StorageFlags:
 
 @dataclass(frozen=True)
 class GptqFlags:
-    """How GPTQ works."""
+    """The variants of GPTQ."""
 
     damping: Annotated[
         float, typer.Option("--damping", help="GPTQ: added to the Hessian, relative to its mean diagonal.")

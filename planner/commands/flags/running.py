@@ -25,7 +25,7 @@ def first_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class RunFlags:
-    """Where a command computes, and what it does with an unfinished run."""
+    """The devices of a command, and whether it continues an unfinished run."""
 
     device: Device = "cpu"
     resume: Resume = True
@@ -54,7 +54,7 @@ class QuantizeRunFlags(RunFlags):
     ] = False
 
     def runner(self) -> Runner:
-        """Return what quantizes the layers, each by itself.
+        """Return the runner that quantizes layers independently of each other.
 
         Raises:
             UsageError: devices that are not there, fewer jobs than devices, Ray not installed.
