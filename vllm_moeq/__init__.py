@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 def register() -> None:
     """Register the quantization method ``moeq`` with vLLM.
 
-    vLLM calls it through the entry point group ``vllm.general_plugins``, once or more in every process.
+    vLLM calls this function through the entry point group ``vllm.general_plugins``, at least once in every process.
     """
     from vllm_moeq.serving import register_method
 

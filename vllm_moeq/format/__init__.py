@@ -1,6 +1,6 @@
 """The checkpoint contract: schema, bit packing, validation (docs/format.md).
 
-Needs torch and safetensors; neither vLLM nor a GPU.
+It needs torch and safetensors, but neither vLLM nor a GPU.
 """
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError

@@ -1,14 +1,13 @@
-"""The one kind of error that a user can cause and mend."""
+"""The errors that a user can cause and fix; all are :class:`MoeqError`."""
 
 from __future__ import annotations
 
 
 class MoeqError(Exception):
-    """A file, tensor or flag is not what it has to be.
+    """A file, tensor or flag is wrong.
 
-    The message names the thing, what was expected and what was found; commands print it as one
-    line and exit with status 2. Names in it come from files that anybody may have made: what could steer a terminal is
-    shown as an escape.
+    The message says what is wrong, what was expected and what was found. Commands print it as one line and exit with
+    status 2. Names in it come from untrusted files, so characters that could control a terminal are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,7 +15,7 @@ class MoeqError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return text in which nothing but line breaks moves a cursor, changes colours or reorders characters."""
+    """Return the text with all unprintable characters except line breaks replaced by escapes."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""Read files of a folder that anybody may have made: JSON within bounds, and nothing from outside the folder."""
+"""Read an untrusted folder: JSON within bounds, and no file from outside the folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vllm_moeq.format.errors import CheckpointError, ConfigError
 
 MAX_JSON_BYTES = 32 << 20
 MAX_WIDE_BYTES = 8 << 20
-"""Where text holds anything but ASCII, or escapes of it: one such character makes a string take four bytes for each."""
+"""The limit if not all is ASCII: one other character, escaped or not, makes a string take four bytes per character."""
 MAX_JSON_VALUES = 1 << 20
-"""Commas, colons and opening brackets: each stands for a value that takes 70 bytes on average, and 250 at most."""
+"""Counted as commas, colons and opening brackets. A value takes 70 bytes of memory on average, and 250 at most."""
 MAX_JSON_DEPTH = 64
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file whose size, number of values and depth are bounded before memory is taken.
+    """Parse a JSON file with a bounded size, number of values and depth; size and number are checked before parsing.
 
     Raises:
         ConfigError: the file is missing, too large, too deep, not a regular file or not JSON.
@@ -42,11 +42,11 @@ def parse_json(data: bytes, where: str) -> Any:
     """Parse JSON text; see :func:`read_json`.
 
     Args:
-        data: UTF-8.
-        where: what the error message calls it, usually the file's path.
+        data: the text in UTF-8.
+        where: its name in error messages, usually the file's path.
 
     Raises:
-        ConfigError: too large, too deep, a key that an object has twice, or not JSON.
+        ConfigError: the text is too large or too deep, an object has a key twice, or the text is not JSON.
     """
     if len(data) > MAX_WIDE_BYTES and not (data.isascii() and b"\\u" not in data):
         raise ConfigError(f"{where}: expected at most {MAX_WIDE_BYTES} bytes of text that is not all ASCII")
@@ -67,7 +67,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Spare the search for cycles, which parsed JSON has none of: a hundred thousand lists would start many."""
+    """Turn off garbage collection, which many lists would trigger often: parsed JSON has no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -78,7 +78,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse what readers disagree on: the first or the last of two values under one key."""
+    """Build an object; refuse a key that stands twice, because readers disagree on which value counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -87,7 +87,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Tell whether containers are nested deeper than functions that call themselves can follow."""
+    """Tell whether containers are nested deeper than ``MAX_JSON_DEPTH``, so that recursive functions are safe."""
     waiting = [(value, 1)]
     while waiting:
         container, depth = waiting.pop()
@@ -103,7 +103,7 @@ def check_inside(path: Path) -> None:
     """Refuse a link that leads out of its folder, except in the Hub's cache, whose files are links to ``../../blobs``.
 
     Raises:
-        CheckpointError: such a link, or one that leads in circles.
+        CheckpointError: the link leads out of its folder, in circles, or to no file.
     """
     if not path.is_symlink():
         return

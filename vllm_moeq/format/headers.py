@@ -1,6 +1,6 @@
-"""What a safetensors header says, read within bounds and checked tensor by tensor, so that errors have a name.
+"""Read safetensors headers within bounds, and check them tensor by tensor, so that errors name the tensor.
 
-The official reader reads the same header again before it hands out a tensor, and has the last word.
+The official reader checks the same header again before it returns a tensor.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vllm_moeq.format.errors import CheckpointError
 
 MAX_HEADER_BYTES = 24 << 20
 MAX_TENSORS = 100_000
-"""Per shard, and four times as many in all; a trillion weights in experts of the usual sizes are half of that."""
+"""The limit per shard, and a quarter of the limit of a folder, which is twice what a trillion weights usually need."""
 MAX_DIMENSIONS = 8
 MAX_NAME = 512
 MAX_SIZE = 1 << 48
-"""Of a number in a header, and of the product of a tensor's sizes."""
+"""The largest number in a header, and the largest product of a tensor's sizes."""
 METADATA = "__metadata__"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a shard's header says of one tensor; ``offset`` is the place of its first byte in the file."""
+    """A tensor's entry in the header of a shard; ``offset`` is the position of its first byte in the file."""
 
     shard: str
     shape: tuple[int, ...]
@@ -61,10 +61,10 @@ class TensorInfo:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a tensor's name that a message could not show as it is.
+    """Refuse a tensor name that an error message cannot show unchanged.
 
     Raises:
-        CheckpointError: control characters, such as those that steer terminals, or an endless name.
+        CheckpointError: the name is too long, or has characters that cannot be printed.
     """
     if len(name) > MAX_NAME or not name.isprintable():
         raise CheckpointError(
@@ -76,8 +76,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a shard in the order of their bytes.
 
     Raises:
-        CheckpointError: a header that is too large or no JSON; a tensor that stands there twice, whose size is not
-            that of its shape and dtype, or that does not begin where the one before ends; bytes that are no tensor's.
+        CheckpointError: the header is too large or not JSON; a tensor is named twice, its size does not match its
+            shape and dtype, or it does not begin where the previous one ends; or some bytes belong to no tensor.
     """
     try:
         with path.open("rb") as file:
@@ -135,14 +135,14 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
-    """Return name, first byte, end, shape and dtype."""
+    """Check one entry of the header; return name, first byte, end, shape and dtype."""
     place = f"{path}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{place}: expected dtype, shape and data_offsets, found {_shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{place} has unsupported dtype {_shown(dtype)}")
-    # Strides of an empty tensor are products of the other sizes.
+    # A size of 0 counts as 1, because the strides of an empty tensor are products of its other sizes.
     if not _sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_SIZE:
         raise CheckpointError(
             f"{place}: expected a shape of at most {MAX_DIMENSIONS} dimensions, whole numbers up to {MAX_SIZE} "

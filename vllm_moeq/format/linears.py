@@ -1,4 +1,4 @@
-"""Packed linears that are no experts: compressed-tensors' ``pack-quantized`` form, symmetric."""
+"""Packed linears outside the experts: compressed-tensors' ``pack-quantized`` form, symmetric."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ LINEAR_SUFFIXES = (WORDS, SCALES, SHAPE) = "weight_packed", "weight_scale", "wei
 
 
 def linear_values(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what a packed linear that is no expert stands for: codes offset by 2^(b−1), symmetric.
+    """Dequantize a packed linear outside the experts, whose zero point is 2^(b−1).
 
     Args:
-        words: int32 [N, K·b/32].
-        scales: any float dtype [N, K / G].
-        bits: 4 or 8.
+        words: packed codes, int32 [N, K·b/32].
+        scales: scales [N, K / G] of any float dtype.
+        bits: the width b, 4 or 8.
 
     Returns:
-        float32 [N, K].
+        The weights, float32 [N, K].
     """
     codes = unpack(words, bits, words.shape[1] * 32 // bits)
     return dequantize(codes, scales, torch.full_like(scales, 2 ** (bits - 1)))
 
 
 def check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
-    """Check the shapes of every packed linear that is no expert, and that its scales are finite.
+    """Check the shapes of every packed linear outside the experts, and that its scales are finite.
 
     Args:
         shards: the checkpoint's tensors.
-        config: its configuration.
-        known: the names of experts' tensors.
+        config: the checkpoint's configuration.
+        known: the names of the experts' tensors, which are skipped.
 
     Raises:
-        CheckpointError: the first tensor that is missing or does not fit ``linear``, or scales with NaN or infinity.
+        CheckpointError: a tensor is missing or does not fit ``config.linear``, or scales hold NaN or infinity.
     """
     bits, group = config.linear.bits, config.linear.group_size
     for name, info in shards.tensors.items():
@@ -56,5 +56,5 @@ def check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None
                 f"{shards.folder / info.shard}: tensor {name}: {list(info.shape)} words do not fit "
                 f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
             )
-        # Unlike an expert's, a scale may be 0: that of a group of weights that are all 0.
+        # Unlike an expert's scale, this one is 0 where all weights of a group are 0.
         check_finite(shards.load(f"{base}.{SCALES}"), shards.place(f"{base}.{SCALES}"))

@@ -1,9 +1,8 @@
 """Bit packing of quantization codes.
 
-Layout (format version 1): codes run along the last dimension as a bitstream, least significant bit
-first, in little-endian order of 32-bit words. 32 codes of b bits are exactly b words; a code may
-straddle two words (3 bits). In symbols, bit j of code i is bit (i·b + j) mod 32 of word
-(i·b + j) // 32.
+Layout (format version 1): codes run along the last dimension as a bitstream, least significant bit first, in
+little-endian order of 32-bit words. Bit j of code i is bit (i·b + j) mod 32 of word (i·b + j) // 32. 32 codes of b
+bits are exactly b words; a 3-bit code may straddle two words.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import torch
 
 BIT_WIDTHS: tuple[int, ...] = (1, 2, 3, 4, 8)
-"""The table of widths, in bits, that an expert may have; what reads or decodes codes covers exactly these."""
+"""The widths in bits that an expert may have. All code that reads or decodes codes supports exactly these."""
 
 CODES_PER_BLOCK = 32
-"""Codes are packed in blocks of this many; the input dimension must be a multiple of it."""
+"""The number of codes packed together; the input dimension must be a multiple of it."""
 
 WHOLE_ROW = -1
-"""The group size that stands for one group per row."""
+"""The group size that means one group per row."""
 
 
 def _check_bits(bits: int) -> None:
@@ -26,7 +25,7 @@ def _check_bits(bits: int) -> None:
 
 
 def packed_words(num_codes: int, bits: int) -> int:
-    """Return how many 32-bit words ``num_codes`` codes of ``bits`` bits take.
+    """Return the number of 32-bit words that ``num_codes`` codes of ``bits`` bits take.
 
     Raises:
         ValueError: ``bits`` is not a known width or ``num_codes`` is not a multiple of 32.
@@ -48,8 +47,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 tensor [..., K * bits // 32].
 
     Raises:
-        ValueError: an unknown width, a K that is not a multiple of 32, codes that are no integers, or a
-            code out of range.
+        ValueError: the width is unknown, K is not a multiple of 32, or codes are not integers or out of range.
     """
     num_words = packed_words(codes.shape[-1], bits)
     if codes.is_floating_point() or codes.is_complex():
@@ -72,13 +70,13 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
     Args:
         words: int32 tensor [..., num_codes * bits // 32].
         bits: one of :data:`BIT_WIDTHS`.
-        num_codes: K, the length of the last dimension of the result.
+        num_codes: the length K of the result's last dimension.
 
     Returns:
         uint8 tensor [..., num_codes].
 
     Raises:
-        ValueError: an unknown width, or a last dimension that does not hold ``num_codes`` codes.
+        ValueError: the width is unknown, or the last dimension does not hold ``num_codes`` codes.
     """
     expected = packed_words(num_codes, bits)
     if words.dtype != torch.int32 or words.shape[-1] != expected:
@@ -92,7 +90,7 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
         word, shift = divmod(i * bits, 32)
         code = blocks[..., word] >> shift
         if shift + bits > 32:
-            # The arithmetic shift above filled the top with sign bits; keep only the bits it really has.
+            # The arithmetic shift above filled the top with sign bits; keep only the code's own bits.
             low = code & ((1 << (32 - shift)) - 1)
             code = low | (blocks[..., word + 1] << (32 - shift))
         codes[..., i] = code & mask
@@ -100,18 +98,18 @@ def unpack(words: torch.Tensor, bits: int, num_codes: int) -> torch.Tensor:
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Return the weights (q − zero) · scale of one matrix, in float32.
+    """Return the weights (q − zero) · scale of one matrix in float32.
 
     Args:
         codes: uint8 [N, K].
         scales: float16, bfloat16 or float32 [N, K / G].
-        zeros: same shape and dtype as ``scales``.
+        zeros: a tensor of the same shape and dtype.
 
     Returns:
-        float32 [N, K].
+        The weights, float32 [N, K].
 
     Raises:
-        ValueError: the number of groups does not divide K.
+        ValueError: the shapes do not match, or the number of groups does not divide K.
     """
     rows, columns = codes.shape
     groups = scales.shape[-1]

@@ -20,7 +20,7 @@ Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_
 
 
 def _integer(value: Any) -> Any:
-    """Refuse ``true`` and 3.0, which equal integers and would pass for them."""
+    """Refuse ``true`` and 3.0, which Python takes for equal to integers."""
     if type(value) is not int:
         raise ValueError("Input should be an integer")
     return value
@@ -33,18 +33,18 @@ else:
     Bits = Annotated[Literal[BIT_WIDTHS], Integer]
 Average = Annotated[float, Field(ge=min(BIT_WIDTHS), le=max(BIT_WIDTHS))]
 Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
-"""One per expert. Only the first mistake is reported: a list of four million of them would fill the memory."""
+"""One width per expert. Only the first mistake is reported, because a list of four million would fill the memory."""
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
 ]
-"""Weights per scale along the input dimension; −1 is one group per row."""
+"""Weights per scale along the input dimension; −1 means one group per row."""
 Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-"""Experts with less than this share of a token's largest routing weight are skipped; 0 skips none."""
+"""A share of a token's largest routing weight; experts with less are skipped. 0 skips none."""
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversions, no changes after validation."""
+    """A model with no unknown keys, no silent conversions and no changes after validation."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -57,15 +57,15 @@ class Projections(Strict):
     down: Name
 
     def names(self) -> tuple[str, ...]:
-        """Return the names: gate, up where there is one, down."""
+        """Return the names of gate, up (if there is one) and down."""
         return (self.gate, self.down) if self.up is None else (self.gate, self.up, self.down)
 
 
 class Linear(Strict):
-    """How the linears that are not routed experts are stored.
+    """How the linears outside the routed experts are stored.
 
-    4 and 8 bits: compressed-tensors' ``pack-quantized``, symmetric, one scale per group, which vLLM
-    serves with its own kernels. 16: as in the source.
+    With 4 and 8 bits they have compressed-tensors' ``pack-quantized`` form, symmetric, with one scale per group; vLLM
+    serves them with its own kernels. With 16 bits they are stored as in the source.
     """
 
     bits: Annotated[Literal[4, 8, 16], Integer]
@@ -91,7 +91,7 @@ class Linear(Strict):
 
 
 class PlanSummary(Strict):
-    """Where the widths came from; for people and reports, never read by a kernel."""
+    """The origin of the widths, for people and reports; no kernel reads it."""
 
     method: Annotated[str, Field(max_length=64)]
     avg_bits: Average
@@ -118,11 +118,11 @@ class MoeqConfig(Strict):
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
 
     def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
-        """Return how an expert's matrices are stored: in format version 1 always by the grid.
+        """Return the scheme of an expert's matrices; in format version 1 it is always the grid.
 
         Args:
-            prefix: a key of ``experts``.
-            expert: its index within the layer.
+            prefix: the layer's key in ``experts``.
+            expert: the expert's index within the layer.
         """
         return SCHEMES[GRID.name]
 
@@ -150,10 +150,10 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
 
     Args:
         data: the parsed JSON value.
-        where: what the error message calls it, usually the file's path.
+        where: its name in error messages, usually the file's path.
 
     Raises:
-        ConfigError: another method, an unknown format version, or any violation of the schema.
+        ConfigError: the method or the format version is unknown, or the value violates the schema.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: quantization_config must be an object, found {type(data).__name__}")
@@ -174,15 +174,15 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
 
 
 def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
-    """Refuse an object with more keys than any of ours has: the schema would list all that is wrong before it says so.
+    """Refuse an object with too many keys, because pydantic would first collect an error for each of them.
 
     Args:
         data: the parsed JSON value, at most 64 levels deep.
-        where: what the error message calls it.
-        most: keys of one object.
+        where: its name in error messages.
+        most: the largest allowed number of keys of one object.
 
     Raises:
-        ConfigError: naming the object.
+        ConfigError: an object has more keys; the message names it.
     """
     waiting: list[tuple[str, Any]] = [("", data)]
     while waiting:
@@ -196,7 +196,7 @@ def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: place, what is wrong, what was found."""
+    """Return the first problem of a pydantic error as one line: the place, the problem and the value found."""
     problem = error.errors(include_url=False)[0]
     parts = (str(part) for part in problem["loc"])
     place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts) or "the object"

@@ -1,6 +1,6 @@
-"""Read the safetensors shards of a Hugging Face folder without trusting it.
+"""Read the safetensors shards of an untrusted Hugging Face folder.
 
-Only headers are read here; tensors come lazily from :meth:`ShardSet.load`, one at a time.
+Opening a folder reads only headers; :meth:`ShardSet.load` reads one tensor at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _is_plain(shard: Any) -> bool:
 
 
 def index_shards(path: Path) -> dict[str, str]:
-    """Return tensor name → shard file name from an index, refusing anything but plain names."""
+    """Read an index: tensor name → shard file name; refuse a file name that is not plain."""
     check_inside(path)
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -55,12 +55,12 @@ class ShardSet:
     """The tensors of a folder: headers in memory, data on demand.
 
     Args:
-        folder: a folder with ``model.safetensors`` or an index and its shards.
+        folder: a folder with ``model.safetensors``, or with an index and its shards.
 
     Raises:
-        CheckpointError: no weights, a shard that is missing, truncated or damaged, a tensor that the
-            index names and its shard lacks, or that stands in two shards.
-        ConfigError: a damaged index.
+        CheckpointError: there are no weights; a shard is missing, truncated or damaged; or a tensor is in two shards
+            or not in the shard that the index names.
+        ConfigError: the index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,14 +115,14 @@ class ShardSet:
             raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
 
     def stamps(self) -> dict[str, list[int]]:
-        """Return size and time of every shard, which another file in its place rarely has."""
+        """Return every shard's size and modification time, by which a replaced file is recognized."""
         return {shard: list(stamp[1:]) for shard, stamp in sorted(self._stamps.items())}
 
     def check_unchanged(self) -> None:
         """Require that every shard is still the file whose header was read.
 
         Raises:
-            CheckpointError: another file or other contents, by inode, size and time.
+            CheckpointError: a shard's inode, size or modification time has changed.
         """
         for shard, stamp in self._stamps.items():
             path = self.folder / shard
@@ -130,13 +130,13 @@ class ShardSet:
                 raise CheckpointError(f"{path}: expected it unchanged since it was opened, found another file")
 
     def info(self, name: str) -> TensorInfo:
-        """Return a tensor's header entry; raise CheckpointError when it is missing."""
+        """Return a tensor's header entry; raise CheckpointError if there is no such tensor."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self.tensors[name]
 
     def place(self, name: str) -> str:
-        """Return what a message calls a tensor: its file and its name."""
+        """Return the file and the name of a tensor, as messages name it."""
         return f"{self.folder / self.info(name).shard}: tensor {name}"
 
     def stored_bytes(self, name: str) -> int:
@@ -157,13 +157,14 @@ class ShardSet:
         return tensor
 
     def map(self, name: str, index: int | None = None) -> torch.Tensor:
-        """Return one tensor in a memory map of its own: unlike those of :meth:`load`, its pages leave memory with it.
+        """Return one tensor in its own memory map.
 
-        Several threads may map at once. Writing to the tensor does not change the file.
+        Its pages leave memory with the tensor, unlike those of :meth:`load`. Several threads may map at once. Writing
+        to the tensor does not change the file.
 
         Args:
-            name: of the tensor.
-            index: along its first dimension, of the part to map; all of it by default.
+            name: the tensor's name.
+            index: the part to map, as an index into the first dimension; None maps the whole tensor.
 
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
@@ -185,15 +186,15 @@ class ShardSet:
         return torch.frombuffer(area, dtype=info.dtype, offset=inside, count=info.numel).view(info.shape)
 
     def read_rows(self, name: str, begin: int, end: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Return some rows of a matrix, copied from the file: unlike a map, they leave no pages behind.
+        """Return rows of a matrix, copied from the file: unlike a map, a copy leaves no pages in memory.
 
         Several threads may read at once.
 
         Args:
-            name: a tensor [N, ...].
-            begin: first row.
+            name: the name of a tensor [N, ...].
+            begin: the first row.
             end: one behind the last row.
-            buffer: uint8, where the rows go if they fit: one that is used again costs no page faults.
+            buffer: a uint8 buffer for the rows, used if they fit. A reused buffer costs no page faults.
 
         Raises:
             CheckpointError: the tensor is missing or cannot be read.
@@ -223,7 +224,7 @@ class ShardSet:
             return self._files[shard]
 
     def close(self) -> None:
-        """Release every shard's memory map and file."""
+        """Close the memory maps and files of all shards."""
         self._handles.clear()
         with self._lock:
             while self._files:

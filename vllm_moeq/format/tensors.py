@@ -1,4 +1,4 @@
-"""What readers of tensors need, whether files or something in front of them provides it."""
+"""The interface of a set of named tensors, read from files as they are, or renamed or converted."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ from vllm_moeq.format.headers import TensorInfo
 
 
 class Tensors(Protocol):
-    """Named tensors: headers at hand, values on demand.
-
-    A :class:`~vllm_moeq.format.ShardSet` has these methods, and so has whatever shows its tensors under other names.
+    """Named tensors: headers in memory, values on demand; for example a :class:`~vllm_moeq.format.ShardSet`.
 
     Attributes:
         folder: the folder that holds the files.
-        tensors: name → header.
+        tensors: the headers by name.
     """
 
     folder: Path
     tensors: dict[str, TensorInfo]
 
     def info(self, name: str) -> TensorInfo:
-        """Return a tensor's header; raise CheckpointError when it is missing."""
+        """Return a tensor's header entry; raise CheckpointError if there is no such tensor."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self.tensors[name]
 
     def place(self, name: str) -> str:
-        """Return what a message calls a tensor: its file and its name."""
+        """Return the file and the name of a tensor, as messages name it."""
         return f"{self.folder / self.info(name).shard}: tensor {name}"
 
     def stored_bytes(self, name: str) -> int:

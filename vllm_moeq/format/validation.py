@@ -1,4 +1,4 @@
-"""Check a moeq checkpoint: headers always, values such as scales on request."""
+"""Check a moeq checkpoint: always its headers, on request also values such as scales."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, ShardSet, index_sha
 from vllm_moeq.format.tensors import Tensors
 
 EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json; a model has one of them."""
+"""The keys of config.json that may hold the number of experts; a model has one of them."""
 NESTED = "text_config"
-"""Where the config.json of a model for text and images has its language model's keys."""
+"""The key of config.json that holds the language model's part, in models for text and images."""
 
 
 @dataclass
 class Summary:
-    """What a verified checkpoint holds; sizes in bytes."""
+    """Counts and sizes (in bytes) of a verified checkpoint."""
 
     folder: str
     layers: int = 0
@@ -44,7 +44,8 @@ def load_config(folder: Path) -> MoeqConfig:
     """Return the validated ``quantization_config`` of a folder's config.json.
 
     Raises:
-        ConfigError: no config.json, no ``quantization_config``, or one that breaks the schema.
+        ConfigError: there is no ``quantization_config``, it violates the schema or does not have the model's number
+            of experts, or config.json has ``auto_map``.
     """
     path = folder / "config.json"
     check_inside(path)
@@ -59,7 +60,7 @@ def load_config(folder: Path) -> MoeqConfig:
 
 
 def _check_model(part: dict[str, Any], config: MoeqConfig, path: Path) -> None:
-    """Refuse code to run, and widths for other experts than the model has."""
+    """Refuse ``auto_map``, and widths for more or fewer experts than the model has."""
     if "auto_map" in part:
         raise ConfigError(f"{path}: auto_map: expected no code in a checkpoint, found {part['auto_map']!r:.80}")
     counts = [part[key] for key in EXPERT_COUNT if type(part.get(key)) is int]
@@ -69,10 +70,10 @@ def _check_model(part: dict[str, Any], config: MoeqConfig, path: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse weights of which readers might take others than these: they do not agree on an order of preference.
+    """Refuse weights beside those that are checked, because other readers may prefer them.
 
     Raises:
-        CheckpointError: naming the file that nobody has checked.
+        CheckpointError: there is such a file; the message names it.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.exists():
@@ -88,7 +89,7 @@ def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatri
     """Yield every matrix of every routed expert, checked for presence, dtype and shape.
 
     Raises:
-        CheckpointError: the first tensor that is missing or does not fit its width and its layer.
+        CheckpointError: a tensor is missing, or does not fit its width or its layer.
     """
     for prefix, widths in config.experts.items():
         shapes: dict[str, tuple[int, int]] = {}
@@ -117,15 +118,15 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
 
     Args:
         folder: the checkpoint.
-        values: also read the tensors of experts that may hold impossible values, and check them as
-            :meth:`Scheme.check_values` does; the loaders do that on the way. Codes need no such check, since every
-            bit pattern is a valid code. The few scales of other packed linears are always read.
+        values: whether to check the experts' values with :meth:`Scheme.check_values`; the loaders do so while they
+            load. Codes need no check, since every bit pattern is a valid code. The few scales of other packed linears
+            are always checked.
 
     Returns:
         Counts and sizes.
 
     Raises:
-        MoeqError: the first problem, naming file and tensor.
+        MoeqError: a check fails; the message names the file and the tensor.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
@@ -157,7 +158,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
 
 
 def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:
-    """Refuse tensors below an experts prefix that no expert of the config owns."""
+    """Refuse a tensor that is named like an expert's but belongs to no expert of the config."""
     for name in shards.tensors:
         if name not in known and _is_of_an_expert(name, config):
             raise CheckpointError(
@@ -166,7 +167,7 @@ def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> Non
 
 
 def _is_of_an_expert(name: str, config: MoeqConfig) -> bool:
-    """Tell ``<prefix>.<number>.…``; what a layer keeps for all its experts together, such as biases, is not ours."""
+    """Tell whether a name begins with ``<prefix>.<number>.``; biases of all experts together do not."""
     head, _, _ = name.rpartition(".")
     while head:
         head, _, last = head.rpartition(".")

@@ -1,13 +1,13 @@
-"""Checkpoints of this project in transformers: import this package, then call ``from_pretrained`` as always.
+"""Load this project's checkpoints in transformers: import this package, then call ``from_pretrained`` as usual.
 
     import vllm_moeq.hf
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The import registers the quantization method ``moeq``. Transformers looks for methods in a dictionary of its own and at
-no entry point, so nothing can do it for the user; without the import it warns of an unknown quantization type and
-gives the experts random weights. Needs transformers, and not vLLM.
+The import registers the quantization method ``moeq``. Transformers has no entry point for methods, so the user has to
+import this package. Without the import, transformers warns of an unknown quantization type and gives the experts random
+weights. The package needs transformers, but not vLLM.
 """
 
 from transformers.quantizers.auto import (

@@ -11,21 +11,21 @@ from vllm_moeq.format import QUANT_METHOD, parse_config
 
 
 class MoeqQuantizationConfig(QuantizationConfigMixin):
-    """The keys of docs/format.md, validated.
+    """A validated ``quantization_config`` (docs/format.md).
 
     Args:
-        data: the object in config.json, key by key.
+        data: the keys of the object in config.json.
 
     Raises:
-        ConfigError: a violation of the format.
+        ConfigError: the object violates the format.
     """
 
     def __init__(self, **data: Any) -> None:
-        # What transformers and its users look at; the attribute ``moeq`` holds everything.
+        # Transformers and its users read quant_method; ``moeq`` holds the whole configuration.
         self.quant_method = QUANT_METHOD
         self.moeq = parse_config({"quant_method": QUANT_METHOD, **data}, "config.json")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object as config.json has it."""
+        """Return the object as in config.json."""
         result: dict[str, Any] = json.loads(self.moeq.model_dump_json(exclude_none=True))
         return result

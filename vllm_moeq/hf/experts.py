@@ -1,4 +1,4 @@
-"""What takes the place of transformers' experts: one class for each way in which they are called."""
+"""The modules that replace transformers' experts: one class for each way of calling them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 INTEGRATION = "transformers.integrations.moe"
-"""Where the gate act(gate)·up comes from that classes of experts have unless they define their own."""
+"""The module of transformers' default gate, act(gate)·up."""
 
 
 class RoutedExperts(PackedStorage):
-    """Experts that are called with tokens, expert indices and routing weights, as nearly all are.
+    """Experts called with tokens, expert indices and routing weights, as in nearly all models.
 
-    Those that are down(silu(gate(x)) · up(x)) run in this project's kernels: the fused one on a GPU, the native one on
-    a CPU, the reference where it cannot be built and for float32 on a GPU. Any others are dequantized one at a time, in
-    the dtype of the activations, and their activation is transformers' own code.
+    Experts that compute down(silu(gate(x)) · up(x)) run in our kernels: the fused one on a GPU, the native one on a
+    CPU, the reference if the native one cannot be built and for float32 on a GPU. Other experts are dequantized one at
+    a time to the activations' dtype, and transformers' own code computes their activation.
 
     Args:
-        layer: what the checkpoint says.
-        source: transformers' module; its biases stay, its matrices go.
+        layer: the layer in the checkpoint.
+        source: transformers' module; its biases are kept, its matrices are dropped.
 
     Raises:
-        CheckpointError: the module has other experts than the checkpoint.
-        UsageError: a module whose arithmetic is not known.
+        CheckpointError: the module's experts do not have as many weights as the checkpoint's.
+        UsageError: the module's biases or activation are not known.
     """
 
     def __init__(self, layer: StoredLayer, source: torch.nn.Module) -> None:
@@ -67,7 +67,7 @@ class RoutedExperts(PackedStorage):
         self._backend: Backend = FALLBACK
 
     def _activation(self, source: torch.nn.Module) -> Activation:
-        """Return what turns [tokens, gate and up as transformers keeps them] into [tokens, intermediate]."""
+        """Return the function from [tokens, gate and up in transformers' order] to [tokens, intermediate]."""
         gate: Activation | None = getattr(source, "_apply_gate", None)
         if gate is None or self.layer.projections.up is None:
             raise UsageError(f"{self.layer.prefix}: transformers' {type(source).__name__} cannot hold packed experts")
@@ -83,9 +83,9 @@ class RoutedExperts(PackedStorage):
         """Return each token's weighted sum over its experts.
 
         Args:
-            hidden: [tokens, hidden], any float dtype.
-            ids: [tokens, top-k] expert indices, integers; negative ones are skipped.
-            weights: [tokens, top-k] routing weights, any float dtype.
+            hidden: hidden states [tokens, hidden], any float dtype.
+            ids: expert indices [tokens, top-k], integers; negative ones are skipped.
+            weights: routing weights [tokens, top-k], any float dtype.
 
         Returns:
             [tokens, hidden] in the dtype of ``hidden``.
@@ -102,7 +102,7 @@ class RoutedExperts(PackedStorage):
         return self._kernel(hidden.to(self._dtype), weights, ids).to(hidden.dtype)
 
     def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
-        """Choose a kernel and repack for it; its variants are compiled when they are first needed."""
+        """Choose a kernel and repack for it; its variants are compiled at their first use."""
         packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
         requested = requested_backend()
         if any(row.name == requested and not row.takes(dtype) for row in TABLE):
@@ -124,7 +124,7 @@ class RoutedExperts(PackedStorage):
         return result
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, hidden]: one expert's outputs, rounded where transformers rounds."""
+        """Return one expert's outputs [tokens, hidden], rounded where transformers rounds."""
         first = linear(x, self.packed("gate_up").dense(expert, x.dtype))
         if self.interleaved:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
@@ -137,7 +137,7 @@ class RoutedExperts(PackedStorage):
         return x if bias is None else x + bias[expert]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
-        """See :meth:`PackedStorage._apply`; a kernel on the loaded buffers holds tensors that may have moved."""
+        """See :meth:`PackedStorage._apply`; a kernel that computes from the loaded buffers is made anew."""
         super()._apply(fn, recurse)
         if self._backend.keeps_loaded:
             self._kernel = None
@@ -145,7 +145,7 @@ class RoutedExperts(PackedStorage):
 
 
 class Llama4Experts(RoutedExperts):
-    """Llama-4: every expert sees all tokens, multiplied by their routing weights, which are 0 for most."""
+    """Llama-4's experts: each gets all tokens, multiplied by its routing weights, which are mostly 0."""
 
     def _activation(self, source: Any) -> Activation:
         act: Activation = source.act_fn
@@ -160,16 +160,16 @@ class Llama4Experts(RoutedExperts):
         return type(source.act_fn) in {torch.nn.SiLU, type(ACT2FN["silu"])}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return [experts · tokens, hidden], the outputs of ``hidden``, of the same shape, expert by expert."""
+        """Return the experts' outputs for ``hidden``; both are [experts · tokens, hidden], expert by expert."""
         tokens = hidden.shape[0] // self.layer.experts
         ids = torch.arange(self.layer.experts, device=hidden.device).repeat_interleave(tokens)
-        # An expert without biases makes zeros of zeros: tokens that are not its own need no work.
+        # An expert without biases maps zeros to zeros: tokens with the routing weight 0 need no work.
         ids = torch.where((hidden != 0).any(dim=-1), ids, -1)[:, None]
         return super().forward(hidden, ids, torch.ones_like(ids, dtype=hidden.dtype))
 
 
 class SwitchExperts(RoutedExperts):
-    """Switch Transformer: one expert per token, none if it is full; wo(act(wi(x))) without a gate."""
+    """Switch Transformer's experts wo(act(wi(x))): one per token, or none if the expert is full."""
 
     def _activation(self, source: Any) -> Activation:
         act: Activation = source["expert_0"].act
@@ -179,12 +179,12 @@ class SwitchExperts(RoutedExperts):
         return False
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, hidden].
+        """Return each token's weighted expert output [tokens, hidden].
 
         Args:
-            hidden: [tokens, hidden].
-            mask: [tokens, 1, experts], 1 for a token's expert.
-            weights: [tokens, 1].
+            hidden: hidden states [tokens, hidden].
+            mask: [tokens, 1, experts], 1 for a token's expert and else 0.
+            weights: routing weights [tokens, 1].
         """
         ids = torch.where(mask.any(dim=-1), mask.argmax(dim=-1), -1)
         return super().forward(hidden, ids, weights)
@@ -194,11 +194,11 @@ CALLED_OTHERWISE: dict[str, type[RoutedExperts]] = {
     "Llama4TextExperts": Llama4Experts,
     "SwitchTransformersExperts": SwitchExperts,
 }
-"""Transformers' classes of experts that are not called as the others are."""
+"""Our classes for transformers' classes of experts that are called in another way, by name."""
 
 
 def packed_experts(layer: StoredLayer, source: Any) -> RoutedExperts:
-    """Return the module that takes the place of transformers' experts.
+    """Return the module that replaces transformers' experts.
 
     Raises:
         MoeqError: see :class:`RoutedExperts`.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about each MoE layer, before anything is allocated."""
+"""The shapes and widths of each MoE layer in a checkpoint, read from headers before memory is allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_moeq.format import MoeqConfig, Projections, ShardSet, expert_matrices
 from vllm_moeq.kernels import RaggedMatrices, ragged
 
 PARTS = ("gate_up", "down")
-"""The two buffers of a layer: what its experts apply to a token, and what to the result."""
+"""The two parts of a layer: gate and up stacked, and down."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class StoredLayer:
     """One MoE layer of the checkpoint.
 
     Attributes:
-        prefix: its name, with which the names of its experts' tensors begin.
-        projections: names of an expert's matrices.
-        gate_up: [E, 2·intermediate, hidden], gate's rows first; [E, intermediate, hidden] without an ``up``.
-        down: [E, hidden, intermediate].
-        threshold: experts with less than this share of a token's largest routing weight are skipped; 0 skips none.
+        prefix: the layer's name, with which the names of its experts' tensors begin.
+        projections: the names of an expert's matrices.
+        gate_up: the layout of [E, 2·intermediate, hidden], gate's rows first; [E, intermediate, hidden] without ``up``.
+        down: the layout of [E, hidden, intermediate].
+        threshold: a share of a token's largest routing weight; experts with less are skipped. 0 skips none.
     """
 
     prefix: str
@@ -45,7 +45,7 @@ class StoredLayer:
         return self.gate_up if part == "gate_up" else self.down
 
     def names(self, part: str) -> tuple[str, ...]:
-        """Return the projections whose rows are stacked in one of :data:`PARTS`, in order."""
+        """Return the projections that are stacked in one of :data:`PARTS`, in order."""
         down = self.projections.down
         return (down,) if part == "down" else tuple(name for name in self.projections.names() if name != down)
 
@@ -54,7 +54,7 @@ def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[StoredLayer]:
     """Yield the layers in the order of the config.
 
     Raises:
-        CheckpointError: a tensor of an expert that is missing or misshapen.
+        CheckpointError: an expert's tensor is missing or misshapen.
     """
     shapes = {
         (matrix.prefix, matrix.projection): (matrix.rows, matrix.columns)

@@ -1,7 +1,7 @@
-"""Packed linears that are no experts: transformers loads what they stand for, rounded to the model's dtype.
+"""Packed linears outside the experts: they are dequantized while transformers loads them.
 
-Experts are most of a model, so packed linears would save little memory here; and models ask their linears for a
-``weight``, tie it, or compute from it in their own ways, which they can only if it is there.
+Experts are most of a model, so keeping these linears packed would save little memory. Besides, models read, tie or
+transform the ``weight`` of their linears, so it has to exist.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from vllm_moeq.format import LINEAR_SUFFIXES, SCHEMES, MoeqConfig, linear_values
 
 SOURCES = [rf"\.{suffix}$" for suffix in LINEAR_SUFFIXES]
 ELSEWHERE = "moeq.experts"
-"""The name under which transformers sees, and ignores, the tensors of experts."""
+"""The name to which the experts' tensors are renamed, so that transformers ignores them."""
 
 
 class UnpackLinear(ConversionOps):
-    """Words and scales in, weights out.
+    """The conversion from packed words and scales to weights.
 
     Args:
-        bits: 4 or 8.
-        dtypes: by names in the model, what each weight is rounded to.
+        bits: the width, 4 or 8.
+        dtypes: the dtype of each weight, by its name in the model.
     """
 
     def __init__(self, bits: int, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -33,23 +33,23 @@ class UnpackLinear(ConversionOps):
         self.dtypes = dtypes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnpackLinear:
-        # Transformers copies an operation for every weight; this one never changes.
+        # Transformers copies an operation for every weight; this one is immutable.
         return self
 
     def convert(
         self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
-        """Return {name: weight [N, K]} of one linear; see :class:`transformers.core_model_loading.ConversionOps`."""
+        """Return one linear's {name: weight [N, K]}; see :class:`transformers.core_model_loading.ConversionOps`."""
         words, scales = (input_dict[source][0] for source in SOURCES[:2])
         return {full_layer_name: linear_values(words, scales, self.bits).to(self.dtypes[full_layer_name])}
 
 
 def conversions(config: MoeqConfig, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
-    """Return what transformers has to do before its own renamings and conversions.
+    """Return the renamings and conversions that transformers applies before its own.
 
     Args:
         config: the checkpoint's configuration.
-        dtypes: by names in the model, the dtype of each parameter.
+        dtypes: the dtype of each parameter, by its name in the model.
     """
     suffixes = dict.fromkeys(suffix for scheme in SCHEMES.values() for suffix in scheme.suffixes)
     experts = rf"^{_any(config.experts)}\.\d+\.{_any(config.projections.names())}\.{_any(suffixes)}$"

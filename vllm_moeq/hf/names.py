@@ -1,4 +1,4 @@
-"""From a checkpoint's names to modules, by transformers' own tables."""
+"""Find a model's modules by names in the checkpoint, with transformers' own tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Names:
     """Transformers' renamings for one model.
 
     Args:
-        model: transformers' model, not loaded yet.
+        model: transformers' model, before its weights are loaded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -27,26 +27,26 @@ class Names:
         self._converters = [it for it in transforms if isinstance(it, WeightConverter)]
 
     def module(self, prefix: str) -> str:
-        """Return the path of the module whose tensors have a prefix in the checkpoint.
+        """Return the path of the module whose tensors have this prefix in the checkpoint.
 
         Raises:
             UsageError: the model has no such module.
         """
         renamed: str = rename_source_key(f"{prefix}.", self._renamings, [])[0].rstrip(".")
-        # As for any tensor, a checkpoint may be loaded into the model with a head or without.
+        # A checkpoint may be loaded into a model with a head or without.
         for name in (renamed, renamed.removeprefix(f"{self._base}."), f"{self._base}.{renamed}", prefix):
             if name in self._modules:
                 return name
         raise UsageError(f"{prefix}: transformers' {self._class} has no module for these experts, looked for {renamed}")
 
     def require_whole(self, weights: Iterable[str]) -> None:
-        """Refuse a packed linear that transformers would split or join while it loads.
+        """Refuse packed linears that transformers would split or join while it loads.
 
         Args:
-            weights: checkpoint names that the linears' weights would have if they were not packed.
+            weights: the names that the linears' weights would have in the checkpoint if they were not packed.
 
         Raises:
-            UsageError: names the first.
+            UsageError: there is such a linear; the message names the first.
         """
         for weight in weights:
             if rename_source_key(weight, self._renamings, self._converters)[1] is not None:

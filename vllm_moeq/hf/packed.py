@@ -1,4 +1,4 @@
-"""A module that holds a layer's experts packed, and fills itself from the checkpoint."""
+"""A module that holds a layer's packed experts and reads them from the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ AS_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.fl
 
 
 class PackedStorage(torch.nn.Module):
-    """A buffer for each tensor of a scheme and each of gate and up, and down: ``gate_up_weight_packed``.
+    """The packed experts of a layer: one buffer per part and suffix, such as ``gate_up_weight_packed``.
 
-    They are not part of the state dict: this module reads them itself, tensor by tensor, so that no file holds
-    them in another form than the checkpoint's. Floating ones such as scales stay float16, or float32 where a bfloat16
-    value does not fit; a cast of the model does not touch them.
+    The buffers are not part of the state dict, so no file holds them in another form than the checkpoint's. Floating
+    buffers such as scales are float16, or float32 if they hold a bfloat16 value that float16 cannot represent. A cast
+    of the model does not change them.
 
     Args:
-        layer: what the checkpoint says.
+        layer: the layer in the checkpoint.
     """
 
     def __init__(self, layer: StoredLayer) -> None:
@@ -43,16 +43,16 @@ class PackedStorage(torch.nn.Module):
         return f"{self.layer.experts} experts, hidden={gate_up.columns}, intermediate={down.columns}, bits={average:g}"
 
     def packed(self, part: str) -> PackedMatrices:
-        """Return one of :data:`PARTS` as the kernels take it."""
+        """Return one of :data:`PARTS` in the form that the kernels take."""
         matrices = self.layer.matrices(part)
         return PackedMatrices(matrices, *(self.get_buffer(f"{part}_{suffix}") for suffix in matrices.suffixes))
 
     def load(self, shards: ShardSet) -> None:
-        """Copy every tensor of every expert, each once, to where the buffers are.
+        """Copy every tensor of every expert into the buffers, each once.
 
         Raises:
-            CheckpointError: a tensor that is missing, has another shape than its place, or holds an impossible value,
-                such as a scale that is 0 or not finite; names it.
+            CheckpointError: a tensor is missing or misshapen, or holds an invalid value such as a scale that is 0 or
+                not finite; the message names it.
         """
         for part in PARTS:
             matrices, projections = self.layer.matrices(part), self.layer.names(part)
@@ -65,7 +65,7 @@ class PackedStorage(torch.nn.Module):
             self._buffers.update({f"{part}_{suffix}": buffer for suffix, buffer in buffers.items()})
 
     def _copy(self, name: str, shards: ShardSet, part: str, suffix: str, expert: int, place: tuple[int, int]) -> None:
-        """Copy one tensor; ``place``: which of how many that are stacked in this part."""
+        """Copy one tensor; ``place`` is its index in the stack of this part, and the size of the stack."""
         tensor = shards.map(name)
         matrices = self.layer.matrices(part)
         scheme = matrices.schemes[expert]
@@ -80,20 +80,20 @@ class PackedStorage(torch.nn.Module):
         target.copy_(tensor)
 
     def release(self) -> None:
-        """Give the buffers' memory back, when a kernel has the weights in its own order."""
+        """Free the buffers, once a kernel has repacked the weights."""
         for _, _, name in self._stored():
             self._buffers[name] = self.get_buffer(name).new_empty(0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedStorage:
-        """Do what ``.to()``, ``.cuda()`` and the like ask for, without changing the dtype of the buffers.
+        """Apply ``.to()``, ``.cuda()`` and the like, without changing the dtype of the buffers.
 
         Raises:
-            UsageError: another device, when the buffers have been given back.
+            UsageError: the device changes after the buffers have been freed.
         """
         device = self.packed(PARTS[0]).device
         dtypes = {name: self.get_buffer(name).dtype for _, _, name in self._stored()}
         for name, dtype in dtypes.items():
-            # Casts of a module leave integers alone.
+            # Seen as integers, the buffers are not cast.
             self._buffers[name] = self.get_buffer(name).view(AS_INTEGERS.get(dtype, dtype))
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The steps that transformers takes for a checkpoint of this project."""
+"""The hooks that transformers calls while it loads a checkpoint of this project."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.get_logger("transformers.moeq")  # below "transformers": other 
 
 
 class MoeqHfQuantizer(HfQuantizer):
-    """Puts packed experts where a model has its own, has everything else loaded, then fills them.
+    """Transformers' quantizer for ``moeq``: it replaces the experts by packed ones, and fills them at the end.
 
-    Transformers loads what is not an expert: it renames, places and casts. Experts are read afterwards, straight into
-    their buffers on their device: transformers' ways of joining tensors know nothing of widths.
+    Transformers renames, places and casts all other tensors. It cannot join experts of different widths, so this class
+    reads the experts itself, directly into their buffers on their device.
     """
 
     def __init__(self, quantization_config: MoeqQuantizationConfig, **options: Any) -> None:
@@ -38,7 +38,7 @@ class MoeqHfQuantizer(HfQuantizer):
         self._checked: Path | None = None
 
     def validate_environment(self, *arguments: Any, **options: Any) -> None:
-        """Refuse to quantize.
+        """Refuse to quantize an ordinary model.
 
         Raises:
             UsageError: the model is not one of this project's checkpoints.
@@ -47,10 +47,12 @@ class MoeqHfQuantizer(HfQuantizer):
             raise UsageError("expected a checkpoint that `moeq quantize` wrote: transformers cannot quantize to it")
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Check a folder's headers: the first step that knows the folder, before transformers reads index and shards.
+        """Check a folder's headers, before transformers reads the index and the shards.
+
+        This is the first hook that knows the folder.
 
         Raises:
-            MoeqError: a damaged checkpoint.
+            MoeqError: the checkpoint is damaged.
         """
         if config.name_or_path and Path(config.name_or_path).is_dir():
             self._check(Path(config.name_or_path))
@@ -62,7 +64,7 @@ class MoeqHfQuantizer(HfQuantizer):
             self._checked = folder
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
-        """See :class:`transformers.quantizers.base.HfQuantizer`, which does not pass the dtype on."""
+        """See :class:`transformers.quantizers.base.HfQuantizer`; here the dtype is remembered too."""
         super().preprocess_model(model, dtype=dtype, **options)
         self._note(model, dtype)
 
@@ -72,11 +74,11 @@ class MoeqHfQuantizer(HfQuantizer):
         """Check the checkpoint's headers, and replace the experts of every MoE layer.
 
         Raises:
-            MoeqError: a damaged checkpoint, or a model that it does not fit.
+            MoeqError: the checkpoint is damaged, or does not fit the model.
         """
         if not checkpoint_files:
             raise UsageError("expected the folder of a checkpoint: its experts cannot come from a state_dict")
-        # Not resolved: the files of the Hub's cache are links to a folder of another name.
+        # Do not resolve the path: files in the Hub's cache are links into another folder.
         self._folder = Path(checkpoint_files[0]).parent
         self._check(self._folder)
         names = Names(model)
@@ -92,9 +94,10 @@ class MoeqHfQuantizer(HfQuantizer):
         }
 
     def _note(self, model: Any, dtype: torch.dtype | None) -> None:
-        """Remember shapes and dtypes that parameters have to have: transformers does not, where a model is quantized.
+        """Remember the shapes and dtypes that parameters must have.
 
-        It keeps whatever shape the file has, and the file's dtype for tensors whose names it changes.
+        For a quantized model transformers does not check them: it keeps the file's shapes, and the file's dtype for
+        renamed tensors.
         """
         for name, tensor in model.state_dict().items():
             self._shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
@@ -105,14 +108,14 @@ class MoeqHfQuantizer(HfQuantizer):
                     self.dtypes[name] = kept
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return transformers' renamings and conversions behind ours."""
+        """Return our renamings and conversions, then transformers'."""
         return conversions(self.config, self.dtypes) + weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Check and cast what transformers loaded, and read the experts.
 
         Raises:
-            CheckpointError: a tensor that is missing, misshapen or not finite.
+            CheckpointError: a tensor is missing, misshapen or not finite.
         """
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, shape in self._shapes.items():
@@ -143,10 +146,10 @@ class MoeqHfQuantizer(HfQuantizer):
 
 
 def _replace(model: Any, layers: dict[str, StoredLayer]) -> None:
-    """Put packed experts at the paths of modules.
+    """Replace the modules at these paths by packed experts.
 
     Raises:
-        MoeqError: a module that is no such thing, or experts that the checkpoint does not name.
+        MoeqError: a module does not hold experts that are known here, or the checkpoint lacks a layer's experts.
     """
     replaced = set()
     for path, layer in layers.items():
@@ -156,7 +159,7 @@ def _replace(model: Any, layers: dict[str, StoredLayer]) -> None:
         replaced.add(type(source))
         packed: Any = packed_experts(layer, source)
         setattr(parent, name, packed)
-        # Some models initialize experts through the block that holds them; there is nothing left to initialize.
+        # Some models initialize experts through the block that holds them; neither has anything to initialize now.
         packed._is_hf_initialized = parent._is_hf_initialized = True
     for path, module in model.named_modules():
         if type(module) in replaced:

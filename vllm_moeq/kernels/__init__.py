@@ -1,4 +1,4 @@
-"""The arithmetic: one MoE layer whose experts have different widths."""
+"""The kernels for one MoE layer whose experts have different widths."""
 
 from vllm_moeq.kernels.backends import (
     AUTO,

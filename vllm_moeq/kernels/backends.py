@@ -1,4 +1,4 @@
-"""The table of backends, and which of them runs a layer."""
+"""The table of backends, and the choice of one for a layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class LinearKernel(Protocol):
-    """One matrix that is no expert, repacked for a backend.
+    """A linear outside the experts, repacked for a backend.
 
     Attributes:
         weight: the matrix in the backend's order.
@@ -30,12 +30,12 @@ class LinearKernel(Protocol):
     weight: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x · Wᵀ, [..., N] in x's dtype, for x [..., K]."""
+        """Return x · Wᵀ [..., N] in x's dtype, for x [..., K]."""
         ...
 
 
 MakeLinear = Callable[[torch.Tensor, torch.Tensor, int], LinearKernel]
-"""Repacks a linear: int32 words [N, K·b/32] with codes offset by 2^(b−1), scales [N, K / G], and b."""
+"""A function that repacks a linear from int32 words [N, K·b/32] with the zero point 2^(b−1), scales [N, K/G], and b."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        name: the value of :data:`VARIABLE` that asks for it, and the ``name`` of its layers.
-        problem: returns why it does not run on a device, or nothing where it does.
-        make: repacks a layer for activations of a dtype.
-        automatic: the device types on which ``auto`` takes it; None: any.
-        dtypes: the activation dtypes that it takes; None: any.
+        name: the value of :data:`VARIABLE` that selects it, and the ``name`` of its layers.
+        problem: a function that returns why the backend does not run on a device, or an empty string if it does.
+        make: a function that repacks a layer for activations of a dtype.
+        automatic: the device types on which ``auto`` takes it; None means any.
+        dtypes: the activation dtypes that it takes; None means any.
         schemes: the names of the schemes that it computes from.
-        any_call: a layer takes every one of ``dtypes`` in each call, not only the one that it was made for.
-        keeps_loaded: a layer computes from the loaded buffers, which otherwise are given back.
-        captured: CUDA graphs may capture it; otherwise every call waits for the device.
-        linear: repacks linears that are no experts, if it has a kernel for those that vLLM's CPU kernels cannot have.
+        any_call: whether a layer takes any of ``dtypes`` in each call, not only the dtype that it was made for.
+        keeps_loaded: whether a layer computes from the loaded buffers; otherwise they are freed.
+        captured: whether CUDA graphs can capture it; otherwise every call waits for the device.
+        linear: a function that repacks linears outside the experts, or None if the backend has no kernel for them.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Backend:
     linear: MakeLinear | None = None
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Tell whether activations may have a dtype."""
+        """Tell whether activations may have this dtype."""
         return self.dtypes is None or dtype in self.dtypes
 
 
 def _triton_problem(device: torch.device) -> str:
-    """Triton runs on a GPU, or anywhere under its interpreter."""
+    """Return why Triton does not run here: it needs a GPU or its interpreter."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is missing"
     if device.type != "cuda":
@@ -129,7 +129,7 @@ TABLE = (
         dtypes=None, any_call=True, keeps_loaded=True, captured=False,
     ),
 )  # fmt: skip
-"""Every backend, in the order in which ``auto`` tries them; the last runs everywhere, with any dtype."""
+"""All backends in the order in which ``auto`` tries them; the last one runs everywhere, with any dtype."""
 
 FALLBACK = TABLE[-1]
 BACKENDS = (AUTO, *(row.name for row in TABLE))
@@ -138,27 +138,27 @@ BACKENDS = (AUTO, *(row.name for row in TABLE))
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and why."""
+    """A backend's name and the reason for choosing it."""
 
     backend: str
     reason: str
 
     @property
     def row(self) -> Backend:
-        """The backend's row."""
+        """The backend's row in the table."""
         return find(self.backend)
 
 
 def requested_backend() -> str:
-    """Return what the environment asks for, unchecked."""
+    """Return the backend that the environment asks for, unchecked."""
     return os.environ.get(VARIABLE, AUTO)
 
 
 def find(name: str) -> Backend:
-    """Return a backend's row.
+    """Return a backend's row in the table.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: no backend has this name.
     """
     for row in TABLE:
         if row.name == name:
@@ -167,16 +167,15 @@ def find(name: str) -> Backend:
 
 
 def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | None = None) -> Choice:
-    """Return the backend of a layer.
+    """Choose the backend of a layer.
 
     Args:
         packed: the layer, on the device that runs it.
         requested: one of :data:`BACKENDS`.
-        dtype: of the activations, if ``auto`` may choose a backend by it.
+        dtype: the activations' dtype; ``auto`` skips backends that do not take it. None skips none.
 
     Raises:
-        UsageError: an unknown backend, one that does not run on this device, or one that does not compute from the
-            layer's schemes.
+        UsageError: the backend is unknown, does not run on this device, or does not support the layer's schemes.
     """
     device = packed.device
     if requested != AUTO:
@@ -215,10 +214,10 @@ def _require_schemes(row: Backend, packed: PackedExperts) -> None:
 
 
 def choose_linear(requested: str = AUTO) -> tuple[Backend | None, str]:
-    """Return the backend on CPUs of linears that are no experts, or None and why there is none.
+    """Return the CPU backend for linears outside the experts, or None and the reason why there is none.
 
     Args:
-        requested: one of :data:`BACKENDS`; one that has no linears leaves them to nobody.
+        requested: one of :data:`BACKENDS`; a backend without a kernel for linears gives None.
     """
     reason = f"{VARIABLE} asks for it"
     for row in TABLE:
@@ -234,11 +233,11 @@ def make_layer(packed: PackedExperts, dtype: torch.dtype, backend: str = AUTO) -
 
     Args:
         packed: the layer as loaded, on the device that runs it.
-        dtype: of the activations.
+        dtype: the dtype of the activations.
         backend: one of :data:`BACKENDS`.
 
     Raises:
-        UsageError: the backend is unknown, does not run here, or cannot express this layer.
+        UsageError: the backend is unknown, does not run here, or does not support this layer or dtype.
     """
     row = choose(packed, backend).row
     if row.dtypes is not None and dtype not in row.dtypes:

@@ -1,16 +1,16 @@
 """A layer on the humming package's kernels: one grouped GEMM per projection and width, the baseline for one launch.
 
-humming (PyPI: humming-kernels) compiles a kernel for one width, so the experts of each width form a class that runs
-by itself and skips the pairs of the others. All classes write their own rows of the same buffers, hence SiLU and the
-weighted sum over the top-k run once for all of them.
+A kernel of humming (PyPI: humming-kernels) handles one width. So the experts of each width form a class with its own
+launches, which skip the other classes' pairs of token and expert. All classes write to the same buffers, each its own
+rows, so SiLU and the weighted sum over the top-k run once for all classes.
 
-humming takes the checkpoint's packing and w = (q − zero)·scale with any float zero as they are, one bit included, but
-keeps scales and zeros in the activations' dtype and rounds after the subtraction and after the product. In bfloat16 a
-zero of a 4-bit expert is off by up to 1/32 of a code and one of an 8-bit expert by up to half a code; float16 keeps
-them. Sums are float32 within a tile, partial sums that stream-K adds up have the activations' dtype, the sum over the
-top-k is float32 and rounded once.
+humming takes the checkpoint's packing (one bit included) and w = (q − zero)·scale with any float zero. But it keeps
+scales and zeros in the activations' dtype, and rounds after the subtraction and after the product. In bfloat16 the zero
+of a 4-bit expert is off by up to 1/32 of a code, that of an 8-bit expert by up to half a code; float16 keeps them. Sums
+are float32 within a tile. The partial sums of stream-K have the activations' dtype. The sum over the top-k is float32,
+rounded once.
 
-Nothing here imports humming or vLLM before a :class:`HummingLayer` is made or :func:`available` is asked.
+This module imports humming and vLLM only when a :class:`HummingLayer` is made or :func:`available` is called.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 MIN_GROUP, MAX_GROUP = 32, 128
-"""Weights per scale that are handed to humming; scales of larger groups are repeated."""
+"""The range of group sizes that humming gets; scales of larger groups are repeated."""
 
 MISSING = "the humming kernel needs the package humming-kernels and a CUDA GPU of SM 7.5 or later"
 
@@ -37,11 +37,11 @@ FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "indexed"})
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Pairs by expert, each expert's padded to whole blocks; the expert of each block; how many pairs to look at."""
+"""The pairs sorted by expert and padded to whole blocks; each block's expert; the number of pairs with padding."""
 
 
 def available() -> bool:
-    """Say whether there is a CUDA GPU that humming supports and humming can be imported."""
+    """Tell whether humming can be imported and supports this machine's GPU."""
     try:
         supported = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 5)
         return supported and bool(importlib.import_module("humming.forward"))
@@ -55,14 +55,14 @@ def width_classes(bits: Sequence[int]) -> dict[int, list[int]]:
 
 
 def expert_map(members: Sequence[int], num_experts: int, device: torch.device) -> torch.Tensor:
-    """Map local indices to positions in a class as int32 [num_experts + 1]: −1 for other experts, and at the end."""
+    """Return each local expert's position in a class, int32 [num_experts + 1]; −1 for other experts and at the end."""
     table = torch.full((num_experts + 1,), -1, dtype=torch.int32)
     table[list(members)] = torch.arange(len(members), dtype=torch.int32)
     return table.to(device)
 
 
 def common_group(matrices: RaggedMatrices) -> int:
-    """Find the group size for humming, which takes powers of two and no offset; 0 is one group per row.
+    """Return the group size for humming, which takes powers of two and no offset; 0 means one group per row.
 
     Raises:
         UsageError: the groups' borders on this rank are not multiples of 32.
@@ -80,13 +80,13 @@ def common_group(matrices: RaggedMatrices) -> int:
 
 
 def class_tensors(packed: PackedMatrices, experts: Sequence[int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gather experts of one width in humming's checkpoint layout.
+    """Return the experts of one width in humming's checkpoint layout.
 
     Returns:
-        ``weight`` int32 [e, rows, columns·bits/32], ``weight_scale`` and ``zero_point`` ``dtype`` [e, rows, groups].
+        ``weight`` int32 [e, rows, columns·bits/32]; ``weight_scale`` and ``zero_point`` [e, rows, groups] in ``dtype``.
 
     Raises:
-        UsageError: a group cannot be expressed, or a scale or zero overflows ``dtype``.
+        UsageError: humming does not support the groups, or a scale or zero overflows ``dtype``.
     """
     matrices, device = packed.matrices, packed.words.device
     spans = [packed.words[matrices.offsets[e] : matrices.offsets[e + 1]].view(matrices.rows, -1) for e in experts]
@@ -108,7 +108,7 @@ class IndexedGemm:
     """One projection of one class: outputs[pair] = W[expert of pair] · inputs[pair // top-k]."""
 
     def __init__(self, packed: PackedMatrices, experts: Sequence[int], dtype: torch.dtype) -> None:
-        """Repack on the weights' device; kernels are compiled by the first call. UsageError as for class_tensors."""
+        """Repack on the weights' device; the first call compiles. Raise UsageError as :func:`class_tensors` does."""
         matrices, device = packed.matrices, packed.words.device
         layout = {"weight_scale_group_size": common_group(matrices), "has_zero_point": True, "is_fp_zero_point": True}
         schema = importlib.import_module("humming.schema").HummingWeightSchema
@@ -128,23 +128,23 @@ class IndexedGemm:
         tuning = tune(layer_config=self._config, gemm_type="indexed", device=device)
         self._limits = [int(limit) for _, limit, _ in tuning]
         self._variants = [config for _, _, config in tuning]
-        # Stream-K counts arrivals in the locks; own to each GEMM: the next launch may overlap this one's tail.
+        # Stream-K counts arrivals in the locks. Each GEMM has its own, since the next launch may overlap its tail.
         locks = torch.zeros(8192, dtype=torch.int32, device=device)
         self._fixed = {**tensors, "locks": locks, "compute_config": COMPUTE, "tuning_config": json.dumps(tuning)}
         self._forward = importlib.import_module("humming.forward").humming_forward
 
     def block_size(self, rows: int) -> int:
-        """Rows per block of the kernel that humming picks for this many rows."""
+        """Return the rows per block of the kernel that humming picks for this many rows."""
         return int(self._variants[bisect_left(self._limits, rows)]["block_shape"][0])
 
     def regimes(self) -> list[int]:
-        """Row counts that together select every kernel."""
+        """Return row counts that together select every kernel."""
         return list(dict(zip(map(json.dumps, self._variants), self._limits, strict=True)).values())
 
     def __call__(self, inputs: torch.Tensor, outputs: torch.Tensor, blocks: Blocks, top_k: int, rows: int) -> None:
-        """Write the rows of ``outputs`` [pairs, n] whose pair is in ``blocks``; leave the others alone.
+        """Write the rows of ``outputs`` [pairs, n] whose pair is in ``blocks``, and no other rows.
 
-        ``inputs`` is [pairs / top_k, columns]; ``rows`` tells how many pairs to tune for and so the size of blocks.
+        ``inputs`` is [pairs / top_k, columns]. ``rows`` is the number of pairs to tune for; it sets the block size.
         """
         self._forward(
             self._config,
@@ -160,9 +160,9 @@ class IndexedGemm:
 
 
 def align(ids: torch.Tensor, table: torch.Tensor, block_size: int) -> Blocks:
-    """Sort pairs by expert and pad each expert's to whole blocks, without a host synchronization.
+    """Sort pairs by expert and pad each expert's pairs to whole blocks, without waiting for the device.
 
-    ``ids`` are local expert indices, ``table`` their positions in the class (:func:`expert_map`).
+    ``ids`` are local expert indices; ``table`` holds their positions in the class (:func:`expert_map`).
     """
     pairs, experts = ids.numel(), table.numel() - 1
     position = table[ids.flatten()].long()
@@ -173,7 +173,7 @@ def align(ids: torch.Tensor, table: torch.Tensor, block_size: int) -> Blocks:
     slot = (padded.cumsum(0) - padded)[key] + torch.arange(pairs, device=ids.device) - (counts.cumsum(0) - counts)[key]
     bound = min(pairs, (pairs + experts * (block_size - 1)) // block_size) * block_size
     sorted_ids = torch.full((bound + 1,), pairs, dtype=torch.int32, device=ids.device)
-    # Skipped pairs all land in the extra slot at the end.
+    # All skipped pairs go to the extra slot at the end.
     sorted_ids.scatter_(0, torch.where(key == experts, bound, slot), order.int())
     sorted_ids[bound:] = pairs
     starts = torch.arange(0, bound, block_size, device=ids.device)
@@ -182,19 +182,19 @@ def align(ids: torch.Tensor, table: torch.Tensor, block_size: int) -> Blocks:
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate)·up of [pairs, 2·intermediate], gate first, rounded once."""
+    """Return silu(gate)·up, rounded once, for [pairs, 2·intermediate] with gate first."""
     gate, up = gate_up.float().chunk(2, dim=1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def combine(down: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    """Sum [tokens, top-k, hidden] over the top-k with float32 weights; rows with negative ids may hold anything."""
+    """Return the weighted sum over the top-k of [tokens, top-k, hidden]; rows with negative ids are ignored."""
     local = torch.where(topk_ids[..., None] < 0, 0.0, down.float())
     return (local * topk_weights[..., None]).sum(1).to(down.dtype)
 
 
 class Steps(NamedTuple):
-    """What surrounds the GEMMs."""
+    """The steps before, between and after the GEMMs."""
 
     align: Callable[[torch.Tensor, torch.Tensor, int], Blocks] = align
     silu_mul: Callable[[torch.Tensor], torch.Tensor] = silu_mul
@@ -202,7 +202,7 @@ class Steps(NamedTuple):
 
 
 def fastest_steps(device: torch.device) -> Steps:
-    """Pick vLLM's kernels, with which vLLM itself surrounds humming's, or plain torch where they are missing."""
+    """Return the kernels that vLLM uses around humming's, or plain torch if they are missing."""
     if device.type != "cuda":
         return Steps()
     try:
@@ -230,15 +230,15 @@ def fastest_steps(device: torch.device) -> Steps:
 
 
 class HummingLayer:
-    """A layer whose width classes run one after the other on humming's kernels; implements ``LayerKernel``."""
+    """A layer whose width classes run one after the other in humming's kernels; it implements ``LayerKernel``."""
 
     name = "humming"
 
     def __init__(self, experts: PackedExperts, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Repack the layer, on the device that holds it, for calls with float16 or bfloat16 activations.
+        """Repack the layer on its device for activations of ``dtype``, float16 or bfloat16.
 
         Raises:
-            UsageError: humming or its GPU is missing, or it cannot express these groups, scales or zeros.
+            UsageError: humming or a GPU is missing, or humming does not support these groups, scales or zeros.
         """
         if not available():
             raise UsageError(MISSING)
@@ -258,19 +258,19 @@ class HummingLayer:
         ]
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """As :class:`LayerKernel`; x [tokens, hidden] has the dtype given at construction, or UsageError."""
+        """See :class:`LayerKernel`; raise UsageError if x does not have the dtype given at construction."""
         if x.dtype != self._dtype:
             raise UsageError(f"this layer was repacked for {self._dtype}, not {x.dtype}")
         (tokens, top_k), pairs = topk_ids.shape, topk_ids.numel()
         if pairs == 0:
             return torch.zeros_like(x)
         ids = topk_ids.int().contiguous()
-        # vLLM's alignment looks up every id in the map, so the skipped ones need an entry.
+        # vLLM's alignment looks up every id in the map, so skipped ids need an entry too.
         safe = torch.where(ids < 0, self._skip, ids)
         x, gate_up, down = x.contiguous(), x.new_empty(pairs, 2 * self._intermediate), x.new_empty(pairs, self._hidden)
         found: list[tuple[int, Blocks]] = []
         for share, table, first, _ in self._classes:
-            # Kernels are tuned for a class's average: only the device knows the true number.
+            # Tune for the class's average number of pairs: only the device knows the true number.
             rows = -(-pairs * share // self._num_experts)
             found.append((rows, self._steps.align(safe, table, first.block_size(rows))))
             first(x, gate_up, found[-1][1], top_k, rows)
@@ -282,9 +282,9 @@ class HummingLayer:
         return self._steps.combine(down.view(tokens, top_k, -1), topk_weights.float().contiguous(), ids)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Compile and load every kernel that humming's tuning can select; UsageError for another dtype.
+        """Compile and load every kernel that humming's tuning can select; raise UsageError for another dtype.
 
-        The row count that a call is told selects the kernel, not its input, so a few tokens reach all of them.
+        A call's argument ``rows`` selects the kernel, not the size of its input, so a few tokens suffice.
         """
         tokens = -(-self._num_experts // top_k)
         ids = (torch.arange(tokens * top_k, device=self._device) % self._num_experts).int().view(tokens, top_k)

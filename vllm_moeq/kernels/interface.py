@@ -1,4 +1,4 @@
-"""What every backend takes and gives: one layer's packed experts, and a callable that runs them."""
+"""The interface of every backend: it takes a layer's packed experts and returns a callable that runs them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class PackedMatrices:
     """E matrices as a checkpoint stores them.
 
     Args:
-        matrices: their widths, shapes and schemes.
-        tensors: the buffers of ``matrices.suffixes``, in their order; the grid's are words, scales and zeros.
+        matrices: the layout: widths, shapes and schemes.
+        tensors: the buffers in the order of ``matrices.suffixes``; the grid's are words, scales and zeros.
 
     Attributes:
-        matrices: see above.
+        matrices: the layout.
         tensors: the buffers by suffix.
     """
 
@@ -29,7 +29,7 @@ class PackedMatrices:
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """The buffers' device."""
         return next(iter(self.tensors.values())).device
 
     @property
@@ -44,18 +44,18 @@ class PackedMatrices:
 
     @property
     def zeros(self) -> torch.Tensor:
-        """The grid's zeros, of the shape and dtype of the scales; w = (q − zero)·scale."""
+        """The grid's zeros, with the shape and dtype of the scales; w = (q − zero)·scale."""
         return self.tensors[ZERO]
 
     def dense(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights of one expert, computed in float32 and rounded once.
 
         Args:
-            expert: local index.
-            dtype: of the result.
+            expert: the expert's local index.
+            dtype: the dtype of the result.
 
         Returns:
-            [rows, columns].
+            The weights [rows, columns].
         """
         layout = self.matrices
         scheme = layout.schemes[expert]
@@ -65,11 +65,11 @@ class PackedMatrices:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """A layer on this rank.
+    """The experts of a layer on this rank.
 
     Attributes:
-        gate_up: [E, 2·intermediate, hidden], gate's rows first.
-        down: [E, hidden, intermediate].
+        gate_up: the matrices [E, 2·intermediate, hidden], gate's rows first.
+        down: the matrices [E, hidden, intermediate].
     """
 
     gate_up: PackedMatrices
@@ -82,7 +82,7 @@ class PackedExperts:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer lies."""
+        """The buffers' device."""
         return self.gate_up.device
 
     @property
@@ -102,22 +102,22 @@ class PackedExperts:
 
 
 class LayerKernel(Protocol):
-    """One layer, repacked for a backend."""
+    """A layer, repacked for a backend."""
 
     name: str
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, hidden]: each token's weighted sum over its local experts.
+        """Return each token's weighted sum over its local experts, [tokens, hidden].
 
-        Safe under CUDA graph capture once :meth:`warm_up` has run.
+        CUDA graphs can capture a call once :meth:`warm_up` has run.
 
         Args:
-            x: [tokens, hidden], float16 or bfloat16; on a CPU also float32.
-            topk_weights: [tokens, top-k] float32 routing weights.
-            topk_ids: [tokens, top-k] local expert indices, negative to skip.
+            x: hidden states [tokens, hidden], float16 or bfloat16; on a CPU also float32.
+            topk_weights: routing weights [tokens, top-k], float32.
+            topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
         """
         ...
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Compile every variant that calls with this activation dtype and top-k can need."""
+        """Compile every variant that a call with this activation dtype and top-k may use."""
         ...

@@ -1,4 +1,4 @@
-"""The MoE layer as one opaque operator, so that torch.compile does not look inside."""
+"""The MoE layer as one opaque operator, which torch.compile does not trace into."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def moe(
     """Run a layer's experts on this rank's tokens.
 
     Args:
-        x: [tokens, hidden].
-        topk_weights: [tokens, top-k].
-        topk_ids: [tokens, top-k], local indices, negative to skip.
-        w13: words (1-D int32), scales and zeros [E, 2·intermediate, groups] of gate and up.
-        w2: words, scales and zeros [E, hidden, groups] of down.
-        bits: width of each local expert.
-        group_size: weights per scale, −1 for whole rows.
-        w2_group_offset: where this rank's slice of the intermediate dimension begins within a group.
+        x: hidden states [tokens, hidden].
+        topk_weights: routing weights [tokens, top-k].
+        topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
+        w13: gate's and up's words (1-D int32), scales and zeros [E, 2·intermediate, groups].
+        w2: down's words, scales and zeros [E, hidden, groups].
+        bits: the width of each local expert.
+        group_size: weights per scale, or −1 for whole rows.
+        w2_group_offset: the position within a group at which this rank's slice of the intermediate dimension begins.
 
     Returns:
-        [tokens, hidden], this rank's part of the sum.
+        This rank's part of the sum, [tokens, hidden].
     """
     result: torch.Tensor = torch.ops.vllm_moeq.moe(
         x, topk_weights, topk_ids, *w13, *w2, bits, group_size, w2_group_offset

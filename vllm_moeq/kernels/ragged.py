@@ -1,4 +1,4 @@
-"""How a layer's experts of different widths lie in memory: one ragged buffer of codes, and regular ones beside it."""
+"""The memory layout of a layer's experts of different widths: one ragged buffer of codes, and regular buffers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from vllm_moeq.format import GRID, Scheme, TensorLayout
 class RaggedMatrices:
     """The layout of E matrices [rows, columns] of different widths in a few buffers, one per suffix.
 
-    The codes of a scheme lie in one 1-D buffer, each expert's where the one before ends. Any other tensor has one size
-    for all widths and lies in a buffer [experts that have it, …].
+    A scheme's codes lie in one 1-D buffer, one expert after the other without gaps. Every other tensor has the same
+    size for all widths and lies in a buffer [experts that have it, …].
 
     Attributes:
-        bits: width of each local expert.
+        bits: the width of each local expert.
         rows: output neurons.
-        columns: input dimension on this rank, a multiple of 32.
-        group_size: weights per scale along the input dimension (``columns`` or more: one group).
-        group_offset: position of column 0 within its group; not 0 where tensor parallelism splits the
-            input dimension inside a group.
-        schemes: how each local expert is stored.
+        columns: the input dimension on this rank, a multiple of 32.
+        group_size: weights per scale along the input dimension; with ``columns`` or more there is one group.
+        group_offset: the position of column 0 within its group. It is not 0 if tensor parallelism splits the input
+            dimension inside a group.
+        schemes: the scheme of each local expert.
     """
 
     bits: tuple[int, ...]
@@ -46,7 +46,7 @@ class RaggedMatrices:
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, ...]]:
-        """For each scheme's codes, the first element of every expert, then the length of the buffer."""
+        """Every expert's first element and then the buffer's length, for each scheme's codes."""
         experts = list(zip(self.schemes, self.bits, strict=True))
         sizes = {(scheme, bits): self._layout(scheme, bits)[scheme.codes].numel for scheme, bits in set(experts)}
         found = {}
@@ -57,7 +57,7 @@ class RaggedMatrices:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """The first word of each of the grid's experts, then the length of the buffer."""
+        """Every expert's first word in the grid's buffer of codes, then the buffer's length."""
         return self._offsets[GRID.codes]
 
     @property
@@ -74,7 +74,7 @@ class RaggedMatrices:
         return [expert for expert, scheme in enumerate(self.schemes) if suffix in scheme.suffixes]
 
     def empty(self, suffix: str) -> torch.Tensor:
-        """Allocate the buffer of one suffix, on torch's current device, in the first dtype that a file may use."""
+        """Allocate the buffer of one suffix, on torch's default device, with the first dtype that a file may use."""
         scheme, bits = next(
             ((own, bits) for own, bits in zip(self.schemes, self.bits, strict=True) if suffix in own.suffixes),
             (GRID, GRID.widths[0]),
@@ -85,12 +85,12 @@ class RaggedMatrices:
         return torch.empty((len(self._members(suffix)), *tensor.shape), dtype=tensor.dtypes[0])
 
     def view(self, buffer: torch.Tensor, suffix: str, expert: int) -> torch.Tensor:
-        """Return where one expert's tensor lies.
+        """Return the view of one expert's tensor.
 
         Args:
-            buffer: all experts', as :meth:`empty` makes it.
-            suffix: one that the expert's scheme has.
-            expert: local index.
+            buffer: the buffer of all experts, as :meth:`empty` makes it.
+            suffix: a suffix that the expert's scheme has.
+            expert: the expert's local index.
         """
         if suffix not in self._offsets:
             return buffer[self._members(suffix).index(expert)]
@@ -106,7 +106,7 @@ def ragged(
     group_offset: int = 0,
     schemes: Sequence[Scheme] | None = None,
 ) -> RaggedMatrices:
-    """Build :class:`RaggedMatrices`; a group size of −1 is one group per row, and without schemes all are grids."""
+    """Build :class:`RaggedMatrices`; the group size −1 means one group per row, and the default scheme is the grid."""
     size = group_offset + columns if group_size < 0 else group_size
     return RaggedMatrices(
         tuple(bits), rows, columns, size, group_offset, tuple(schemes) if schemes else (GRID,) * len(bits)
@@ -114,18 +114,18 @@ def ragged(
 
 
 def wide_enough(buffer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return a buffer that holds some values exactly: itself, or float32 where float16 reaches less far than bfloat16.
+    """Return the buffer, or a float32 copy if it is float16 and cannot hold the values exactly.
 
     Args:
-        buffer: where the values go, of any dtype.
-        values: of any dtype that the buffer may be filled from.
+        buffer: the buffer that the values go into.
+        values: the values; bfloat16 has a larger range than float16.
     """
     narrow = buffer.dtype == torch.float16 and values.dtype != torch.float16
     return buffer.float() if narrow and not torch.equal(values.half().to(values.dtype), values) else buffer
 
 
 def of_one_dtype(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the buffers of a layout with all floating ones in the widest dtype among them, as kernels take them."""
+    """Return the buffers with all floating ones cast to the widest dtype among them, as the kernels require."""
     dtype = torch.float16
     for buffer in buffers.values():
         dtype = torch.promote_types(dtype, buffer.dtype) if buffer.is_floating_point() else dtype

@@ -1,4 +1,4 @@
-"""The mixed-width MoE layer in plain torch: the numerics that every other backend is compared with."""
+"""The MoE layer in plain torch: every other backend is compared with its numbers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def dense_expert(
 
     Args:
         matrices: the layout of the buffers.
-        expert: local index.
-        words: int32 buffer of all experts.
-        scales: [E, rows, groups].
-        zeros: [E, rows, groups].
-        dtype: of the result [rows, columns].
+        expert: the expert's local index.
+        words: the codes of all experts, 1-D int32.
+        scales: the scales of all experts [E, rows, groups].
+        zeros: the zeros of all experts [E, rows, groups].
+        dtype: the dtype of the result [rows, columns].
     """
     return PackedMatrices(matrices, words, scales, zeros).dense(expert, dtype)
 
@@ -40,19 +40,18 @@ def moe_reference(
     w2: RaggedMatrices,
     w2_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Sum over each token's local experts of weight · down(silu(gate(x)) · up(x)).
+    """Return the sum of weight · down(silu(gate(x)) · up(x)) over each token's local experts.
 
-    Rounded to x's dtype where a fused kernel rounds, the weights and the hidden activations; sums are
-    float32.
+    Like a fused kernel, it rounds the weights and the activations after silu(gate)·up to x's dtype. Sums are float32.
 
     Args:
-        x: [tokens, hidden], any float dtype.
-        topk_weights: [tokens, top-k] routing weights.
-        topk_ids: [tokens, top-k] local expert indices; negative ones are skipped.
-        w13: layout of gate and up, gate's rows first.
-        w13_tensors: words, scales, zeros of gate and up.
-        w2: layout of down.
-        w2_tensors: words, scales, zeros of down.
+        x: hidden states [tokens, hidden], any float dtype.
+        topk_weights: routing weights [tokens, top-k].
+        topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
+        w13: the layout of gate and up, gate's rows first.
+        w13_tensors: gate's and up's words, scales and zeros.
+        w2: the layout of down.
+        w2_tensors: down's words, scales and zeros.
 
     Returns:
         [tokens, hidden] in x's dtype; zeros for tokens without a local expert.
@@ -71,12 +70,12 @@ def moe_reference(
 
 
 class ReferenceLayer:
-    """The reference as a backend, on the loaded buffers.
+    """The reference as a backend; it computes from the loaded buffers.
 
     It waits for the device in every call, so CUDA graphs cannot capture it.
 
     Args:
-        packed: the layer as loaded, of the grid; kept.
+        packed: the layer as loaded, with all experts stored by the grid; it is kept.
     """
 
     name = "reference"
@@ -86,7 +85,7 @@ class ReferenceLayer:
         self._gate_up, self._down = ((it.words, it.scales, it.zeros) for it in (packed.gate_up, packed.down))
         self._bits = list(packed.bits)
         first, second = packed.gate_up.matrices.group_size, packed.down.matrices.group_size
-        # They differ only where every row is one group, which is as long as the row.
+        # They differ only if every row is one group, as long as the row.
         self._group_size = first if first == second else WHOLE_ROW
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -98,4 +97,4 @@ class ReferenceLayer:
         return moe_reference(x, topk_weights, topk_ids, first, self._gate_up, second, self._down)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Nothing to compile."""
+        """Do nothing: there is nothing to compile."""

@@ -1,4 +1,4 @@
-"""The vLLM adapter: only this package imports vLLM, and of it only ``seam``."""
+"""The vLLM adapter; its module ``seam`` is the only one that imports vLLM."""
 
 
 def register_method() -> None:

@@ -1,4 +1,4 @@
-"""The folder that vLLM loads, checked once before its weights are used."""
+"""The folder that vLLM loads; it is checked once before its weights are used."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm_moeq.format import MoeqError, ShardSet, Summary, verify
 
 @dataclass
 class Checkpoint:
-    """What ``--model`` names.
+    """The checkpoint that ``--model`` names.
 
     Attributes:
-        model: a folder, or a name on the Hub, whose files vLLM puts into a cache just before it loads them.
-        revision: on the Hub.
-        cache: ``--download-dir``, or None for the Hub's own.
+        model: a folder, or a name on the Hub, which vLLM downloads just before it loads the weights.
+        revision: the revision on the Hub.
+        cache: the cache folder, ``--download-dir``; None is the Hub's default.
     """
 
     model: str
@@ -27,7 +27,7 @@ class Checkpoint:
     _summary: Summary | None = field(default=None, repr=False)
 
     def folder(self) -> Path | None:
-        """Return the folder, or None while the Hub's files are not here."""
+        """Return the folder, or None if the Hub's files are not downloaded yet."""
         if Path(self.model).is_dir():
             return Path(self.model)
         try:
@@ -37,13 +37,13 @@ class Checkpoint:
         return Path(found)
 
     def check(self) -> Summary | None:
-        """Check config.json, index and headers, once; the values of experts are checked while they load.
+        """Check config.json, index and headers, once; the experts' values are checked while they load.
 
         Returns:
-            What the checkpoint holds, or None while its files are not here.
+            Counts and sizes, or None if the files are not downloaded yet.
 
         Raises:
-            MoeqError: the first problem, naming file and tensor.
+            MoeqError: a check fails; the message names the file and the tensor.
         """
         folder = self.folder()
         if self._summary is None and folder is not None:
@@ -51,7 +51,7 @@ class Checkpoint:
         return self._summary
 
     def place(self, name: str) -> str:
-        """Return what a message calls a tensor: its file, where that is known, and its name."""
+        """Return the name of a tensor, with its file if that is known, for messages."""
         folder = self.folder()
         try:
             if folder is not None:

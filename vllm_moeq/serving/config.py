@@ -35,10 +35,10 @@ def parse_thresholds(value: Any, prefixes: Collection[str]) -> dict[str, float]:
 
     Args:
         value: the parsed JSON value: a number for all layers, or an object from prefixes to numbers.
-        prefixes: of the checkpoint's ``experts``.
+        prefixes: the keys of the checkpoint's ``experts``.
 
     Raises:
-        UsageError: any other value, a number outside 0 … 1, or a prefix that is not among ``prefixes``.
+        UsageError: the value is something else, a number is outside 0 … 1, or a prefix is not among ``prefixes``.
     """
     numbers = value if isinstance(value, dict) else dict.fromkeys(prefixes, value)
     for prefix, number in numbers.items():
@@ -56,18 +56,18 @@ def parse_thresholds(value: Any, prefixes: Collection[str]) -> dict[str, float]:
 
 
 ALL_TO_ALL = ("allgather_reducescatter", "naive")
-"""Ways to exchange tokens between ranks that leave routing to the runner, as these kernels expect."""
+"""The all-to-all backends that leave routing to vLLM's runner, as our kernels expect."""
 
 
 def check_parallel(parallel: Any) -> None:
-    """Refuse parallel layouts that the kernels cannot have, naming the flag.
+    """Refuse parallel layouts that the kernels do not support; the message names the flag.
 
     Args:
         parallel: vLLM's ``FusedMoEParallelConfig``.
 
     Raises:
-        UsageError: load balancing that moves experts, which needs experts of one size; an exchange of tokens that
-            brings its own kernels.
+        UsageError: load balancing is on, which needs experts of one size; or tokens are exchanged by a backend outside
+            :data:`ALL_TO_ALL`.
     """
     if parallel.enable_eplb:
         raise UsageError("--enable-eplb: experts of different widths cannot change places; expected it left out")
@@ -76,13 +76,13 @@ def check_parallel(parallel: Any) -> None:
 
 
 def find_layer(prefix: str, known: Collection[str]) -> str:
-    """Return the MoE layer of the checkpoint that vLLM calls ``prefix``.
+    """Return the checkpoint's name of the MoE layer that vLLM calls ``prefix``.
 
-    A model class may tell its layers a name of which its modules, and so the tensors, know nothing: vLLM's MiniMax-M2
-    says ``layers.0.mlp.experts`` of ``layers.0.block_sparse_moe.experts``. A decoder layer has one block of experts.
+    In vLLM a layer's prefix may differ from its module's path: MiniMax-M2 calls ``layers.0.block_sparse_moe.experts``
+    ``layers.0.mlp.experts``. So the name of the block is ignored; a decoder layer has only one block of experts.
 
     Raises:
-        ConfigError: none, or several.
+        ConfigError: no layer matches, or several do.
     """
     if prefix in known:
         return prefix
@@ -93,13 +93,13 @@ def find_layer(prefix: str, known: Collection[str]) -> str:
 
 
 def _without_block(prefix: str) -> tuple[str, str]:
-    """Return what is before and behind the name of a MoE block in ``model.layers.0.mlp.experts``."""
+    """Split ``model.layers.0.mlp.experts`` into ``model.layers.0`` and ``experts``, without the block's name."""
     parts = prefix.split(".")
     return ".".join(parts[:-2]), parts[-1]
 
 
 class MoeqQuantizationConfig(QuantizationConfig):
-    """Experts by this project's kernels, other linears by vLLM's own compressed-tensors kernels where it has them."""
+    """Our kernels for experts, and for other linears vLLM's compressed-tensors kernels if they support them."""
 
     def __init__(self, config: MoeqConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return the oldest CUDA architecture, Ampere."""
+        """Return the oldest supported CUDA capability, Ampere's."""
         return 80
 
     @staticmethod
@@ -144,13 +144,13 @@ class MoeqQuantizationConfig(QuantizationConfig):
         return cls(parse_config(config, "config.json"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Take the user's thresholds, and check the headers of a local checkpoint before anything is allocated.
+        """Read the user's thresholds, and check the headers of a local checkpoint.
 
-        vLLM calls it before it builds the model. ``hf_config`` carries what ``--hf-overrides`` adds, so
-        vLLM's cache of compiled graphs knows it too.
+        vLLM calls this method before it builds the model. ``hf_config`` has the keys of ``--hf-overrides``, so vLLM's
+        cache of compiled graphs depends on them too.
 
         Raises:
-            MoeqError: an override that is not thresholds, or a damaged checkpoint.
+            MoeqError: the override is invalid, or the checkpoint is damaged.
         """
         if hasattr(hf_config, OVERRIDE):
             self.odp = parse_thresholds(getattr(hf_config, OVERRIDE), self.moeq.experts)
@@ -175,7 +175,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
         )
 
     def _loaded_from(self) -> Checkpoint | None:
-        """Return what all layers' experts are loaded from, or None if vLLM has not named it."""
+        """Return the checkpoint that all layers are loaded from, or None if vLLM has not named it."""
         if self._checkpoint is not None and not Path(self._checkpoint.model).is_dir():
             self._checkpoint.cache = get_current_vllm_config().load_config.download_dir
         return self._checkpoint

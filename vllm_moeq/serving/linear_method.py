@@ -1,4 +1,4 @@
-"""Packed linears that are no experts, where vLLM has no kernel for them: on CPUs, our own, or unpacked as they load."""
+"""Packed linears outside the experts for which vLLM has no CPU kernel: run by ours, or unpacked while they load."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WORDS, SCALES, SHAPE = LINEAR_SUFFIXES
 
 
 def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
-    """Return why vLLM's own kernels cannot have linears of this format on this platform, or None where they can.
+    """Return why vLLM has no kernel for linears of this format on this platform, or None if it has.
 
     Args:
         linear: the format.
-        dtype: of the activations.
+        dtype: the dtype of the activations.
     """
     if not current_platform.is_cpu():
         return None
@@ -38,7 +38,7 @@ def unserved(linear: Linear, dtype: torch.dtype) -> str | None:
 
 
 def choose_method(linear: Linear, prefix: str, reason: str) -> NativeLinearMethod | UnpackedLinearMethod:
-    """Return the method of a linear that vLLM's kernels cannot have for this reason: packed where our kernel runs."""
+    """Return the method of a linear that vLLM's kernels do not support: packed if our kernel runs, else unpacked."""
     row, missing = choose_linear(requested_backend())
     if row is not None and row.linear is not None:
         logger.info_once("moeq: other linears run in the %s kernel, packed: %s", row.name, reason)
@@ -48,7 +48,7 @@ def choose_method(linear: Linear, prefix: str, reason: str) -> NativeLinearMetho
 
 
 class PackedLinearMethod(QuantizeMethodBase):
-    """Loads compressed-tensors' symmetric ``pack-quantized`` form.
+    """The loading of compressed-tensors' symmetric ``pack-quantized`` form.
 
     Args:
         linear: the checkpoint's format.
@@ -70,7 +70,7 @@ class PackedLinearMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Allocate packed words and scales [outputs, inputs / …] for this rank.
+        """Allocate this rank's words [outputs, inputs·bits/32] and scales [outputs, inputs/group].
 
         Raises:
             UsageError: tensor parallelism splits the input dimension inside a group.
@@ -103,12 +103,12 @@ class PackedLinearMethod(QuantizeMethodBase):
 
 
 class NativeLinearMethod(PackedLinearMethod):
-    """Keeps a linear packed, and multiplies with it in a kernel of ours.
+    """A linear that stays packed and runs in our kernel.
 
     Args:
         linear: the checkpoint's format.
         prefix: the layer's name.
-        make: repacks it for the kernel.
+        make: repacks the linear for the kernel.
     """
 
     def __init__(self, linear: Linear, prefix: str, make: MakeLinear) -> None:
@@ -117,22 +117,22 @@ class NativeLinearMethod(PackedLinearMethod):
         self.kernel: LinearKernel | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Put the words and scales into the kernel's order, under the name of the words."""
+        """Repack the words and scales for the kernel, into one parameter under the name of the words."""
         self.kernel = self._make(*self.take_loaded(layer), self.linear.bits)
         layer.register_parameter(WORDS, torch.nn.Parameter(self.kernel.weight, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [..., rows on this rank] in x's dtype."""
+        """Return x · Wᵀ + bias [..., rows on this rank] in x's dtype."""
         assert self.kernel is not None
         result = self.kernel(x)
         return result if bias is None else result + bias
 
 
 class UnpackedLinearMethod(PackedLinearMethod, UnquantizedLinearMethod):
-    """Unpacks a linear while the model loads, and multiplies in the activations' dtype."""
+    """A linear that is unpacked while the model loads, and multiplies in the activations' dtype."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the packed words by the values that they stand for, rounded once."""
+        """Replace the packed words by the dequantized weights, rounded once."""
         words, scales = self.take_loaded(layer)
         values = linear_values(words, scales, self.linear.bits).to(scales.dtype)
         layer.register_parameter("weight", torch.nn.Parameter(values, requires_grad=False))

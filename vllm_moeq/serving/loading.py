@@ -1,4 +1,4 @@
-"""Put a checkpoint's expert tensors into this rank's ragged buffers, and notice what is missing."""
+"""Load a checkpoint's expert tensors into this rank's ragged buffers, and notice missing ones."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ WeightLoader = Callable[..., bool | None]
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's share of one layer: some experts (EP), a slice of the intermediate dimension (TP).
+    """This rank's share of one layer: some experts (EP), and a slice of the intermediate dimension (TP).
 
     Attributes:
         prefix: the layer's name in the checkpoint.
         config: the checkpoint's configuration.
-        widths: one width per global expert.
+        widths: the width of each global expert.
         local_experts: global indices of this rank's experts, in local order.
         hidden: hidden size.
         intermediate: intermediate size on this rank.
-        rank: which slice of the intermediate dimension.
-        schemes: how each global expert is stored; None: as the configuration says of ``prefix``.
+        rank: index of this rank's slice of the intermediate dimension.
+        schemes: the scheme of each global expert; None takes them from the configuration.
     """
 
     prefix: str
@@ -42,33 +42,33 @@ class Partition:
 
     @property
     def begin(self) -> int:
-        """First intermediate neuron of this rank."""
+        """The first intermediate neuron of this rank."""
         return self.rank * self.intermediate
 
     @property
     def local_widths(self) -> tuple[int, ...]:
-        """Width per local expert."""
+        """The width of each local expert."""
         return tuple(self.widths[expert] for expert in self.local_experts)
 
     @cached_property
     def local_schemes(self) -> tuple[Scheme, ...]:
-        """How each local expert is stored."""
+        """The scheme of each local expert."""
         own = self.schemes
         return tuple(own[it] if own else self.config.scheme(self.prefix, it) for it in self.local_experts)
 
     @cached_property
     def w13(self) -> RaggedMatrices:
-        """Gate and up: rows are split, so groups stay whole."""
+        """The layout of gate and up; ranks split their rows, so groups stay whole."""
         return ragged(
             self.local_widths, 2 * self.intermediate, self.hidden, self.config.group_size, schemes=self.local_schemes
         )
 
     @cached_property
     def w2(self) -> RaggedMatrices:
-        """Down: the input dimension is split, maybe inside a group.
+        """The layout of down; ranks split its input dimension, maybe inside a group.
 
         Raises:
-            UsageError: a scheme cannot be split there; the grid can between blocks of 32 codes.
+            UsageError: a scheme cannot be split there; the grid can be split between blocks of 32 codes.
         """
         step = math.lcm(*(number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)))
         if self.intermediate % step:
@@ -82,11 +82,11 @@ class Partition:
 
 
 class ExpertLoader:
-    """Loads, checks and counts the tensors of one layer.
+    """The loader of one layer's tensors; it checks and counts them.
 
     Args:
-        partition: what this rank has of it.
-        checkpoint: where the tensors come from: checked before the first of them is loaded, and named by messages.
+        partition: this rank's share of the layer.
+        checkpoint: the tensors' checkpoint. It is checked before the first tensor is loaded, and messages name it.
     """
 
     def __init__(self, partition: Partition, checkpoint: Checkpoint | None = None) -> None:
@@ -97,7 +97,7 @@ class ExpertLoader:
         self._loaded: set[str] = set()
 
     def loader_for(self, suffix: str) -> WeightLoader:
-        """Return vLLM's callback for the tensors of one suffix."""
+        """Return the callback with which vLLM loads the tensors of one suffix."""
 
         def load(
             param: torch.nn.Parameter,
@@ -140,7 +140,7 @@ class ExpertLoader:
         self._loaded.add(name)
 
     def _share(self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int) -> tuple[slice, ...]:
-        """Return the index of this rank's part of a checkpoint tensor, after checking that it can be one."""
+        """Check a tensor's suffix, dtype and number of dimensions; return the index of this rank's part."""
         matrices = self.partition.w2 if shard_id == "w2" else self.partition.w13
         scheme, bits, size = matrices.schemes[local], matrices.bits[local], self.partition.config.group_size
         if suffix not in scheme.suffixes:
@@ -161,7 +161,7 @@ class ExpertLoader:
         return f"tensor {name}" if self._checkpoint is None else self._checkpoint.place(name)
 
     def check_complete(self) -> None:
-        """Raise CheckpointError naming the first expert tensor of this rank that was not loaded."""
+        """Raise CheckpointError if a tensor of this rank's experts was not loaded; the message names the first."""
         for expert, scheme in zip(self.partition.local_experts, self.partition.local_schemes, strict=True):
             for projection in self._projection.values():
                 for suffix in scheme.suffixes:

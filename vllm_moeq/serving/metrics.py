@@ -1,4 +1,4 @@
-"""What a server says of its checkpoint to Prometheus, beside vLLM's own metrics at ``/metrics``."""
+"""The checkpoint's facts for Prometheus, beside vLLM's own metrics at ``/metrics``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from prometheus_client import Gauge
 from vllm_moeq.format import MoeqConfig
 
 NAME = "moeq_info"
-"""Without the letters ``vllm``: vLLM unregisters every metric that has them when it starts."""
+"""The metric's name, without ``vllm``: vLLM unregisters every metric with these letters when it starts."""
 
 LABELS = ("average_bits", "experts", "layers", "linear_bits", "widths")
 
 
 @functools.cache
 def _gauge() -> Gauge:
-    # Of several API servers, whose values lie in files, any tells the truth.
+    # All API servers publish the same value, so the most recent one is right.
     return Gauge(NAME, "The mixed-precision checkpoint that is served.", LABELS, multiprocess_mode="mostrecent")
 
 
@@ -25,7 +25,7 @@ def publish(config: MoeqConfig) -> None:
     """Set the gauge ``moeq_info`` to 1, with the checkpoint's facts as labels.
 
     Args:
-        config: of the checkpoint. Its average counts experts alike, whatever their sizes.
+        config: the checkpoint's configuration. The average counts experts alike, whatever their sizes.
     """
     widths = Counter(bits for layer in config.experts.values() for bits in layer)
     count = sum(widths.values())

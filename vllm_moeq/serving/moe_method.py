@@ -28,21 +28,20 @@ from vllm_moeq.serving.seam import (
 )
 
 PARTS = ("w13", "w2")
-"""vLLM's names of gate and up together, and of down."""
+"""vLLM's names of gate and up (stacked) and of down."""
 
 
 class MoeqMoEMethod(FusedMoEMethodBase):
-    """Packed experts of different widths.
+    """A layer of packed experts with different widths.
 
     Args:
         moe_config: vLLM's description of the layer and its parallelism.
         config: the checkpoint's configuration.
         prefix: the layer's name in the checkpoint.
-        widths: one width per global expert.
-        schemes: how each global expert is stored.
-        threshold: experts with less than this share of a token's largest routing weight are skipped;
-            0 skips none.
-        checkpoint: where the weights come from.
+        widths: the width of each global expert.
+        schemes: the scheme of each global expert.
+        threshold: a share of a token's largest routing weight; experts with less are skipped. 0 skips none.
+        checkpoint: the checkpoint that the weights are loaded from.
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Allocate the exact buffers of gate and up, and of down, for this rank's share of each kind of tensor.
+        """Allocate a buffer of the exact size for each part and suffix, for this rank's share.
 
         Raises:
-            UsageError: an option of the layer or the parallel layout that the kernels do not have.
+            UsageError: an option of the layer or of the parallel layout is not supported.
         """
         self._check(layer)
         experts = [g for g in range(len(self.widths)) if layer.expert_map_manager.map_global_to_local(g) >= 0]
@@ -94,7 +93,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self.partition = partition
         self._dtype = params_dtype
         self._loader = ExpertLoader(partition, self._checkpoint)
-        # All suffixes of the layer: vLLM looks up the parameters of other ranks' experts, too.
+        # All suffixes of the layer, because vLLM also looks up the parameters of other ranks' experts.
         suffixes = dict.fromkeys(suffix for scheme in self.schemes for suffix in scheme.suffixes)
         for part in PARTS:
             matrices = self._matrices(part)
@@ -125,11 +124,11 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             )
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Require that every tensor of every local expert was loaded."""
+        """Require that every tensor of every local expert was loaded, and choose a kernel."""
         load_format = get_current_vllm_config().load_config.load_format
         if self._loader is not None and load_format != "dummy":
             self._loader.check_complete()
-        # Scales or zeros may have been widened to float32 while loading: make them alike.
+        # Loading may have widened scales or zeros to float32; the kernels need one dtype for both.
         for part in PARTS:
             parameters = self._parameters(layer, part)
             for suffix, data in of_one_dtype({suffix: it.data for suffix, it in parameters.items()}).items():
@@ -137,7 +136,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self._choose_kernel(layer)
 
     def _choose_kernel(self, layer: RoutedExperts) -> None:
-        """Repack for a kernel, compile its variants, and give the loaded buffers back unless it needs them."""
+        """Repack for a kernel, compile its variants, and free the loaded buffers unless it needs them."""
         packed = PackedExperts(*(self._packed(layer, part) for part in PARTS))
         choice = choose(packed, requested_backend())
         logger.info_once("moeq: %s kernel: %s", choice.backend, choice.reason)
@@ -171,11 +170,11 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Return this rank's sum over the routed experts [tokens, hidden]; vLLM reduces it over ranks."""
+        """Return this rank's sum over the routed experts, [tokens, hidden]; vLLM adds up the ranks' sums."""
         if layer.apply_router_weight_on_input:  # Llama-4
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if self.threshold > 0:
-            # Before the map: a token's largest weight may be that of another rank's expert.
+            # Drop before mapping: a token's largest weight may belong to another rank's expert.
             topk_ids, topk_weights = drop_weak(topk_ids, topk_weights, self.threshold)
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.clamp(min=0)]

@@ -1,6 +1,6 @@
-"""Every name of vLLM that this package uses; the one place to change when vLLM moves them.
+"""Every name of vLLM that this package uses; when vLLM moves one, only this file has to change.
 
-``tests/compat`` compares what is used of them with the sources of all tested versions.
+``tests/compat`` compares the use of these names with the sources of all tested versions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vllm import __version__ as version
 from vllm.logger import init_logger
 
 TESTED = ((0, 30), (0, 33))
-"""The first and the last minor version that are tested."""
+"""The first and the last tested minor version."""
 
 try:
     from vllm.config import get_current_vllm_config
@@ -33,7 +33,7 @@ logger = init_logger("vllm.moeq")  # below "vllm": other names are not configure
 
 
 def warn_if_untested(found: str = version) -> None:
-    """Log one line if vLLM is older or newer than what is tested; a build from source has no release's number."""
+    """Log one line if vLLM is older or newer than the tested versions; ignore builds without a release number."""
     parts = found.split(".")[:2]
     if len(parts) < 2 or not all(part.isdecimal() for part in parts):
         return

@@ -1,7 +1,7 @@
 """The table of schemes: every way of storing an expert matrix that checkpoints may use.
 
-A new scheme is a file beside this one with a :class:`Scheme`, and a row of :data:`SCHEMES`. The kernels that can
-compute from it say so in ``vllm_moeq/kernels/backends.py``.
+To add a scheme, write a :class:`Scheme` in a file beside this one, add it to :data:`SCHEMES`, and name it in
+``vllm_moeq/kernels/backends.py`` for each kernel that can compute from it.
 """
 
 from vllm_moeq.format.schemes.base import ExpertMatrix, Scheme, Span, TensorLayout, check_finite

@@ -1,4 +1,4 @@
-"""The contract of a scheme, which is one way of storing an expert matrix, and a matrix that is stored by one."""
+"""The interface of a scheme (a way of storing an expert matrix), and a matrix stored by a scheme."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_moeq.format.packing import BIT_WIDTHS, WHOLE_ROW
 from vllm_moeq.format.tensors import Tensors
 
 Span = tuple[int, int]
-"""The first of some rows or columns, and one behind the last."""
+"""A range of rows or columns: the first, and one behind the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class TensorLayout:
     """One tensor of a stored matrix.
 
     Attributes:
-        dtypes: the dtypes that a file may use, all of one size.
-        shape: its sizes. The first dimension runs along the output neurons, so that two matrices with the same inputs
-            are stacked by stacking their tensors.
+        dtypes: the dtypes that a file may use; all have the same size.
+        shape: the tensor's shape. The first dimension runs along the output neurons, so that two matrices with the
+            same inputs are stacked by stacking their tensors.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -45,16 +45,16 @@ class TensorLayout:
 class Scheme(ABC):
     """One way of storing an expert matrix; an object without state.
 
-    Sizes are those of the matrix [rows, columns]: rows are output neurons, columns inputs. ``bits`` is the expert's
-    width, ``group_size`` the checkpoint's weights per scale or −1, which a scheme without scales ignores.
+    A matrix is [rows, columns]: rows are output neurons, columns are inputs. ``bits`` is the expert's width.
+    ``group_size`` is the checkpoint's number of weights per scale, or −1; a scheme without scales ignores it.
 
     Attributes:
-        name: how the table and messages call it.
-        suffixes: the last part of its tensors' names, the codes first; no other scheme has the same codes.
-        checked: the suffixes of tensors that may hold impossible values; any value of the others is possible.
-        widths: the widths that it has.
-        row_step: a rank's rows begin and end at multiples of this.
-        column_step: the same for its columns.
+        name: the scheme's name in the table and in messages.
+        suffixes: the last parts of its tensors' names, the codes first. No other scheme has the same suffix for codes.
+        checked: the suffixes of the tensors that may hold invalid values; in the others every value is valid.
+        widths: the widths in bits that it supports.
+        row_step: the rows of a rank begin and end at multiples of this.
+        column_step: the columns of a rank begin and end at multiples of this.
     """
 
     name: ClassVar[str]
@@ -66,14 +66,14 @@ class Scheme(ABC):
 
     @property
     def codes(self) -> str:
-        """The suffix of the codes, the one tensor whose size may depend on the width."""
+        """The suffix of the codes, the only tensor whose size may depend on the width."""
         return self.suffixes[0]
 
     @abstractmethod
     def layout(
         self, rows: int, columns: int, bits: int, group_size: int, group_offset: int = 0
     ) -> dict[str, TensorLayout]:
-        """Return the tensors of a matrix, or of a rank's part of one, by suffix.
+        """Return the tensors of a matrix, or of a rank's part of it, by suffix.
 
         Args:
             rows: output neurons, a multiple of ``row_step``.
@@ -84,12 +84,12 @@ class Scheme(ABC):
         """
 
     def nbytes(self, rows: int, columns: int, bits: int, group_size: int) -> int:
-        """Return the exact bytes of a matrix's tensors in a file; see :meth:`layout`."""
+        """Return the exact number of bytes of a matrix's tensors in a file; see :meth:`layout`."""
         return sum(tensor.nbytes for tensor in self.layout(rows, columns, bits, group_size).values())
 
     @abstractmethod
     def read_shape(self, shards: Tensors, base: str, bits: int, group_size: int) -> tuple[int, int]:
-        """Find rows and columns of a matrix from the headers of its tensors.
+        """Return the rows and columns of a matrix, from the headers of its tensors.
 
         Args:
             shards: the checkpoint's tensors.
@@ -98,8 +98,8 @@ class Scheme(ABC):
             group_size: weights per scale, or −1.
 
         Raises:
-            CheckpointError: the tensor that is missing or from which no shape follows. What remains,
-                :meth:`read_matrix` finds by comparing every tensor with :meth:`layout`.
+            CheckpointError: a tensor is missing, or no shape follows from it. :meth:`read_matrix` finds the other
+                mistakes.
         """
 
     def read_matrix(
@@ -108,7 +108,7 @@ class Scheme(ABC):
         """Check the headers of one matrix's tensors; see :meth:`read_shape`.
 
         Raises:
-            CheckpointError: the first tensor that is missing, or of another dtype or shape than the width implies.
+            CheckpointError: the scheme does not have this width, or a tensor is missing or does not fit it.
         """
         base = f"{prefix}.{expert}.{projection}"
         if bits not in self.widths:
@@ -132,10 +132,10 @@ class Scheme(ABC):
         Args:
             values: any float dtype and shape.
             suffix: one of ``checked``.
-            place: file and tensor, as the message names them.
+            place: the file and the tensor, as the message names them.
 
         Raises:
-            CheckpointError: an impossible value; unless a scheme knows more, one that is NaN or infinite.
+            CheckpointError: a value is NaN or infinite. A scheme may refuse further values.
         """
         check_finite(values, place)
 
@@ -143,30 +143,30 @@ class Scheme(ABC):
     def cut(
         self, suffix: str, bits: int, group_size: int, *, rows: Span | None = None, columns: Span | None = None
     ) -> tuple[slice, ...]:
-        """Return the index of what a rank needs of a tensor.
+        """Return the index that selects a rank's part of a tensor.
 
         Args:
             suffix: one of ``suffixes``.
             bits: one of ``widths``.
             group_size: weights per scale, or −1.
-            rows: the rank's output neurons, multiples of ``row_step``; None: all.
-            columns: the rank's inputs, multiples of ``column_step``; None: all. They may begin inside a group.
+            rows: the rank's output neurons, multiples of ``row_step``; None selects all.
+            columns: the rank's inputs, multiples of ``column_step``; None selects all. They may begin inside a group.
         """
 
     @abstractmethod
     def dequantize(
         self, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int, group_offset: int = 0
     ) -> torch.Tensor:
-        """Return the weights of a matrix, or of a rank's part of one.
+        """Return the weights of a matrix, or of a rank's part of it.
 
         Args:
-            tensors: its tensors by suffix; their values may have been widened to float32.
+            tensors: the tensors by suffix; floating ones may have been widened to float32.
             bits: one of ``widths``.
             group_size: weights per scale, or −1.
             group_offset: the position of the part's first column within its group.
 
         Returns:
-            float32 [rows, columns].
+            The weights, float32 [rows, columns].
         """
 
 
@@ -176,13 +176,13 @@ class ExpertMatrix:
 
     Attributes:
         prefix: the layer's name in the checkpoint.
-        expert: index within the layer.
+        expert: the expert's index within the layer.
         projection: the matrix's name in the checkpoint.
         bits: the expert's width.
         rows: output neurons.
         columns: inputs.
         group_size: weights per scale, or −1.
-        scheme: how it is stored.
+        scheme: how the matrix is stored.
     """
 
     prefix: str
@@ -195,11 +195,11 @@ class ExpertMatrix:
     scheme: Scheme
 
     def name(self, suffix: str) -> str:
-        """Return the checkpoint name of one of its tensors."""
+        """Return the name in the checkpoint of the tensor with this suffix."""
         return f"{self.prefix}.{self.expert}.{self.projection}.{suffix}"
 
     def names(self) -> tuple[str, ...]:
-        """Return the checkpoint names of all its tensors, the codes first."""
+        """Return the names in the checkpoint of all its tensors, the codes first."""
         return tuple(map(self.name, self.scheme.suffixes))
 
     @property
@@ -209,7 +209,7 @@ class ExpertMatrix:
 
     @property
     def groups(self) -> int:
-        """Scales per row, in a scheme that has them."""
+        """Scales per row, in a scheme with scales."""
         return 1 if self.group_size == WHOLE_ROW else self.columns // self.group_size
 
     @property
@@ -218,27 +218,27 @@ class ExpertMatrix:
         return self.scheme.nbytes(self.rows, self.columns, self.bits, self.group_size)
 
     def dequantize(self, shards: Tensors) -> torch.Tensor:
-        """Read the matrix.
+        """Read and dequantize the matrix.
 
         Args:
             shards: the checkpoint's tensors.
 
         Returns:
-            float32 [rows, columns].
+            The weights, float32 [rows, columns].
         """
         tensors = {suffix: shards.load(self.name(suffix)) for suffix in self.scheme.suffixes}
         return self.scheme.dequantize(tensors, self.bits, self.group_size)
 
 
 def check_finite(values: torch.Tensor, place: str) -> None:
-    """Refuse values that no weight can be computed from.
+    """Refuse values that are not finite.
 
     Args:
         values: any float dtype and shape.
-        place: file and tensor, as the message names them.
+        place: the file and the tensor, as the message names them.
 
     Raises:
-        CheckpointError: a value that is NaN or infinite.
+        CheckpointError: a value is NaN or infinite.
     """
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")

@@ -1,4 +1,4 @@
-"""The affine grid: w = (q − zero) · scale, with a scale and a float zero for each group of inputs (docs/format.md)."""
+"""The affine grid: w = (q − zero) · scale, with one scale and one float zero per group of inputs (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class AffineGrid(Scheme):
-    """Codes as a bitstream along the inputs, scales and zeros beside them."""
+    """The scheme with a bitstream of codes along the inputs, scales, and zeros."""
 
     name = "grid"
     suffixes = (PACKED, SCALE, ZERO)
@@ -34,7 +34,7 @@ class AffineGrid(Scheme):
         return {PACKED: words, SCALE: scales, ZERO: scales}
 
     def read_shape(self, shards: Tensors, base: str, bits: int, group_size: int) -> tuple[int, int]:
-        """See :meth:`Scheme.read_shape`: the three tensors are compared with each other and with the width."""
+        """See :meth:`Scheme.read_shape`; the three tensors have to fit each other and the width."""
         packed, scale, zero = (shards.info(f"{base}.{suffix}") for suffix in self.suffixes)
 
         def expect(suffix: str, what: str, found: object) -> NoReturn:
@@ -58,7 +58,7 @@ class AffineGrid(Scheme):
         return rows, columns
 
     def check_values(self, values: torch.Tensor, suffix: str, place: str) -> None:
-        """See :meth:`Scheme.check_values`; a scale of 0 is impossible too."""
+        """See :meth:`Scheme.check_values`; a scale of 0 is refused too."""
         super().check_values(values, suffix, place)
         if suffix == SCALE and bool((values == 0).any()):
             raise CheckpointError(f"{place}: expected no scale of 0")
@@ -66,7 +66,7 @@ class AffineGrid(Scheme):
     def cut(
         self, suffix: str, bits: int, group_size: int, *, rows: Span | None = None, columns: Span | None = None
     ) -> tuple[slice, ...]:
-        """See :meth:`Scheme.cut`; a group that a rank has a part of comes with its whole scale and zero."""
+        """See :meth:`Scheme.cut`; two ranks that share a group both get its scale and zero."""
         height = slice(None) if rows is None else slice(*rows)
         if columns is None or (suffix != PACKED and group_size == WHOLE_ROW):
             return height, slice(None)
@@ -91,4 +91,4 @@ class AffineGrid(Scheme):
 GRID = AffineGrid()
 
 check_values = GRID.check_values
-"""The check of the grid's scales and zeros under the name by which readers know it."""
+"""The check of the grid's scales and zeros, for callers outside this folder."""

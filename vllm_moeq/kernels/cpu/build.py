@@ -1,4 +1,4 @@
-"""Compiles the C++ kernel once, or finds it compiled, and loads its operators."""
+"""Compile the C++ kernel once, or find it compiled, and load its operators."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MACHINES = ("x86_64", "AMD64")
 
 @cache
 def problem() -> str:
-    """Load the kernel's operators; return why they cannot be had, or nothing.
+    """Load the kernel's operators; return why that failed, or an empty string.
 
-    The first call may compile for about a minute. A failure is told once, as a warning.
+    The first call may compile for about a minute. A failure is logged once, as a warning.
     """
     if platform.machine() not in MACHINES:
         return f"the native kernel is for x86, not {platform.machine()}"
@@ -52,23 +52,23 @@ def _register_shapes() -> None:
 
 
 def module_name() -> str:
-    """Return the name of a library for this torch, whose C++ interface changes from one minor version to the next."""
+    """Return the library's name for this torch; torch's C++ interface changes with every minor version."""
     major, minor = torch.__version__.split(".")[:2]
     return f"_native_torch{major}_{minor}"
 
 
 def prebuilt(folder: Path) -> Path | None:
-    """Return the library that a wheel brought for this torch, if there is one."""
+    """Return the library that the wheel contains for this torch, if there is one."""
     return next(iter(sorted(folder.glob(f"{module_name()}*.so"))), None)
 
 
 def sources() -> list[Path]:
-    """Return what is compiled, in a fixed order."""
+    """Return the files to compile, in a fixed order."""
     return sorted(SOURCES.glob("*.cpp"))
 
 
 def fingerprint() -> str:
-    """Return what the compiled library depends on, as a short hash: sources, flags, versions."""
+    """Return a short hash of everything that the compiled library depends on: sources, flags and versions."""
     digest = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version_info[:2])).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -76,10 +76,10 @@ def fingerprint() -> str:
 
 
 def compile_once() -> Path:
-    """Return the compiled library, from the cache of torch's extensions if it is there.
+    """Return the compiled library; compile it if it is not in the cache of torch's extensions.
 
     Raises:
-        Exception: whatever torch's extension tools, the compiler or the file system raise.
+        Exception: torch's extension tools, the compiler or the file system failed.
     """
     from torch.utils import cpp_extension
 
@@ -92,7 +92,7 @@ def compile_once() -> Path:
     with _only_process(folder / "moeq.lock"):
         if not (done.exists() and library.exists()):
             logger.info("moeq: compiling the CPU kernel, once, in %s", folder)
-            # Torch waits for ever for this file, which a process that was killed leaves behind; nobody else has it now.
+            # Torch would wait forever for this file if a killed process left it behind; no process needs it now.
             (folder / "lock").unlink(missing_ok=True)
             with _ninja_on_path():
                 cpp_extension.load(
@@ -103,13 +103,13 @@ def compile_once() -> Path:
                     build_directory=str(folder),
                     is_python_module=False,
                 )
-            done.touch()  # a linker that was killed leaves a library too
+            done.touch()  # a killed linker also leaves a library
     return library
 
 
 @contextlib.contextmanager
 def _only_process(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends."""
+    """Hold a lock that is released when the process ends, even if it is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -117,7 +117,7 @@ def _only_process(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """Let torch find the ninja of this environment, which need not be activated."""
+    """Let torch find this environment's ninja, even if the environment is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join(part for part in (before, str(Path(sys.executable).parent)) if part)
     try:

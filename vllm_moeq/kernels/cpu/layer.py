@@ -1,4 +1,4 @@
-"""A layer's weights in the kernel's order, and the operator that runs them."""
+"""The native backend: a layer repacked for the C++ kernel, and the operator that runs it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vllm_moeq.kernels.cpu.build import problem
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
-"""Forces an instruction set: scalar, avx2, avx512 or vnni (which is avx512 with dot products of bytes)."""
+"""The variable that forces an instruction set: scalar, avx2, avx512, or vnni (avx512 with dot products of bytes)."""
 
 
 def instruction_sets() -> list[str]:
-    """Return those that this processor has, the slowest first; empty where the kernel cannot be built."""
+    """Return the instruction sets that this processor has, the slowest first; none if the kernel cannot be built."""
     return [] if problem() else str(torch.ops.vllm_moeq.native_isas()).split(",")
 
 
 def forced_instruction_set() -> str:
-    """Return what :data:`ISA_VARIABLE` asks for; empty for the fastest.
+    """Return the value of :data:`ISA_VARIABLE`; empty means the fastest.
 
     Raises:
         UsageError: this processor does not have it.
@@ -32,15 +32,15 @@ def forced_instruction_set() -> str:
 
 
 class NativeLayer:
-    """Every expert of a layer in one operator that may be traced; float32, bfloat16 and float16 activations.
+    """All experts of a layer in one traceable operator, for float32, bfloat16 and float16 activations.
 
     A token's result depends neither on the number of threads nor on the other tokens of its batch.
 
     Args:
-        packed: the layer as loaded, on the CPU; not kept.
+        packed: the layer as loaded, on the CPU; it is not kept.
 
     Raises:
-        UsageError: the kernel cannot be built, or :data:`ISA_VARIABLE` names an instruction set that is not here.
+        UsageError: the kernel cannot be built, or this processor lacks the instruction set in :data:`ISA_VARIABLE`.
     """
 
     name = "native"
@@ -62,7 +62,7 @@ class NativeLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights: those of the checkpoint, and zeros where rows do not fill blocks of 16 or 32."""
+        """The bytes of the repacked weights: the checkpoint's, plus padding of the rows to blocks of 16 or 32."""
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -73,19 +73,19 @@ class NativeLayer:
         return result
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Nothing to compile."""
+        """Do nothing: there is nothing to compile."""
 
 
 def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put one projection of every expert into the kernel's order.
+    """Repack one projection of all experts for the kernel.
 
     Args:
         packed: the projection as loaded.
-        gated: rows are gate's, then up's.
-        wide: keep scales and zeros in float32 even if they arrive in float16.
+        gated: whether the rows are gate's, then up's.
+        wide: whether to keep scales and zeros in float32 even if they are loaded as float16.
 
     Returns:
-        uint8 [bytes], and each expert's first byte, int64 [E].
+        The weights, uint8 [bytes], and each expert's first byte, int64 [E].
     """
     matrices = packed.matrices
     scales, zeros = ((t.float() if wide else t).contiguous() for t in (packed.scales, packed.zeros))

@@ -1,4 +1,4 @@
-"""A packed linear that is no expert, in the native kernel's order."""
+"""A packed linear outside the experts, repacked for the native kernel."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vllm_moeq.kernels.ragged import ragged
 
 
 class NativeLinear:
-    """x · Wᵀ for one matrix in compressed-tensors' symmetric packing; float32, bfloat16 and float16 activations.
+    """The product x · Wᵀ with a matrix in compressed-tensors' symmetric packing; x is float32, bfloat16 or float16.
 
     Args:
-        words: int32 [N, K·b/32] on the CPU, codes offset by 2^(b−1); not kept.
-        scales: any float dtype [N, K / G].
-        bits: 4 or 8.
+        words: packed codes with the zero point 2^(b−1), int32 [N, K·b/32] on the CPU; they are not kept.
+        scales: scales [N, K/G] of any float dtype.
+        bits: the width b, 4 or 8.
 
     Attributes:
-        weight: uint8, the matrix in the kernel's order, with scales as float16 where that is exact, else as float32.
+        weight: the repacked matrix, uint8; its scales are float16 if that is exact, else float32.
 
     Raises:
-        UsageError: the kernel cannot be built, or an instruction set is asked for that is not here.
+        UsageError: the kernel cannot be built, or this processor lacks the requested instruction set.
     """
 
     def __init__(self, words: torch.Tensor, scales: torch.Tensor, bits: int) -> None:
@@ -42,7 +42,7 @@ class NativeLinear:
         self.isa = instruction_sets().index(isa) if isa else -1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [..., N] in x's dtype for x [..., K]."""
+        """Return x · Wᵀ [..., N] in x's dtype, for x [..., K]."""
         flat = x.reshape(-1, self.columns)
         result: torch.Tensor = torch.ops.vllm_moeq.native_linear.default(
             flat, self.weight, self.rows, self.bits, self.group_size, self.wide, self.isa

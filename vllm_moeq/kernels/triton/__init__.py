@@ -1,1 +1,1 @@
-"""The fused backend: every expert of a layer, whatever its width, in one launch per projection."""
+"""The fused backend: one launch per projection runs all experts of a layer, whatever their widths."""

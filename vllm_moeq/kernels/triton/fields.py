@@ -1,9 +1,9 @@
-"""Codes out of 16-bit words, as exact floats, without an integer-to-float conversion.
+"""Decode codes from 16-bit words to exact floats without an integer-to-float conversion.
 
-A word holds 16 / b codes, least significant first. Three-bit codes take three words: five in each, and the
-sixteenth in the three top bits. OR-ing a code into the mantissa of 2^m gives 2^m plus the code; a fused
-multiply-add subtracts 2^m again, exactly. A code that already lies within the mantissa needs no shift: the
-multiply-add divides by its place value. Eight bits exceed bfloat16's mantissa and are put together from two halves.
+A word holds 16 / b codes, least significant first. Sixteen 3-bit codes take three words: five in each, and the last one
+in the three top bits. OR-ing a code into the mantissa of 2^m gives 2^m plus the code; a fused multiply-add subtracts
+2^m again, exactly. A code that already lies within the mantissa needs no shift, because the multiply-add divides by its
+place value. A code of eight bits exceeds bfloat16's mantissa and is decoded in two halves.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vllm_moeq.format import BIT_WIDTHS
 
 MANTISSA = {"bf16": 7, "fp16": 10}
 ONE = {"bf16": 0x4300, "fp16": 0x6400}
-"""Bit pattern of 2^mantissa."""
+"""The bit pattern of 2^mantissa."""
 
 CODES = 16
-"""Codes in ``b`` words."""
+"""The number of codes in ``b`` words."""
 
 
 def pattern(value: float, dtype: str) -> int:
-    """Return the 16 bits of a value that ``dtype`` holds exactly."""
+    """Return the bit pattern of a value that ``dtype``, 16 bits wide, represents exactly."""
     if dtype == "fp16":
         return int.from_bytes(struct.pack("<e", value), "little")
     return int.from_bytes(struct.pack("<f", value), "little") >> 16
@@ -43,9 +43,10 @@ def _place(code, width, dtype):
 
 
 def code_ptx(code: int, width: int, dtype: str) -> str:
-    """Return PTX from ``width`` registers, $1 …, to $0: two words or two floats in each.
+    """Return PTX that decodes a code from ``width`` registers, $1 …, into $0.
 
-    Every instruction serves both. Bits that a shift carries from one word into the other lie above the masks.
+    A register holds two words or two floats, and every instruction works on both. Bits that a shift moves from one word
+    into the other lie above the masks.
     """
     mantissa, one = MANTISSA[dtype], _pair(ONE[dtype])
     lines = ["{ .reg .b32 t, u, f, g;"]
@@ -108,7 +109,7 @@ def _one(dtype):
 
 @triton.jit
 def _float(bits, PLACE: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
-    """Turn codes at ``PLACE`` of int16 words, other bits zero, into floats."""
+    """Return the codes at bit ``PLACE`` of int16 words as floats; all other bits are zero."""
     value = (bits | _one(DTYPE)).to(tl.int16).to(DTYPE, bitcast=True)
     if MODE == "float32":
         value = value.to(tl.float32)
@@ -118,10 +119,10 @@ def _float(bits, PLACE: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def code_of(words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
-    """Return code CODE of ``WIDTH`` tensors of int16 words, exact in DTYPE.
+    """Return the code with index CODE in ``WIDTH`` tensors of int16 words, exact in DTYPE.
 
     Args:
-        MODE: "ptx"; "plain" for GPUs without PTX; "float32" for the interpreter, whose bfloat16 has no arithmetic.
+        MODE: "ptx"; "plain" for GPUs without PTX; "float32" for the interpreter, which has no bfloat16 arithmetic.
     """
     if MODE == "ptx":
         return tl.inline_asm_elementwise(

@@ -1,4 +1,4 @@
-"""The two launches of a layer: gate and up with SiLU·mul, down with the routing weight."""
+"""The two launches of a layer: gate and up with SiLU·mul, and down with the routing weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_moeq.kernels.triton.tile import expert_tile, store_hidden, store_weigh
 
 @triton.jit
 def _matches(ids, pairs, pair, expert, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
-    """Return the pairs that use ``expert`` [TOKENS], how many, and whether ``pair`` is the first of them."""
+    """Return the pairs that use ``expert`` [TOKENS], which of them are valid, and whether ``pair`` is the first."""
     index = tl.arange(0, PAIRS)
     same = tl.load(ids + index, mask=index < pairs, other=-1) == expert
     rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
@@ -24,7 +24,7 @@ def _matches(ids, pairs, pair, expert, TOKENS: tl.constexpr, PAIRS: tl.constexpr
 
 @triton.jit
 def _sorted_block(order, counts, block, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Return expert, pairs [TOKENS] and validity of a block of the sorted pairs; expert EXPERTS: past the end."""
+    """Return expert, pairs [TOKENS] and validity of a block of sorted pairs; past the end the expert is EXPERTS."""
     index = tl.arange(0, EXPERTS)
     count = tl.load(counts + index)
     blocks = tl.cdiv(count, TOKENS)
@@ -45,7 +45,7 @@ def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows
         store_weighted(total, out + split.to(tl.int64) * pairs * rows, weights, pair, valid, tile, rows, ROWS)
 
 
-# Compiled before graphs are captured: nothing that a call brings may ask for another variant.
+# Variants are compiled before graphs are captured, so no argument of a call may lead to another variant.
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids", "weights"])
 def few_tokens(
     x, sums, ids, weights, words, scales, widths, offsets, splits, out, out_sums,
@@ -54,19 +54,19 @@ def few_tokens(
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Up to TOKENS tokens, without sorting: the first pair of an expert works for all of its pairs.
+    """Run one projection for up to TOKENS tokens without sorting: an expert's first pair works for all its pairs.
 
     Grid: (tiles of ROWS, pairs, splits of the input dimension).
 
     Args:
-        x: [pairs / SHARE, columns].
-        sums: float32 [pairs / SHARE, …], sums of x over SUM columns.
-        ids: [pairs] local experts, negative to skip.
-        weights: [pairs] routing weights (down only).
+        x: inputs [pairs / SHARE, columns].
+        sums: sums of x over SUM columns, float32 [pairs / SHARE, …].
+        ids: local expert indices [pairs]; negative ones are skipped.
+        weights: routing weights [pairs], used by down only.
         words, scales, widths, offsets: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
-        splits: [E] parts into which an expert's input dimension is split.
-        out: gated: [pairs, rows / 2]; else [splits, pairs, rows].
-        out_sums: gated: float32 [pairs, sum_columns], sums of ``out`` over 32 columns.
+        splits: the number of parts of each expert's input dimension, [E].
+        out: outputs [pairs, rows / 2] if GATED, else [splits, pairs, rows].
+        out_sums: sums of ``out`` over 32 columns, float32 [pairs, sum_columns]; written only if GATED.
     """
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(ids + pair)
@@ -93,14 +93,15 @@ def many_tokens(
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Any number of tokens, sorted by expert. Grid: (blocks of TOKENS pairs · tiles of ROWS).
+    """Run one projection for any number of tokens, sorted by expert.
 
-    ``TOGETHER`` blocks run through the tiles side by side, so that weights and activations are met again in the L2.
+    Grid: (blocks of TOKENS pairs · tiles of ROWS). ``TOGETHER`` blocks go through the tiles side by side, so that
+    weights and activations are reused from the L2 cache.
 
     Args:
-        order: [pairs] pairs sorted by expert.
-        counts: [EXPERTS] pairs per expert, zero behind the last.
-        blocks: upper bound of blocks; those past the end return.
+        order: the pairs sorted by expert, [pairs].
+        counts: pairs per expert [EXPERTS], with zeros behind the last expert.
+        blocks: an upper bound on the number of blocks; blocks past the end return.
     """
     tiles = tl.cdiv(rows, ROWS)
     program = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""A layer's weights, repacked, and the launches that run it."""
+"""A layer repacked for the fused kernel, and the launches that run it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from vllm_moeq.kernels.triton.schedule import (
 from vllm_moeq.kernels.triton.sums_and_sort import column_sums, reduce_pairs, sort_pairs
 
 CHUNK = 32
-"""Columns per sum of the hidden activations: what one tile of gate and up covers."""
+"""Columns per sum of silu(gate)·up: as many as one tile of gate and up covers."""
 
 PROGRAMS = 132 * 4
-"""Programs that keep a GPU busy while it streams weights; fewer, and the input dimension of down is split."""
+"""The programs that keep a GPU busy while it streams weights; if there are fewer, down's input dimension is split."""
 
 SORT_CHUNK = 1024
 REDUCE_BLOCK = 1024
 
 
 def interpreted() -> bool:
-    """Say whether Triton's interpreter runs the kernels, on any device."""
+    """Tell whether Triton's interpreter runs the kernels, on any device."""
     return isinstance(few_tokens, InterpretedFunction)
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """Return how codes become floats here: see :func:`vllm_moeq.kernels.triton.fields.code_of`."""
+    """Return the ``MODE`` of :func:`vllm_moeq.kernels.triton.fields.code_of` for this machine."""
     if interpreted():
         return "float32" if dtype == torch.bfloat16 else "plain"
     return "plain" if torch.version.hip else "ptx"
@@ -47,14 +47,14 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 @dataclass
 class Tokens:
-    """One call's routing.
+    """The routing of one call; a pair is a token and one of its experts.
 
     Attributes:
-        ids: int32 [pairs].
-        weights: float32 [pairs].
+        ids: local expert indices, int32 [pairs].
+        weights: routing weights, float32 [pairs].
         top_k: pairs per token.
-        order: pairs sorted by expert, None for few tokens.
-        counts: pairs per expert, None for few tokens.
+        order: the pairs sorted by expert; None for few tokens.
+        counts: pairs per expert; None for few tokens.
     """
 
     ids: torch.Tensor
@@ -65,15 +65,15 @@ class Tokens:
 
     @property
     def pairs(self) -> int:
-        """Tokens times top-k."""
+        """The number of pairs, tokens times top-k."""
         return self.ids.numel()
 
 
 class TritonLayer:
-    """Every expert of a layer in one launch for gate and up and one for down.
+    """All experts of a layer in one launch for gate and up, and one for down.
 
     Args:
-        packed: the layer as loaded; not kept.
+        packed: the layer as loaded; it is not kept.
     """
 
     name = "triton"
@@ -129,7 +129,7 @@ class TritonLayer:
     def _gate_up(
         self, x: torch.Tensor, x_sums: torch.Tensor, tokens: Tokens, schedule: Schedule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return silu(gate)·up [pairs, intermediate] and its sums as down's schedule wants them."""
+        """Return silu(gate)·up [pairs, intermediate], and its sums as down's launch needs them."""
         hidden = x.new_empty((tokens.pairs, self.intermediate))
         columns = self.down.blocks * self.down.block // CHUNK
         padded = columns * CHUNK != self.intermediate
@@ -152,17 +152,17 @@ class TritonLayer:
         out_sums: torch.Tensor | None = None,
         splits: int = 1,
     ) -> None:
-        """Launch one projection; gated where ``out_sums`` is given.
+        """Launch one projection: gate and up if ``out_sums`` is given, else down.
 
         Args:
-            matrices: gate and up, or down.
-            x: [tokens or pairs, columns].
-            sums: sums of x over equal parts of the padded columns.
+            matrices: the projection's matrices.
+            x: the inputs [tokens or pairs, columns].
+            sums: the sums of x over equal parts of the padded columns.
             tokens: the routing.
-            schedule: the variant.
-            out: written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
-            out_sums: written; sums of ``out`` over CHUNK columns.
-            splits: parts of the input dimension of the widest expert.
+            schedule: the variant to launch.
+            out: the output, written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
+            out_sums: the sums of ``out`` over CHUNK columns, written.
+            splits: the parts of the input dimension of the widest expert.
         """
         gated = out_sums is not None
         per_block = sums.shape[1] // matrices.blocks
@@ -193,7 +193,7 @@ class TritonLayer:
         )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
-        """Compile every variant for one activation dtype, with the smallest call that needs it."""
+        """Compile every variant for one activation dtype, each by the smallest call that needs it."""
         device = self.gate_up.words.device
         for tokens in self.warm_up_sizes(top_k):
             ids = torch.arange(tokens * top_k, device=device, dtype=torch.int32).view(tokens, top_k) % len(self.bits)
@@ -201,14 +201,14 @@ class TritonLayer:
             self(torch.zeros((tokens, self.hidden), dtype=dtype, device=device), weights, ids)
 
     def warm_up_sizes(self, top_k: int) -> list[int]:
-        """Return numbers of tokens that together meet every schedule and every number of splits."""
+        """Return numbers of tokens that together use every schedule and every number of splits."""
         few = {(schedule_few(tokens), self._splits(tokens * top_k)): tokens for tokens in range(FEW_TOKENS, 0, -1)}
         many = {max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY}
         return sorted({*few.values(), *many})
 
 
 def sums_of(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:
-    """Return Σ x per group of the matrices' padded input dimension, float32 [rows, groups]."""
+    """Return Σ x over each group of the matrices' padded input dimension, float32 [rows, groups]."""
     columns = matrices.blocks * (matrices.block // matrices.group_size)
     sums = torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
     chunks = min(16, triton.next_power_of_2(columns))

@@ -1,9 +1,9 @@
-"""From the checkpoint's packing to the order in which the kernel reads.
+"""Repack weights from the checkpoint's packing into the kernel's order.
 
-The input dimension is cut into blocks of 16·LANES, the last one padded with zeros. Within a block, input k belongs to
-field k // LANES and lane k % LANES; ``b`` planes of 16-bit words hold the 16 fields of every lane (see
-:mod:`vllm_moeq.kernels.triton.fields`). A tile of 64 rows keeps its planes together and its blocks one behind the
-other, so that a program reads one contiguous stream.
+The input dimension is cut into blocks of 16·LANES inputs; the last block is padded with zeros. Input k of a block
+belongs to field k // LANES and lane k % LANES. ``b`` planes of 16-bit words hold the 16 fields of every lane (see
+:mod:`vllm_moeq.kernels.triton.fields`). The planes of 64 rows lie together and their blocks follow each other, so a
+program reads one contiguous stream.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ FIELDS = 16
 
 @dataclass(frozen=True)
 class Repacked:
-    """E matrices [rows, columns] as the kernel wants them.
+    """E matrices [rows, columns] in the kernel's order.
 
     Attributes:
-        words: int16, all experts.
-        scales: [E, tiles, groups, 64], scale and zero side by side: int32 for two float16, int64 for two float32.
-        widths: int32 [E].
-        offsets: int32 [E], first word of each expert in units of 64·lanes.
+        words: the codes of all experts, 1-D int16.
+        scales: pairs of scale and zero [E, tiles, groups, 64]: int32 holds two float16, int64 two float32.
+        widths: the experts' widths, int32 [E].
+        offsets: each expert's first word in units of 64·lanes words, int32 [E].
         rows: output neurons, without padding.
         columns: inputs, without padding.
-        lanes: 16 or 32.
-        groups: scales per block of the input dimension; 0: one per row.
+        lanes: words per plane and row, 16 or 32.
+        groups: scales per block of the input dimension; 0 means one per row.
     """
 
     words: torch.Tensor
@@ -57,17 +57,17 @@ class Repacked:
 
     @property
     def group_size(self) -> int:
-        """Inputs per scale; a whole block where the scale is the row's."""
+        """Inputs per scale; a whole block if there is one scale per row."""
         return self.block // max(self.groups, 1)
 
 
 def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
-    """Repack a layer, one expert at a time.
+    """Repack one projection of a layer, one expert at a time.
 
     Args:
-        packed: the layer as loaded.
-        gated: rows are gate and up: alternate eight of each.
-        lanes: 16, or 32 where the input dimension is a multiple of 512.
+        packed: the projection as loaded.
+        gated: whether the rows are gate's, then up's; they are reordered to eight of each in turn.
+        lanes: 16, or 32 if the input dimension is a multiple of 512.
     """
     matrices = packed.matrices
     block = FIELDS * lanes
@@ -102,20 +102,20 @@ def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
 
 
 def row_order(rows: int, *, gated: bool) -> torch.Tensor:
-    """Return the source row of each row: as they are, or eight of gate, eight of up, and so on."""
+    """Return the source row of each row: if ``gated``, eight of gate, eight of up, and so on."""
     index = torch.arange(rows)
     return index.view(2, -1, 8).transpose(0, 1).flatten() if gated else index
 
 
 def kernel_group(group_size: int, offset: int, columns: int, block: int) -> int:
-    """Return the largest group that divides the block, the checkpoint's groups and where a slice begins in one."""
+    """Return the largest group size that divides the block, the checkpoint's group size and the offset within it."""
     if offset + columns <= group_size:
         return columns  # one group: the whole row
     return gcd(group_size, offset, block)
 
 
 def spread(values: torch.Tensor, group_size: int, offset: int, columns: int, size: int) -> torch.Tensor:
-    """Repeat scales [rows, groups] for groups of ``size`` inputs."""
+    """Return the scales [rows, groups] repeated for groups of ``size`` inputs."""
     first = torch.arange(0, columns, size, device=values.device)
     return values[:, (first + offset) // group_size]
 

@@ -1,11 +1,11 @@
-"""How a layer is cut into programs, by the number of tokens."""
+"""The cutting of a layer into programs, depending on the number of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FEW_TOKENS = 16
-"""Up to here pairs are matched in the kernel instead of sorted."""
+"""Up to this number of tokens, pairs are matched in the kernel instead of sorted."""
 
 SPLIT_CHOICES = (1, 2, 4, 8)
 
@@ -18,9 +18,10 @@ class Schedule:
         tokens: tokens of one expert per program.
         rows: output neurons per program, a multiple of 64.
         warps: warps per program.
-        stages: depth of the pipeline of loads.
-        registers: limit per thread, None: ptxas chooses, at times with a few bytes of spills for one more program.
-        registers_for_many: the same for more than FEW_WIDTHS widths: their buffers admit fewer programs anyway.
+        stages: the depth of the pipeline of loads.
+        registers: the limit of registers per thread. With None ptxas chooses; it sometimes accepts a few bytes of
+            spills to fit one more program.
+        registers_for_many: the limit for more than FEW_WIDTHS widths, whose buffers leave room for fewer programs.
     """
 
     tokens: int
@@ -31,7 +32,7 @@ class Schedule:
     registers_for_many: int | None = None
 
     def register_limit(self, widths: int) -> int | None:
-        """Return the limit per thread for that many widths compiled in."""
+        """Return the limit of registers per thread for a kernel with this many widths."""
         return self.registers_for_many if widths > FEW_WIDTHS and self.registers_for_many else self.registers
 
 
@@ -47,17 +48,17 @@ def schedule_few(tokens: int) -> Schedule:
 
 
 def schedule_many(pairs: int, experts: int) -> Schedule:
-    """Return the variant whose tile an expert with a fair share of the pairs about fills."""
+    """Return the smallest variant whose tile holds an expert's average number of pairs, or the largest variant."""
     share = pairs / max(experts, 1)
     return next((choice for choice in MANY if share <= choice.tokens), MANY[-1])
 
 
 def splits_for(programs: int, blocks: int, wanted: int) -> int:
-    """Return how often to split the input dimension so that about ``wanted`` programs run, each with work to do."""
+    """Return the largest split that runs at most ``wanted`` programs with at least two blocks each; else 1."""
     fitting = [split for split in SPLIT_CHOICES if split == 1 or (programs * split <= wanted and 2 * split <= blocks)]
     return fitting[-1]
 
 
 def weighted_splits(bits: list[int], most: int) -> list[int]:
-    """Return splits per expert in proportion to its bytes: the widest gets ``most``."""
+    """Return each expert's number of splits, in proportion to its bytes; the widest gets ``most``."""
     return [max(1, round(most * width / max(bits))) for width in bits]

@@ -1,4 +1,4 @@
-"""The small launches around the two large ones: sums of activations, sorting, the reduction over experts."""
+"""The small launches around the two large ones: sums of activations, sorting, and the reduction over experts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def column_sums(x, sums, columns, sum_columns, SUM: tl.constexpr, CHUNKS: tl.con
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids"])
 def sort_pairs(ids, order, counts, pairs, CHUNK: tl.constexpr):
-    """Sort pairs by expert, stable, negative ids left out. Grid: (EXPERTS,); each program places one expert's pairs.
+    """Sort pairs by expert, stably, without negative ids. Grid: (EXPERTS,); each program places one expert's pairs.
 
     Args:
-        ids: [pairs].
-        order: [pairs], written.
-        counts: [EXPERTS], written.
+        ids: local expert indices [pairs].
+        order: the sorted pairs [pairs], written.
+        counts: pairs per expert [EXPERTS], written.
     """
     expert = tl.program_id(0)
     index = tl.arange(0, CHUNK)
@@ -46,13 +46,13 @@ def sort_pairs(ids, order, counts, pairs, CHUNK: tl.constexpr):
 def reduce_pairs(
     parts, ids, splits, out, pairs, columns, TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sum a token's experts and their splits. Grid: (tokens, columns / BLOCK).
+    """Sum over a token's experts and their splits. Grid: (tokens, columns / BLOCK).
 
     Args:
-        parts: [SPLITS, pairs, columns], weighted.
-        ids: [pairs]; negative ones were not written.
-        splits: [E] splits that were written.
-        out: [tokens, columns].
+        parts: weighted outputs [SPLITS, pairs, columns]; unused splits and pairs with negative ids hold no values.
+        ids: local expert indices [pairs].
+        splits: each expert's number of splits [E].
+        out: sums [tokens, columns], written.
     """
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

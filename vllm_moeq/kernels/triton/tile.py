@@ -8,7 +8,7 @@ import triton.language as tl
 from vllm_moeq.kernels.triton.fields import code_of
 
 TILE = tl.constexpr(64)
-"""Rows that lie together in memory."""
+"""The rows that lie together in memory."""
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _multiply(
 ):  # fmt: skip
     """Return Σ_k (q − z)·s·x over the blocks [begin, end), float32 [ROWS, TOKENS].
 
-    Applied per group as s·(Σ x·q − z·Σ x), so that the codes stay exact in the activation's dtype.
+    Each group is computed as s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = TILE * LANES
@@ -79,9 +79,9 @@ def expert_tile(
     ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Return rows [tile·ROWS, …) of one expert times the tokens ``source``, float32 [ROWS, TOKENS].
+    """Return the rows from tile·ROWS on of one expert times the tokens ``source``, float32 [ROWS, TOKENS].
 
-    The width is branched on once; only the widths in ``WIDTHS`` (bit b: width b) are compiled.
+    The kernel branches on the width once. Only the widths in ``WIDTHS`` are compiled; its bit b stands for width b.
     """
     width = tl.load(widths + expert)
     blocks = tl.cdiv(columns, 16 * LANES)
@@ -95,7 +95,7 @@ def expert_tile(
     source = tl.where(valid, source, 0).to(tl.int64)
     inputs = x + source[None, :] * columns + lane[:, None]
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
-    base = words + tl.load(offsets + expert).to(tl.int64) * (TILE * LANES)  # a product, so that its alignment is known
+    base = words + tl.load(offsets + expert).to(tl.int64) * (TILE * LANES)  # a product has a known alignment
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for WIDTH in tl.static_range(1, 9):
         if WIDTHS & (1 << WIDTH):
@@ -113,9 +113,9 @@ def expert_tile(
 def store_hidden(
     total, hidden, sums, pair, valid, tile, neurons, sum_columns, ROWS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Store silu(gate)·up as [pairs, neurons], and its sums over chunks of 32 neurons.
+    """Store silu(gate)·up [pairs, neurons], and its sums over chunks of 32 neurons.
 
-    Rows alternate between eight of gate and eight of up.
+    The rows of ``total`` are eight of gate and eight of up in turn.
     """
     HALF: tl.constexpr = ROWS // 2
     halves = total.reshape(ROWS // 16, 2, 8, TOKENS).permute(0, 2, 3, 1)
@@ -138,7 +138,7 @@ def store_hidden(
 
 @triton.jit
 def store_weighted(total, out, weights, pair, valid, tile, rows, ROWS: tl.constexpr):
-    """Store the routing weight times the result as [pairs, rows]."""
+    """Store the result times the routing weight, [pairs, rows]."""
     weight = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
     row = tile * ROWS + tl.arange(0, ROWS)
     target = out + pair.to(tl.int64)[None, :] * rows + row[:, None]

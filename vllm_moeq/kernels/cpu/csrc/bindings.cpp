@@ -1,5 +1,5 @@
-// The operators of vllm_moeq that run here: everything they need comes in as tensors and numbers, so that they can be
-// traced, and nothing is kept but scratch memory.
+// The operators of a layer. All their inputs are tensors and numbers, so that they can be traced; between calls they
+// keep only scratch memory.
 #include <sys/mman.h>
 
 #include <ATen/ops/empty.h>
@@ -17,9 +17,9 @@ struct Layer {
     Matrices gate_up, down;
 };
 
-// What a layer is, as int64: one tensor instead of many arguments, each of which torch would take apart in every call.
+// A layer's description is one int64 tensor, because torch would unpack many arguments in every call.
 enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kNumbers };
-constexpr int kPerExpert = 3;  // behind the numbers: width, first byte of gate and up, first byte of down
+constexpr int kPerExpert = 3;  // then follow, per expert: width, first byte of gate and up, first byte of down
 
 Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers) {
     const int64_t hidden = numbers[kHidden], intermediate = numbers[kIntermediate];
@@ -102,8 +102,9 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     return out;
 }
 
-// Returns one projection of a layer in the order of core.h. numbers: rows, columns, group size, offset within a group, 1
-// for gate and up. experts: int64 [E, 2], width and first word; the result's offsets are written to `offsets` [E].
+// Returns one projection of a layer in the order of core.h, and writes each expert's first byte to `offsets` [E].
+// numbers: rows, columns, group size, offset within a group, 1 for gate and up. experts: int64 [E, 2], width and first
+// word.
 Tensor repack(const Tensor& words, const Tensor& scales, const Tensor& zeros, const Tensor& experts,
               at::IntArrayRef numbers, Tensor& offsets) {
     TORCH_CHECK(words.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() && experts.is_contiguous());
@@ -128,7 +129,7 @@ Tensor repack(const Tensor& words, const Tensor& scales, const Tensor& zeros, co
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = uintptr_t{1} << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(total)) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: may fail
 #endif
     at::parallel_for(0, count * m.panels, 1, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {

@@ -1,4 +1,4 @@
-// What the operators share: scratch memory, threads, the choice of a kernel.
+// Code that the operators share: scratch memory, threads, the choice of a kernel.
 #pragma once
 
 #include <cstdlib>
@@ -15,10 +15,10 @@
 
 namespace moeq {
 
-// A batch is computed in parts of this many tokens, so that memory does not grow with it.
+// A batch is computed in parts of this many tokens, so that scratch memory does not grow with the batch.
 constexpr int64_t kTokensPerPart = 512;
 
-// Memory of the calling thread that grows to what the largest call needs: fresh pages cost more than the call.
+// Memory of the calling thread, kept between calls because fresh pages cost more than a call. It only grows.
 class Scratch {
    public:
     template <class T>
@@ -81,7 +81,7 @@ inline int32_t dtype_of(const at::Tensor& x) {
     return kFloat16;
 }
 
-// Two digits lose far less than a rounding to bfloat16, four than float32's.
+// Two digits lose far less than rounding to bfloat16 does, and four digits far less than rounding to float32.
 inline int32_t digits_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace moeq

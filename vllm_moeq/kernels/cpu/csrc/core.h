@@ -1,6 +1,6 @@
-// What the parts of the kernel share. No header of torch or of the C++ library: this file is compiled once per
-// instruction set, and an inline function of a header, built with AVX-512, could be the copy that the linker keeps for
-// every other user of that header.
+// Declarations that the parts of the kernel share. This file includes no header of torch or of the C++ library, because
+// it is compiled once per instruction set: the linker could keep an inline function of a header as built with AVX-512,
+// for every other user of that header.
 #pragma once
 
 #include <stddef.h>
@@ -8,11 +8,12 @@
 
 namespace moeq {
 
-// Order in memory. Sixteen rows are a block, two blocks a panel: of gate and up, sixteen rows of each, so that
-// silu(gate)·up needs no second pass. Columns come in chunks of 32, and up to four chunks that share a scale are a
-// segment. A panel is, segment by segment and block by block: where a scale group begins, 16 scales and 16 zeros; then
-// the segment's codes, `bits` vectors of 64 bytes per chunk. A vector has 32 bits per row, and byte j of them holds codes
-// of columns that are j modulo 4, so that one byte-wise shift and mask gives four consecutive columns of sixteen rows.
+// Order in memory. A block is 16 rows, a panel two blocks; a panel of gate and up has 16 rows of each, so that
+// silu(gate)·up needs no second pass. A chunk is 32 columns; a segment is up to four chunks that share a scale. A panel
+// holds its segments one after the other, and each segment its two blocks. A block has 16 scales and 16 zeros if a
+// scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per chunk. A vector has 32 bits per
+// row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise shift and mask gives four
+// consecutive columns of 16 rows.
 constexpr int kLanes = 16;
 constexpr int kBlocks = 2;
 constexpr int kPanelRows = kLanes * kBlocks;
@@ -21,23 +22,23 @@ constexpr int kSteps = kChunk / 4;
 constexpr int kSegmentChunks = 4;
 constexpr int kVector = 64;
 
-// Tokens of one expert that are multiplied with a panel before the next panel is decoded.
+// The number of an expert's tokens that are multiplied with a panel before the next panel is decoded.
 constexpr int kTokensAtOnce = 64;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 struct Segment {
-    int32_t chunk;   // its first
+    int32_t chunk;   // index of the first chunk
     int32_t chunks;  // 1 to kSegmentChunks
-    int32_t group;   // of scales
-    int32_t fresh;   // 1 where the group begins
+    int32_t group;   // index of the scale group
+    int32_t fresh;   // 1 if the group begins here
 };
 
-// Experts of one projection. `experts` holds for each its width and the first bytes of its panels in both projections.
+// The experts of one projection.
 struct Matrices {
     const uint8_t* data;
     const int64_t* offsets;  // first byte of each expert
-    int64_t stride;          // of offsets, in elements
+    int64_t stride;          // elements from one offset to the next
     const Segment* segments;
     int32_t num_segments;
     int32_t panels;
@@ -52,18 +53,18 @@ inline int64_t panel_bytes(const Matrices& m, int64_t bits) {
     return kBlocks * (m.groups * header_bytes(m) + m.columns / kChunk * bits * kVector);
 }
 
-// Activations as fixed-point numbers: per row and segment a power of two, and `digits` signed digits of base 128 with
-// magnitudes up to 64. Layout [segment][row][chunk][digit][32], so that the rows of one expert lie together.
+// Activations as fixed-point numbers: a power of two per row and segment, and signed digits of base 128 with magnitudes
+// up to 64. The layout of `digits` is [segment][row][chunk][digit][32], so that the rows of one expert lie together.
 struct Planes {
     int8_t* digits;
     float* scale;  // [segment][row]
-    float* sum;    // [segment][row], of the integers
+    float* sum;    // [segment][row], sums of the integers
     int64_t rows;
 };
 
 struct Active {
     int32_t expert;
-    int32_t first;  // pair, in the order of experts
+    int32_t first;  // index of its first pair; pairs are sorted by expert
     int32_t count;
 };
 
@@ -79,19 +80,19 @@ struct Call {
     int32_t digits;
     int64_t tokens, hidden, intermediate, pairs;
     Matrices gate_up, down;
-    const int64_t* bits;  // of expert e: bits[e · stride]
+    const int64_t* bits;  // expert e has bits[e · bits_stride]
     int64_t bits_stride;
     const Active* active;
     int32_t num_active;
-    const int32_t* token;  // of each pair, in the order of experts
-    const float* weight;   // of each pair
+    const int32_t* token;  // each pair's token; pairs are sorted by expert
+    const float* weight;   // each pair's routing weight
     const int32_t* pair;   // 0 … pairs − 1: the rows of `hidden_planes` in use
     Planes x_planes, hidden_planes;
     float* inner;  // [pairs, intermediate]: silu(gate)·up
     float* sums;   // [tokens, padded hidden]
     const Item* items;
     int32_t num_items;
-    int32_t down_panels;  // per item of down
+    int32_t down_panels;  // panels per item of down
     int32_t next_gate_up, next_down;
 };
 
@@ -102,10 +103,10 @@ struct LinearCall {
     int32_t dtype;
     int32_t digits;
     int64_t tokens, rows, bits;
-    Matrices weights;      // of one expert
+    Matrices weights;      // a single matrix
     const int32_t* token;  // 0 … tokens − 1
     Planes planes;
-    int32_t panels;  // per item
+    int32_t panels;  // panels per item
     int32_t next;
 };
 

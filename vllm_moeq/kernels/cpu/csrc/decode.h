@@ -1,11 +1,11 @@
-// Codes of one chunk, four columns at a time.
+// Decodes the codes of one chunk, four columns at a time.
 #pragma once
 
 namespace moeq {
 namespace {
 
 inline void prefetch(const uint8_t* p) {
-    // Far enough ahead for memory's latency at full speed; a panel's end is the next one's beginning.
+    // Far enough ahead to hide memory's latency at full speed. This may reach into the next panel, which is read next.
     __builtin_prefetch(p + 3072);
 }
 
@@ -56,8 +56,8 @@ struct Packed<8> {
     static constexpr int kBytes = 8 * kVector;
 };
 
-// Each of three vectors has two codes in a byte's low six bits. The bits left are two more codes: their low bits in the
-// first two vectors, their third bits in the last.
+// Each byte of three vectors has two codes in its low six bits. The top bits hold two more codes: their low two bits in
+// the first two vectors, their third bits in the last vector.
 template <>
 struct Packed<3> {
     template <class F>
@@ -83,7 +83,7 @@ struct Packed<3> {
     }
 };
 
-// The same for codes that have been decoded before, a byte each.
+// Codes that are already decoded, one per byte.
 struct Decoded {
     template <class F>
     static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {

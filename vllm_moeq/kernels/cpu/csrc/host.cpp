@@ -50,7 +50,7 @@ Routing sort_pairs(const int32_t* ids, const float* weights, int64_t tokens, int
 
 std::vector<Item> make_items(const Call& call, int threads) {
     const auto cost = [&](const Active& active) {
-        // Bytes to read and decode, and some more per token: measured, a token costs about what a bit does.
+        // Each bit of width costs reading and decoding; measured, a token costs about as much as a bit.
         return call.bits[active.expert * call.bits_stride] + active.count;
     };
     const int64_t panels = call.gate_up.panels;

@@ -8,10 +8,10 @@
 
 namespace moeq {
 
-// Returns the segments of `columns` columns whose first lies `offset` columns behind the beginning of a scale group.
+// Returns the segments of `columns` columns; the first column lies `offset` columns behind the beginning of its group.
 std::vector<Segment> make_segments(int64_t columns, int64_t group_size, int64_t offset);
 
-// One projection of one expert as it is loaded: rows of packed words, and scales and zeros [rows, groups].
+// One projection of one expert as loaded: rows of packed words, scales and zeros [rows, groups].
 struct Source {
     const uint32_t* words;
     const void* scales;
@@ -23,7 +23,7 @@ struct Source {
 
 int64_t panels_of(int64_t rows, bool gated);
 
-// Writes one panel; `target` has panel_bytes, rows beyond the last become zeros.
+// Writes one panel of panel_bytes to `target`; rows beyond the last become zeros.
 void repack_panel(const Source& source, const std::vector<Segment>& segments, int64_t panel, uint8_t* target);
 
 // Pairs of tokens and experts, sorted by expert.
@@ -33,10 +33,10 @@ struct Routing {
     std::vector<float> weight;
 };
 
-// Throws std::out_of_range where an index is not below `experts`; negative ones are skipped.
+// Throws std::out_of_range if an index is not below `experts`; negative indices are skipped.
 Routing sort_pairs(const int32_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t experts);
 
-// Cuts gate and up into items of about equal cost, some eight per thread.
+// Cuts gate and up into items of about equal cost, about eight per thread.
 std::vector<Item> make_items(const Call& call, int threads);
 
 struct Kernel {
@@ -45,7 +45,7 @@ struct Kernel {
     RunLinear linear;
 };
 
-// Kernels that this processor runs, the slowest first.
+// Returns the kernels that this processor runs, the slowest first.
 std::vector<Kernel> kernels();
 
 }  // namespace moeq

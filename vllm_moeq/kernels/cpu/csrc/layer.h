@@ -1,5 +1,5 @@
-// What every thread does in a call: quantize, gate and up, quantize, down. Threads take items as they get free; no result
-// depends on who computes what, nor on the other tokens of the batch.
+// The work of a thread in a call: quantize, gate and up, quantize, down. A free thread takes the next item. Results
+// depend neither on which thread computes an item nor on the other tokens of the batch.
 #pragma once
 
 #include "core.h"
@@ -10,7 +10,7 @@
 namespace moeq {
 namespace {
 
-// e^x for x <= 0 within a few units of the last place: 2^n times a polynomial of the remainder.
+// Returns e^x for x <= 0, exact to a few units in the last place, as 2^n times a polynomial of the remainder.
 MOEQ_INLINE Floats exponential(Floats x) {
     x = maximum(x, splat(-87.0f));
     const Floats n = nearest(x * splat(1.44269504f));
@@ -23,7 +23,7 @@ MOEQ_INLINE Floats exponential(Floats x) {
     return sum * as_floats(shift_left<23>(to_ints(n) + splat_int(127)));
 }
 
-// gate / (1 + e^−gate) · up, with the exponential of −|gate| so that it cannot overflow.
+// Returns gate / (1 + e^−gate) · up, computed from e^−|gate|, which cannot overflow.
 MOEQ_INLINE Floats gated(Floats gate, Floats up) {
     const Floats zero = splat(0.0f), small = exponential(minimum(gate, zero - gate));
     const Floats positive = maximum(gate, zero), negative = minimum(gate, zero);
@@ -67,7 +67,7 @@ void store_result(Call& call, int first_panel, int panels) {
     }
 }
 
-// All experts of some output columns, in ascending order: sums need neither locks nor a second pass.
+// Computes some output columns of all experts, in ascending order, so that sums need neither locks nor a second pass.
 template <int DIGITS>
 void down_item(Call& call, int number) {
     alignas(64) float sums[kTokensAtOnce * kPanelRows];

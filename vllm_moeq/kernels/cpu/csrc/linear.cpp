@@ -1,4 +1,4 @@
-// The operator of a linear that is no expert.
+// The operator of a linear outside the experts.
 #include <algorithm>
 #include <numeric>
 
@@ -12,8 +12,8 @@ namespace {
 using at::Tensor;
 using namespace moeq;
 
-// x [tokens, columns] times a matrix [rows, columns] that native_repack has put in order; scales and zeros are float32 if
-// it is `wide`. Returns [tokens, rows] in x's dtype.
+// Returns x · Wᵀ [tokens, rows] in x's dtype, for x [tokens, columns] and W [rows, columns] from native_repack. `wide`:
+// W's scales and zeros are float32.
 Tensor linear(const Tensor& x, const Tensor& weight, int64_t rows, int64_t bits, int64_t group_size, bool wide, int64_t isa) {
     TORCH_CHECK(x.dim() == 2 && x.size(1) % kChunk == 0, "expected x [tokens, a multiple of ", kChunk, "], found ", x.sizes());
     TORCH_CHECK((bits >= 1 && bits <= 4) || bits == 8, "expected 1, 2, 3, 4 or 8 bits, found ", bits);

@@ -1,4 +1,4 @@
-// One matrix times all tokens: what every thread does in a call.
+// The work of a thread in a call that multiplies one matrix with all tokens.
 #pragma once
 
 #include "layer.h"

@@ -1,11 +1,11 @@
-// A panel of weights times the tokens of one expert.
+// Multiplies a panel of weights with the tokens of one expert.
 #pragma once
 
 namespace moeq {
 namespace {
 
-// Sums of one token's digits and of the tokens after it. Structures within structures, not arrays: compilers keep an array
-// in memory when they unroll the loop over it too late.
+// One token's sums, one per digit. Nested structures instead of an array: compilers keep an array in memory if they
+// unroll the loop over it too late.
 template <int BITS, int DIGITS>
 struct DigitDots {
     Dots<BITS> first;
@@ -19,7 +19,7 @@ struct DigitDots {
         first.add(four, quad(x));
         rest.add(four, x + kChunk);
     }
-    // Highest digit first. Two digits are exact: a sum of 128 products of 8 and 7 bits fits a float.
+    // Joins the sums, highest digit first. Two digits are exact: a sum of 128 products of 8 and 7 bits fits a float.
     MOEQ_INLINE Floats floats() const { return rest.after(first.floats()); }
     MOEQ_INLINE Floats after(Floats higher) const {
         return rest.after(multiply_add(higher, splat(128.0f), first.floats()));
@@ -78,7 +78,7 @@ MOEQ_INLINE Scales load_scales(const uint8_t* p, bool wide) {
     return {load_half(h), load_half(h + kLanes)};
 }
 
-// Where the activations of one segment are.
+// The activations of one segment.
 struct Slice {
     const int8_t* digits;
     int64_t bytes;  // per row
@@ -88,7 +88,7 @@ struct Slice {
     int chunks;
 };
 
-// sums[t · kPanelRows] += scale · (Σ q·a − zero · Σ a).
+// Adds scale · (Σ q·a − zero · Σ a) to sums[t · kPanelRows] for each token t.
 template <int BITS, int DIGITS>
 MOEQ_INLINE void add_results(const TokenDots<BITS, DIGITS, 0>&, const Slice&, int, Scales, float*) {}
 
@@ -118,7 +118,7 @@ inline void add_tokens(const uint8_t* codes, const Slice& x, int first, Scales w
     add_results(tokens, x, first, w, sums);
 }
 
-// As many tokens at a time as there are registers for, then the rest in ever smaller groups.
+// Takes as many tokens at a time as fit in registers, then the rest in ever smaller groups.
 template <class Source, int BITS, int DIGITS, int MOST>
 inline void add_groups(int first, int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
     if constexpr (MOST > 0) {
@@ -136,7 +136,7 @@ inline void add_all(int tokens, const uint8_t* codes, const Slice& x, Scales w, 
     add_groups<Source, BITS, DIGITS, fitting < MOST ? fitting : MOST>(0, tokens, codes, x, w, sums);
 }
 
-// sums [tokens, kPanelRows] = panel · activations of the rows of `planes` that `rows` names.
+// Writes sums [tokens, kPanelRows]: the panel times the rows of `planes` with the indices `rows`.
 template <int BITS, int DIGITS>
 void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows, int tokens,
                     float* sums) {
@@ -158,7 +158,7 @@ void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& plane
             if (tokens <= kDirectTokens) {
                 add_all<Packed<BITS>, BITS, DIGITS, kDirectTokens>(tokens, panel, x, w, place);
             } else {
-                constexpr int as = BITS < 3 ? 3 : BITS;  // once decoded, narrower codes are no different
+                constexpr int as = BITS < 3 ? 3 : BITS;  // once decoded, narrower codes need no code of their own
                 decode<BITS>(panel, segment.chunks, tile);
                 add_all<Decoded, as, DIGITS, kTokensAtOnce>(tokens, tile, x, w, place);
             }

@@ -1,4 +1,4 @@
-// Activations to fixed point, and results back to their dtype.
+// Converts activations to fixed point, and results to their dtype.
 #pragma once
 
 namespace moeq {
@@ -11,7 +11,7 @@ MOEQ_INLINE Floats load_as(const void* p, int64_t index) {
     return load_half(static_cast<const uint16_t*>(p) + index);
 }
 
-// Rounds to nearest, ties to even; what is not a number stays none.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline void store_bfloat(uint16_t* p, Floats x) {
     const Ints bits = as_ints(x);
     const Ints odd = shift_right<16>(bits) & splat_int(1);
@@ -31,7 +31,7 @@ MOEQ_INLINE void store_as(void* p, int64_t index, Floats x) {
     if constexpr (DTYPE == kFloat16) store_half(static_cast<uint16_t*>(p) + index, x);
 }
 
-// The first `count` of `from`, which ends with a whole vector.
+// Stores the first `count` floats of `from`, which is padded to a whole vector.
 template <int DTYPE>
 MOEQ_INLINE void store_columns(void* out, int64_t first, const float* from, int64_t count) {
     constexpr size_t item = DTYPE == kFloat32 ? 4 : 2;
@@ -44,14 +44,14 @@ MOEQ_INLINE void store_columns(void* out, int64_t first, const float* from, int6
     }
 }
 
-inline float power_of_two(int exponent) {  // of normal numbers
+inline float power_of_two(int exponent) {  // the result must be a normal number
     const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
     float r;
     __builtin_memcpy(&r, &bits, 4);
     return r;
 }
 
-// The smallest e with |v| <= 2^e, kept where 2^±(e − 28) are normal numbers; v > 0 and finite.
+// Returns the smallest e >= −97 with v <= 2^e; v is positive and finite. So 2^±(e − 28) are normal numbers.
 inline int exponent_above(float v) {
     uint32_t bits;
     __builtin_memcpy(&bits, &v, 4);
@@ -59,7 +59,7 @@ inline int exponent_above(float v) {
     return e < -97 ? -97 : e;
 }
 
-// Splits integers of magnitude up to 64 · 128^(DIGITS − 1) into digits from −64 to 64, the highest first.
+// Splits integers of magnitudes up to 64 · 128^(DIGITS − 1) into digits from −64 to 64, the highest digit first.
 template <int DIGITS>
 MOEQ_INLINE void store_digits(int8_t* p, Ints value) {
 #pragma GCC unroll 4
@@ -71,8 +71,8 @@ MOEQ_INLINE void store_digits(int8_t* p, Ints value) {
     store_bytes(p, value);
 }
 
-// One segment of one row. Powers of two as scales keep what has few mantissa bits exact: with two digits every bfloat16
-// down to 1/64 of the largest. A segment that holds an infinity or no number makes its row's results no numbers.
+// Quantizes one segment of one row. Scales are powers of two, so values with few mantissa bits stay exact: with two
+// digits, every bfloat16 down to 1/64 of the largest. A segment with an infinity or NaN makes its row's results NaN.
 template <int DTYPE, int DIGITS>
 void quantize_segment(const void* x, int64_t first, int chunks, int8_t* digits, float* scale, float* sum) {
     Floats largest = splat(0.0f), bad = splat(0.0f);
@@ -89,7 +89,7 @@ void quantize_segment(const void* x, int64_t first, int chunks, int8_t* digits, 
         top = lanes[i] > top ? lanes[i] : top;
         broken += worst[i];
     }
-    if (broken != 0.0f || top == 0.0f) {  // zero times an infinity is no number, which differs from zero
+    if (broken != 0.0f || top == 0.0f) {  // zero times an infinity is NaN, and NaN != 0
         __builtin_memset(digits, 0, static_cast<size_t>(chunks) * kChunk * DIGITS);
         *scale = broken;
         *sum = 0.0f;
@@ -110,7 +110,7 @@ void quantize_segment(const void* x, int64_t first, int chunks, int8_t* digits, 
     *sum = added;
 }
 
-// Rows and segments are dealt out evenly: a row alone may be all there is.
+// Threads share pairs of segment and row evenly, because there may be only one row.
 template <int DTYPE, int DIGITS>
 void quantize_part(const void* x, const Matrices& m, const Planes& planes, int thread, int threads) {
     const int64_t work = planes.rows * m.num_segments;

@@ -5,7 +5,7 @@
 namespace moeq {
 namespace {
 
-// Exchanges elements of BITS bits whose indices differ in exactly the index bits LOW < HIGH.
+// Exchanges the index bits LOW < HIGH of the elements, which have BITS bits each.
 template <int BITS, int LOW, int HIGH>
 uint32_t exchange(uint32_t x) {
     constexpr int distance = ((1 << HIGH) - (1 << LOW)) * BITS;
@@ -17,8 +17,8 @@ uint32_t exchange(uint32_t x) {
     return x ^ changed ^ changed << distance;
 }
 
-// Each takes codes of consecutive columns, the first in the lowest bits, to the order of core.h: column 4·t + j to byte
-// j, field t. In bits of an element's index, t … j becomes j t ….
+// Each function reorders the codes of consecutive columns, the first in the lowest bits, to the order of core.h: column
+// 4·t + j moves to byte j, field t. In the bits of an element's index, t … j becomes j t ….
 uint32_t order_ones(uint32_t x) {  // t2 t1 t0 j1 j0 → j1 j0 t2 t1 t0
     x = exchange<1, 0, 2>(x);      // t2 t1 j0 j1 t0
     x = exchange<1, 1, 3>(x);      // t2 j1 j0 t1 t0
@@ -30,8 +30,8 @@ uint32_t order_twos(uint32_t x) { return exchange<2, 1, 3>(exchange<2, 0, 2>(x))
 
 uint32_t order_fours(uint32_t x) { return exchange<4, 1, 2>(exchange<4, 0, 2>(x)); }
 
-// 32 codes of three bits to the three words of decode.h, from the field that each code has in them: word and lowest bit,
-// then, of the two codes that are split, those of the third bit.
+// The place of a 3-bit code in the three words of decode.h: the word and the lowest bit. Two of eight codes are split;
+// their third bit lies in the last word at `third`.
 struct Field {
     int word, shift, third;
 };
@@ -50,7 +50,7 @@ void order_threes(const uint32_t* words, uint32_t* ordered) {
     }
 }
 
-// Puts one row's codes of a chunk into the row's lane of `bits` vectors.
+// Writes one row's codes of a chunk into the row's lane of `bits` vectors.
 void repack_chunk(const uint32_t* words, int64_t bits, int lane, uint8_t* target) {
     uint32_t ordered[8];
     if (bits == 3) {

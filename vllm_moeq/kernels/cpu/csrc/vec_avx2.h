@@ -8,7 +8,7 @@
 namespace moeq {
 namespace {
 
-constexpr int kAccumulators = 6;  // pairs of registers for sums: twelve of sixteen
+constexpr int kAccumulators = 6;  // pairs of registers for sums: twelve of the sixteen registers
 constexpr int kDirectTokens = 2;
 
 struct Floats {
@@ -109,9 +109,9 @@ inline Quad quad(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-// Pairs of products are summed in 16 bits; 2 · 64 · (2^bits − 1) fits 2^15 / kRun times per column of four. Eight bits
-// just fit once (2 · 64 · 255 = 32640), and are widened at every step. The empty assembly pins each sum to its place in
-// the program: compilers gather the products of many steps, and put them by in memory, to add them up at the end.
+// Pairs of products are summed in 16 bits. A pair is at most 2 · 64 · (2^bits − 1), so as many steps as kRunChunks has
+// fit in 2^15. Eight bits fit only once (2 · 64 · 255 = 32640) and are widened at every step. The empty assembly pins
+// each sum to its place: compilers would otherwise keep the products of many steps in memory and add them at the end.
 template <int BITS>
 struct Dots {
     static constexpr int kRunChunks = BITS == 4 ? 2 : kSegmentChunks;

@@ -1,5 +1,5 @@
-// Sixteen lanes as one AVX-512 register. See vec_scalar.h for what each operation means. MOEQ_VNNI: dot products of
-// bytes straight into 32 bits.
+// Sixteen lanes as one AVX-512 register. vec_scalar.h shows what each operation does. MOEQ_VNNI: dot products of bytes
+// are summed directly in 32 bits.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 namespace moeq {
 namespace {
 
-constexpr int kAccumulators = 16;  // of 32 registers
+constexpr int kAccumulators = 16;  // half of the 32 registers
 constexpr int kDirectTokens = 4;
 
 struct Floats {

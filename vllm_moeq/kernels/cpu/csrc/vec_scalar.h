@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++: for processors without AVX2, and what the other headers are compared with.
+// Sixteen lanes in plain C++, for processors without AVX2; the other headers are compared with this one.
 #pragma once
 
 #include <math.h>
@@ -8,10 +8,10 @@
 namespace moeq {
 namespace {
 
-constexpr int kAccumulators = 1;  // sums of tokens and digits that are kept in registers
-constexpr int kDirectTokens = 2;  // tokens up to which codes are decoded anew for each group of tokens
+constexpr int kAccumulators = 1;  // sums (one per token and digit) that are kept in registers
+constexpr int kDirectTokens = 2;  // up to this many tokens, codes are decoded anew for each group of tokens
 
-// Left to the compiler: sixteen lanes in each of many unrolled steps would take minutes.
+// Inlining is left to the compiler: with sixteen lanes in each of many unrolled steps it would take minutes.
 #define MOEQ_INLINE inline
 #define MOEQ_LAMBDA
 
@@ -117,7 +117,7 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 inline Floats nearest(Floats x) {
     return each([&](int i) { return rintf(x.v[i]); });
 }
-inline Ints to_ints(Floats x) {  // of values within 2^31
+inline Ints to_ints(Floats x) {  // magnitudes must be below 2^31
     return each_int([&](int i) { return static_cast<int32_t>(rintf(x.v[i])); });
 }
 inline Floats as_floats(Ints x) {
@@ -160,7 +160,7 @@ inline Codes load_codes(const uint8_t* p) {
     return each_code([&](int i) { return p[i]; });
 }
 inline void store_codes(uint8_t* p, Codes c) { __builtin_memcpy(p, c.v, kVector); }
-// Shifts bytes to the right, to the left where RIGHT is negative; bits that come from a neighbour are masked later.
+// Shifts bytes to the right, or to the left if RIGHT is negative; bits from a neighbouring byte are masked later.
 template <int RIGHT>
 inline Codes moved(Codes c) {
     if constexpr (RIGHT >= 0) return each_code([&](int i) { return c.v[i] >> RIGHT; });
@@ -179,7 +179,7 @@ inline Quad quad(const int8_t* p) {
     return q;
 }
 
-// Sums of code · digit per row, over at most kRunChunks chunks.
+// The sums of code · digit per row, over at most kRunChunks chunks.
 template <int BITS>
 struct Dots {
     static constexpr int kRunChunks = kSegmentChunks;
