@@ -138,7 +138,7 @@ def limited(texts: list[str], characters: int) -> Iterator[str]:
         characters -= len(text)
 
 
-def train_tokenizer(texts: list[str], vocabulary: int = SHARED["vocab_size"]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocabulary: int = int(SHARED["vocab_size"])) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with a model's vocabulary size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,8 @@ def write_model(folder: Path, layers: int, experts: int, hidden: int, intermedia
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shapes(layers, experts, hidden, intermediate)):
         name = f"model-{number:05d}.safetensors"
-        header, end = {}, 0
+        header: dict[str, Any] = {}
+        end = 0
         for tensor, shape in tensors.items():
             size = 2 * int(torch.Size(shape).numel())
             header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}

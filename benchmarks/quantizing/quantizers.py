@@ -33,11 +33,10 @@ Case = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 def ours(name: str) -> Case:
     """Return one of our quantizers without calibration, packing included."""
     from planner.quantization.quantizers import quantizer_for
-    from vllm_moeq.format import pack
 
     def run(weight: torch.Tensor, _moments: torch.Tensor, bits: int) -> Any:
         result = quantizer_for(bits, name, name)(weight, bits, GROUP)
-        pack(result.codes, bits)
+        result.tensors()
         return result
 
     return run
@@ -46,11 +45,10 @@ def ours(name: str) -> Case:
 def our_gptq(**settings: Any) -> Case:
     """Return our GPTQ, packing included."""
     from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
-    from vllm_moeq.format import pack
 
     def run(weight: torch.Tensor, moments: torch.Tensor, bits: int) -> Any:
         result = quantize_gptq(weight[None], moments[None].clone(), bits, GROUP, GptqSettings(**settings))[0]
-        pack(result.codes, bits)
+        result.tensors()
         return result
 
     return run

@@ -33,7 +33,11 @@ ATTENTION = {
 def config_of(name: str, layers: int) -> PreTrainedConfig:
     """Return the configuration of a published model with that many layers and the shipped vocabulary."""
     shape, (architecture, attention) = MODELS[name], ATTENTION[name]
-    sizes = {"moe_intermediate_size": shape.intermediate, "num_experts": shape.experts, "norm_topk_prob": True}
+    sizes: dict[str, int | None] = {
+        "moe_intermediate_size": shape.intermediate,
+        "num_experts": shape.experts,
+        "norm_topk_prob": True,
+    }
     if architecture == "mixtral":
         sizes = {"num_local_experts": shape.experts, "sliding_window": None}
     return AutoConfig.for_model(

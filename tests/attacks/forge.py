@@ -66,7 +66,10 @@ def point(target: object) -> Callable[[Path], None]:
 
 
 def file(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
 
 
 def sparse(name: str, size: int) -> Callable[[Path], None]:
@@ -81,7 +84,11 @@ def sparse(name: str, size: int) -> Callable[[Path], None]:
 
 def raw_shard(edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Change the bytes of a shard."""
-    return lambda folder: shard(folder).write_bytes(edit(shard(folder).read_bytes())) and None
+
+    def change(folder: Path) -> None:
+        shard(folder).write_bytes(edit(shard(folder).read_bytes()))
+
+    return change
 
 
 def with_header(header: bytes, content: bytes) -> bytes:

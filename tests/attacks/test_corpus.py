@@ -87,7 +87,7 @@ class VllmLoad:
         """Load; ``known`` is the quantization_config where vLLM could not have read the one in the folder."""
         from transformers import AutoConfig
 
-        hf_config = None if known is not None else AutoConfig.from_pretrained(folder)
+        hf_config: Any = None if known is not None else AutoConfig.from_pretrained(folder)
         found = known if known is not None else hf_config.quantization_config
         plugin = self.plugin.from_config(found)
         plugin.maybe_update_config(str(folder), hf_config=hf_config)

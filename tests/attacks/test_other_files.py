@@ -79,11 +79,12 @@ def layout(tiny_mixtral: Path) -> Layout:
 @pytest.fixture
 def statistics(layout: Layout, tmp_path: Path) -> Path:
     path = tmp_path / "stats.safetensors"
-    sizes = ((8,), (8,), (8, 64), (8, 128), (8,))
-    layers = {
-        it.prefix: LayerStatistics(torch.ones(8, dtype=torch.int64), *(torch.ones(size) for size in sizes))
-        for it in layout.layers
-    }
+
+    def ones() -> LayerStatistics:
+        tokens, sums = torch.ones(8, dtype=torch.int64), [torch.ones(8) for _ in range(3)]
+        return LayerStatistics(tokens, sums[0], sums[1], torch.ones(8, 64), torch.ones(8, 128), sums[2])
+
+    layers = {it.prefix: ones() for it in layout.layers}
     write_statistics(path, layers, {})
     read_statistics(path, layout)
     return path
@@ -97,6 +98,11 @@ def edited(path: Path, name: str, value: torch.Tensor | None) -> None:
     save_file(tensors, path)
 
 
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 STATISTICS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: edited(path, "tokens", None), "tokens"),
     "NaN": (lambda path: edited(path, "gate_probability", torch.full((8,), torch.nan)), "gate_probability"),
@@ -107,7 +113,7 @@ STATISTICS: dict[str, tuple[Callable[[Path], object], str]] = {
     "long header": (lambda path: path.write_bytes(with_header(b"{" + b" " * (25 << 20), path.read_bytes())), "header"),
     "description nested deeply": (lambda path: json_path(path).write_text("[" * 100_000), "levels"),
     "description of another version": (lambda path: json_path(path).write_text('{"version": 2}'), "version 1"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), "expected a statistics file"),
+    "folder": (make_folder, "expected a statistics file"),
 }
 
 

@@ -47,11 +47,17 @@ def test_only_the_seam_imports_vllm() -> None:
     assert [path for path in files if imported(path)] == [SERVING / "seam.py"]
 
 
+def match(pattern: str, path: Path) -> re.Match[str]:
+    found = re.search(pattern, path.read_text(), re.M)
+    assert found is not None, f"{path}: {pattern}"
+    return found
+
+
 def test_the_table_has_the_versions_that_are_said_to_be_tested() -> None:
-    tested = ast.literal_eval(re.search(r"^TESTED = (.*)$", (SERVING / "seam.py").read_text(), re.M).group(1))
+    tested = ast.literal_eval(match(r"^TESTED = (.*)$", SERVING / "seam.py")[1])
     (major, first), (_, last) = tested
     assert list(VERSIONS) == [f"{major}.{minor}" for minor in range(first, last + 1)]
-    bounds = re.search(r'gpu = \["vllm>=([\d.]+),<([\d.]+)"\]', (ROOT / "pyproject.toml").read_text()).groups()
+    bounds = match(r'gpu = \["vllm>=([\d.]+),<([\d.]+)"\]', ROOT / "pyproject.toml").groups()
     assert bounds == (f"{major}.{first}", f"{major}.{last + 1}")
 
 
@@ -106,7 +112,7 @@ def test_what_is_overridden_takes_what_vllm_passes(version: str, name: str) -> N
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_called_takes_what_is_passed(version: str) -> None:
     table = VERSIONS[version]
-    calls = [
+    calls: list[tuple[str, str, tuple[int, ...], dict[str, Any]]] = [
         (f"{LAYERS}.fused_moe.fused_moe_method_base:FusedMoEMethodBase", "__init__", (0, 0), {}),
         ("vllm.model_executor.parameter:PackedvLLMParameter", "__init__", (0,),
          dict.fromkeys(("data", "input_dim", "output_dim", "packed_dim", "packed_factor", "weight_loader"))),
@@ -132,7 +138,7 @@ def test_the_installed_vllm_is_as_the_table_says() -> None:
     if spec is None or spec.origin is None:
         pytest.skip("vLLM is not installed")
     folder = Path(spec.origin).parent
-    version = re.search(r"version = '(\d+\.\d+)\.", (folder / "_version.py").read_text()).group(1)
+    version = match(r"version = '(\d+\.\d+)\.", folder / "_version.py")[1]
     assert json.loads(json.dumps(used(reader(folder.parent)))) == VERSIONS[version]
 
 

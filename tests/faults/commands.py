@@ -80,10 +80,10 @@ def break_reads(_: Path) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    shards = vllm_moeq.format.shards
-    shards.mmap = type("Broken", (), {**vars(mmap), "mmap": fail})  # type: ignore[misc]
-    shards.os = type("Broken", (), {**vars(os), "preadv": fail})  # type: ignore[misc]
-    shards.ShardSet._open = lambda *_: SimpleNamespace(get_tensor=fail)  # type: ignore[method-assign]
+    shards: Any = vllm_moeq.format.shards
+    shards.mmap = type("Broken", (), {**vars(mmap), "mmap": fail})
+    shards.os = type("Broken", (), {**vars(os), "preadv": fail})
+    shards.ShardSet._open = lambda *_: SimpleNamespace(get_tensor=fail)
 
 
 def replace_shard(path: Path) -> None:

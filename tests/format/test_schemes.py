@@ -26,6 +26,7 @@ from vllm_moeq.format import (
     pack,
     verify,
 )
+from vllm_moeq.format.tensors import Tensors
 from vllm_moeq.kernels import BACKENDS, PackedExperts, PackedMatrices, choose, of_one_dtype
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
@@ -54,7 +55,7 @@ class ByteRows(Scheme):
             "weight_step": TensorLayout((torch.float16, torch.bfloat16), (rows,)),
         }
 
-    def read_shape(self, shards: ShardSet, base: str, bits: int, group_size: int) -> tuple[int, int]:
+    def read_shape(self, shards: Tensors, base: str, bits: int, group_size: int) -> tuple[int, int]:
         rows, columns = shards.info(f"{base}.weight_bytes").shape
         return rows, columns
 

@@ -81,8 +81,14 @@ def test_packing() -> None:
     )
 
 
+def match(pattern: str, path: Path) -> re.Match[str]:
+    found = re.search(pattern, path.read_text(), re.M)
+    assert found is not None, f"{path}: {pattern}"
+    return found
+
+
 def test_the_pages_of_the_format() -> None:
-    row = re.search(r"^\| `experts` \|.*$", FORMAT.read_text(), re.M).group()
+    row = match(r"^\| `experts` \|.*$", FORMAT)[0]
     assert row.endswith(f"{IN_WORDS} |")
 
 
@@ -91,8 +97,8 @@ def test_the_fused_kernel() -> None:
     from vllm_moeq.kernels.triton.fields import PTX
 
     assert {width for _, width, _ in PTX} == TABLE
-    first, end = re.search(
-        r"for WIDTH in tl\.static_range\((\d+), (\d+)\)", (PACKAGE / "kernels" / "triton" / "tile.py").read_text()
+    first, end = match(
+        r"for WIDTH in tl\.static_range\((\d+), (\d+)\)", PACKAGE / "kernels" / "triton" / "tile.py"
     ).groups()
     assert set(range(int(first), int(end))) >= TABLE
 

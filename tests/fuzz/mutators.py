@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, True, 0, 1, 2, 3, 5, 32, 128, -1, 1 << 31, 1 << 63, 1 << 64, 10**400, 1.5, float("nan"), float("inf"),
     "", "a", "moeq", "\x1b[31m", "../a", "re:.*", "x" * 600, [], {},
 )  # fmt: skip

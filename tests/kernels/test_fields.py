@@ -20,6 +20,7 @@ def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
     """Round-trip: every intermediate value is exact, so any rounding would be an error of the code."""
+    bits: np.ndarray
     if dtype == "fp16":
         bits = values.astype(np.float16).view(np.uint16).astype(np.uint32)
     else:
@@ -64,7 +65,8 @@ def execute(text: str, inputs: list[np.ndarray], dtype: str) -> np.ndarray:
 def expected_code(words: list[np.ndarray], code: int, width: int) -> np.ndarray:
     """Read a code as the repacking documents it, from 16-bit words."""
     if width == 3 and code == 15:
-        return sum(((words[index] >> 15) & 1) << index for index in range(3))
+        bits = [((words[index] >> 15) & 1) << index for index in range(3)]
+        return bits[0] | bits[1] | bits[2]
     per_word = 5 if width == 3 else 16 // width
     return (words[code // per_word] >> (code % per_word * width)) & (2**width - 1)
 

@@ -30,7 +30,7 @@ def run(script: str, *flags: str) -> str:
 
 
 SETTINGS = [
-    "--arch sm_90 --widths 3",
+    "--arch sm_90 --widths 2",
     pytest.param("--arch sm_90 --widths 1,2,3", marks=pytest.mark.full),
     pytest.param("--arch sm_80 --widths 2,3", marks=pytest.mark.full),
     *(

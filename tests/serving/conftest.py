@@ -31,7 +31,7 @@ def make_pair(name: str, folder: Path) -> Pair:
     prefixes = json.loads(subprocess.check_output([MOEQ, "inspect", pair.source, "--json"]))["layers"]
     fixed = {f"{layer['prefix']}.{expert}": bits for layer in prefixes for expert, bits in enumerate(WIDTHS)}
     overrides.write_text(json.dumps(fixed))
-    flags = ["--avg-bits", "3.25", "--bits", ",".join(map(str, WIDTHS)), "--overrides", overrides]
+    flags: list[str | Path] = ["--avg-bits", "3.25", "--bits", ",".join(map(str, WIDTHS)), "--overrides", overrides]
     subprocess.run([MOEQ, "quantize", pair.source, "-o", pair.quantized, *flags], check=True)
     subprocess.run([MOEQ, "export", pair.quantized, "-o", pair.dense], check=True)
     return pair

@@ -24,9 +24,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def loaded(method: Any, bits: int) -> tuple[torch.nn.Module, torch.Tensor]:
+def loaded(method: Any, bits: int) -> tuple[Any, torch.Tensor]:
     """Return a layer as vLLM loads it, and what it stands for."""
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
     method.create_weights(layer, COLUMNS, [32, 16], COLUMNS, ROWS, torch.float32, weight_loader=None)
     generator = torch.Generator().manual_seed(bits)
     words = torch.randint(-(2**31), 2**31, layer.weight_packed.shape, generator=generator).int()
@@ -43,9 +43,9 @@ def test_both_ways_multiply_alike(bits: int, monkeypatch: pytest.MonkeyPatch) ->
     from vllm_moeq.serving.linear_method import choose_method
 
     x, bias = torch.randn((2, 5, COLUMNS), generator=torch.Generator().manual_seed(0)), torch.arange(float(ROWS))
-    native = choose_method(Linear(bits=bits, group_size=GROUP), "it", "for a test")
+    native = choose_method(Linear.model_validate({"bits": bits, "group_size": GROUP}), "it", "for a test")
     monkeypatch.setenv(VARIABLE, "reference")
-    other = choose_method(Linear(bits=bits, group_size=GROUP), "it", "for a test")
+    other = choose_method(Linear.model_validate({"bits": bits, "group_size": GROUP}), "it", "for a test")
     assert [type(each).__name__ for each in (native, other)] == ["NativeLinearMethod", "UnpackedLinearMethod"]
     for method in (native, other):
         layer, dense = loaded(method, bits)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from planner.quantization.quantizers import quantize_rtn
-from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, UsageError, pack, parse_config
+from planner.quantization.quantizers import Quantized, quantize_rtn
+from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, MoeqConfig, UsageError, pack, parse_config
 from vllm_moeq.kernels import dense_expert
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
@@ -15,7 +15,7 @@ WIDTHS = (1, 3, 8)
 PROJECTIONS = {"w1": "w1", "w3": "w3", "w2": "w2"}
 
 
-def make_config(group_size: int):
+def make_config(group_size: int) -> MoeqConfig:
     return parse_config(
         {
             "quant_method": "moeq",
@@ -31,7 +31,7 @@ def make_config(group_size: int):
     )
 
 
-def quantized_experts(group_size: int):
+def quantized_experts(group_size: int) -> dict[tuple[int, str], Quantized]:
     """Return {(expert, shard): Quantized} of random matrices."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE)}
@@ -70,8 +70,8 @@ class Rank:
 
     def dense(self, name: str, local: int) -> torch.Tensor:
         matrices = self.partition.w2 if name == "w2" else self.partition.w13
-        tensors = [self.parameters[name, suffix].data for suffix in (PACKED, SCALE, ZERO)]
-        return dense_expert(matrices, local, *tensors, torch.float32)
+        words, scales, zeros = (self.parameters[name, suffix].data for suffix in (PACKED, SCALE, ZERO))
+        return dense_expert(matrices, local, words, scales, zeros, torch.float32)
 
 
 @pytest.mark.parametrize("group_size", [32, 128, -1])

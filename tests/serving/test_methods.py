@@ -27,7 +27,7 @@ PROMPTS = 3
 def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all three methods need, of one text."""
     output = tmp_path_factory.mktemp("stats") / "stats.safetensors"
-    data = ["--data", MODELS / "calibration.jsonl", "--samples", "4", "--seq-len", "128"]
+    data: list[str | Path] = ["--data", MODELS / "calibration.jsonl", "--samples", "4", "--seq-len", "128"]
     subprocess.run([MOEQ, "calibrate", SOURCE, *data, "--for", "kl,pmq,bsp", "-o", output], check=True)
     return output
 
@@ -50,7 +50,7 @@ def served_losses(folder: Path, texts: list[str], log: Path) -> list[tuple[float
 @pytest.mark.parametrize("method", thorough(["kl", "pmq", "bsp"], ["bsp"]))
 def test_every_plan_is_served(method: str, stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
-    flags = ["--method", method, "--stats", stats, "--avg-bits", "2.25"]
+    flags: list[str | Path] = ["--method", method, "--stats", stats, "--avg-bits", "2.25"]
     subprocess.run([MOEQ, "quantize", SOURCE, "-o", folder, *flags], check=True)
     widths = json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
     assert len({bits for layer in widths.values() for bits in layer}) > 1

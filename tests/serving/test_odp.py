@@ -147,7 +147,7 @@ def test_server_skips_weak_experts(ranks: int, extra: list[str], mixtral: Pair, 
     vLLM's CPU kernels for 4-bit linears have no float32, so the linears stay as they are.
     """
     quantized, dense, log = tmp_path / "quantized", tmp_path / "dense", tmp_path / "log"
-    same_widths = ["--plan", mixtral.quantized / "plan.json", "--linear-bits", "16"]
+    same_widths: list[str | Path] = ["--plan", mixtral.quantized / "plan.json", "--linear-bits", "16"]
     subprocess.run([MOEQ, "quantize", mixtral.source, "-o", quantized, *same_widths], check=True)
     subprocess.run([MOEQ, "export", quantized, "-o", dense], check=True)
     texts = prompts(mixtral.source)[:8]

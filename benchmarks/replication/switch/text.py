@@ -123,7 +123,7 @@ def prepare(folder: Path, quick: bool) -> Text:
         folder.mkdir(parents=True, exist_ok=True)
         train, held_out = read_files(quick)
         some = list(train_model.limited(train, 1_000_000 if quick else 12_000_000))
-        tokenizer = make_tokenizer(some, 512 if quick else train_model.SHARED["vocab_size"])
+        tokenizer = make_tokenizer(some, 512 if quick else int(train_model.SHARED["vocab_size"]))
         tokenizer.save_pretrained(folder)
         save_file({"stream": train_model.encode(tokenizer, some).int()}, folder / "stream.safetensors")
         train_examples, held_out_examples = split_functions(tokenizer, some, held_out)

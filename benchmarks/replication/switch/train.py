@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional
@@ -17,7 +18,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 from benchmarks.models import train_model
 from benchmarks.replication.switch.text import SOURCE_TOKENS, Batch
 
-Model = SwitchTransformersForConditionalGeneration
+Model: TypeAlias = SwitchTransformersForConditionalGeneration
 Routers = dict[str, torch.Tensor]
 """MoE layer → router weight [experts, hidden]."""
 
@@ -84,7 +85,7 @@ def configuration(recipe: Recipe, vocabulary: int, pad: int) -> SwitchTransforme
     )
 
 
-def moe_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def moe_layers(model: torch.nn.Module) -> dict[str, Any]:
     """Return the MoE layers by name, those of the encoder first."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "router")}
 

@@ -71,7 +71,8 @@ def seen(integer_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
         "version 1": integer_checkpoint(qwen, "rtn", 4, 32),
     }
     symmetric(ours["version 1"])
-    jobs, tokens = [], {}
+    jobs: list[dict[str, object]] = []
+    tokens: dict[str, list[int]] = {}
     for case, path in ours.items():
         export_gptq(path, folder / case, "v1" if case == "version 1" else "v2", QUIET)
         tokens[case] = tokens_of("stdlib-mixtral" if case == "mixtral" else "stdlib-qwen3-moe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ class Writing(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.output = self.folder / "out"
-        self.writer: CheckpointWriter | None = None
+        self.writer: Any = None  # a CheckpointWriter while a run is open
 
     @initialize()
     def begin(self) -> None:

@@ -26,7 +26,7 @@ from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
 from tests.paths import MIXTRAL
-from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, pack, verify
+from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
 
 pytestmark = pytest.mark.slow
 
@@ -91,9 +91,8 @@ def test_the_file_holds_what_the_quantizer_returns(
             name = f"{LAYER}.{expert}.w2"
             quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit)
             expected = quantizer(model.shards.load(f"{name}.weight"), bits, settings.group_size)
-            assert torch.equal(written.load(f"{name}.weight_packed"), pack(expected.codes, bits))
-            assert torch.equal(written.load(f"{name}.weight_scale"), expected.scales)
-            assert torch.equal(written.load(f"{name}.weight_zero"), expected.zeros)
+            for suffix, tensor in expected.tensors().items():
+                assert torch.equal(written.load(f"{name}.{suffix}"), tensor)
     verify(output)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from planner.quantization.quantizers import (
     QUANTIZERS,
+    Quantized,
     linear_group_size,
     quantize_hqq,
     quantize_linear,
@@ -16,13 +19,13 @@ from planner.quantization.quantizers import (
     quantize_sign,
     quantizer_for,
 )
-from vllm_moeq.format import BIT_WIDTHS, CheckpointError, Linear
+from vllm_moeq.format import BIT_WIDTHS, CheckpointError, Linear, TensorLayout
 
 EXAMPLES = settings(deadline=None, max_examples=40)
 CASES = [("sign", 1), *((name, bits) for name in ("hqq", "rtn") for bits in BIT_WIDTHS)]
 SCALED = [case for case in CASES if case[1] > 1 or case[0] == "sign"]
 """Cases whose error is proportional to the weights: HQQ's norm is not, and shows it at one bit."""
-FUNCTIONS = {name: row.rounds["float"] for name, row in QUANTIZERS.items() if not row.calibrated}
+FUNCTIONS: dict[str, Callable[..., Quantized]] = {"sign": quantize_sign, "hqq": quantize_hqq, "rtn": quantize_rtn}
 
 NARROW = {
     "constant": torch.full((4, 64), 0.7),
@@ -215,7 +218,11 @@ def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
     assert set(row.widths) <= set(BIT_WIDTHS)
     for zero_points in row.rounds:
         for bits in row.widths:
-            assert quantizer_for(bits, name, name, zero_points)(gaussian(4, 64), bits, 32).bits == bits
+            result = quantizer_for(bits, name, name, zero_points)(gaussian(4, 64), bits, 32)
+            assert row.scheme.layout(4, 64, bits, 32) == {
+                suffix: TensorLayout(row.scheme.layout(4, 64, bits, 32)[suffix].dtypes, tuple(tensor.shape))
+                for suffix, tensor in result.tensors().items()
+            }
     if row.fallback is not None:
         assert QUANTIZERS[row.fallback].rounds.keys() == {"float", "integer"}
         assert set(row.widths) <= set(QUANTIZERS[row.fallback].widths)
@@ -225,7 +232,7 @@ def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_linears_read_by_compressed_tensors_are_close(bits: int, bound: float, dtype: torch.dtype) -> None:
     weight = gaussian(16, 256).to(dtype)
-    tensors = quantize_linear(weight, Linear(bits=bits, group_size=64))
+    tensors = quantize_linear(weight, Linear.model_validate({"bits": bits, "group_size": 64}))
     codes = unpack_from_int32(tensors["weight_packed"], bits, torch.Size(tensors["weight_shape"].tolist()))
     found = codes.float() * tensors["weight_scale"].float().repeat_interleave(64, dim=1)
     assert float((found - weight.float()).norm() / weight.float().norm()) < bound
@@ -234,7 +241,9 @@ def test_linears_read_by_compressed_tensors_are_close(bits: int, bound: float, d
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [0.0, 1e-7, 1e4])
 def test_linears_of_any_magnitude_get_usable_scales(bits: int, size: float) -> None:
-    scale = quantize_linear(gaussian(4, 64, size).bfloat16(), Linear(bits=bits, group_size=32))["weight_scale"]
+    scale = quantize_linear(gaussian(4, 64, size).bfloat16(), Linear.model_validate({"bits": bits, "group_size": 32}))[
+        "weight_scale"
+    ]
     assert bool((torch.isfinite(scale) & (scale > 0)).all())
 
 

@@ -95,6 +95,7 @@ INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
 import planner.cli, planner.output.files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 sync = planner.output.files.sync
 def interrupt(path):
     if list(Path(sys.argv[-1] + ".partial").glob("*.safetensors")):

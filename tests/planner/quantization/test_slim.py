@@ -95,7 +95,10 @@ def test_widths_are_those_of_a_search_that_starts_anew_each_time(
     for k in range(len(ranking) // 2 + 1):
         widths = [bits + (g in ranking[:k]) - (g in ranking[len(ranking) - k :]) for g in range(len(ranking))]
         groups = zip(weight.split(GROUP, dim=1), widths, strict=True)
-        parts = [rounded(w, *(found[:, None] for found in levels(w, b)), b) for w, b in groups]
+        parts = []
+        for part, width in groups:
+            scale, zero = (value[:, None] for value in levels(part, width))
+            parts.append(rounded(part, scale, zero, width))
         found = (inputs @ torch.cat(parts, dim=1).mT).double().log_softmax(dim=1)
         divergence = float((found.exp() * (found - exact)).sum())
         if divergence < best:

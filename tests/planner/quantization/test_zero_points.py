@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.quantization.quantizers import QUANTIZERS, quantize_rtn, quantizer_for
+from vllm_moeq.format import ZERO
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 NAMES = sorted(name for name, row in QUANTIZERS.items() if "integer" in row.rounds)
@@ -27,7 +28,8 @@ def weights(shift: float, size: float, seed: int) -> torch.Tensor:
     seed=st.integers(0, 1000),
 )
 def test_they_are_codes(name: str, bits: int, shift: float, size: float, group_size: int, seed: int) -> None:
-    zeros = quantizer_for(bits, name, "sign", "integer")(weights(shift, size, seed), bits, group_size).zeros.float()
+    result = quantizer_for(bits, name, "sign", "integer")(weights(shift, size, seed), bits, group_size)
+    zeros = result.tensors()[ZERO].float()
     assert torch.equal(zeros, zeros.round())
     assert float(zeros.min()) >= 0
     assert float(zeros.max()) < 2**bits

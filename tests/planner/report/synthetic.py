@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from planner.evaluation.record import Evaluations
 from planner.plan import Plan
@@ -31,7 +32,7 @@ def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple
         },
         "synthetic",
     )  # fmt: skip
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "prefix": prefix,
             "experts": [
