@@ -39,7 +39,7 @@ from benchmarks.kernels.peers import (
 )
 from benchmarks.kernels.probe import Probe
 from benchmarks.kernels.routing import MIXES, MODELS, ROUTINGS, bytes_moved, mix_widths, route
-from vllm_moeq.kernels.reference import ReferenceLayer
+from vllm_moeq.kernels.reference_layer import ReferenceLayer
 
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096]
 KEY_TOKENS = (1, 16, 4096)

@@ -17,7 +17,8 @@ from vllm_moeq.kernels.backends import (
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts, PackedMatrices
 from vllm_moeq.kernels.operator import moe
 from vllm_moeq.kernels.ragged import RaggedMatrices, of_one_dtype, ragged, wide_enough
-from vllm_moeq.kernels.reference import ReferenceLayer, dense_expert, moe_reference
+from vllm_moeq.kernels.reference import dense_expert, moe_reference
+from vllm_moeq.kernels.reference_layer import ReferenceLayer
 
 __all__ = [
     "AUTO",

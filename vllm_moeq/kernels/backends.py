@@ -13,7 +13,7 @@ import torch
 from vllm_moeq.format import GRID, UsageError
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts
-from vllm_moeq.kernels.reference import ReferenceLayer
+from vllm_moeq.kernels.reference_layer import ReferenceLayer
 
 VARIABLE = "VLLM_MOEQ_BACKEND"
 AUTO = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_moeq.kernels.ragged import ragged
+from vllm_moeq.kernels.reference import moe_reference
 
 _library = torch.library.Library("vllm_moeq", "FRAGMENT")
 
@@ -23,8 +24,6 @@ def _moe(
     group_size: int,
     w2_group_offset: int,
 ) -> torch.Tensor:
-    from vllm_moeq.kernels.reference import moe_reference  # imports this module
-
     hidden = x.shape[1]
     rows = w13_scales.shape[1]
     w13 = ragged(bits, rows, hidden, group_size)
