@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_the_test_sees_an_upward_import() -> None:
     ]
     assert upward("planner.commands.report", source, "planner", PLANNER) == []
     assert upward("planner.calibration.reading.text", "import planner.calibration.kl", *list(STACKS.items())[1])
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Packages' own ``__init__`` files only pass names on; the files behind them count."""
+    files = {name: path for package in ("planner", "vllm_moeq") for name, path in modules(package)}
+    rooms = {name: path for name, path in files.items() if path.name != "__init__.py"}
+    graph = {
+        name: {it for it in imported(path.read_text()) if it in rooms and it != name} for name, path in rooms.items()
+    }
+    assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_the_plugin_does_not_import_the_planner() -> None:
