@@ -24,6 +24,10 @@ Facts = dict[str, float]
 """Facts about a measure for the JSON description of the statistics."""
 
 
+COUNTING_PASSES = 2.0
+"""Number of passes over a text to count routed tokens: one up to the experts, one to the next layer."""
+
+
 @dataclass(frozen=True)
 class MeasureInputs:
     """The inputs of a measure, after the model has read the text.

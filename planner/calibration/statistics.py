@@ -125,6 +125,17 @@ def json_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def described_widths(path: Path) -> list[Any]:
+    """Return the widths that the description of a statistics file names, unchecked; none where it does not say.
+
+    Raises:
+        ConfigError: the description is no JSON.
+    """
+    facts = read_json(json_path(path)) if json_path(path).is_file() else {}
+    found = facts.get("widths") if isinstance(facts, dict) else None
+    return found if isinstance(found, list) else []
+
+
 def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
     """Read a statistics file and check it against a model's layout.
 

@@ -10,12 +10,12 @@ from planner.common.memory import resident_bytes
 from planner.comparison.entries import choices_of, gives, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.request import ComparisonRun
-from planner.estimates.evaluation import FILES, LOGITS_BESIDE
 from planner.estimates.memory import FLOAT, Reading, hidden_bytes, reading_ram
 from planner.estimates.needs import Needs
 from planner.estimates.quantizing import passes_of, quantize_needs
 from planner.estimates.seconds import reading_seconds
 from planner.estimates.serving import text_config
+from planner.evaluation.passes import FILES, LOGITS_BESIDE
 from planner.model.sizes import estimate
 from planner.planning.methods import METHODS
 

@@ -11,29 +11,21 @@ import torch
 
 from planner.calibration.kl.gradients import head_rows
 from planner.calibration.reading.decoder import ROWS, compute_dtype
+from planner.calibration.reading.expert import EXPERT_COPIES
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import FLOAT, Reading
 from planner.estimates.needs import Needs
 from planner.estimates.seconds import reading_seconds
 from planner.estimates.serving import text_config
-from planner.evaluation.passes import STATES
+from planner.evaluation.passes import FILES, LOGITS_ALONE, LOGITS_BESIDE, STATES
 from planner.evaluation.reader import reads_by_layers
 from planner.model.layout import Layout, read_layout
 from planner.model.quantized import DequantizedModel, is_moeq
 from planner.model.skeleton import open_folder
 from vllm_moeq.format import read_json
 
-FILES = 4
-"""Number of files of hidden states in a pass: inputs and outputs of a layer and of its experts."""
-
 RESULT_BYTES = 2048
 """Bytes of the file with the result."""
-
-LOGITS_ALONE, LOGITS_BESIDE = 3, 5
-"""Number of tensors of the logits' size in memory: for one model alone, and for a comparison with another."""
-
-EXPERT_COPIES = 3
-"""Number of float32 copies of an expert while it is loaded: codes, values, and the matrix in the layers' dtype."""
 
 
 @dataclass(frozen=True)

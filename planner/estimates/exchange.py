@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from planner.common.memory import resident_bytes
-from planner.estimates.memory import SHARD_COPIES
 from planner.estimates.needs import Needs
 from planner.model.hub import companions
+from planner.output.files import SHARD_COPIES
 from vllm_moeq.format import ShardSet, expert_matrices, load_config
 from vllm_moeq.format.linears import WORDS
 

@@ -8,22 +8,15 @@ from typing import Any
 
 from planner.calibration.gptq.layer import BATCH_BYTES
 from planner.calibration.reading.decoder import ROWS
+from planner.calibration.reading.hidden import HIDDEN_FILES
 from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import resident_bytes
 from planner.estimates.serving import text_config
 from planner.model.layout import Layout
-from planner.model.sizes import WORKING_BYTES_PER_WEIGHT, Sizes
-from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
-from planner.quantization.rows import BLOCKS
-
-SHARD_COPIES = 2
-"""Number of copies of a shard in memory: the packed tensors, and the bytes that safetensors writes."""
-
-FACTOR_COPIES = 4
-"""Number of tensors of the Hessians' size in memory: a batch of Hessians, and temporaries of their factorization."""
-
-HIDDEN_FILES = 4
-"""Number of mapped files of hidden states while a layer runs: inputs and outputs of the layer and of its experts."""
+from planner.model.sizes import Sizes
+from planner.output.files import SHARD_COPIES
+from planner.quantization.quantizers.hessian import FACTOR_COPIES
+from planner.quantization.rows import PART_BYTES
 
 FLOAT = 4
 
@@ -55,8 +48,7 @@ class Reading:
 
 def rounding_ram(sizes: Sizes, threads: int, jobs: int) -> int:
     """Return the resident bytes of quantizing without calibration, for this process and its workers together."""
-    part = BLOCKS * BLOCK_WEIGHTS * WORKING_BYTES_PER_WEIGHT
-    own, working = resident_bytes(), SHARD_COPIES * sizes.largest_shard_bytes + threads * part
+    own, working = resident_bytes(), SHARD_COPIES * sizes.largest_shard_bytes + threads * PART_BYTES
     return own + working if jobs == 1 else own + jobs * (own + working)
 
 

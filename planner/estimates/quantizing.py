@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from planner.calibration.measures import MEASURES
+from planner.calibration.measures import COUNTING_PASSES, MEASURES
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
 from planner.estimates.needs import Needs
@@ -20,9 +20,6 @@ from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS
-
-COUNTING_PASSES = 2.0
-"""Number of passes over a text to count routed tokens: one up to the experts, one to the next layer."""
 
 PLAN_BYTES, SCORE_BYTES = 90, 28
 """Bytes in plan.json per expert, for its width and place, and per score of an expert."""

@@ -20,6 +20,13 @@ STATES = 1 << 30
 """Maximum bytes of a model's hidden states between two layers. A pass takes five times as much disk space."""
 
 
+FILES = 4
+"""Number of files of hidden states in a pass: inputs and outputs of a layer and of its experts."""
+
+LOGITS_ALONE, LOGITS_BESIDE = 3, 5
+"""Number of tensors of the logits' size in memory: for one model alone, and for a comparison with another."""
+
+
 @dataclass(frozen=True)
 class TextScore:
     """The scores of a model on a text.

@@ -14,9 +14,6 @@ from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
 
-WORKING_BYTES_PER_WEIGHT = 24
-"""Bytes per weight of a quantizer's float32 copies and temporaries while it works on one matrix."""
-
 
 @dataclass(frozen=True)
 class Sizes:

@@ -23,6 +23,10 @@ TEMPORARY = ".*tmp*"
 """Glob of the temporary files that a killed run leaves: ours, and safetensors' own (``.tmpAbC123``)."""
 
 
+SHARD_COPIES = 2
+"""Number of copies of a shard in memory: the packed tensors, and the bytes that safetensors writes."""
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` and put it in place when the block succeeds.

@@ -28,6 +28,13 @@ BLOCKS = 4
 4 MiB anew each time (:mod:`planner.common.memory`)."""
 
 
+WORKING_BYTES_PER_WEIGHT = 24
+"""Bytes per weight of a quantizer's float32 copies and temporaries while it works on one matrix."""
+
+PART_BYTES = BLOCKS * BLOCK_WEIGHTS * WORKING_BYTES_PER_WEIGHT
+"""Bytes of the temporaries of one part, which a thread quantizes at a time."""
+
+
 class Threads:
     """A thread pool and the device that its threads compute on. Each thread uses one torch thread."""
 

@@ -13,6 +13,10 @@ from planner.model.source import SourceModel
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
+EXPERT_COPIES = 3
+"""Number of float32 copies of an expert while it is loaded: codes, values, and the matrix in the layers' dtype."""
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """The matrices of one expert, which computes down(activation(gate(x)) · up(x)).

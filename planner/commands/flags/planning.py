@@ -11,7 +11,7 @@ import typer
 
 from planner.allocation.levels import Counts
 from planner.allocation.order import Promotion
-from planner.calibration.statistics import json_path
+from planner.calibration.statistics import described_widths
 from planner.commands.completion import one_of
 from planner.commands.flags.common import Bits, Seed
 from planner.model.layout import Layout
@@ -21,7 +21,7 @@ from planner.planning.method import Method, Scope
 from planner.planning.methods import METHODS, OURS, PAPER
 from planner.planning.request import PlanOptions, check_choices, read_overrides, resolved_method
 from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import BIT_WIDTHS, UsageError, read_json
+from vllm_moeq.format import BIT_WIDTHS, UsageError
 
 AVERAGE = "2.5"
 """Average bits per expert weight, unless a flag says otherwise."""
@@ -163,11 +163,8 @@ class PlanFlags:
         """Return the widths that the method chooses from, or those that its statistics have."""
         name = resolved_method(self.method, self.stats is not None or text)
         method = METHODS.get(name, Method())
-        if self.stats is None or not method.measures or not json_path(self.stats).is_file():
-            return method.choices
-        facts = read_json(json_path(self.stats))
-        known = facts.get("widths") if isinstance(facts, dict) else None
-        if not isinstance(known, list) or not known or set(method.choices) <= set(known):
+        known = [] if self.stats is None or not method.measures else described_widths(self.stats)
+        if not known or set(method.choices) <= set(known):
             return method.choices
         return check_choices(known, f"{self.stats}: widths")
 

@@ -7,6 +7,9 @@ from typing import Literal
 
 import torch
 
+FACTOR_COPIES = 4
+"""Number of tensors of the Hessians' size in memory: a batch of Hessians, and temporaries of their factorization."""
+
 
 class NotPositiveDefiniteError(Exception):
     """A Hessian stays unusable with any damping."""
