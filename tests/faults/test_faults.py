@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.faults.commands import COMMANDS, FAULTS, SOURCE, Command, prepare, run, start
+from tests.folders import contents
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def snapshot(path: Path) -> dict[str, bytes] | None:
     """Return what a result holds, without what differs from run to run."""
     if path.is_file():
         return {path.name: path.read_bytes()}
-    return {it.name: it.read_bytes() for it in path.iterdir()} if path.is_dir() else None
+    return contents(path) if path.is_dir() else None
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def again(folder: Path, command: Command, expected: dict[str, bytes] | None) -> 
 
 def one_fault(folder: Path, name: str, fault: str, expected: dict[str, bytes] | None) -> str:
     command = COMMANDS[name]
-    quantized_before = {it.name: it.read_bytes() for it in (folder / "quantized").iterdir()}
+    quantized_before = contents(folder / "quantized")
     if fault == "second writer":
         with (folder / "log").open("wb") as log:
             first = start(folder, command, FAULTS[fault], log.fileno())
@@ -114,7 +115,7 @@ def one_fault(folder: Path, name: str, fault: str, expected: dict[str, bytes] | 
         assert "Traceback" not in line
     row = [fault, f"`{name}`", says(code, line), disk(folder, command, expected), again(folder, command, expected)]
     if fault != "source replaced" and name != "eval":
-        assert {it.name: it.read_bytes() for it in (folder / "quantized").iterdir()} == quantized_before
+        assert contents(folder / "quantized") == quantized_before
     return f"| {' | '.join(row)} |\n"
 
 

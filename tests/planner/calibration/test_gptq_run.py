@@ -29,8 +29,8 @@ from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
+from tests.folders import contents
 from tests.paths import MIXTRAL, MODELS
-from tests.planner.folders import contents
 from vllm_moeq.format import SCALE, ZERO
 
 pytestmark = pytest.mark.slow

@@ -25,6 +25,7 @@ from planner.planning.request import PlanOptions
 from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
+from tests.folders import contents
 from tests.paths import MIXTRAL
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
 
@@ -64,10 +65,6 @@ def interrupt(source: Path, output: Path) -> Path:
     partial = output.with_name(f"{output.name}.partial")
     assert [path.name for path in partial.glob("*.safetensors")] == [FIRST_SHARD]
     return partial
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(

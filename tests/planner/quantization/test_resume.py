@@ -24,8 +24,8 @@ from planner.planning.request import PlanOptions
 from planner.quantization.run import quantize
 from planner.quantization.runners import InlineRunner, ProcessRunner, Runner
 from planner.quantization.settings import QuantizeSettings, default_linear
+from tests.folders import contents
 from tests.paths import MIXTRAL
-from tests.planner.folders import contents
 from vllm_moeq.format import UsageError, verify
 
 pytestmark = pytest.mark.slow

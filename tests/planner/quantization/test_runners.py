@@ -25,6 +25,7 @@ from planner.quantization.runners.choose import read_devices
 from planner.quantization.runners.ray_cluster import RayRunner
 from planner.quantization.settings import QuantizeSettings
 from planner.report.card import write_card
+from tests.folders import contents
 from vllm_moeq.format import Linear, MoeqError, UsageError, verify
 
 pytestmark = pytest.mark.slow
@@ -51,10 +52,6 @@ def write(source: Path, plan: Path, output: Path, runner: Runner | None, progres
         layout, made, said = read_layout(model), read_plan(plan), progress or Progress(quiet=True)
         quantize(model, layout, made, output, SETTINGS, said, runner=runner, describe=write_card)
     return output
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
