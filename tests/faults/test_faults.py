@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.commands import COMMANDS, FAULTS, SOURCE, Command, prepare, run, start
+from tests.faults.commands import COMMANDS, FAULTS, Command, prepare, run, start
 from tests.folders import contents
-from tests.paths import ROOT
+from tests.paths import MIXTRAL, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def snapshot(path: Path) -> dict[str, bytes] | None:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "model").symlink_to(SOURCE)
+    (folder / "model").symlink_to(MIXTRAL)
     assert run(folder, COMMANDS["quantize"])[0] == 0
     return folder / "out"
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from planner.common.progress import Progress
 from tests.hf.conftest import Pair, dense_of, logits
-from tests.paths import MODELS
+from tests.paths import MIXTRAL, MODELS, SHIPPED
 from tests.tasks import write_task
 
 pytestmark = pytest.mark.compiler
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.compiler
 PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 
-@pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.fixture(scope="module", params=SHIPPED)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from planner.model.layout import read_layout
     from planner.model.source import SourceModel
@@ -66,7 +66,7 @@ def test_lm_eval_scores_it_as_the_dense_export(shipped: Pair, tmp_path: Path) ->
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lines = [line for line in (MODELS / "stdlib-mixtral" / "held_out.txt").read_text().splitlines() if len(line) > 20]
+    lines = [line for line in (MIXTRAL / "held_out.txt").read_text().splitlines() if len(line) > 20]
     documents = [
         {"context": "\n".join(lines[i : i + 2]), "choices": [f"\n{lines[i + 2]}", f"\n{lines[i + 9]}"], "answer": 0}
         for i in range(0, 120, 10)

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from tests.conftest import Outcome, run_here
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS = 2048
-READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
+READ = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 128)
 EVALUATE = ("--held-out", HELD_OUT, "--max-tokens", TOKENS)
 SCORES = ("perplexity", "perplexity_error", "kl", "kl_error", "kl_median", "kl_99", "kl_max", "same_top", "tokens")
 Moeq = Callable[..., Outcome]
@@ -241,9 +240,9 @@ class TestKilledRuns:
     ("flags", "message"),
     [
         (("--methods", "kl,nonsense"), "--methods: expected some of kl, "),
-        (("--methods", "kl,uniform"), "--methods kl: expected --data TEXT to calibrate on, found none"),
-        (("--methods", "uniform,slim"), "--methods slim: expected --data TEXT"),
-        (("--methods", "uniform", "--quantizer", "gptq"), "--quantizer gptq: expected --data TEXT"),
+        (("--methods", "kl,uniform"), "--methods kl: expected --data CALIBRATION_TEXT to calibrate on, found none"),
+        (("--methods", "uniform,slim"), "--methods slim: expected --data CALIBRATION_TEXT"),
+        (("--methods", "uniform", "--quantizer", "gptq"), "--quantizer gptq: expected --data CALIBRATION_TEXT"),
         (("--methods", "uniform", "--odp", "2"), "--odp: expected numbers above 0 and up to 1"),
         (("--methods", "uniform", "--odp", "0.3,x"), "--odp: expected numbers"),
         (("--methods", "uniform", "--odp", "0"), "--odp: expected numbers"),

@@ -14,7 +14,7 @@ import torch
 from planner.common.progress import Progress
 from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import decode_zeros, encode
-from tests.paths import MODELS
+from tests.paths import MODELS, SHIPPED
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1"
@@ -37,7 +37,7 @@ def assert_identical(first: Path, second: Path) -> None:
     assert differ == []
 
 
-@pytest.mark.parametrize("model", ["stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.mark.parametrize("model", SHIPPED)
 @pytest.mark.parametrize(("quantizer", "linear_bits", "group_size"), [("rtn", 4, 128), ("hqq", 16, -1), ("hqq", 8, 64)])
 def test_trained_models_come_back_bit_by_bit(
     integer_checkpoint: Callable[..., Path],

@@ -16,10 +16,8 @@ from planner.estimates.paper_formula import count_weights
 from planner.model.layout import read_layout
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
-from tests.paths import MODELS, QWEN
+from tests.paths import MODELS, QWEN, SHIPPED
 from vllm_moeq.format import CheckpointError
-
-SHIPPED = ["stdlib-mixtral", "stdlib-qwen3-moe"]
 
 MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],

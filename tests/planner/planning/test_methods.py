@@ -17,12 +17,11 @@ from planner.calibration.reading.text import calibration_text
 from planner.plan import read_plan
 from planner.planning.methods import METHODS
 from tests.conftest import Outcome, run_here
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
-READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
+READ = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 128)
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]
 PLANNED = [name for name, method in METHODS.items() if not method.only_compared]
 LAYERWISE = [name for name, method in METHODS.items() if method.layerwise]
@@ -232,7 +231,7 @@ def test_counts_are_those_of_the_routers_of_transformers(stats: Path) -> None:
             lambda _router, _inputs, output, index=index: logits.update({index: output[0]})
         )
     with torch.inference_mode():
-        model(input_ids=calibration_text(MIXTRAL, str(TEXT), 4, 128, 0).tokens)
+        model(input_ids=calibration_text(MIXTRAL, str(CALIBRATION_TEXT), 4, 128, 0).tokens)
     found = load_file(stats)
     for index, prefix in enumerate(PREFIXES):
         probabilities, experts = logits[index].softmax(dim=-1).topk(2)

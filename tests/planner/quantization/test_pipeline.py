@@ -5,7 +5,6 @@ import json
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,7 +25,7 @@ from planner.quantization.quantizers import quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
 from tests.folders import contents
-from tests.paths import MIXTRAL
+from tests.paths import MIXTRAL, MOEQ
 from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
 
 pytestmark = pytest.mark.slow
@@ -260,7 +259,7 @@ def test_shards_of_an_unfinished_run_count_as_written(tmp_path: Path) -> None:
 
 def test_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     source = MIXTRAL
-    command = [str(Path(sys.executable).with_name("moeq")), "quantize", str(source), "--avg-bits", "2.5", "-o"]
+    command = [MOEQ, "quantize", str(source), "--avg-bits", "2.5", "-o"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, str(whole)], check=True, capture_output=True)
 

@@ -30,7 +30,6 @@ from vllm_moeq.format import UsageError, verify
 
 pytestmark = pytest.mark.slow
 
-SOURCE = MIXTRAL
 KILLS = 10
 
 Moeq = Callable[..., Any]
@@ -38,7 +37,7 @@ Moeq = Callable[..., Any]
 
 def write(output: Path, runner: Runner) -> None:
     torch.set_num_threads(1)
-    with SourceModel(SOURCE) as model:
+    with SourceModel(MIXTRAL) as model:
         layout = read_layout(model)
         made = make_plan(model, layout, PlanOptions(Fraction("2.5"), (1, 2, 3)), Progress(quiet=True))
         settings = QuantizeSettings(quantizer="rtn", linear=default_linear(model, layout, 4))
@@ -112,7 +111,7 @@ planner.cli.main()
 def interrupted(tmp_path: Path) -> Path:
     """The name of an output whose run was interrupted."""
     output = tmp_path / "out"
-    command = [sys.executable, "-c", INTERRUPTED, "quantize", str(SOURCE), "--jobs", "2", "-o", str(output)]
+    command = [sys.executable, "-c", INTERRUPTED, "quantize", str(MIXTRAL), "--jobs", "2", "-o", str(output)]
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True, start_new_session=True, check=False)
     assert run.returncode == 130
     assert run.stderr.splitlines()[-1].startswith("interrupted; finished layers are kept")
@@ -131,11 +130,11 @@ def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
     files = {path.name: identity(path) for path in partial.glob("*.safetensors")}
     assert files
 
-    other = moeq("quantize", SOURCE, "--one-bit", "rtn", "-o", interrupted)
+    other = moeq("quantize", MIXTRAL, "--one-bit", "rtn", "-o", interrupted)
     assert other.code == 2
     assert "an unfinished run with other settings; start anew with --no-resume" in other.err
 
-    arguments = ("quantize", SOURCE, "-o", interrupted)
+    arguments = ("quantize", MIXTRAL, "-o", interrupted)
     assert moeq(*arguments, "--resume").code == 0
     assert files.items() <= {path.name: identity(path) for path in interrupted.iterdir()}.items()
 
@@ -152,7 +151,7 @@ def test_a_folder_of_something_else_is_left_alone(moeq: Moeq, tmp_path: Path, fl
     stranger = tmp_path / "out.partial" / "thesis.txt"
     stranger.parent.mkdir()
     stranger.write_text("mine")
-    outcome = moeq("quantize", SOURCE, "-o", tmp_path / "out", flag)
+    outcome = moeq("quantize", MIXTRAL, "-o", tmp_path / "out", flag)
     assert outcome.code == 2
     assert "expected an unfinished run, found thesis.txt of something else" in outcome.err
     assert stranger.read_text() == "mine"
