@@ -23,6 +23,9 @@ if not torch.cuda.is_available():
     importlib.import_module("vllm_moeq.kernels.triton.layer")
     del os.environ["TRITON_INTERPRET"]  # servers that tests start must not inherit it
 
+# Its log handler keeps the stderr of the moment: that of a test would be closed when the next one logs.
+importlib.import_module("transformers.utils.logging")
+
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     # A core for each worker's servers: threads that share one wait for each other most of the time.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
