@@ -53,6 +53,19 @@ class Outcome:
     err: str
 
 
+def one_line(outcome: Outcome, *done: str) -> str:
+    """Return the error of a command that was refused: one line, with exit status 2.
+
+    Args:
+        done: how lines begin that may stand before it: what was done by then. Which method was chosen always may.
+    """
+    assert outcome.code == 2, outcome
+    lines = [line for line in outcome.err.splitlines() if not line.startswith(("method auto:", *done))]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("error: "), outcome.err
+    return lines[0]
+
+
 def save_mixtral(folder: Path, intermediate_size: int = 128, seed: int = 0) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging

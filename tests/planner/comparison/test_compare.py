@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Outcome, run_here
+from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
 
 pytestmark = pytest.mark.slow
@@ -240,9 +240,9 @@ class TestKilledRuns:
     ("flags", "message"),
     [
         (("--methods", "kl,nonsense"), "--methods: expected some of kl, "),
-        (("--methods", "kl,uniform"), "--methods kl: expected --data CALIBRATION_TEXT to calibrate on, found none"),
-        (("--methods", "uniform,slim"), "--methods slim: expected --data CALIBRATION_TEXT"),
-        (("--methods", "uniform", "--quantizer", "gptq"), "--quantizer gptq: expected --data CALIBRATION_TEXT"),
+        (("--methods", "kl,uniform"), "--methods kl: expected --data TEXT to calibrate on, found none"),
+        (("--methods", "uniform,slim"), "--methods slim: expected --data TEXT"),
+        (("--methods", "uniform", "--quantizer", "gptq"), "--quantizer gptq: expected --data TEXT"),
         (("--methods", "uniform", "--odp", "2"), "--odp: expected numbers above 0 and up to 1"),
         (("--methods", "uniform", "--odp", "0.3,x"), "--odp: expected numbers"),
         (("--methods", "uniform", "--odp", "0"), "--odp: expected numbers"),
@@ -265,9 +265,8 @@ def test_mistakes(moeq: Moeq, tmp_path: Path, flags: tuple[object, ...], message
 
 def test_an_output_that_exists_is_refused(moeq: Moeq, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    found = moeq("compare", MIXTRAL, "--methods", "uniform", *EVALUATE, "-o", tmp_path / "out")
-    assert (found.code, found.err.count("\n")) == (2, 1)
-    assert f"{tmp_path / 'out'}: the output exists already" in found.err
+    message = one_line(moeq("compare", MIXTRAL, "--methods", "uniform", *EVALUATE, "-o", tmp_path / "out"))
+    assert f"{tmp_path / 'out'}: the output exists already" in message
     assert not list((tmp_path / "out").iterdir())
 
 
