@@ -128,38 +128,25 @@ def qwen3_moe_copy(tiny_qwen3_moe: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def all_widths_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan.json for the tiny Mixtral that uses every width in both layers."""
+    from tests.by_hand import plan_by_hand
+
     prefixes = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]
-    plan = {
-        "version": 1,
-        "method": "by hand",
-        "bit_choices": [1, 2, 3, 4, 8],
-        "avg_bits": 3.0,
-        "achieved_avg_bits": 3.0,
-        "experts": {prefixes[0]: WIDTHS, prefixes[1]: WIDTHS[::-1]},
-    }
+    plan = plan_by_hand({prefixes[0]: WIDTHS, prefixes[1]: WIDTHS[::-1]})
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    path.write_text(json.dumps(plan))
+    path.write_text(plan.model_dump_json(exclude_unset=True))
     return path
 
 
 @pytest.fixture(scope="session")
-def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Mixtral with every width, group size 32; not to be changed."""
-    from planner.common.progress import Progress
-    from planner.model.layout import read_layout
-    from planner.model.source import SourceModel
-    from planner.plan import read_plan
-    from planner.quantization.run import quantize
-    from planner.quantization.settings import QuantizeSettings, default_linear
+def quantized_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Mixtral by the plan with every width, group size 32; not to be changed."""
     from planner.report.card import write_card
+    from tests.by_hand import quantize_by_hand
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"
-    with SourceModel(tiny_mixtral) as model:
-        layout = read_layout(model)
-        settings = QuantizeSettings(group_size=32, linear=default_linear(model, layout, 4))
-        plan = read_plan(all_widths_plan)
-        quantize(model, layout, plan, output, settings, Progress(quiet=True), describe=write_card)
-    return output
+    return quantize_by_hand(
+        tiny_mixtral, output, lambda layer: WIDTHS[::-1] if layer.index else WIDTHS, describe=write_card
+    )
 
 
 @pytest.fixture
