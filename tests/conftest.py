@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,15 @@ def bound_to_cores(ranks: int) -> dict[str, str]:
     """Return where the ranks of a server compute: vLLM's automatic binding wants one NUMA node per rank."""
     alone = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))) if ranks > 1 else alone}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch until the end of the module: threads of OpenMP do not survive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

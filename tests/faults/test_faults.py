@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.faults.commands import COMMANDS, FAULTS, Command, prepare, run, start
 from tests.folders import contents
 from tests.paths import MIXTRAL, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DOCS = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
@@ -28,15 +26,6 @@ GOOD = {
 }
 """How cells of a row may begin, whatever the table says."""
 HEADER = "| fault | command | it says | on the disk | the same command again |\n|---|---|---|---|---|\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of OpenMP do not survive the fork."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def snapshot(path: Path) -> dict[str, bytes] | None:

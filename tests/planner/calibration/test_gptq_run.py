@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,6 @@ class TestOddExperts:
             for matrix in result.matrices.values():
                 assert bool(torch.isfinite(matrix.tensors[SCALE]).all())
                 assert bool(torch.isfinite(matrix.tensors[ZERO]).all())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_gptq(output: Path, devices: int = 1) -> None:
