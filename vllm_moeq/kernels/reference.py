@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from vllm_moeq.format import WHOLE_ROW
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.operator import moe
 from vllm_moeq.kernels.ragged import RaggedMatrices
@@ -36,9 +37,9 @@ def moe_reference(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     w13: RaggedMatrices,
-    w13_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w13_tensors: Sequence[torch.Tensor],
     w2: RaggedMatrices,
-    w2_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w2_tensors: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return the sum of weight · down(silu(gate(x)) · up(x)) over each token's local experts.
 
@@ -49,22 +50,23 @@ def moe_reference(
         topk_weights: routing weights [tokens, top-k].
         topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
         w13: the layout of gate and up, gate's rows first.
-        w13_tensors: gate's and up's words, scales and zeros.
+        w13_tensors: gate's and up's buffers in the order of ``w13.suffixes``; the grid's are words, scales and zeros.
         w2: the layout of down.
-        w2_tensors: down's words, scales and zeros.
+        w2_tensors: down's buffers in the order of ``w2.suffixes``.
 
     Returns:
         [tokens, hidden] in x's dtype; zeros for tokens without a local expert.
     """
+    gate_up, down = PackedMatrices(w13, *w13_tensors), PackedMatrices(w2, *w2_tensors)
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(topk_ids).tolist():
         if expert < 0:
             continue
         token, slot = torch.nonzero(topk_ids == expert, as_tuple=True)
-        first = dense_expert(w13, expert, *w13_tensors, x.dtype).float()
+        first = gate_up.dense(expert, x.dtype).float()
         gate, up = (x[token].float() @ first.T).chunk(2, dim=-1)
         hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
-        second = dense_expert(w2, expert, *w2_tensors, x.dtype).float()
+        second = down.dense(expert, x.dtype).float()
         result.index_add_(0, token, (hidden @ second.T) * topk_weights[token, slot, None].float())
     return result.to(x.dtype)
 
@@ -75,26 +77,21 @@ class ReferenceLayer:
     It waits for the device in every call, so CUDA graphs cannot capture it.
 
     Args:
-        packed: the layer as loaded, with all experts stored by the grid; it is kept.
+        packed: the layer as loaded, in any schemes; it is kept.
     """
 
     name = "reference"
 
     def __init__(self, packed: PackedExperts) -> None:
         self.packed = packed
-        self._gate_up, self._down = ((it.words, it.scales, it.zeros) for it in (packed.gate_up, packed.down))
-        self._bits = list(packed.bits)
-        first, second = packed.gate_up.matrices.group_size, packed.down.matrices.group_size
-        # They differ only if every row is one group, as long as the row.
-        self._group_size = first if first == second else WHOLE_ROW
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden]; see :func:`moe_reference`."""
-        first, second = self.packed.gate_up.matrices, self.packed.down.matrices
+        first, second = self.packed.gate_up, self.packed.down
         if torch.compiler.is_compiling():  # it would look inside, and stop where the routing decides what runs
-            groups = self._group_size, second.group_offset
-            return moe(x, topk_weights, topk_ids, self._gate_up, self._down, self._bits, *groups)
-        return moe_reference(x, topk_weights, topk_ids, first, self._gate_up, second, self._down)
+            return moe(x, topk_weights, topk_ids, first, second)
+        gate_up, down = (tuple(it.tensors.values()) for it in (first, second))
+        return moe_reference(x, topk_weights, topk_ids, first.matrices, gate_up, second.matrices, down)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
         """Do nothing: there is nothing to compile."""
