@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.measures import MEASURES, Measure, MeasureInputs, check_measures
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
-from planner.calibration.reading.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.reading.text import CalibrationText
 from planner.calibration.statistics import LayerStatistics, json_path, observe, write_statistics
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
@@ -173,8 +172,9 @@ def _layer(run: _Collection, index: int) -> None:
         routed = route(run.decoder, index, hidden, store)
         widths: Sequence[int] = run.wanted.widths if "error" in run.wanted.measures else ()
         statistics = observe(run.decoder, layer, routed, hidden.shape[1], widths)
-        if "block" in run.wanted.measures:
-            statistics.measured.update(_block(routed, layer.num_experts, run.wanted.seed))
+        for row in map(MEASURES.__getitem__, run.wanted.measures):
+            if row.layer is not None:
+                statistics.measured.update(row.layer(routed, layer.num_experts, run.wanted.seed))
         run.found[layer.prefix], outputs = statistics, routed.outputs
         tensors = statistics.tensors()
         least, seen = int(statistics.tokens.min()), int(statistics.tokens.sum())
@@ -188,14 +188,6 @@ def _layer(run: _Collection, index: int) -> None:
             _keep(run, index + 1, following)
     write_tensors(path, tensors)
     store.drop(index)
-
-
-def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return BSP's scores of a layer; all its experts have the same values."""
-    cosines = block_cosine(routed.inputs, routed.outputs)
-    predictor = train_predictor(routed.inputs, cosines, seed)
-    scores = {"block_cosine": float(cosines.nanmean()), "block_score": predictor.score(routed.inputs)}
-    return {name: torch.full((experts,), score) for name, score in scores.items()}
 
 
 def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) -> None:

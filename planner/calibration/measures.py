@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.kl.divergence import Effort, divergences
 from planner.calibration.kl.gains import gptq_gains
 from planner.calibration.kl.second_order import elementwise, second_order
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
+from planner.calibration.reading.routed import Routed
 from planner.calibration.statistics import LayerStatistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout
@@ -58,7 +60,10 @@ class Measure:
 
     Attributes:
         names: names of the values; ``{bits}`` stands for each width.
-        run: computes the values; None if they are collected while the layers run.
+        run: computes the values once the model has read the text; None if they are taken while its layers run.
+        layer: computes the values of a layer while the layers run, from its tokens with the outputs of its experts, the
+            number of experts, and the seed. With neither function, the values come from
+            :func:`planner.calibration.statistics.observe`.
         share: keep hidden states for one in this many sequences, given the model's layout; None keeps none.
         check: raises UsageError, before any computation, if this machine cannot compute the measure.
         passes: cost in passes of the text through the model, besides the pass that counts; measured on the shipped
@@ -70,6 +75,7 @@ class Measure:
     share: Callable[[Layout], int] | None = None
     check: Callable[[SourceModel, Layout, torch.device], None] | None = None
     passes: Callable[[Layout], float] = lambda _: 1.0
+    layer: Callable[[Routed, int, int], dict[str, torch.Tensor]] | None = None
 
     def sequences(self, layout: Layout, total: int) -> int:
         """Return the number of sequences, out of ``total``, to keep hidden states for."""
@@ -154,6 +160,14 @@ HESSIAN_SEQUENCES = 16
 """Sequences for the trace estimate: a double backward pass costs some fifty forward passes."""
 
 
+def _block(routed: Routed, experts: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return BSP's scores of a layer; all its experts have the same values."""
+    cosines = block_cosine(routed.inputs, routed.outputs)
+    predictor = train_predictor(routed.inputs, cosines, seed)
+    scores = {"block_cosine": float(cosines.nanmean()), "block_score": predictor.score(routed.inputs)}
+    return {name: torch.full((experts,), score) for name, score in scores.items()}
+
+
 def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, device: torch.device) -> None:
     """Check, before hours of work, that this machine can compute the measures.
 
@@ -168,7 +182,7 @@ def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, dev
 
 MEASURES: dict[str, Measure] = {
     "error": Measure(("error_{bits}",), passes=lambda _: 1.7),
-    "block": Measure(("block_cosine", "block_score")),
+    "block": Measure(("block_cosine", "block_score"), layer=_block),
     "kl": Measure(
         ("kl_{bits}", "kl_gptq_{bits}"), _measured, _share, passes=lambda layout: 34.0 if _is_small(layout) else 2.0
     ),

@@ -87,7 +87,12 @@ class TaskFlags:
         str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files, which may run code.")
     ] = None
     suite: Annotated[
-        str | None, typer.Option("--suite", help=f"Instead of --tasks; paper: {', '.join(PAPER_SUITE)}."), OneOf(SUITES)
+        str | None,
+        typer.Option(
+            "--suite",
+            help=f"Instead of --tasks; {'; '.join(f'{name}: ' + ', '.join(tasks) for name, tasks in SUITES.items())}.",
+        ),
+        OneOf(SUITES),
     ] = None
     limit: Limit = None
     backend: Annotated[str, typer.Option("--backend", help="What answers tasks."), OneOf(TASK_BACKENDS)] = (

@@ -31,18 +31,24 @@ class Format:
 
     Attributes:
         write: makes the output; it takes the checkpoint, the folder to create, ``--zero-points`` and a progress.
+        use: what it is for, as ``--help`` says it.
         item_bytes: bytes of a dense weight; None where weights stay packed.
         zero_points: whether the format stores zero points.
     """
 
     write: Callable[[Path, Path, Version | None, Progress], None]
+    use: str
     item_bytes: int | None = None
     zero_points: bool = False
 
 
 def _dense(dtype: torch.dtype) -> Format:
     """Return the format of an ordinary model, with weights of this type."""
-    return Format(lambda folder, output, _, progress: export_dense(folder, output, progress, dtype), dtype.itemsize)
+    return Format(
+        lambda folder, output, _, progress: export_dense(folder, output, progress, dtype),
+        "dense, for any server",
+        dtype.itemsize,
+    )
 
 
 def _write_gptq(folder: Path, output: Path, version: Version | None, progress: Progress) -> None:
@@ -52,7 +58,7 @@ def _write_gptq(folder: Path, output: Path, version: Version | None, progress: P
 FORMATS = {
     "bf16": _dense(torch.bfloat16),
     "f32": _dense(torch.float32),
-    "gptq": Format(_write_gptq, zero_points=True),
+    "gptq": Format(_write_gptq, "packed, for GPTQModel", zero_points=True),
 }
 """The formats by name; a new one is a row here."""
 
@@ -62,7 +68,7 @@ def export_command(
     output: NewFolder,
     format_: Annotated[
         str,
-        typer.Option("--format", help="bf16, f32: dense, for any server; gptq: packed, for GPTQModel."),
+        typer.Option("--format", help=f"{'; '.join(f'{name}: {row.use}' for name, row in FORMATS.items())}."),
         OneOf(FORMATS),
     ] = "bf16",
     zero_points: Annotated[

@@ -35,7 +35,7 @@ from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.statistics import with_statistics
 from planner.quantization.quantizers.gptq import GptqSettings
-from planner.quantization.quantizers.table import QUANTIZERS
+from planner.quantization.quantizers.table import QUANTIZERS, check_widths
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
@@ -160,10 +160,12 @@ def _given_plan(work: _Work, path: Path, model: str) -> Plan:
     """Return the plan of a file; say so where it was made for something else.
 
     Raises:
-        MoeqError: no such file, no plan, or the plan of another model.
+        MoeqError: no such file, no plan, the plan of another model, or widths that the quantizer does not offer.
     """
     made, fingerprint = read_plan(path), work.source.fingerprint()
     made.check_against(work.layout, str(path))
+    for widths in made.experts.values():
+        check_widths(work.settings.quantizer, widths)
     if made.source.get("fingerprint", fingerprint) != fingerprint:
         work.progress.line(f"note: {path} was made from other weights than {model}")
     if made.settings.quantizer not in (None, work.settings.quantizer):

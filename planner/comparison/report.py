@@ -17,7 +17,7 @@ from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.request import Comparison
 from planner.output.files import atomic, write_json
-from planner.planning.methods import METHODS
+from planner.planning.methods import METHODS, OURS
 
 Value = tuple[float, float]
 """(mean over seeds, spread). The spread is the standard deviation over seeds, or with one seed the standard error."""
@@ -161,7 +161,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for number, (key, found) in enumerate(grouped(rows).items()):
             points = sorted((average, *cell(of, name)) for average, of in found.items())
             x, y, error = zip(*points, strict=True)
-            ours = key[0] == "kl"
+            ours = key[0] == OURS
             style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 9} if ours else {"linewidth": 1.2}
             marker, line = "osD^vP*X<>hp"[number % 12], "--" if number >= 10 and not ours else "-"
             axes.errorbar(x, y, yerr=error, label=_label(*key), marker=marker, linestyle=line, markersize=4, **style)

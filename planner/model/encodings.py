@@ -107,20 +107,21 @@ class Mxfp4(Codec):
         return values.flatten(-2).bfloat16()
 
 
-PLAIN, FP8_BLOCKS, MXFP4 = Codec(), Fp8Blocks(), Mxfp4()
+PLAIN = Codec()
 
-DECODED = {"fp8": FP8_BLOCKS, "mxfp4": MXFP4}
-"""``quant_method`` → codec, for sources that are already quantized in a readable format."""
+DECODED: dict[str, Codec] = {"fp8": Fp8Blocks(), "mxfp4": Mxfp4()}
+"""``quant_method`` → codec, for sources that are already quantized in a readable format. A new one is a row here; no
+other has one of its suffixes, and its values keep the name of the weight where they are a matrix."""
 
 
-def codec_of(name: str, tensors: Container[str], encoded: bool = False) -> Codec:
-    """Return the codec of a tensor. The names of the tensors beside it reveal the codec.
+def codec_of(name: str, tensors: Container[str]) -> Codec:
+    """Return the codec of a tensor. The names of the tensors that encode it reveal the codec.
 
     Args:
         name: name of the decoded tensor.
         tensors: names of all stored tensors.
-        encoded: whether the file holds MXFP4 blocks in place of the tensor.
     """
-    if encoded:
-        return MXFP4
-    return FP8_BLOCKS if f"{name}_scale_inv" in tensors else PLAIN
+    for codec in DECODED.values():
+        if any(f"{name}{suffix}" in tensors for suffix in codec.suffixes if suffix):
+            return codec
+    return PLAIN

@@ -161,7 +161,7 @@ def _fused(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
     found: dict[str, Matrix] = {}
     for stored, projections in ((fused.gate_up, (names.gate, names.up)), (fused.down, (names.down,))):
         name = f"{block}{stored}"
-        codec = codec_of(name, files.tensors, encoded=f"{name}_blocks" in files.tensors)
+        codec = codec_of(name, files.tensors)
         if next(iter(codec.tensors(name).values())) not in files.tensors:
             continue
         shape = codec.shape(name, files)

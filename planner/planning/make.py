@@ -160,12 +160,15 @@ def promotions(members: Sequence[ExpertId], ranked: Sequence[ExpertId], scores: 
 
 
 def near_ties(order: Mapping[str, Sequence[int]], method: Method, scores: Scores) -> dict[str, list[list[int]]]:
-    """Return prefix → neighbours in the order whose first metric differs by at most a millionth."""
+    """Return prefix → neighbours in the order whose first metric differs by at most a millionth.
+
+    A metric with several scores has none of its own name, and no ties.
+    """
     names = (*method.metrics, *method.observed)
-    if method.order is None or not names:
-        return {}
     ties: dict[str, list[list[int]]] = {}
     for prefix, ids in order.items():
+        if method.order is None or not names or names[0] not in scores[prefix]:
+            continue
         values = scores[prefix][names[0]]
         for first, second in pairwise(ids):
             if abs(values[first] - values[second]) <= NEAR_TIE * max(abs(values[first]), abs(values[second])):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from planner.model.layout import Layout
 from planner.planning.methods import METHODS, OURS, PAPER
-from planner.quantization.quantizers.table import DEFAULT, QUANTIZERS
+from planner.quantization.quantizers.table import DEFAULT, QUANTIZERS, check_widths
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 
@@ -88,6 +88,7 @@ def check_options(options: PlanOptions) -> None:
         raise UsageError(
             f"--method {options.resolved_method}: expected --avg-bits to be one of --bits, found {float(average):g}"
         )
+    check_widths(options.quantizer, options.bit_choices)
     if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
 

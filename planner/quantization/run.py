@@ -19,22 +19,27 @@ from planner.output.checkpoint import CheckpointWriter, check_space
 from planner.output.unfinished import check_output
 from planner.plan import Plan
 from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
+from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
 from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from vllm_moeq.format import CheckpointError, MoeqConfig, read_json
+from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
 
 HEADROOM_BYTES = 4 << 20
 """Bytes for headers, index, config and tokenizer in the check for free space."""
 
 
 def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
-    """Return the ``quantization_config`` of the output."""
+    """Return the ``quantization_config`` of the output.
+
+    Raises:
+        UsageError: a quantizer's results belong to another scheme than the format stores an expert by.
+    """
     first = [*layout.routers, *(name for name in layout.kept if name == "lm_head.weight")]
     unquantized = [*first, *(layout.linears if settings.linear.bits == 16 else ())]
     unquantized += [name for name in layout.plain if name not in first]
-    return MoeqConfig(
+    made = MoeqConfig(
         quant_method="moeq",
         format_version=1,
         group_size=settings.group_size,
@@ -44,6 +49,21 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
         unquantized=[name.removesuffix(".weight") for name in unquantized],
         plan=plan.summary(settings.quantizer),
     )
+    _check_schemes(made, settings)
+    return made
+
+
+def _check_schemes(config: MoeqConfig, settings: QuantizeSettings) -> None:
+    """Refuse quantizers whose results belong to another scheme than the config says."""
+    for prefix, widths in config.experts.items():
+        for expert, bits in enumerate(widths):
+            stored, alone = config.scheme(prefix, expert), settings.without_text(bits)
+            for name in (alone, settings.quantizer) if settings.calibrated else (alone,):
+                if (own := QUANTIZERS[name].scheme) is not stored:
+                    raise UsageError(
+                        f"quantizer {name}: expected results of the scheme {stored.name}, which format version "
+                        f"{FORMAT_VERSION} stores for {prefix}.{expert}, found {own.name}"
+                    )
 
 
 def with_fallbacks(config: MoeqConfig, report: Mapping[str, Any]) -> MoeqConfig:

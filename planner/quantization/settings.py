@@ -9,7 +9,7 @@ from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
-from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT, check_zero_points
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme
 
 
@@ -27,6 +27,9 @@ class QuantizeSettings:
         min_tokens: minimum number of calibration tokens; an expert that saw fewer is quantized without calibration.
 
     The fingerprint of a run contains every field, so a new field needs no other change there.
+
+    Raises:
+        UsageError: the quantizer does not offer this kind of zero points.
     """
 
     quantizer: str = DEFAULT
@@ -36,6 +39,9 @@ class QuantizeSettings:
     zero_points: ZeroPoints = "float"
     gptq: GptqSettings | None = None
     min_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_zero_points(self.quantizer, self.zero_points)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

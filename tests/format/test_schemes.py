@@ -27,7 +27,7 @@ from vllm_moeq.format import (
     verify,
 )
 from vllm_moeq.format.tensors import Tensors
-from vllm_moeq.kernels import BACKENDS, PackedExperts, PackedMatrices, choose, of_one_dtype
+from vllm_moeq.kernels import TABLE, PackedExperts, PackedMatrices, choose, make_layer, of_one_dtype
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
 LAYER = "model.layers.0.mlp.experts"
@@ -281,16 +281,35 @@ def test_the_transformers_adapter(checkpoint: Path) -> None:
     assert "weight_bytes" in str(conversions(config, {})[0].source_patterns)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def loaded(checkpoint: Path, experts: tuple[int, ...] = (0, 1, 2, 3)) -> PackedExperts:
+    rank = Rank(load_config(checkpoint), 1, 0, experts)
+    with ShardSet(checkpoint) as shards:
+        rank.load_all(shards)
+    return rank.packed()
+
+
+@pytest.mark.parametrize("backend", [row.name for row in TABLE if row.schemes is not None])
 def test_a_kernel_that_does_not_take_the_scheme(
     checkpoint: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_moeq.kernels.humming.available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    rank = Rank(load_config(checkpoint), 1, 0)
-    with ShardSet(checkpoint) as shards:
-        rank.load_all(shards)
-    name = "reference" if backend == "auto" else backend
-    with pytest.raises(UsageError, match=f"the {name} kernel takes experts of the scheme grid, found byte rows"):
-        choose(rank.packed(), backend)
-    assert choose(Rank(load_config(checkpoint), 1, 0, (1, 2, 3)).packed()).backend
+    with pytest.raises(UsageError, match=f"the {backend} kernel takes experts of the scheme grid, found byte rows"):
+        choose(loaded(checkpoint), backend)
+    assert choose(loaded(checkpoint, (1, 2, 3))).backend
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_takes_every_scheme(checkpoint: Path, compiled: bool) -> None:
+    packed = loaded(checkpoint)
+    assert choose(packed).backend == "reference"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((8, HIDDEN), generator=generator) / 1000
+    ids = torch.arange(len(WIDTHS)).repeat(2)[:, None]
+    layer = make_layer(packed, x.dtype)
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    found = run(x, torch.ones(8, 1), ids)
+    for row, expert in enumerate(ids[:, 0].tolist()):
+        gate, up, down = (tensors_of(expert, projection)[1].double() for projection in SHAPES)
+        inner = torch.nn.functional.silu(gate @ x[row].double()) * (up @ x[row].double())
+        torch.testing.assert_close(found[row].double(), down @ inner, rtol=1e-3, atol=1e-3)

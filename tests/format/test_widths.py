@@ -97,6 +97,8 @@ def test_the_fused_kernel() -> None:
     from vllm_moeq.kernels.triton.fields import PTX
 
     assert {width for _, width, _ in PTX} == TABLE
+    for (_, width, _), text in PTX.items():
+        assert max(int(register) for register in re.findall(r"\$(\d+)", text)) <= width, f"{width} bits: {text}"
     first, end = match(
         r"for WIDTH in tl\.static_range\((\d+), (\d+)\)", PACKAGE / "kernels" / "triton" / "tile.py"
     ).groups()

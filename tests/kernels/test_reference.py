@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_moeq.format import BIT_WIDTHS, dequantize, pack
-from vllm_moeq.kernels import dense_expert, moe, ragged
+from vllm_moeq.format import BIT_WIDTHS, GRID, dequantize, pack
+from vllm_moeq.kernels import PackedMatrices, dense_expert, moe, ragged
 
 HIDDEN, INTERMEDIATE, TOKENS = 128, 256, 9
 MIXED = [1, 2, 3, 4, 8]
@@ -41,7 +41,14 @@ class Layer:
     w2: Matrices
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return moe(x, weights, ids, self.w13.kernel(), self.w2.kernel(), self.bits, self.group_size)
+        return moe(x, weights, ids, *self.packed())
+
+    def packed(self, offset: int = 0) -> tuple[PackedMatrices, PackedMatrices]:
+        """Return gate and up, and down, as the operator takes them."""
+        hidden, intermediate, size = self.w13.codes.shape[2], self.w2.codes.shape[2], self.group_size
+        first = ragged(self.bits, 2 * intermediate, hidden, size)
+        second = ragged(self.bits, hidden, intermediate, size, offset)
+        return PackedMatrices(first, *self.w13.kernel()), PackedMatrices(second, *self.w2.kernel())
 
     def exact(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Token by token and expert by expert, in float64."""
@@ -183,7 +190,8 @@ def test_halves_of_the_intermediate_dimension_add_up(group_size: int, dtype: tor
         groups = slice(begin // size, -(-(begin + half) // size))
         codes = whole.w2.codes[:, :, begin : begin + half]
         w2 = Matrices(MIXED, codes, whole.w2.scales[..., groups], whole.w2.zeros[..., groups])
-        total += moe(x, weights, ids, w13.kernel(), w2.kernel(), MIXED, group_size, begin % size).float()
+        part = Layer(MIXED, group_size, w13, w2)
+        total += moe(x, weights, ids, *part.packed(begin % size)).float()
     assert_near(total, whole.exact(x, weights, ids), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -205,17 +213,16 @@ def test_a_compiled_call_equals_an_eager_one(backend: str) -> None:
 def test_the_compiler_sees_one_operator() -> None:
     subject = layer(MIXED)
     x, weights, ids = inputs(len(MIXED))
-    w13, w2 = subject.w13.kernel(), subject.w2.kernel()
-    compiled = torch.compile(
-        lambda x: moe(x, weights, ids, w13, w2, MIXED, subject.group_size), backend="eager", fullgraph=True
-    )
+    w13, w2 = subject.packed()
+    compiled = torch.compile(lambda x: moe(x, weights, ids, w13, w2), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), subject.run(x, weights, ids))
 
 
 def test_the_operator_is_well_formed() -> None:
     subject = layer(MIXED)
     operator = torch.ops.vllm_moeq.moe.default
-    arguments = (*inputs(len(MIXED)), *subject.w13.kernel(), *subject.w2.kernel(), MIXED, subject.group_size, 0)
+    buffers, schemes = (list(subject.w13.kernel()), list(subject.w2.kernel())), [GRID.name] * len(MIXED)
+    arguments = (*inputs(len(MIXED)), *buffers, subject.w2.codes.shape[2], MIXED, schemes, subject.group_size, 0)
     results = torch.library.opcheck(operator, arguments)
     assert set(results.values()) == {"SUCCESS"}
 

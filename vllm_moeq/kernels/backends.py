@@ -48,7 +48,7 @@ class Backend:
         make: a function that repacks a layer for activations of a dtype.
         automatic: the device types on which ``auto`` takes it; None means any.
         dtypes: the activation dtypes that it takes; None means any.
-        schemes: the names of the schemes that it computes from.
+        schemes: the names of the schemes that it computes from; None means any.
         any_call: whether a layer takes any of ``dtypes`` in each call, not only the dtype that it was made for.
         keeps_loaded: whether a layer computes from the loaded buffers; otherwise they are freed.
         captured: whether CUDA graphs can capture it; otherwise every call waits for the device.
@@ -60,7 +60,7 @@ class Backend:
     make: Callable[[PackedExperts, torch.dtype], LayerKernel]
     automatic: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None = HALF
-    schemes: tuple[str, ...] = (GRID.name,)
+    schemes: tuple[str, ...] | None = (GRID.name,)
     any_call: bool = False
     keeps_loaded: bool = False
     captured: bool = True
@@ -126,10 +126,10 @@ TABLE = (
     ),
     Backend(
         "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,
-        dtypes=None, any_call=True, keeps_loaded=True, captured=False,
+        dtypes=None, schemes=None, any_call=True, keeps_loaded=True, captured=False,
     ),
 )  # fmt: skip
-"""All backends in the order in which ``auto`` tries them; the last one runs everywhere, with any dtype."""
+"""All backends in the order in which ``auto`` tries them; the last one runs everywhere, with any dtype and scheme."""
 
 FALLBACK = TABLE[-1]
 BACKENDS = (AUTO, *(row.name for row in TABLE))
@@ -187,7 +187,6 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
     reason = f"no kernel runs on {device.type}"
     for row in TABLE:
         if row.automatic is None:
-            _require_schemes(row, packed)
             return Choice(row.name, reason)
         if device.type not in row.automatic:
             continue
@@ -203,14 +202,14 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
 
 
 def _unknown_schemes(row: Backend, packed: PackedExperts) -> str:
-    return ", ".join(name for name in packed.schemes if name not in row.schemes)
+    known = packed.schemes if row.schemes is None else row.schemes
+    return ", ".join(name for name in packed.schemes if name not in known)
 
 
 def _require_schemes(row: Backend, packed: PackedExperts) -> None:
     if unknown := _unknown_schemes(row, packed):
-        raise UsageError(
-            f"{VARIABLE}: the {row.name} kernel takes experts of the scheme {' or '.join(row.schemes)}, found {unknown}"
-        )
+        known = " or ".join(row.schemes or ())
+        raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts of the scheme {known}, found {unknown}")
 
 
 def choose_linear(requested: str = AUTO) -> tuple[Backend | None, str]:

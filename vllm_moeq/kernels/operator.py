@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_moeq.format import SCHEMES, WHOLE_ROW
+from vllm_moeq.kernels.interface import PackedMatrices
 from vllm_moeq.kernels.ragged import ragged
 from vllm_moeq.kernels.reference import moe_reference
 
@@ -14,22 +16,18 @@ def _moe(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13_words: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w13_zeros: torch.Tensor,
-    w2_words: torch.Tensor,
-    w2_scales: torch.Tensor,
-    w2_zeros: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    intermediate: int,
     bits: list[int],
+    schemes: list[str],
     group_size: int,
     w2_group_offset: int,
 ) -> torch.Tensor:
-    hidden = x.shape[1]
-    rows = w13_scales.shape[1]
-    w13 = ragged(bits, rows, hidden, group_size)
-    w2 = ragged(bits, hidden, rows // 2, group_size, w2_group_offset)
-    gate_up, down = (w13_words, w13_scales, w13_zeros), (w2_words, w2_scales, w2_zeros)
-    return moe_reference(x, topk_weights, topk_ids, w13, gate_up, w2, down)
+    hidden, own = x.shape[1], [SCHEMES[name] for name in schemes]
+    first = ragged(bits, 2 * intermediate, hidden, group_size, schemes=own)
+    second = ragged(bits, hidden, intermediate, group_size, w2_group_offset, own)
+    return moe_reference(x, topk_weights, topk_ids, first, w13, second, w2)
 
 
 def _moe_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -37,8 +35,8 @@ def _moe_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 _library.define(
-    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor w13_words, Tensor w13_scales, Tensor w13_zeros, "
-    "Tensor w2_words, Tensor w2_scales, Tensor w2_zeros, int[] bits, int group_size, int w2_group_offset) -> Tensor"
+    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] w13, Tensor[] w2, int intermediate, int[] bits, "
+    "str[] schemes, int group_size, int w2_group_offset) -> Tensor"
 )
 _library.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_moeq::moe", _moe_shape, lib=_library)
@@ -48,11 +46,8 @@ def moe(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bits: list[int],
-    group_size: int,
-    w2_group_offset: int = 0,
+    w13: PackedMatrices,
+    w2: PackedMatrices,
 ) -> torch.Tensor:
     """Run a layer's experts on this rank's tokens.
 
@@ -60,16 +55,17 @@ def moe(
         x: hidden states [tokens, hidden].
         topk_weights: routing weights [tokens, top-k].
         topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
-        w13: gate's and up's words (1-D int32), scales and zeros [E, 2·intermediate, groups].
-        w2: down's words, scales and zeros [E, hidden, groups].
-        bits: the width of each local expert.
-        group_size: weights per scale, or −1 for whole rows.
-        w2_group_offset: the position within a group at which this rank's slice of the intermediate dimension begins.
+        w13: gate and up [E, 2·intermediate, hidden], gate's rows first.
+        w2: down [E, hidden, intermediate].
 
     Returns:
         This rank's part of the sum, [tokens, hidden].
     """
+    first, second = w13.matrices, w2.matrices
+    # They differ only if every row is one group, as long as the row.
+    group_size = first.group_size if first.group_size == second.group_size else WHOLE_ROW
     result: torch.Tensor = torch.ops.vllm_moeq.moe(
-        x, topk_weights, topk_ids, *w13, *w2, bits, group_size, w2_group_offset
-    )
+        x, topk_weights, topk_ids, list(w13.tensors.values()), list(w2.tensors.values()), second.columns,
+        list(first.bits), [scheme.name for scheme in first.schemes], group_size, second.group_offset,
+    )  # fmt: skip
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_moeq.kernels.interface import PackedMatrices
@@ -34,9 +36,9 @@ def moe_reference(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     w13: RaggedMatrices,
-    w13_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w13_tensors: Sequence[torch.Tensor],
     w2: RaggedMatrices,
-    w2_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w2_tensors: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return the sum of weight · down(silu(gate(x)) · up(x)) over each token's local experts.
 
@@ -47,21 +49,22 @@ def moe_reference(
         topk_weights: routing weights [tokens, top-k].
         topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
         w13: the layout of gate and up, gate's rows first.
-        w13_tensors: gate's and up's words, scales and zeros.
+        w13_tensors: gate's and up's buffers in the order of ``w13.suffixes``; the grid's are words, scales and zeros.
         w2: the layout of down.
-        w2_tensors: down's words, scales and zeros.
+        w2_tensors: down's buffers in the order of ``w2.suffixes``.
 
     Returns:
         [tokens, hidden] in x's dtype; zeros for tokens without a local expert.
     """
+    gate_up, down = PackedMatrices(w13, *w13_tensors), PackedMatrices(w2, *w2_tensors)
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(topk_ids).tolist():
         if expert < 0:
             continue
         token, slot = torch.nonzero(topk_ids == expert, as_tuple=True)
-        first = dense_expert(w13, expert, *w13_tensors, x.dtype).float()
+        first = gate_up.dense(expert, x.dtype).float()
         gate, up = (x[token].float() @ first.T).chunk(2, dim=-1)
         hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
-        second = dense_expert(w2, expert, *w2_tensors, x.dtype).float()
+        second = down.dense(expert, x.dtype).float()
         result.index_add_(0, token, (hidden @ second.T) * topk_weights[token, slot, None].float())
     return result.to(x.dtype)

@@ -11,7 +11,7 @@ import torch
 
 from planner.common.progress import Progress
 from planner.exchange.autogptq.config import gptq_config
-from planner.exchange.autogptq.layout import Version, encode
+from planner.exchange.autogptq.layout import WIDTHS, Version, encode
 from planner.exchange.autogptq.names import module_name
 from planner.model.hub import companions
 from planner.model.layout import architecture_of
@@ -33,7 +33,8 @@ from vllm_moeq.format import (
 )
 from vllm_moeq.format.tensors import Tensors
 
-HOW = "make exportable checkpoints with moeq quantize --zero-points integer and --bits of 2, 3, 4, 8"
+IN_WORDS = ", ".join(map(str, WIDTHS))
+HOW = f"make exportable checkpoints with moeq quantize --zero-points integer and --bits of {IN_WORDS}"
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
     """Write ``output`` in AutoGPTQ's format, shard by shard.
 
     Raises:
-        MoeqError: before anything is written, a damaged checkpoint, experts of one bit, zero points that are not
-            integers, or scales that float16 cannot hold; later a full disk.
+        MoeqError: before anything is written, a damaged checkpoint, experts of one bit or another width that the format
+            lacks, zero points that are not integers, or scales that float16 cannot hold; later a full disk.
     """
     check_output(output)
     verify(folder)
     config = load_config(folder)
-    _refuse_one_bit(folder, config)
+    _refuse_widths(folder, config)
     with SourceModel(folder) as model:
         row, shards = architecture_of(model), model.shards
         linears = {linear.base: linear for linear in _packed(shards, config)}
@@ -79,13 +80,19 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
             raise
 
 
-def _refuse_one_bit(folder: Path, config: MoeqConfig) -> None:
-    single = [
-        f"{prefix}.{i}" for prefix, widths in config.experts.items() for i, bits in enumerate(widths) if bits == 1
-    ]
-    if single:
+def _refuse_widths(folder: Path, config: MoeqConfig) -> None:
+    other = {
+        f"{prefix}.{i}": bits
+        for prefix, widths in config.experts.items()
+        for i, bits in enumerate(widths)
+        if bits not in WIDTHS
+    }
+    if other:
+        first, bits = next(iter(other.items()))
+        same = list(other.values()).count(bits)
         raise UsageError(
-            f"{folder}: {len(single)} experts have 1 bit, which GPTQ's format does not have (first: {single[0]}); {HOW}"
+            f"{folder}: {same} experts have {bits} bit{'s' if bits > 1 else ''}, which GPTQ's format does not have "
+            f"(first: {first}); {HOW}"
         )
 
 

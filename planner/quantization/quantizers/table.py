@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +10,7 @@ from planner.quantization.quantizers.base import Quantizer, ZeroPoints
 from planner.quantization.quantizers.hqq import quantize_hqq
 from planner.quantization.quantizers.rtn import quantize_rtn
 from planner.quantization.quantizers.sign import quantize_sign
-from vllm_moeq.format import BIT_WIDTHS, GRID, Scheme
+from vllm_moeq.format import BIT_WIDTHS, GRID, Scheme, UsageError
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,34 @@ def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = 
     """
     if bits == 1:
         return QUANTIZERS[one_bit].rounds["float"]
+    return _without_text(name).rounds[zero_points]
+
+
+def _without_text(name: str) -> QuantizerRow:
+    """Return the row of a quantizer, or of its fallback if it needs calibration."""
     row = QUANTIZERS[name]
-    return (row if row.fallback is None else QUANTIZERS[row.fallback]).rounds[zero_points]
+    return row if row.fallback is None else QUANTIZERS[row.fallback]
+
+
+def check_zero_points(name: str, zero_points: ZeroPoints) -> None:
+    """Refuse a kind of zero points that a quantizer does not offer.
+
+    Raises:
+        UsageError: naming the quantizers that offer it.
+    """
+    if zero_points not in _without_text(name).rounds:
+        others = " or ".join(other for other in quantizer_names() if zero_points in _without_text(other).rounds)
+        raise UsageError(f"--zero-points {zero_points}: expected --quantizer {others} with it, found {name}")
+
+
+def check_widths(name: str, widths: Iterable[int]) -> None:
+    """Refuse widths that a quantizer for two bits and more does not offer.
+
+    Raises:
+        UsageError: naming the widths that it offers.
+    """
+    known = QUANTIZERS[name].widths
+    if missing := sorted(set(widths) - {1, *known}):
+        raise UsageError(
+            f"--quantizer {name}: expected widths among {', '.join(map(str, known))} (--bits), found {missing[0]}"
+        )

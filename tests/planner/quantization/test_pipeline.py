@@ -21,12 +21,12 @@ from planner.output.checkpoint import CheckpointWriter, check_space
 from planner.plan import read_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions
-from planner.quantization.quantizers import quantize_linear, quantizer_for
+from planner.quantization.quantizers import QUANTIZERS, quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
 from tests.folders import contents
 from tests.paths import MIXTRAL, MOEQ
-from vllm_moeq.format import CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
+from vllm_moeq.format import GRID, CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
 
 pytestmark = pytest.mark.slow
 
@@ -236,6 +236,17 @@ def test_an_existing_output_is_refused(tiny_mixtral: Path, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="the output exists already"):
         run(tiny_mixtral, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["hqq", "sign"])
+def test_another_scheme_than_the_formats_is_refused(
+    tiny_mixtral: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = type("Other", (type(GRID),), {"name": "other"})()
+    monkeypatch.setitem(QUANTIZERS, name, dataclasses.replace(QUANTIZERS[name], scheme=other))
+    with pytest.raises(UsageError, match=rf"quantizer {name}: expected .* scheme grid.* for {LAYER}.*, found other"):
+        run(tiny_mixtral, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_without_a_parent_is_refused(tiny_mixtral: Path, tmp_path: Path) -> None:

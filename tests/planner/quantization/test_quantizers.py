@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from planner.quantization.quantizers import (
     QUANTIZERS,
     Quantized,
+    QuantizerRow,
     linear_group_size,
     quantize_hqq,
     quantize_linear,
@@ -19,7 +20,9 @@ from planner.quantization.quantizers import (
     quantize_sign,
     quantizer_for,
 )
-from vllm_moeq.format import BIT_WIDTHS, CheckpointError, Linear, TensorLayout
+from planner.quantization.quantizers.table import check_widths
+from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import BIT_WIDTHS, CheckpointError, Linear, TensorLayout, UsageError
 
 EXAMPLES = settings(deadline=None, max_examples=40)
 CASES = [("sign", 1), *((name, bits) for name in ("hqq", "rtn") for bits in BIT_WIDTHS)]
@@ -226,6 +229,17 @@ def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
     if row.fallback is not None:
         assert QUANTIZERS[row.fallback].rounds.keys() == {"float", "integer"}
         assert set(row.widths) <= set(QUANTIZERS[row.fallback].widths)
+
+
+def test_what_a_row_leaves_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantizer need not offer every width, nor both kinds of zero points."""
+    monkeypatch.setitem(QUANTIZERS, "narrow", QuantizerRow((4, 8), {"float": quantize_rtn}))
+    check_widths("narrow", (1, 4, 8))
+    with pytest.raises(UsageError, match=r"--quantizer narrow: expected widths among 4, 8 \(--bits\), found 2"):
+        check_widths("narrow", (1, 2, 3, 4))
+    QuantizeSettings("narrow")
+    with pytest.raises(UsageError, match="integer: expected --quantizer hqq or rtn or gptq with it, found narrow"):
+        QuantizeSettings("narrow", zero_points="integer")
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(4, 0.1), (8, 0.008)])
