@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
+from planner.common.progress import Progress
+from planner.evaluation import perplexity
+from planner.evaluation.vllm_server import Server
 from tests.paths import MIXTRAL, MOEQ, QWEN
 
 WIDTHS = (1, 2, 3, 4, 8)
@@ -34,6 +39,21 @@ def make_pair(source: Path, folder: Path) -> Pair:
     subprocess.run([MOEQ, "quantize", pair.source, "-o", pair.quantized, *flags], check=True)
     subprocess.run([MOEQ, "export", pair.quantized, "-o", pair.dense], check=True)
     return pair
+
+
+def losses(server: Server, texts: list[str]) -> tuple[float, float]:
+    """Return the mean negative log-likelihood of the texts' tokens: by the server, and by transformers."""
+    client = OpenAI(base_url=server.url, api_key="none")
+    served, offline, tokens = 0.0, 0.0, 0
+    for text in texts:
+        reply = client.completions.create(
+            model="model", prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+        )
+        scored = reply.choices[0].model_dump()["prompt_logprobs"][1:]
+        served -= sum(next(iter(entry.values()))["logprob"] for entry in scored)
+        offline += math.log(perplexity(server.folder, text, Progress(quiet=True))) * len(scored)
+        tokens += len(scored)
+    return served / tokens, offline / tokens
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,15 @@ import pytest
 from benchmarks.serving.load import run
 from planner.evaluation import read_text
 from tests.serving.conftest import Pair
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.server
-def test_answers_under_load_are_those_of_an_idle_server(mixtral: Pair, tmp_path: Path) -> None:
-    found = run(mixtral.quantized, read_text(mixtral.source / "held_out.txt"), 16, 20, tmp_path / "log")
+@pytest.mark.parametrize("seconds", thorough([8, 60], [8]))
+def test_answers_under_load_are_those_of_an_idle_server(seconds: float, mixtral: Pair, tmp_path: Path) -> None:
+    found = run(mixtral.quantized, read_text(mixtral.source / "held_out.txt"), 16, seconds, tmp_path / "log")
     assert not found.unexpected
     assert not found.mismatches
     assert found.answers > 0

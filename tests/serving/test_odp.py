@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.serving.throughput import Answer
 from tests.paths import MOEQ
 from tests.serving.conftest import Pair
-from tests.serving.test_server import Answer, ask, prompts
+from tests.serving.test_server import ask, prompts
 
 pytestmark = pytest.mark.slow
 

@@ -8,20 +8,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from openai import OpenAI
 
+from benchmarks.serving.throughput import Answer
+from benchmarks.serving.throughput import ask as ask_server
 from planner.common.progress import Progress
-from planner.evaluation import perplexity, read_text
-from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
+from planner.evaluation import read_text
+from planner.evaluation.vllm_server import Server, cpu_environment
 from planner.exchange.dense import export_dense
 from tests.conftest import bound_to_cores
 from tests.paths import MIXTRAL
-from tests.serving.conftest import Pair
+from tests.serving.conftest import Pair, losses
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +33,6 @@ FLAGS = ["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16"
 # meet one is chance: the dense model, compiled and not, agrees with itself on 11 of 16.
 NEAR_TIE = 0.125
 MUST_AGREE = 8
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Greedy tokens of one prompt and, at each position, the best tokens' log-probabilities."""
-
-    tokens: list[str]
-    top: list[dict[str, float]]
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -63,25 +56,7 @@ def ask(
     variables: dict[str, str] | None = None,
 ) -> list[Answer]:
     with Server(folder, log, [*FLAGS, *flags], {**environment(ranks), **(variables or {})}) as server:
-        client = OpenAI(base_url=server.url, api_key="none")
-        answers = []
-        for text in texts:
-            reply = client.completions.create(
-                model="model",
-                prompt=text,
-                max_tokens=new_tokens,
-                temperature=0,
-                logprobs=5,
-                extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
-            )
-            logprobs = reply.choices[0].logprobs
-            assert logprobs is not None
-            assert logprobs.tokens is not None
-            assert logprobs.top_logprobs is not None
-            answers.append(Answer(logprobs.tokens, [dict(top) for top in logprobs.top_logprobs]))
-        with urllib.request.urlopen(f"{server.url.removesuffix('/v1')}/metrics") as page:
-            log.with_suffix(".metrics").write_bytes(page.read())
-    return answers
+        return ask_server(server, texts, new_tokens)
 
 
 def assert_same(ours: list[Answer], dense: list[Answer], must_agree: int = MUST_AGREE) -> None:
@@ -102,18 +77,34 @@ def assert_same(ours: list[Answer], dense: list[Answer], must_agree: int = MUST_
     assert identical >= must_agree, f"only {identical} of {len(ours)} prompts agree to the end"
 
 
+@pytest.fixture(scope="module")
+def served(mixtral: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The quantized Mixtral as users serve it, compiled: for every test that only asks."""
+    log = tmp_path_factory.mktemp("served") / "log"
+    with Server(mixtral.quantized, log, [*FLAGS, "--quantization", "moeq"], environment(1)) as server:
+        yield server
+
+
 @pytest.mark.server
-def test_compiled_server_answers_like_the_dense_model(mixtral: Pair, tmp_path: Path) -> None:
+def test_compiled_server_answers_like_the_dense_model(served: Server, mixtral: Pair, tmp_path: Path) -> None:
     texts = prompts(mixtral.source)
-    ours = ask(mixtral.quantized, texts, tmp_path / "ours.log", ["--quantization", "moeq"])
-    dense = ask(mixtral.dense, texts, tmp_path / "dense.log", [])
-    assert_same(ours, dense)
-    log = (tmp_path / "ours.log").read_text()
-    assert "moeq: 4 MoE layers, 32 experts" in log
-    metrics = (tmp_path / "ours.metrics").read_text()
+    assert_same(ask_server(served, texts, NEW_TOKENS), ask(mixtral.dense, texts, tmp_path / "dense.log", []))
+
+
+@pytest.mark.server
+def test_the_server_says_what_it_serves(served: Server) -> None:
+    assert "moeq: 4 MoE layers, 32 experts" in served.log.read_text()
+    with urllib.request.urlopen(f"{served.url.removesuffix('/v1')}/metrics") as page:
+        metrics = page.read().decode()
     assert re.search(
         r'^moeq_info\{average_bits="3.125",experts="32",layers="4",linear_bits="4",.*\} 1.0$', metrics, re.M
     )
+
+
+@pytest.mark.server
+def test_served_perplexity_equals_the_offline_one(served: Server, mixtral: Pair) -> None:
+    served_loss, offline_loss = losses(served, prompts(mixtral.source))
+    assert served_loss == pytest.approx(offline_loss, rel=0.02)
 
 
 @pytest.mark.server
@@ -154,26 +145,6 @@ def test_fused_kernel_in_the_server(ranks: int, extra: list[str], mixtral: Pair,
 
 
 @pytest.mark.server
-@pytest.mark.full
-def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path) -> None:
-    texts = prompts(mixtral.source)
-    total = count = 0.0
-    with Server(mixtral.quantized, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)) as server:
-        client = OpenAI(base_url=server.url, api_key="none")
-        offline = []
-        for text in texts:
-            reply = client.completions.create(
-                model="model", prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
-            )
-            scored = reply.choices[0].model_dump()["prompt_logprobs"][1:]
-            total -= sum(next(iter(entry.values()))["logprob"] for entry in scored)
-            count += len(scored)
-            offline.append((math.log(perplexity(mixtral.quantized, text, Progress(quiet=True))), len(scored)))
-    expected = sum(mean * tokens for mean, tokens in offline) / sum(tokens for _, tokens in offline)
-    assert total / count == pytest.approx(expected, rel=0.02)
-
-
-@pytest.mark.server
 def test_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     start = "import sys; from pathlib import Path; from planner.evaluation.vllm_server import Server; "
     start += "Server(Path(sys.argv[1]), Path(sys.argv[2])).__enter__()"
@@ -191,27 +162,3 @@ def test_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("the server runs on")
-
-
-@pytest.mark.server
-def test_server_refuses_an_incomplete_checkpoint(mixtral: Pair, tmp_path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in mixtral.quantized.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    shard = broken / "model-00002-of-00005.safetensors"
-    missing = "model.layers.1.block_sparse_moe.experts.5.w2.weight_packed"
-    with safe_open(shard, "pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys() if name != missing}  # noqa: SIM118
-    save_file(tensors, shard)
-    index = broken / "model.safetensors.index.json"
-    index.write_text("\n".join(line for line in index.read_text().splitlines() if missing not in line))
-    with (
-        pytest.raises(ServerError, match=r"exited with status"),
-        Server(broken, tmp_path / "log", [*FLAGS, "--enforce-eager"], environment(1)),
-    ):
-        pass
-    assert missing in (tmp_path / "log").read_text()
