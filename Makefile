@@ -46,23 +46,24 @@ browser:
 	fi || echo "no browser: the tests that look at the report will be skipped; install Chromium"
 
 # Three tiers. A process per core with one thread each takes half the time of one process with a thread per core; of
-# servers two at a time, since they mostly import while they start.
+# servers two at a time, since they mostly import while they start; the tests of a file share a worker and its server.
+# `python -m tests.slowest build/test.xml` prints the table of docs/development.md.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 SERVERS = $(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile
 
 # What needs no server, no compiler, no browser and no network.
 check: lint
-	$(TESTS) -m "not (server or compiler or browser or slow or full or gpu)"
+	$(TESTS) --junitxml=build/check.xml -m "not (server or compiler or browser or slow or full or gpu)"
 
 # What CI runs: everything that guards users.
 test: lint browser
-	$(TESTS) -m "not (server or full)"
-	$(SERVERS) -m "server and not full"
+	$(TESTS) --junitxml=build/test.xml -m "not (server or full)"
+	$(SERVERS) --junitxml=build/test-servers.xml -m "server and not full"
 
 # And every architecture × TP 1, TP 2, TP 2 + EP, every variant of the kernels, every combination.
 test-all: test
-	$(TESTS) -m "full and not server"
-	$(BIN)/python -m pytest -m "full and server"
+	$(TESTS) --junitxml=build/test-all.xml -m "full and not server"
+	$(BIN)/python -m pytest --junitxml=build/test-all-servers.xml -m "full and server"
 
 # Ten minutes per target, guided by coverage; a crash leaves its input in build/fuzz.
 FUZZ_SECONDS ?= 600
