@@ -9,6 +9,11 @@ import pytest
 
 
 def thorough(values: Iterable[Any], every_run: Iterable[Any]) -> list[Any]:
-    """Return a test's parameters; those that are not in ``every_run`` run in ``make test-all`` only."""
+    """Return a test's values of one parameter; those that are not in ``every_run`` run in ``make test-all`` only."""
+    return thorough_rows([(value,) for value in values], [(value,) for value in every_run])
+
+
+def thorough_rows(rows: Iterable[tuple[Any, ...]], every_run: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Return the same of several parameters: a row has a value of each."""
     usual = list(every_run)
-    return [value if value in usual else pytest.param(value, marks=pytest.mark.full) for value in values]
+    return [pytest.param(*row, marks=() if row in usual else pytest.mark.full) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -16,7 +17,7 @@ from tests.kernels.layers import (
     random_matrices,
     random_routing,
 )
-from tests.tiers import thorough
+from tests.tiers import thorough, thorough_rows
 from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
 from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer, sums_of
@@ -27,7 +28,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-GROUPS = [32, 64, 128, -1]
+CASES = list(itertools.product([1, 3, 16, 65], [32, 64, 128, -1], DTYPES))
+EVERY_RUN = [(3, -1, torch.float16), (65, 64, torch.bfloat16)]
 pytestmark = [pytest.mark.slow, *([pytest.mark.gpu] if GPU else [])]
 
 
@@ -45,9 +47,7 @@ def run(
     return TritonLayer(packed)(x, weights, ids), exact(packed, x, weights, ids)
 
 
-@pytest.mark.parametrize("tokens", thorough([1, 3, 16, 65], [3, 65]))
-@pytest.mark.parametrize("group_size", thorough(GROUPS, [64, -1]))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "group_size", "dtype"), thorough_rows(CASES, EVERY_RUN), ids=str)
 def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch.dtype) -> None:
     """Rows of the identity matrix pick columns: (q − zero)·scale bit for bit, for every width."""
     bits, columns, rows = BIT_WIDTHS, 384, 64
@@ -66,9 +66,7 @@ def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch
     assert torch.equal(out[0], expected)
 
 
-@pytest.mark.parametrize("tokens", thorough([1, 3, 16, 65], [3, 65]))
-@pytest.mark.parametrize("group_size", thorough(GROUPS, [64, -1]))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "group_size", "dtype"), thorough_rows(CASES, EVERY_RUN), ids=str)
 def test_layer_agrees_with_float64(tokens: int, group_size: int, dtype: torch.dtype) -> None:
     packed = random_layer(BIT_WIDTHS, 256, 128, group_size, device=DEVICE)
     found, expected = run(packed, dtype, *random_routing(tokens, len(BIT_WIDTHS), 2))

@@ -20,11 +20,16 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
-from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
 from vllm_moeq.format import CheckpointError, UsageError
 
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request: pytest.FixtureRequest) -> Path:
+    return MODELS / str(request.param)
 
 
 def forward(folder: Path, tokens: torch.Tensor, where: Path) -> dict[int, tuple[Routed, torch.Tensor]]:

@@ -30,7 +30,8 @@ from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
 from tests.folders import contents
-from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, QWEN, SHIPPED
+from tests.tiers import thorough
 from vllm_moeq.format import SCALE, ZERO
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,9 @@ Run = Callable[..., Outcome]
 
 
 class TestGptqRun:
-    def test_beats_quantizers_without_calibration(self, shipped: Path, tmp_path: Path, moeq: Run) -> None:
+    @pytest.mark.parametrize("model", thorough(SHIPPED, [QWEN.name]))
+    def test_beats_quantizers_without_calibration(self, model: str, tmp_path: Path, moeq: Run) -> None:
+        shipped = MODELS / model
         text = (shipped / "held_out.txt").read_text()
         values, reports = {}, {}
         for name, flags in {

@@ -9,6 +9,7 @@ import pytest
 
 from planner.commands.completion import one_of, some_of
 from tests.paths import MOEQ
+from tests.tiers import thorough_rows
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +22,16 @@ def test_the_last_name_of_a_list_is_completed() -> None:
     assert one_of(["kl", "pmq"])("p") == ["pmq"]
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("moeq quantize --method kl", {"kl", "kl-estimated"}),
-        ("moeq compare --methods pmq,gem", {"pmq,gemq"}),
-        ("moeq calibrate --for pm", {"pmq"}),
-        ("moeq qu", {"quantize"}),
-        ("moeq eval --suite p", {"paper"}),
-    ],
-)
+OFFERED = [
+    ("moeq quantize --method kl", {"kl", "kl-estimated"}),
+    ("moeq compare --methods pmq,gem", {"pmq,gemq"}),
+    ("moeq calibrate --for pm", {"pmq"}),
+    ("moeq qu", {"quantize"}),
+    ("moeq eval --suite p", {"paper"}),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), thorough_rows(OFFERED, OFFERED[1:2]))
 def test_bash_is_offered(words: str, expected: set[str]) -> None:
     asked = {"_MOEQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     reply = subprocess.run([MOEQ], env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout

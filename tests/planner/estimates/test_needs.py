@@ -17,7 +17,8 @@ from planner.estimates.serving import FIXED_BYTES
 from planner.model.layout import Layout, read_layout
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
-from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, MOEQ
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ, QWEN
+from tests.tiers import thorough
 from vllm_moeq.format import UsageError
 
 pytestmark = pytest.mark.slow
@@ -47,16 +48,16 @@ def peak(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"),
+    ("model", "flags"),
     [
-        pytest.param("stdlib-mixtral", ("--quantizer", "rtn"), id="mixtral-rtn"),
-        pytest.param("stdlib-qwen3-moe", ("--quantizer", "rtn"), id="qwen-rtn", marks=pytest.mark.full),
-        pytest.param("stdlib-mixtral", GPTQ, id="mixtral-gptq", marks=pytest.mark.full),
-        pytest.param("stdlib-qwen3-moe", GPTQ, id="qwen-gptq"),
+        pytest.param(MIXTRAL, ("--quantizer", "rtn"), id="mixtral-rtn"),
+        pytest.param(QWEN, ("--quantizer", "rtn"), id="qwen-rtn", marks=pytest.mark.full),
+        pytest.param(MIXTRAL, GPTQ, id="mixtral-gptq", marks=pytest.mark.full),
+        pytest.param(QWEN, GPTQ, id="qwen-gptq", marks=pytest.mark.full),
     ],
 )
-def test_quantizing_takes_what_was_announced(name: str, flags: tuple[object, ...], tmp_path: Path) -> None:
-    arguments = ("quantize", MODELS / name, "--avg-bits", "2.5", *flags, "-o", tmp_path / "out")
+def test_quantizing_takes_what_was_announced(model: Path, flags: tuple[object, ...], tmp_path: Path) -> None:
+    arguments = ("quantize", model, "--avg-bits", "2.5", *flags, "-o", tmp_path / "out")
     needs = announced(*arguments)["needs"]
     assert not (tmp_path / "out").exists()
     measured = peak(*arguments)
@@ -66,7 +67,9 @@ def test_quantizing_takes_what_was_announced(name: str, flags: tuple[object, ...
     assert needs["seconds"] > 0
 
 
-@pytest.mark.parametrize("flags", [(), ESTIMATED], ids=["weights", "text"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="weights"), pytest.param(ESTIMATED, id="text", marks=pytest.mark.full)]
+)
 def test_planning_takes_what_was_announced(flags: tuple[object, ...], tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
     needs = announced("plan", MIXTRAL, *flags)["needs"]
@@ -75,7 +78,7 @@ def test_planning_takes_what_was_announced(flags: tuple[object, ...], tmp_path: 
     assert needs["written_bytes"] == pytest.approx(output.stat().st_size, rel=0.5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--format", "f32")])
+@pytest.mark.parametrize("flags", thorough([(), ("--format", "f32")], [()]))
 def test_exporting_takes_what_was_announced(flags: tuple[str, ...], quantized_mixtral: Path, tmp_path: Path) -> None:
     arguments = ("export", quantized_mixtral, *flags, "-o", tmp_path / "out")
     needs = announced(*arguments)["needs"]

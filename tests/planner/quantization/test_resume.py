@@ -27,11 +27,11 @@ from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import one_line
 from tests.folders import contents
 from tests.paths import MIXTRAL
+from tests.tiers import thorough
 from vllm_moeq.format import UsageError, verify
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10
 
 Moeq = Callable[..., Any]
 
@@ -58,8 +58,9 @@ def continue_(output: Path, runner: Runner) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kills", thorough([3, 10], [3]))
 @pytest.mark.parametrize("runner", [InlineRunner(1), ProcessRunner(1, ["cpu", "cpu"], "fork")], ids=["inline", "jobs"])
-def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
+def test_killed_at_random_moments(tmp_path: Path, runner: Runner, kills: int) -> None:
     context = multiprocessing.get_context("fork")
     generator = random.Random(4)
     write(tmp_path / "warm-up", runner)
@@ -67,7 +68,7 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
     write(tmp_path / "whole", runner)
     whole, expected = time.monotonic() - began, contents(tmp_path / "whole")
     killed = 0
-    for number in range(KILLS):
+    for number in range(kills):
         output = tmp_path / str(number)
         process = context.Process(target=write, args=(output, runner))
         process.start()
@@ -79,7 +80,7 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner) -> None:
         if not output.exists():
             continue_(output, runner)
         assert contents(output) == expected
-    assert killed > KILLS // 2
+    assert killed > kills // 2
 
 
 INTERRUPTED = """
