@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.names import module_name
 from planner.exchange.dense import dequantize_linear, export_dense
 from planner.model.architectures import ARCHITECTURES
-from tests.paths import MIXTRAL, MODELS, QWEN
+from tests.paths import MIXTRAL, QWEN
+from tests.tiers import thorough
 from vllm_moeq.format import PACKED, ShardSet, expert_matrices, load_config, read_json
 
 pytestmark = pytest.mark.slow
@@ -38,11 +41,38 @@ class Seen:
     tokens: list[int]
 
 
-def tokens_of(model: str) -> list[int]:
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint for GPTQModel, of ours or of its own.
+
+    Attributes:
+        source: the model.
+        settings: of our quantization: quantizer, bits of linears, group size; None where GPTQModel quantizes.
+        form: version of the zero points: v1, v2.
+    """
+
+    source: Path
+    settings: tuple[str, int, int] | None
+    form: Literal["v1", "v2"] = "v2"
+
+
+CASES = {
+    "qwen": Case(QWEN, ("hqq", 16, 64)),
+    "their mixtral": Case(MIXTRAL, None, "v1"),
+    "mixtral": Case(MIXTRAL, ("rtn", 4, 128)),
+    "whole rows": Case(QWEN, ("rtn", 8, -1)),
+    "version 1": Case(QWEN, ("rtn", 4, 32), "v1"),
+    "their qwen": Case(QWEN, None),
+}
+EVERY_RUN = ("version 1", "their qwen")
+See = Callable[[str], Seen]
+
+
+def tokens_of(source: Path) -> list[int]:
     from transformers import AutoTokenizer
 
-    text = (MODELS / model / "held_out.txt").read_text()[:4000]
-    return list(AutoTokenizer.from_pretrained(MODELS / model)(text).input_ids[:TOKENS])
+    text = (source / "held_out.txt").read_text()[:4000]
+    return list(AutoTokenizer.from_pretrained(source)(text).input_ids[:TOKENS])
 
 
 def symmetric(folder: Path) -> None:
@@ -59,47 +89,56 @@ def symmetric(folder: Path) -> None:
         save_file(tensors, shard, metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module")
-def seen(integer_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
-    """Run GPTQModel once, for all tests."""
-    folder = tmp_path_factory.mktemp("gptqmodel")
-    mixtral, qwen = MIXTRAL, QWEN
-    ours = {
-        "mixtral": integer_checkpoint(mixtral, "rtn", 4, 128),
-        "qwen": integer_checkpoint(qwen, "hqq", 16, 64),
-        "whole rows": integer_checkpoint(qwen, "rtn", 8, -1),
-        "version 1": integer_checkpoint(qwen, "rtn", 4, 32),
-    }
-    symmetric(ours["version 1"])
-    jobs: list[dict[str, object]] = []
-    tokens: dict[str, list[int]] = {}
-    for case, path in ours.items():
-        export_gptq(path, folder / case, "v1" if case == "version 1" else "v2", QUIET)
-        tokens[case] = tokens_of("stdlib-mixtral" if case == "mixtral" else "stdlib-qwen3-moe")
-    for case, source, form in (("their mixtral", mixtral, "gptq"), ("their qwen", qwen, "gptq_v2")):
-        jobs.append({"source": str(source), "format": form, "output": str(folder / case)})
-        tokens[case] = tokens_of(source.name)
-    for case in tokens:
-        jobs.append({"folder": str(folder / case), "tokens": tokens[case], "output": f"{folder / case}.safetensors"})
+def run_theirs(jobs: list[dict[str, object]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     # It wants two threads, one of its own and one to load, and would compile every matrix's dequantization.
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder / "jobs.json")]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
-    for case in ("their mixtral", "their qwen"):
-        ours[case] = folder / f"{case} imported"
-        import_gptq(folder / case, ours[case], QUIET)
-    return {case: Seen(path, load_file(f"{folder / case}.safetensors"), tokens[case]) for case, path in ours.items()}
 
 
-CASES = ["mixtral", "qwen", "whole rows", "version 1", "their mixtral", "their qwen"]
+@pytest.fixture(scope="module")
+def see(integer_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> See:
+    """Return a function that returns a case's outcome; GPTQModel runs once for EVERY_RUN, and once for the rest."""
+
+    @functools.cache
+    def all_seen(names: tuple[str, ...]) -> dict[str, Seen]:
+        folder = tmp_path_factory.mktemp("gptqmodel")
+        ours, tokens = {}, {name: tokens_of(CASES[name].source) for name in names}
+        jobs: list[dict[str, object]] = []
+        for name in names:
+            case = CASES[name]
+            if case.settings is None:
+                form = "gptq" if case.form == "v1" else "gptq_v2"
+                jobs.append({"source": str(case.source), "format": form, "output": str(folder / name)})
+            else:
+                ours[name] = integer_checkpoint(case.source, *case.settings)
+                if case.form == "v1":
+                    symmetric(ours[name])
+                export_gptq(ours[name], folder / name, case.form, QUIET)
+        jobs += [
+            {"folder": str(folder / name), "tokens": tokens[name], "output": f"{folder / name}.safetensors"}
+            for name in names
+        ]
+        run_theirs(jobs, folder)
+        for name in names:
+            if name not in ours:
+                ours[name] = folder / f"{name} imported"
+                import_gptq(folder / name, ours[name], QUIET)
+        return {name: Seen(ours[name], load_file(f"{folder / name}.safetensors"), tokens[name]) for name in names}
+
+    def one(name: str) -> Seen:
+        rest = tuple(name for name in CASES if name not in EVERY_RUN)
+        return all_seen(EVERY_RUN if name in EVERY_RUN else rest)[name]
+
+    return one
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_matrix_has_the_same_values(seen: dict[str, Seen], case: str) -> None:
+@pytest.mark.parametrize("case", thorough(CASES, EVERY_RUN))
+def test_every_matrix_has_the_same_values(see: See, case: str) -> None:
     """One rounding to float16 apart from ours in float32, that is: none."""
-    ours, theirs = seen[case].ours, dict(seen[case].theirs)
+    ours, theirs = see(case).ours, dict(see(case).theirs)
     del theirs["logits"]
     config, row = load_config(ours), ARCHITECTURES[read_json(ours / "config.json")["model_type"]]
     with ShardSet(ours) as shards:
@@ -115,20 +154,20 @@ def test_every_matrix_has_the_same_values(seen: dict[str, Seen], case: str) -> N
     assert bool(theirs) == (case == "their qwen")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_model_answers_like_the_dense_one(seen: dict[str, Seen], case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", thorough(CASES, EVERY_RUN))
+def test_the_model_answers_like_the_dense_one(see: See, case: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    export_dense(seen[case].ours, tmp_path / "dense", QUIET)
+    export_dense(see(case).ours, tmp_path / "dense", QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float16)
     with torch.inference_mode():
-        logits = model(torch.tensor([seen[case].tokens])).logits.float()
-    theirs = seen[case].theirs["logits"]
+        logits = model(torch.tensor([see(case).tokens])).logits.float()
+    theirs = see(case).theirs["logits"]
     assert float((theirs - logits).norm() / logits.norm()) < 0.02
     assert float((theirs.argmax(-1) == logits.argmax(-1)).float().mean()) > 0.95
 
 
-def test_the_widths_are_those_of_the_rules(seen: dict[str, Seen]) -> None:
-    for case in ("their mixtral", "their qwen"):
-        for widths in load_config(seen[case].ours).experts.values():
-            assert widths == [2, 3, 8, *[4] * (len(widths) - 3)]
+@pytest.mark.parametrize("case", thorough(["their mixtral", "their qwen"], EVERY_RUN))
+def test_the_widths_are_those_of_the_rules(see: See, case: str) -> None:
+    for widths in load_config(see(case).ours).experts.values():
+        assert widths == [2, 3, 8, *[4] * (len(widths) - 3)]
