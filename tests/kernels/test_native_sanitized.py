@@ -1,4 +1,7 @@
-"""The kernel under the address and undefined-behaviour sanitizers, without torch around it."""
+"""The kernel under the address and undefined-behaviour sanitizers, without torch around it.
+
+In every run, test_native.py has the same kernels compute such layers, without the sanitizers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from vllm_moeq.kernels.cpu import build
 
-pytestmark = pytest.mark.compiler
+pytestmark = [pytest.mark.compiler, pytest.mark.full]
 
 # Without optimization: instrumented and optimized, the inlined kernels would take minutes to compile.
 PARTS = ("host.cpp", "repack.cpp", "isa_scalar.cpp", "isa_avx2.cpp")
