@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, OpenAIError
@@ -110,13 +109,14 @@ def prompts(text: str, count: int) -> list[str]:
 async def answer(client: AsyncOpenAI, prompt: str, stop_after: int | None = None) -> str | None:
     """Stream an answer; None if it is cancelled after some pieces."""
     pieces: list[str] = []
-    options: dict[str, Any] = {
-        "temperature": 0,
-        "max_tokens": TOKENS,
-        "stream": True,
-        "extra_body": {"ignore_eos": True},
-    }
-    async with await client.completions.create(model="model", prompt=prompt, **options) as stream:
+    async with await client.completions.create(
+        model="model",
+        prompt=prompt,
+        temperature=0,
+        max_tokens=TOKENS,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
         async for chunk in stream:
             pieces.append(chunk.choices[0].text if chunk.choices else "")
             if stop_after is not None and len(pieces) >= stop_after:
@@ -129,6 +129,7 @@ async def ask(url: str, number: int, expected: dict[str, str], until: float, fou
     draw = random.Random(number)
     # A connection per request: the server closes idle ones, which a client notices only when it has asked again.
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as raw:
+        # openai takes httpx's clients as well, though its types name httpx2's alone.
         client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=raw)  # type: ignore[arg-type]
         while time.monotonic() < until:
             found.requests += 1

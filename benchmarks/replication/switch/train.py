@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from benchmarks.models import train_model
 from benchmarks.replication.switch.text import SOURCE_TOKENS, Batch
@@ -85,7 +86,7 @@ def configuration(recipe: Recipe, vocabulary: int, pad: int) -> SwitchTransforme
     )
 
 
-def moe_layers(model: torch.nn.Module) -> dict[str, Any]:
+def moe_layers(model: torch.nn.Module) -> dict[str, SwitchTransformersSparseMLP]:
     """Return the MoE layers by name, those of the encoder first."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "router")}
 
