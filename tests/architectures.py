@@ -242,25 +242,6 @@ def build(name: str, folder: Path) -> Any:
 
 def quantize(source: Path, output: Path, linear_bits: int = 4) -> Path:
     """Quantize by rounding, groups of 32, with every width in every layer."""
-    from planner.common.progress import Progress
-    from planner.model.layout import read_layout
-    from planner.model.source import SourceModel
-    from planner.plan import Plan
-    from planner.quantization.run import quantize as write
-    from planner.quantization.settings import QuantizeSettings, default_linear
+    from tests.by_hand import quantize_by_hand
 
-    with SourceModel(source) as model:
-        layout = read_layout(model)
-        plan = Plan.model_validate(
-            {
-                "version": 1,
-                "method": "by hand",
-                "bit_choices": [1, 2, 3, 4, 8],
-                "avg_bits": sum(WIDTHS) / len(WIDTHS),
-                "achieved_avg_bits": sum(WIDTHS) / len(WIDTHS),
-                "experts": {layer.prefix: list(WIDTHS) for layer in layout.layers},
-            }
-        )
-        linear = default_linear(model, layout, linear_bits)
-        write(model, layout, plan, output, QuantizeSettings("rtn", group_size=32, linear=linear), Progress(quiet=True))
-    return output
+    return quantize_by_hand(source, output, lambda _: WIDTHS, quantizer="rtn", linear_bits=linear_bits)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("vllm_moeq.kernels.triton.layer")
     del os.environ["TRITON_INTERPRET"]  # servers that tests start must not inherit it
+
+# Its log handler keeps the stderr of the moment: that of a test would be closed when the next one logs.
+importlib.import_module("transformers.utils.logging")
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     # A core for each worker's servers: threads that share one wait for each other most of the time.
@@ -50,6 +53,19 @@ class Outcome:
     err: str
 
 
+def one_line(outcome: Outcome, *done: str) -> str:
+    """Return the error of a command that was refused: one line, with exit status 2.
+
+    Args:
+        done: how lines begin that may stand before it: what was done by then. Which method was chosen always may.
+    """
+    assert outcome.code == 2, outcome
+    lines = [line for line in outcome.err.splitlines() if not line.startswith(("method auto:", *done))]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("error: "), outcome.err
+    return lines[0]
+
+
 def save_mixtral(folder: Path, intermediate_size: int = 128, seed: int = 0) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
@@ -65,6 +81,15 @@ def bound_to_cores(ranks: int) -> dict[str, str]:
     """Return where the ranks of a server compute: vLLM's automatic binding wants one NUMA node per rank."""
     alone = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))) if ranks > 1 else alone}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch until the end of the module: threads of OpenMP do not survive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -112,38 +137,25 @@ def qwen3_moe_copy(tiny_qwen3_moe: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def all_widths_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan.json for the tiny Mixtral that uses every width in both layers."""
+    from tests.by_hand import plan_by_hand
+
     prefixes = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]
-    plan = {
-        "version": 1,
-        "method": "by hand",
-        "bit_choices": [1, 2, 3, 4, 8],
-        "avg_bits": 3.0,
-        "achieved_avg_bits": 3.0,
-        "experts": {prefixes[0]: WIDTHS, prefixes[1]: WIDTHS[::-1]},
-    }
+    plan = plan_by_hand({prefixes[0]: WIDTHS, prefixes[1]: WIDTHS[::-1]})
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    path.write_text(json.dumps(plan))
+    path.write_text(plan.model_dump_json(exclude_unset=True))
     return path
 
 
 @pytest.fixture(scope="session")
-def quantized_mixtral(tiny_mixtral: Path, all_widths_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Mixtral with every width, group size 32; not to be changed."""
-    from planner.common.progress import Progress
-    from planner.model.layout import read_layout
-    from planner.model.source import SourceModel
-    from planner.plan import read_plan
-    from planner.quantization.run import quantize
-    from planner.quantization.settings import QuantizeSettings, default_linear
+def quantized_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Mixtral by the plan with every width, group size 32; not to be changed."""
     from planner.report.card import write_card
+    from tests.by_hand import quantize_by_hand
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"
-    with SourceModel(tiny_mixtral) as model:
-        layout = read_layout(model)
-        settings = QuantizeSettings(group_size=32, linear=default_linear(model, layout, 4))
-        plan = read_plan(all_widths_plan)
-        quantize(model, layout, plan, output, settings, Progress(quiet=True), describe=write_card)
-    return output
+    return quantize_by_hand(
+        tiny_mixtral, output, lambda layer: WIDTHS[::-1] if layer.index else WIDTHS, describe=write_card
+    )
 
 
 @pytest.fixture

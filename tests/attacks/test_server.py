@@ -10,7 +10,7 @@ import pytest
 
 from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from tests.attacks.forge import filled, ours, point, shard, tensor
-from tests.serving.conftest import MODELS, MOEQ
+from tests.paths import MIXTRAL, MOEQ
 from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ ATTACKS = {
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attacks") / "quantized"
-    subprocess.run([MOEQ, "quantize", MODELS / "stdlib-mixtral", "-o", folder, "--quantizer", "rtn"], check=True)
+    subprocess.run([MOEQ, "quantize", MIXTRAL, "-o", folder, "--quantizer", "rtn"], check=True)
     return folder
 
 

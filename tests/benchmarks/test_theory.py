@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from benchmarks.replication.theory.checks import LemmaError, Run, check, violati
 from benchmarks.replication.theory.model import Model, Setting, counted, draw, gates, pretrained, train_step
 
 test_outputs.__test__ = False  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTING = Setting(dim=32, experts=4, neurons=12, tokens=20, chosen=3, deviation=0.3, router_rate=0.1, batch=16)
 
 
@@ -122,14 +123,6 @@ def test_an_untrained_model_needs_no_width() -> None:
     assert bits.full_error > 0.1
     assert bits.high is None
     assert bits.gap is None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

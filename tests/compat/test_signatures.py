@@ -17,9 +17,9 @@ import pytest
 import vllm_moeq
 from tests.compat.signatures import FIELDS, LAYERS, METHODS, TABLE, reader, used
 from tests.matches import first_match
+from tests.paths import ROOT
 
 SERVING = Path(vllm_moeq.__file__).parent / "serving"
-ROOT = Path(__file__).parents[2]
 VERSIONS: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
 
 OURS = {

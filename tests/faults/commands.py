@@ -30,7 +30,6 @@ from tests.paths import MIXTRAL
 IMPORTED = (accelerate, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, transformers.models)
 """What the commands import late: once here, and not again in every child."""
 FORK = multiprocessing.get_context("fork")
-SOURCE = MIXTRAL
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _at_write(number: int, fault: Callable[[], None]) -> None:
 
 def prepare(folder: Path, quantized: Path) -> Path:
     folder.mkdir()
-    shutil.copytree(SOURCE, folder / "model", ignore=shutil.ignore_patterns("held_out.txt"))
+    shutil.copytree(MIXTRAL, folder / "model", ignore=shutil.ignore_patterns("held_out.txt"))
     shutil.copytree(quantized, folder / "quantized")
-    (folder / "text.txt").write_text((SOURCE / "held_out.txt").read_text()[:3000])
+    (folder / "text.txt").write_text((MIXTRAL / "held_out.txt").read_text()[:3000])
     return folder

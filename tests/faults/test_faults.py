@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.faults.commands import COMMANDS, FAULTS, SOURCE, Command, prepare, run, start
-from tests.paths import ROOT
+from tests.faults.commands import COMMANDS, FAULTS, Command, prepare, run, start
+from tests.folders import contents
+from tests.paths import MIXTRAL, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DOCS = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
@@ -29,26 +28,17 @@ GOOD = {
 HEADER = "| fault | command | it says | on the disk | the same command again |\n|---|---|---|---|---|\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of OpenMP do not survive the fork."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def snapshot(path: Path) -> dict[str, bytes] | None:
     """Return what a result holds, without what differs from run to run."""
     if path.is_file():
         return {path.name: path.read_bytes()}
-    return {it.name: it.read_bytes() for it in path.iterdir()} if path.is_dir() else None
+    return contents(path) if path.is_dir() else None
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "model").symlink_to(SOURCE)
+    (folder / "model").symlink_to(MIXTRAL)
     assert run(folder, COMMANDS["quantize"])[0] == 0
     return folder / "out"
 
@@ -97,7 +87,7 @@ def again(folder: Path, command: Command, expected: dict[str, bytes] | None) -> 
 
 def one_fault(folder: Path, name: str, fault: str, expected: dict[str, bytes] | None) -> str:
     command = COMMANDS[name]
-    quantized_before = {it.name: it.read_bytes() for it in (folder / "quantized").iterdir()}
+    quantized_before = contents(folder / "quantized")
     if fault == "second writer":
         with (folder / "log").open("wb") as log:
             first = start(folder, command, FAULTS[fault], log.fileno())
@@ -114,7 +104,7 @@ def one_fault(folder: Path, name: str, fault: str, expected: dict[str, bytes] | 
         assert "Traceback" not in line
     row = [fault, f"`{name}`", says(code, line), disk(folder, command, expected), again(folder, command, expected)]
     if fault != "source replaced" and name != "eval":
-        assert {it.name: it.read_bytes() for it in (folder / "quantized").iterdir()} == quantized_before
+        assert contents(folder / "quantized") == quantized_before
     return f"| {' | '.join(row)} |\n"
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.fuzz.mutators import MUTATORS
 from tests.fuzz.targets import TARGETS, seeds
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
 RUNS = {"schema": 3000, "headers": 600, "unpack": 1500}
-ROOT = Path(__file__).parents[2]
 
 
 def mutate(data: bytes, generator: random.Random) -> bytes:

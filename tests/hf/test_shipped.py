@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from planner.common.progress import Progress
+from tests.by_hand import quantize_by_hand
 from tests.hf.conftest import Pair, dense_of, logits
-from tests.paths import MODELS
+from tests.paths import MIXTRAL, MODELS, SHIPPED
 from tests.tasks import write_task
 
 pytestmark = pytest.mark.compiler
@@ -19,24 +19,13 @@ pytestmark = pytest.mark.compiler
 PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 
-@pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.fixture(scope="module", params=SHIPPED)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    from planner.model.layout import read_layout
-    from planner.model.source import SourceModel
-    from planner.plan import Plan
-    from planner.quantization.run import quantize
-    from planner.quantization.settings import QuantizeSettings, default_linear
-
     folder = tmp_path_factory.mktemp("shipped")
-    with SourceModel(MODELS / request.param) as model:
-        layout = read_layout(model)
-        widths = {layer.prefix: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8) for layer in layout.layers}
-        plan = Plan.model_validate(
-            {"version": 1, "method": "by hand", "bit_choices": [2, 3, 4, 8], "avg_bits": 4.0, "achieved_avg_bits": 4.0,
-             "experts": widths}
-        )  # fmt: skip
-        settings = QuantizeSettings("rtn", group_size=32, linear=default_linear(model, layout, 4))
-        quantize(model, layout, plan, folder / "quantized", settings, Progress(quiet=True))
+    quantize_by_hand(
+        MODELS / request.param, folder / "quantized",
+        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="rtn",
+    )  # fmt: skip
     return dense_of(folder / "quantized", folder / "dense", request.param)
 
 
@@ -66,7 +55,7 @@ def test_lm_eval_scores_it_as_the_dense_export(shipped: Pair, tmp_path: Path) ->
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lines = [line for line in (MODELS / "stdlib-mixtral" / "held_out.txt").read_text().splitlines() if len(line) > 20]
+    lines = [line for line in (MIXTRAL / "held_out.txt").read_text().splitlines() if len(line) > 20]
     documents = [
         {"context": "\n".join(lines[i : i + 2]), "choices": [f"\n{lines[i + 2]}", f"\n{lines[i + 9]}"], "answer": 0}
         for i in range(0, 120, 10)

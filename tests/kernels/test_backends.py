@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.layers import exact, random_layer, random_routing
+from tests.paths import ROOT
 from vllm_moeq.format import PACKED, UsageError
 from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
 from vllm_moeq.kernels.cpu import build
@@ -117,10 +117,9 @@ try:
 except UsageError as error:
     print(error)
 """
-    root = Path(__file__).parents[2]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=root, env=environment
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert result.stdout.strip() == "VLLM_MOEQ_BACKEND=triton: expected a GPU and the triton package, found device cpu"
 

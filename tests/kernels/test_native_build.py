@@ -15,13 +15,12 @@ import pytest
 import torch
 
 from tests.kernels.layers import random_layer, random_routing
+from tests.paths import ROOT
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import choose, make_layer
 from vllm_moeq.kernels.cpu import build
 
 pytestmark = pytest.mark.compiler
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

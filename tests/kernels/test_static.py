@@ -6,16 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.paths import ROOT
 from tests.tiers import thorough
 
 pytestmark = pytest.mark.compiler
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *flags: str) -> str:

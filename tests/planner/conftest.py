@@ -10,11 +10,7 @@ import pytest
 
 from planner.common.progress import Progress
 from planner.exchange.autogptq import export_gptq
-from planner.model.layout import read_layout
-from planner.model.source import SourceModel
-from planner.plan import Plan
-from planner.quantization.run import quantize
-from planner.quantization.settings import QuantizeSettings, default_linear
+from tests.by_hand import quantize_by_hand
 
 WIDTHS = (2, 3, 4, 8)
 QUIET = Progress(quiet=True)
@@ -25,27 +21,11 @@ def integer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     """Return a function that quantizes a model with integer zero points, experts in turn to 2, 3, 4 and 8 bits."""
 
     def make(source: Path, quantizer: str, linear_bits: int, group_size: int) -> Path:
-        output = tmp_path_factory.mktemp("integer") / source.name
-        with SourceModel(source) as model:
-            layout = read_layout(model)
-            experts = {
-                layer.prefix: [WIDTHS[(expert + layer.index) % 4] for expert in range(layer.num_experts)]
-                for layer in layout.layers
-            }
-            plan = Plan.model_validate(
-                {
-                    "version": 1,
-                    "method": "by hand",
-                    "bit_choices": list(WIDTHS),
-                    "avg_bits": 4.25,
-                    "achieved_avg_bits": 4.25,
-                    "experts": experts,
-                }
-            )
-            linear = default_linear(model, layout, linear_bits)
-            settings = QuantizeSettings(quantizer, "sign", group_size, linear, zero_points="integer")
-            quantize(model, layout, plan, output, settings, QUIET)
-        return output
+        return quantize_by_hand(
+            source, tmp_path_factory.mktemp("integer") / source.name,
+            lambda layer: [WIDTHS[(expert + layer.index) % 4] for expert in range(layer.num_experts)],
+            quantizer=quantizer, one_bit="sign", linear_bits=linear_bits, group_size=group_size, zero_points="integer",
+        )  # fmt: skip
 
     return make
 

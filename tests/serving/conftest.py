@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+from tests.paths import MIXTRAL, MOEQ, QWEN
+
 WIDTHS = (1, 2, 3, 4, 8)
-MOEQ = str(Path(sys.executable).with_name("moeq"))
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class Pair:
     dense: Path
 
 
-def make_pair(name: str, folder: Path) -> Pair:
+def make_pair(source: Path, folder: Path) -> Pair:
     """Every layer has experts of every width: the first five are fixed, the others share what is left."""
-    pair = Pair(MODELS / name, folder / "quantized", folder / "dense")
+    pair = Pair(source, folder / "quantized", folder / "dense")
     overrides = folder / "overrides.json"
     prefixes = json.loads(subprocess.check_output([MOEQ, "inspect", pair.source, "--json"]))["layers"]
     fixed = {f"{layer['prefix']}.{expert}": bits for layer in prefixes for expert, bits in enumerate(WIDTHS)}
@@ -39,9 +38,9 @@ def make_pair(name: str, folder: Path) -> Pair:
 
 @pytest.fixture(scope="session")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair("stdlib-mixtral", tmp_path_factory.mktemp("mixtral"))
+    return make_pair(MIXTRAL, tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(scope="session")
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair("stdlib-qwen3-moe", tmp_path_factory.mktemp("qwen3-moe"))
+    return make_pair(QWEN, tmp_path_factory.mktemp("qwen3-moe"))

@@ -13,12 +13,11 @@ from openai import OpenAI
 from planner.common.progress import Progress
 from planner.evaluation import perplexity, read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
-from tests.serving.conftest import MODELS, MOEQ
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ
 from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
 
-SOURCE = MODELS / "stdlib-mixtral"
 FLAGS = ["--max-model-len", "512", "--max-num-seqs", "4", "--dtype", "bfloat16", "--enforce-eager"]
 PROMPTS = 3
 
@@ -27,8 +26,8 @@ PROMPTS = 3
 def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all three methods need, of one text."""
     output = tmp_path_factory.mktemp("stats") / "stats.safetensors"
-    data: list[str | Path] = ["--data", MODELS / "calibration.jsonl", "--samples", "4", "--seq-len", "128"]
-    subprocess.run([MOEQ, "calibrate", SOURCE, *data, "--for", "kl,pmq,bsp", "-o", output], check=True)
+    data: list[str | Path] = ["--data", CALIBRATION_TEXT, "--samples", "4", "--seq-len", "128"]
+    subprocess.run([MOEQ, "calibrate", MIXTRAL, *data, "--for", "kl,pmq,bsp", "-o", output], check=True)
     return output
 
 
@@ -51,10 +50,10 @@ def served_losses(folder: Path, texts: list[str], log: Path) -> list[tuple[float
 def test_every_plan_is_served(method: str, stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     flags: list[str | Path] = ["--method", method, "--stats", stats, "--avg-bits", "2.25"]
-    subprocess.run([MOEQ, "quantize", SOURCE, "-o", folder, *flags], check=True)
+    subprocess.run([MOEQ, "quantize", MIXTRAL, "-o", folder, *flags], check=True)
     widths = json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
     assert len({bits for layer in widths.values() for bits in layer}) > 1
-    held_out = read_text(SOURCE / "held_out.txt")
+    held_out = read_text(MIXTRAL / "held_out.txt")
     texts = [held_out[begin : begin + 600] for begin in range(0, 30_000, 30_000 // PROMPTS)]
     losses = served_losses(folder, texts, tmp_path / "log")
     offline = [math.log(perplexity(folder, text, Progress(quiet=True))) for text in texts]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.conftest import MOEQ, Pair
+from tests.paths import MOEQ
+from tests.serving.conftest import Pair
 from tests.serving.test_server import Answer, ask, prompts
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,8 @@ from planner.evaluation import perplexity, read_text
 from planner.evaluation.vllm_server import Server, ServerError, cpu_environment
 from planner.exchange.dense import export_dense
 from tests.conftest import bound_to_cores
-from tests.serving.conftest import MODELS, Pair
+from tests.paths import MIXTRAL
+from tests.serving.conftest import Pair
 
 pytestmark = pytest.mark.slow
 
@@ -176,7 +177,7 @@ def test_served_perplexity_equals_the_offline_one(mixtral: Pair, tmp_path: Path)
 def test_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     start = "import sys; from pathlib import Path; from planner.evaluation.vllm_server import Server; "
     start += "Server(Path(sys.argv[1]), Path(sys.argv[2])).__enter__()"
-    parent = subprocess.Popen([sys.executable, "-c", start, MODELS / "stdlib-mixtral", tmp_path / "log"])
+    parent = subprocess.Popen([sys.executable, "-c", start, MIXTRAL, tmp_path / "log"])
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while not (found := children.read_text().split()):
         time.sleep(0.01)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from planner.evaluation.vllm_server import Server, cpu_environment
-from tests.paths import MIXTRAL, ROOT
-from tests.serving.conftest import MOEQ
+from tests.paths import MIXTRAL, MOEQ, ROOT
 
 pytestmark = pytest.mark.slow
 

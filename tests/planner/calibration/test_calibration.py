@@ -20,17 +20,11 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 from vllm_moeq.format import CheckpointError, UsageError
 
-TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
-def shipped(request: pytest.FixtureRequest) -> Path:
-    return MODELS / str(request.param)
 
 
 def forward(folder: Path, tokens: torch.Tensor, where: Path) -> dict[int, tuple[Routed, torch.Tensor]]:
@@ -52,7 +46,7 @@ def forward(folder: Path, tokens: torch.Tensor, where: Path) -> dict[int, tuple[
 def test_layer_by_layer_equals_transformers(shipped: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    tokens = calibration_text(shipped, str(TEXT), 3, 200, 0).tokens
+    tokens = calibration_text(shipped, str(CALIBRATION_TEXT), 3, 200, 0).tokens
     found = forward(shipped, tokens, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
     with torch.inference_mode():
@@ -66,12 +60,12 @@ def test_layer_by_layer_equals_transformers(shipped: Path, tmp_path: Path) -> No
 class TestText:
     def test_sequences_are_drawn_by_seed_and_do_not_overlap(self) -> None:
         folder = MIXTRAL
-        one, two = (calibration_text(folder, str(TEXT), 8, 64, seed) for seed in (0, 1))
+        one, two = (calibration_text(folder, str(CALIBRATION_TEXT), 8, 64, seed) for seed in (0, 1))
         assert one.tokens.shape == (8, 64)
         assert not torch.equal(one.tokens, two.tokens)
         assert one.fingerprint() != two.fingerprint()
-        assert one.fingerprint() == calibration_text(folder, str(TEXT), 8, 64, 0).fingerprint()
-        everything = calibration_text(folder, str(TEXT), 10**6, 64, 0).tokens
+        assert one.fingerprint() == calibration_text(folder, str(CALIBRATION_TEXT), 8, 64, 0).fingerprint()
+        everything = calibration_text(folder, str(CALIBRATION_TEXT), 10**6, 64, 0).tokens
         assert len(everything.unique(dim=0)) > 0.99 * len(everything)
 
     def test_plain_text_and_lines_of_json_are_the_same_tokens(self, tmp_path: Path) -> None:
@@ -113,9 +107,11 @@ class TestText:
 class TestStatistics:
     def test_they_are_those_of_the_model(self, shipped: Path, tmp_path: Path, moeq: Run) -> None:
         output = tmp_path / "stats.safetensors"
-        found = moeq("calibrate", shipped, "--data", TEXT, "-o", output, "--samples", 4, "--seq-len", 128, "--json")
+        found = moeq(
+            "calibrate", shipped, "--data", CALIBRATION_TEXT, "-o", output, "--samples", 4, "--seq-len", 128, "--json"
+        )
         assert found.code == 0, found.err
-        tokens = calibration_text(shipped, str(TEXT), 4, 128, 0).tokens
+        tokens = calibration_text(shipped, str(CALIBRATION_TEXT), 4, 128, 0).tokens
         with SourceModel(shipped) as model:
             layout = read_layout(model)
             read, facts = read_statistics(output, layout)
@@ -139,7 +135,7 @@ class TestStatistics:
         assert facts["calibration"]["sequences"] == 4
 
     def test_a_killed_run_continues(self, tmp_path: Path, moeq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        arguments = ("calibrate", MIXTRAL, "--data", TEXT, "--samples", 2, "--seq-len", 64)
+        arguments = ("calibrate", MIXTRAL, "--data", CALIBRATION_TEXT, "--samples", 2, "--seq-len", 64)
         assert moeq(*arguments, "-o", tmp_path / "whole.safetensors").code == 0
         original, calls = observe, []
 
@@ -162,7 +158,7 @@ class TestStatistics:
     def test_errors_are_changes_of_the_block(self, tmp_path: Path) -> None:
         """ε of one expert: quantize it alone, run the block, and compare sequence by sequence."""
         source = MIXTRAL
-        tokens = calibration_text(source, str(TEXT), 3, 64, 0).tokens
+        tokens = calibration_text(source, str(CALIBRATION_TEXT), 3, 64, 0).tokens
         with SourceModel(source) as model:
             decoder = Decoder(model, read_layout(model), CPU, torch.float32)
             store = first_hidden(decoder, tokens, tmp_path)
@@ -185,11 +181,11 @@ class TestStatistics:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (("--data", TEXT, "--bits", "2,5"), "--bits: expected widths among"),
+            (("--data", CALIBRATION_TEXT, "--bits", "2,5"), "--bits: expected widths among"),
             ((), "--data: calibration needs a text"),
             (("--data", "missing.txt"), "--data: expected a text"),
-            (("--data", TEXT, "--seq-len", 4096), "--seq-len: expected at most 1024"),
-            (("--data", TEXT, "--device", "cuda:7"), "--device"),
+            (("--data", CALIBRATION_TEXT, "--seq-len", 4096), "--seq-len: expected at most 1024"),
+            (("--data", CALIBRATION_TEXT, "--device", "cuda:7"), "--device"),
         ],
     )
     def test_refusals(self, tmp_path: Path, moeq: Run, flags: tuple[object, ...], message: str) -> None:

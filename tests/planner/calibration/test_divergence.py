@@ -19,11 +19,10 @@ from planner.calibration.statistics import LayerStatistics, observe
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)
 WIDTHS = (1, 2, 3)
@@ -53,10 +52,10 @@ def in_memory(folder: Path, tokens: torch.Tensor, variants: list[tuple[int, int,
     return found
 
 
-@pytest.mark.parametrize("name", ["stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_one_rounded_expert_diverges_as_in_memory(name: str, tmp_path: Path) -> None:
     folder = MODELS / name
-    tokens = calibration_text(folder, str(TEXT), 3, 96, 0).tokens
+    tokens = calibration_text(folder, str(CALIBRATION_TEXT), 3, 96, 0).tokens
     with SourceModel(folder) as model:
         decoder = Decoder(model, read_layout(model), CPU, torch.float32)
         store = first_hidden(decoder, tokens, tmp_path)
@@ -81,7 +80,7 @@ def test_one_rounded_expert_diverges_as_in_memory(name: str, tmp_path: Path) -> 
 def found(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """What both measures say of 3,072 tokens."""
     folder, source = tmp_path_factory.mktemp("divergence"), MIXTRAL
-    text = calibration_text(source, str(TEXT), 12, 256, 0)
+    text = calibration_text(source, str(CALIBRATION_TEXT), 12, 256, 0)
     wanted = StatisticsRequest(("kl", "kl-estimated"), WIDTHS)
     with SourceModel(source) as model, pytest.MonkeyPatch.context() as patch:
         patch.setattr("planner.calibration.measures.ESTIMATED_SHARE", 1)  # the same tokens for both

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,14 @@ from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import Outcome
-from tests.paths import MIXTRAL, MODELS
-from tests.planner.folders import contents
+from tests.folders import contents
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 from vllm_moeq.format import SCALE, ZERO
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module", params=["stdlib-mixtral", "stdlib-qwen3-moe"])
-def shipped(request: pytest.FixtureRequest) -> Path:
-    return MODELS / str(request.param)
 
 
 class TestGptqRun:
@@ -52,7 +46,7 @@ class TestGptqRun:
         for name, flags in {
             "rtn": ("--quantizer", "rtn"),
             "hqq": ("--quantizer", "hqq"),
-            "gptq": ("--data", TEXT, "--samples", 16, "--seq-len", 256),
+            "gptq": ("--data", CALIBRATION_TEXT, "--samples", 16, "--seq-len", 256),
         }.items():
             output = tmp_path / name
             found = moeq("quantize", shipped, "-o", output, "--avg-bits", 2.5, *flags)
@@ -65,7 +59,7 @@ class TestGptqRun:
 
     def test_experts_with_few_tokens_are_named(self, tmp_path: Path, moeq: Run) -> None:
         output = tmp_path / "out"
-        flags = ("--data", TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40, "--jobs", 2)
+        flags = ("--data", CALIBRATION_TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40, "--jobs", 2)
         assert moeq("quantize", MIXTRAL, "-o", output, *flags).code == 0
         config = json.loads((output / "config.json").read_text())["quantization_config"]["plan"]
         report = json.loads((output / "quantization_report.json").read_text())
@@ -81,12 +75,12 @@ class TestGptqRun:
         ("flags", "message"),
         [
             (("--quantizer", "gptq"), "--data"),
-            (("--quantizer", "rtn", "--data", TEXT, "--method", "max-var"), "reads a text"),
+            (("--quantizer", "rtn", "--data", CALIBRATION_TEXT, "--method", "max-var"), "reads a text"),
             (("--symmetric",), "expected --quantizer gptq"),
-            (("--data", TEXT, "--act-order", "full"), "--static-groups"),
-            (("--data", TEXT, "--compat", "--symmetric"), "--compat"),
-            (("--data", TEXT, "--damping", 2), "--damping"),
-            (("--data", TEXT, "--ray"), "--ray"),
+            (("--data", CALIBRATION_TEXT, "--act-order", "full"), "--static-groups"),
+            (("--data", CALIBRATION_TEXT, "--compat", "--symmetric"), "--compat"),
+            (("--data", CALIBRATION_TEXT, "--damping", 2), "--damping"),
+            (("--data", CALIBRATION_TEXT, "--ray"), "--ray"),
         ],
     )
     def test_refusals(self, tmp_path: Path, moeq: Run, flags: tuple[object, ...], message: str) -> None:
@@ -132,21 +126,13 @@ class TestOddExperts:
                 assert bool(torch.isfinite(matrix.tensors[ZERO]).all())
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_gptq(output: Path, devices: int = 1) -> None:
     source = MIXTRAL
     with SourceModel(source) as model:
         layout = read_layout(model)
         plan = make_plan(model, layout, PlanOptions(Fraction(5, 2), (1, 2, 3)), Progress(quiet=True))
         chosen = QuantizeSettings("gptq", linear=default_linear(model, layout, 4), gptq=GptqSettings())
-        text = calibration_text(source, str(TEXT), 4, 128, 0)
+        text = calibration_text(source, str(CALIBRATION_TEXT), 4, 128, 0)
         runner = GptqRunner(text, 1, (CPU,) * devices, torch.float32)
         quantize(model, layout, plan, output, chosen, Progress(quiet=True), runner=runner)
 

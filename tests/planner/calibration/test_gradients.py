@@ -22,7 +22,7 @@ from planner.calibration.statistics import observe
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import MIXTRAL, MODELS, SHIPPED
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.fixture(params=["tiny_mixtral", "tiny_qwen3_moe", "stdlib-mixtral", "stdlib-qwen3-moe"])
+@pytest.fixture(params=["tiny_mixtral", "tiny_qwen3_moe", *SHIPPED])
 def folder(request: pytest.FixtureRequest) -> Path:
     name = str(request.param)
     return Path(request.getfixturevalue(name)) if name.startswith("tiny") else MODELS / name
@@ -180,7 +180,7 @@ def test_squared_projections_average_to_the_second_order_divergence(index: int, 
     assert abs(float(estimates.mean()) - exact) < 4 * error
 
 
-@pytest.mark.parametrize("folder", ["tiny_qwen3_moe", "stdlib-mixtral"], indirect=True)
+@pytest.mark.parametrize("folder", ["tiny_qwen3_moe", MIXTRAL.name], indirect=True)
 def test_terms_are_those_of_a_direct_computation(folder: Path, tmp_path: Path) -> None:
     tokens, widths = random_tokens(folder, 3, 40), (1, 2, 4)
     whole = Whole(folder)

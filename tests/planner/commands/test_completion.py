@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from planner.commands.completion import one_of, some_of
+from tests.paths import MOEQ
 
 pytestmark = pytest.mark.slow
-
-MOEQ = str(Path(sys.executable).with_name("moeq"))
 
 
 def test_the_last_name_of_a_list_is_completed() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Outcome
+from tests.conftest import Outcome, one_line
 from tests.planner.hub import READ_ONLY, TOKEN, Hub, open_hub
 
 pytestmark = pytest.mark.slow
@@ -60,15 +60,6 @@ def belongs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def one_error(outcome: Outcome) -> str:
-    """Return the error, which is one line below the announcement."""
-    assert outcome.code == 2, outcome.err
-    assert "Traceback" not in outcome.err
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("pushing ")]
-    assert len(lines) == 1, outcome.err
-    return lines[0]
-
-
 def test_every_byte_arrives_and_nothing_else(
     moeq_process: Moeq, environment: dict[str, str], hub: Hub, quantized_copy: Path
 ) -> None:
@@ -116,7 +107,7 @@ def test_a_dry_run_asks_the_hub_nothing(push: Push, hub: Hub, quantized_mixtral:
 def test_a_damaged_checkpoint_is_not_pushed(push: Push, hub: Hub, quantized_copy: Path) -> None:
     shard = sorted(quantized_copy.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-64])
-    assert f"{shard}: damaged or truncated" in one_error(push(quantized_copy, REPO))
+    assert f"{shard}: damaged or truncated" in one_line(push(quantized_copy, REPO), "pushing ")
     assert hub.asked == []
 
 
@@ -129,14 +120,14 @@ def test_a_damaged_checkpoint_is_not_pushed(push: Push, hub: Hub, quantized_copy
     ],
 )
 def test_tokens_that_do_not_do(push: Push, hub: Hub, quantized_mixtral: Path, token: str | None, reason: str) -> None:
-    message = one_error(push(quantized_mixtral, REPO, token=token))
+    message = one_line(push(quantized_mixtral, REPO, token=token), "pushing ")
     assert message.startswith(f"error: {REPO}: cannot push: ")
     assert reason in message
     assert hub.branches == {}
 
 
 def test_a_pull_request_that_does_not_exist(push: Push, hub: Hub, quantized_mixtral: Path) -> None:
-    message = one_error(push(quantized_mixtral, REPO, "--revision", "refs/pr/7"))
+    message = one_line(push(quantized_mixtral, REPO, "--revision", "refs/pr/7"), "pushing ")
     assert "the Hub has no such repository or branch" in message
     assert hub.branches == {}
 
@@ -145,12 +136,14 @@ def test_a_hub_that_is_not_there(push: Push, quantized_mixtral: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        message = one_error(push(quantized_mixtral, REPO, url=url))
+        message = one_line(push(quantized_mixtral, REPO, url=url), "pushing ")
     assert f"{REPO}: cannot push: " in message
     assert "refused" in message.lower()
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "someone/", "some one/x", "../x"])
 def test_impossible_names(push: Push, hub: Hub, quantized_mixtral: Path, name: str) -> None:
-    assert f"{name}: expected a name on the Hub such as owner/name" in one_error(push(quantized_mixtral, name))
+    assert f"{name}: expected a name on the Hub such as owner/name" in one_line(
+        push(quantized_mixtral, name), "pushing "
+    )
     assert hub.asked == []

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Outcome, run_here
-from tests.paths import MIXTRAL, MODELS
+from tests.conftest import Outcome, one_line, run_here
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
 HELD_OUT = MIXTRAL / "held_out.txt"
 TOKENS = 2048
-READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
+READ = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 128)
 EVALUATE = ("--held-out", HELD_OUT, "--max-tokens", TOKENS)
 SCORES = ("perplexity", "perplexity_error", "kl", "kl_error", "kl_median", "kl_99", "kl_max", "same_top", "tokens")
 Moeq = Callable[..., Outcome]
@@ -266,9 +265,8 @@ def test_mistakes(moeq: Moeq, tmp_path: Path, flags: tuple[object, ...], message
 
 def test_an_output_that_exists_is_refused(moeq: Moeq, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    found = moeq("compare", MIXTRAL, "--methods", "uniform", *EVALUATE, "-o", tmp_path / "out")
-    assert (found.code, found.err.count("\n")) == (2, 1)
-    assert f"{tmp_path / 'out'}: the output exists already" in found.err
+    message = one_line(moeq("compare", MIXTRAL, "--methods", "uniform", *EVALUATE, "-o", tmp_path / "out"))
+    assert f"{tmp_path / 'out'}: the output exists already" in message
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,13 @@ from planner.estimates.serving import FIXED_BYTES
 from planner.model.layout import Layout, read_layout
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
-from tests.paths import MIXTRAL, MODELS
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, MOEQ
 from vllm_moeq.format import UsageError
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
-MOEQ = str(Path(sys.executable).with_name("moeq"))
-GPTQ = ("--data", TEXT, "--samples", "16", "--seq-len", "512", "--method", "router-norm-maxvar")
-ESTIMATED = ("--data", TEXT, "--samples", "8", "--seq-len", "512", "--method", "kl-estimated")
+GPTQ = ("--data", CALIBRATION_TEXT, "--samples", "16", "--seq-len", "512", "--method", "router-norm-maxvar")
+ESTIMATED = ("--data", CALIBRATION_TEXT, "--samples", "8", "--seq-len", "512", "--method", "kl-estimated")
 SIZES = Sizes(source_bytes=0, expert_bytes=30 * GIB, linear_bytes=GIB, kept_bytes=GIB, largest_shard_bytes=GIB)
 
 
@@ -104,7 +101,16 @@ def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path:
 @pytest.mark.full
 def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
     model, output = MIXTRAL, tmp_path / "out"
-    wanted = ("--methods", "router-norm-maxvar,weight", "--avg-bits", "2,2.5", "--data", TEXT, "--samples", "4")
+    wanted = (
+        "--methods",
+        "router-norm-maxvar,weight",
+        "--avg-bits",
+        "2,2.5",
+        "--data",
+        CALIBRATION_TEXT,
+        "--samples",
+        "4",
+    )
     arguments = ("compare", model, "--held-out", model / "held_out.txt", "--max-tokens", "6000", *wanted, "-o", output)
     needs = announced(*arguments)["needs"]
     assert not output.exists()

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from tests.architectures import build
 from tests.conftest import Outcome, run_here
-from tests.paths import MIXTRAL
+from tests.paths import MIXTRAL, MOEQ
 from tests.planner.evaluation.test_tasks import accuracies, code_documents, write_task
 
 pytestmark = pytest.mark.slow
@@ -38,7 +37,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kill(output: Path, sign: str, *arguments: object) -> Path:
     """Kill an evaluation when a file appears, and return the folder that it leaves."""
-    command = [Path(sys.executable).with_name("moeq"), "eval", *arguments, "-o", output]
+    command = [MOEQ, "eval", *arguments, "-o", output]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, start_new_session=True)
     partial = output.with_name(f"{output.name}.partial")
     while process.poll() is None and not list(partial.glob(sign)):

@@ -23,7 +23,6 @@ from vllm_moeq.format import ConfigError, UsageError
 
 pytestmark = pytest.mark.slow
 
-MODEL = MIXTRAL
 
 GROUP = """\
 group: both_halves
@@ -39,7 +38,7 @@ def code_documents(count: int, width: int) -> list[dict[str, Any]]:
 
     The third choice makes some answers wrong, so that agreement of accuracies means something.
     """
-    lines = [line[:width] for line in (MODEL / "held_out.txt").read_text().splitlines()]
+    lines = [line[:width] for line in (MIXTRAL / "held_out.txt").read_text().splitlines()]
     lines = [line for line in lines if len(line.strip()) > 8]
     documents = []
     for index in range(count):
@@ -105,8 +104,8 @@ def speaking_copy(quantized_copy: Path) -> Path:
 class TestScores:
     def test_are_those_of_transformers(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
         path = write_task(tmp_path / "tasks", documents)
-        expected = accuracies(MODEL, documents)
-        scores = run_tasks(MODEL, [str(path)])
+        expected = accuracies(MIXTRAL, documents)
+        scores = run_tasks(MIXTRAL, [str(path)])
         assert values(scores) == pytest.approx(expected)
         assert 0.5 < expected["acc"] < 1
         for score in scores:
@@ -115,8 +114,8 @@ class TestScores:
 
     def test_of_the_first_documents(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
         path = write_task(tmp_path / "tasks", documents)
-        scores = run_tasks(MODEL, ["next_line"], include=path.parent, limit=7, batch_size=3)
-        assert values(scores) == pytest.approx(accuracies(MODEL, documents[:7]))
+        scores = run_tasks(MIXTRAL, ["next_line"], include=path.parent, limit=7, batch_size=3)
+        assert values(scores) == pytest.approx(accuracies(MIXTRAL, documents[:7]))
         assert {score.samples for score in scores} == {7}
 
     def test_of_a_group(self, documents: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -124,9 +123,9 @@ class TestScores:
         write_task(tmp_path, documents[5:], "again")
         group = tmp_path / "both.yaml"
         group.write_text(GROUP)
-        (score,) = run_tasks(MODEL, [str(group)])
+        (score,) = run_tasks(MIXTRAL, [str(group)])
         assert (score.task, score.metric, score.samples) == ("both_halves", "acc", 20)
-        assert score.value == pytest.approx(accuracies(MODEL, documents)["acc"])
+        assert score.value == pytest.approx(accuracies(MIXTRAL, documents)["acc"])
 
     def test_of_a_quantized_folder(self, speaking_copy: Path, tmp_path: Path) -> None:
         documents = code_documents(20, 14)
@@ -139,41 +138,41 @@ class TestRefused:
     def test_unknown_tasks(self) -> None:
         """lm-eval knows all of the paper's tasks, so only the misspelt ones are named."""
         with pytest.raises(UsageError) as raised:
-            run_tasks(MODEL, [*PAPER_SUITE, "arc_eazy", "hellaswagg"])
+            run_tasks(MIXTRAL, [*PAPER_SUITE, "arc_eazy", "hellaswagg"])
         message = str(raised.value)
         assert "YAML files, found 'arc_eazy', 'hellaswagg' (close: arc_easy," in message
         assert "hellaswag" in message.split("close:")[1]
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"none\.yaml: expected a task file of lm-eval, found no such file"):
-            run_tasks(MODEL, [str(tmp_path / "none.yaml")])
+            run_tasks(MIXTRAL, [str(tmp_path / "none.yaml")])
 
     def test_a_dataset_that_is_not_there(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
         path = write_task(tmp_path / "tasks", documents)
         path.with_suffix(".jsonl").unlink()
         with pytest.raises(UsageError, match=r"task next_line: expected its dataset json, found .*next_line\.jsonl"):
-            run_tasks(MODEL, [str(path)])
+            run_tasks(MIXTRAL, [str(path)])
 
     def test_a_broken_task(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
         path = write_task(tmp_path / "tasks", documents)
         path.write_text(path.read_text().replace("{{answer}}", "{{anser}}"))
         with pytest.raises(UsageError, match=r"task next_line: expected a task .* found: .*'anser' is undefined"):
-            run_tasks(MODEL, [str(path)])
+            run_tasks(MIXTRAL, [str(path)])
 
     def test_no_documents(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
         path = write_task(tmp_path / "tasks", documents)
         with pytest.raises(UsageError, match="expected tasks that lm-eval can run, found"):
-            run_tasks(MODEL, [str(path)], limit=0)
+            run_tasks(MIXTRAL, [str(path)], limit=0)
 
     def test_no_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(UsageError, match=r"expected the package lm-eval, .*pip install 'vllm-moeq\[eval\]'"):
-            run_tasks(MODEL, ["piqa"])
+            run_tasks(MIXTRAL, ["piqa"])
 
     @pytest.mark.parametrize(("tasks", "device"), [([], "cpu"), (["piqa"], "tpu"), (["piqa"], "cpu,cpu")])
     def test_no_task_or_device(self, tasks: list[str], device: str) -> None:
         with pytest.raises(UsageError, match="expected"):
-            run_tasks(MODEL, tasks, device=device)
+            run_tasks(MIXTRAL, tasks, device=device)
 
     def test_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"config\.json: expected a JSON file"):
@@ -181,17 +180,17 @@ class TestRefused:
 
     def test_no_tokenizer(self, tmp_path: Path, documents: list[dict[str, Any]]) -> None:
         path = write_task(tmp_path / "tasks", documents)
-        shutil.copy(MODEL / "config.json", tmp_path)
+        shutil.copy(MIXTRAL / "config.json", tmp_path)
         with pytest.raises(ConfigError, match="transformers cannot load it"):
             run_tasks(tmp_path, [str(path)])
 
 
 def test_compare_runs_tasks_on_every_model(moeq: Callable[..., Outcome], tmp_path: Path) -> None:
     task = write_task(tmp_path / "task", code_documents(6, 60))
-    flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", MODEL / "held_out.txt", "--max-tokens", 256)
-    found = moeq("compare", MODEL, *flags, "--tasks", task, "-o", tmp_path / "out", "--json")
+    flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", MIXTRAL / "held_out.txt", "--max-tokens", 256)
+    found = moeq("compare", MIXTRAL, *flags, "--tasks", task, "-o", tmp_path / "out", "--json")
     assert found.code == 0, found.err
     original, uniform = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert original["tasks"]["next_line acc"][0] == pytest.approx(accuracies(MODEL, code_documents(6, 60))["acc"])
+    assert original["tasks"]["next_line acc"][0] == pytest.approx(accuracies(MIXTRAL, code_documents(6, 60))["acc"])
     assert set(uniform["tasks"]) == {"next_line acc", "next_line acc_norm"}
     assert "next_line acc (original" in (tmp_path / "out" / "compare.md").read_text()

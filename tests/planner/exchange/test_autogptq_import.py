@@ -14,6 +14,7 @@ from planner.common.progress import Progress
 from planner.exchange.autogptq import import_gptq
 from planner.exchange.autogptq.layout import encode
 from planner.model.source import SourceModel
+from tests.conftest import one_line
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 EXPERT = "model.layers.0.mlp.experts.1.gate_proj"  # 3 bits, [128, 64] in groups of 32
@@ -23,6 +24,7 @@ QUIET = Progress(quiet=True)
 
 Moeq = Callable[..., Any]
 Change = Callable[..., Any]
+Refused = Callable[[Path], str]
 Edit = Callable[[torch.Tensor], torch.Tensor] | torch.Tensor | None
 
 DAMAGED: dict[str, tuple[str, Edit, str]] = {
@@ -56,16 +58,21 @@ DAMAGED: dict[str, tuple[str, Edit, str]] = {
 }
 
 
+@pytest.fixture
+def refused(moeq: Moeq, tmp_path: Path) -> Refused:
+    """Return a function that imports a wrong checkpoint and returns the error."""
+    return lambda folder: one_line(moeq("import", folder, "-o", tmp_path / "out"))
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_tensor_is_named_and_nothing_written(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path, case: str
+    refused: Refused, gptq_copy: Path, change_tensor: Change, tmp_path: Path, case: str
 ) -> None:
     suffix, edit, message = DAMAGED[case]
     change_tensor(gptq_copy, f"{EXPERT}.{suffix}", edit)
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert f"{EXPERT}." in outcome.err
-    assert message in outcome.err
+    found = refused(gptq_copy)
+    assert f"{EXPERT}." in found
+    assert message in found
     assert [path.name for path in tmp_path.iterdir()] == [gptq_copy.name]
 
 
@@ -80,23 +87,20 @@ CONFIGS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_config_of_another_kind_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_config: Change, tmp_path: Path, case: str
+    refused: Refused, gptq_copy: Path, change_config: Change, case: str
 ) -> None:
     update, message = CONFIGS[case]
     change_config(gptq_copy, lambda config: config["quantization_config"].update(update))
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert outcome.code == 2
-    assert message in outcome.err
+    assert message in refused(gptq_copy)
 
 
 @pytest.mark.parametrize("found", [None, [], "gptq"])
 def test_a_config_without_settings_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_config: Change, tmp_path: Path, found: Any
+    refused: Refused, gptq_copy: Path, change_config: Change, found: Any
 ) -> None:
     (gptq_copy / "quantize_config.json").unlink()
     change_config(gptq_copy, lambda config: config.update(quantization_config=found))
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, "expected the quantization_config of a GPTQ checkpoint" in outcome.err) == (2, True)
+    assert "expected the quantization_config of a GPTQ checkpoint" in refused(gptq_copy)
 
 
 def test_settings_in_a_file_of_their_own_are_read(gptq_copy: Path, change_config: Change, tmp_path: Path) -> None:
@@ -116,13 +120,11 @@ def test_rules_of_the_file_are_never_run(
 
 
 def test_a_zero_point_of_0_in_version_1_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, change_config: Change, tmp_path: Path
+    refused: Refused, gptq_copy: Path, change_tensor: Change, change_config: Change
 ) -> None:
     change_config(gptq_copy, lambda config: config["quantization_config"].update(checkpoint_format="gptq"))
     change_tensor(gptq_copy, f"{EXPERT}.qzeros", torch.full((2, 12), -1, dtype=torch.int32))
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert outcome.code == 2
-    assert "save the model with checkpoint_format gptq_v2" in outcome.err
+    assert "save the model with checkpoint_format gptq_v2" in refused(gptq_copy)
 
 
 def replace(folder: Path, change_tensor: Change, base: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -136,32 +138,21 @@ def quantized(rows: int, columns: int, bits: int, zero: int, groups: int = 2) ->
     return encode(pack(codes, bits), torch.full((rows, groups), 0.003), zeros, bits, "v2")
 
 
-def test_an_expert_of_several_widths_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path
-) -> None:
+def test_an_expert_of_several_widths_is_refused(refused: Refused, gptq_copy: Path, change_tensor: Change) -> None:
     replace(gptq_copy, change_tensor, EXPERT, quantized(128, 64, 4, 8))
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert outcome.code == 2
-    assert "experts.1: expected one width, found w1 4, w3 3, w2 3 bits" in outcome.err
+    assert "experts.1: expected one width, found w1 4, w3 3, w2 3 bits" in refused(gptq_copy)
 
 
-def test_experts_of_several_group_sizes_are_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path
-) -> None:
+def test_experts_of_several_group_sizes_are_refused(refused: Refused, gptq_copy: Path, change_tensor: Change) -> None:
     replace(gptq_copy, change_tensor, EXPERT, quantized(128, 64, 3, 4, groups=1))
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, "expected experts with one group size" in outcome.err) == (2, True)
+    assert "expected experts with one group size" in refused(gptq_copy)
 
 
-def test_an_expert_that_is_not_quantized_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path
-) -> None:
+def test_an_expert_that_is_not_quantized_is_refused(refused: Refused, gptq_copy: Path, change_tensor: Change) -> None:
     change_tensor(gptq_copy, f"{EXPERT}.weight", torch.zeros(128, 64).bfloat16(), beside=f"{EXPERT}.qweight")
     for suffix in ("qweight", "qzeros", "scales", "g_idx"):
         change_tensor(gptq_copy, f"{EXPERT}.{suffix}", None)
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert outcome.code == 2
-    assert f"{OURS}: expected a quantized matrix, found an unquantized one" in outcome.err
+    assert f"{OURS}: expected a quantized matrix, found an unquantized one" in refused(gptq_copy)
 
 
 STRAYS = {
@@ -172,29 +163,24 @@ STRAYS = {
 
 @pytest.mark.parametrize("case", STRAYS)
 def test_strays_below_the_experts_are_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path, case: str
+    refused: Refused, gptq_copy: Path, change_tensor: Change, case: str
 ) -> None:
     change_tensor(gptq_copy, STRAYS[case], torch.zeros(128), beside=f"{EXPERT}.qweight")
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, "belongs to no expert" in outcome.err) == (2, True)
+    assert "belongs to no expert" in refused(gptq_copy)
 
 
-def test_one_tensor_under_two_names_is_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path
-) -> None:
+def test_one_tensor_under_two_names_is_refused(refused: Refused, gptq_copy: Path, change_tensor: Change) -> None:
     for suffix, tensor in quantized(128, 64, 3, 4).items():
         change_tensor(gptq_copy, f"{OURS}.{suffix}", tensor, beside=f"{EXPERT}.qweight")
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, f"one tensor that means {OURS}" in outcome.err) == (2, True)
+    assert f"one tensor that means {OURS}" in refused(gptq_copy)
 
 
 @pytest.mark.parametrize("name", ["a b.weight", "x" * 600 + ".weight", "model.layers." + "9" * 5000 + ".x.weight"])
 def test_names_that_no_config_can_hold_are_refused(
-    moeq: Moeq, gptq_copy: Path, change_tensor: Change, tmp_path: Path, name: str
+    refused: Refused, gptq_copy: Path, change_tensor: Change, name: str
 ) -> None:
     change_tensor(gptq_copy, name, torch.zeros(32, 32), beside=f"{EXPERT}.qweight")
-    outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert refused(gptq_copy)
 
 
 def test_the_names_of_the_source_are_read_as_well(
@@ -243,9 +229,9 @@ def test_scales_that_bfloat16_would_round_stay_half(gptq_copy: Path, change_tens
     assert torch.equal(scales, torch.full_like(scales, 0.003, dtype=torch.float16))
 
 
-def test_an_index_that_names_no_file_is_refused(moeq: Moeq, gptq_copy: Path, tmp_path: Path) -> None:
+def test_an_index_that_names_no_file_is_refused(refused: Refused, gptq_copy: Path) -> None:
     index = gptq_copy / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"][f"{EXPERT}.qweight"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(content))
-    assert moeq("import", gptq_copy, "-o", tmp_path / "out").code == 2
+    assert refused(gptq_copy)

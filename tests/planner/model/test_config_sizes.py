@@ -16,10 +16,9 @@ from planner.estimates.paper_formula import count_weights
 from planner.model.layout import read_layout
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
-from tests.paths import MODELS, QWEN
+from tests.conftest import one_line
+from tests.paths import MODELS, QWEN, SHIPPED
 from vllm_moeq.format import CheckpointError
-
-SHIPPED = ["stdlib-mixtral", "stdlib-qwen3-moe"]
 
 MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -68,15 +67,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def one_line(outcome: Any) -> str:
-    """Return the only line of an error."""
-    assert outcome.code == 2, outcome.err
-    lines: list[str] = [line for line in outcome.err.splitlines() if not line.startswith("method auto:")]
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

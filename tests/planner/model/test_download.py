@@ -5,28 +5,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.paths import MIXTRAL
+from tests.paths import MIXTRAL, MOEQ
 from tests.planner.hub import Hub, open_hub
 
 pytestmark = pytest.mark.slow
 
-MODEL = MIXTRAL
 NAME = "someone/stdlib-mixtral"
-MOEQ = str(Path(sys.executable).with_name("moeq"))
 OWN = ("hf_", "hugging")
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     with open_hub() as found:
-        found.shared[NAME] = {path.name: path.read_bytes() for path in MODEL.iterdir() if path.is_file()}
+        found.shared[NAME] = {path.name: path.read_bytes() for path in MIXTRAL.iterdir() if path.is_file()}
         yield found
 
 
@@ -48,7 +45,7 @@ def test_a_dry_run_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     made = run(hub, tmp_path, "quantize", NAME, *wanted, "--quantizer", "rtn", "-o", tmp_path / "out")
     assert not [path for path in hub.asked if "safetensors" in path]
     assert any("config.json" in path for path in hub.asked)
-    here = run(hub, tmp_path, "quantize", MODEL, *wanted, "--quantizer", "rtn", "-o", tmp_path / "out")
+    here = run(hub, tmp_path, "quantize", MIXTRAL, *wanted, "--quantizer", "rtn", "-o", tmp_path / "out")
     assert planned["sizes"]["total_bytes"] == made["sizes"]["total_bytes"] == here["sizes"]["total_bytes"]
 
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import planner.output.files
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.files import write_json
-from tests.planner.folders import contents
+from tests.folders import contents
 from vllm_moeq.format import UsageError
 
 SHARDS = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]

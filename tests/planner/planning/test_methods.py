@@ -16,13 +16,12 @@ from planner.calibration.measures import MEASURES
 from planner.calibration.reading.text import calibration_text
 from planner.plan import read_plan
 from planner.planning.methods import METHODS
-from tests.conftest import Outcome, run_here
-from tests.paths import MIXTRAL, MODELS
+from tests.conftest import Outcome, one_line, run_here
+from tests.paths import CALIBRATION_TEXT, MIXTRAL
 
 pytestmark = pytest.mark.slow
 
-TEXT = MODELS / "calibration.jsonl"
-READ = ("--data", TEXT, "--samples", 4, "--seq-len", 128)
+READ = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 128)
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]
 PLANNED = [name for name, method in METHODS.items() if not method.only_compared]
 LAYERWISE = [name for name, method in METHODS.items() if method.layerwise]
@@ -53,14 +52,6 @@ def make_plan(moeq: Moeq, stats: Path, tmp_path: Path) -> MakePlan:
         return dict(plan)
 
     return run
-
-
-def refusal(outcome: Outcome) -> str:
-    """Return the one line of an error."""
-    assert outcome.code == 2, outcome.err
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("method auto:")]
-    assert len(lines) == 1, outcome.err
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -159,12 +150,12 @@ def test_methods_for_single_experts_keep_overrides(make_plan: MakePlan, tmp_path
 def test_methods_for_layers_refuse_overrides(moeq: Moeq, stats: Path, tmp_path: Path, method: str) -> None:
     (tmp_path / "fixed.json").write_text(json.dumps({f"{PREFIXES[0]}.0": 3}))
     flags = ("--method", method, "--stats", stats, "--overrides", tmp_path / "fixed.json")
-    found = refusal(moeq("plan", MIXTRAL, *flags))
+    found = one_line(moeq("plan", MIXTRAL, *flags))
     assert f"--overrides: expected a method for single experts, found {method}" in found
 
 
 def test_slim_is_refused_with_its_reason(moeq: Moeq) -> None:
-    found = refusal(moeq("plan", MIXTRAL, "--method", "slim"))
+    found = one_line(moeq("plan", MIXTRAL, "--method", "slim"))
     assert found == f"error: --method slim: {METHODS['slim'].only_compared}"
     assert "moeq compare" in found
 
@@ -205,20 +196,20 @@ class TestData:
         assert one["cost"]["calibration_seconds"] > 0
 
     def test_a_text_for_a_method_that_reads_none_is_refused(self, moeq: Moeq) -> None:
-        found = refusal(moeq("plan", MIXTRAL, "--method", "max-var", *READ))
+        found = one_line(moeq("plan", MIXTRAL, "--method", "max-var", *READ))
         assert "--data: the method max-var does not read a text" in found
 
 
 @pytest.mark.parametrize("methods", ["unknown", "kl,unknown", "max-var", "slim", ""])
 def test_calibrating_for_methods_that_read_no_text_is_refused(moeq: Moeq, tmp_path: Path, methods: str) -> None:
-    found = refusal(moeq("calibrate", MIXTRAL, *READ, "--for", methods, "-o", tmp_path / "s.safetensors"))
+    found = one_line(moeq("calibrate", MIXTRAL, *READ, "--for", methods, "-o", tmp_path / "s.safetensors"))
     assert "--for: expected methods that use a text (kl, " in found
     assert repr(methods.split(",")[-1]) in found
     assert not list(tmp_path.iterdir())
 
 
 def test_statistics_of_other_widths_are_refused(moeq: Moeq, stats: Path) -> None:
-    found = refusal(moeq("plan", MIXTRAL, "--method", "gemq", "--stats", stats, "--bits", "2,8"))
+    found = one_line(moeq("plan", MIXTRAL, "--method", "gemq", "--stats", stats, "--bits", "2,8"))
     assert "found no gemq_8; make them with moeq calibrate --for gemq --bits 2,8" in found
 
 
@@ -232,7 +223,7 @@ def test_counts_are_those_of_the_routers_of_transformers(stats: Path) -> None:
             lambda _router, _inputs, output, index=index: logits.update({index: output[0]})
         )
     with torch.inference_mode():
-        model(input_ids=calibration_text(MIXTRAL, str(TEXT), 4, 128, 0).tokens)
+        model(input_ids=calibration_text(MIXTRAL, str(CALIBRATION_TEXT), 4, 128, 0).tokens)
     found = load_file(stats)
     for index, prefix in enumerate(PREFIXES):
         probabilities, experts = logits[index].softmax(dim=-1).topk(2)

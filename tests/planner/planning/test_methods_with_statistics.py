@@ -16,9 +16,8 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.conftest import Outcome
-from tests.paths import MIXTRAL, MODELS, QWEN
+from tests.paths import CALIBRATION_TEXT, MIXTRAL, QWEN
 
-TEXT = MODELS / "calibration.jsonl"
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
 
@@ -27,7 +26,7 @@ class TestMethodsThatUseStatistics:
     @pytest.fixture(scope="class")
     def stats(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, source = tmp_path_factory.mktemp("stats"), MIXTRAL
-        text = calibration_text(source, str(TEXT), 4, 128, 0)
+        text = calibration_text(source, str(CALIBRATION_TEXT), 4, 128, 0)
         with SourceModel(source) as model:
             layout = read_layout(model)
             output, quiet = folder / "s.safetensors", Progress(quiet=True)

@@ -5,7 +5,6 @@ import json
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,7 +24,8 @@ from planner.planning.request import PlanOptions
 from planner.quantization.quantizers import QUANTIZERS, quantize_linear, quantizer_for
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
-from tests.paths import MIXTRAL
+from tests.folders import contents
+from tests.paths import MIXTRAL, MOEQ
 from vllm_moeq.format import GRID, CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
 
 pytestmark = pytest.mark.slow
@@ -64,10 +64,6 @@ def interrupt(source: Path, output: Path) -> Path:
     partial = output.with_name(f"{output.name}.partial")
     assert [path.name for path in partial.glob("*.safetensors")] == [FIRST_SHARD]
     return partial
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +270,7 @@ def test_shards_of_an_unfinished_run_count_as_written(tmp_path: Path) -> None:
 
 def test_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     source = MIXTRAL
-    command = [str(Path(sys.executable).with_name("moeq")), "quantize", str(source), "--avg-bits", "2.5", "-o"]
+    command = [MOEQ, "quantize", str(source), "--avg-bits", "2.5", "-o"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, str(whole)], check=True, capture_output=True)
 

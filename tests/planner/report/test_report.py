@@ -25,8 +25,8 @@ from planner.report.value_maps import collect_maps
 from planner.sensitivity import max_variance, router_norm
 from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
+from tests.folders import contents
 from tests.paths import MIXTRAL
-from tests.planner.folders import contents
 from tests.planner.report.test_report_figures import cells
 from vllm_moeq.format import verify
 
