@@ -1,10 +1,10 @@
-"""A real server under many streaming clients that cancel, and others that send nonsense: answers, memory, shutdown.
+"""This test loads a real server with streaming clients, cancellations and nonsense, and checks answers and memory.
 
     python benchmarks/serving/load.py DIR --clients 64 --minutes 7
 
-First each prompt is answered alone; then all clients ask at random, greedily, and every answer that is read to its end
-must be the same text. In float32, so that other tokens in the batch cannot turn a tie. Exit status 1 if anything is
-unexpected: an answer that differs or fails, memory that grows, a server that does not end.
+First each prompt is answered alone. Then all clients ask at random and greedily, and every answer that is read to its
+end must be the same text. The server computes in float32, so that other tokens in the batch cannot decide a tie. The
+exit status is 1 if an answer differs or fails, memory grows, or the server does not end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKENS = 24
 SETTLED = 0.25
 """Share of the time after which the memory is taken as that of the start: caches and pools have filled."""
 GROWTH = 0.01
-"""Of memory from then to the end that is still flat."""
+"""Growth of memory from then to the end that still counts as flat."""
 
 PATIENCE = 20.0
 """Seconds in which a server ends."""
@@ -54,12 +54,12 @@ NONSENSE: list[tuple[str, bytes, tuple[int, ...]]] = [
     ("too long", json.dumps({"model": "model", "prompt": "word " * 5000}).encode(), (400, 422)),
     ("nested deeply", b'{"model": "model", "prompt": ' + b"[" * 5000, (400, 422)),
 ]
-"""What is sent, and the statuses that say so."""
+"""Requests that the server must refuse: a name, the body, and the statuses that are right."""
 
 
 @dataclass
 class Found:
-    """What happened; memory in MiB by the server's processes, every ten seconds and at the end."""
+    """The events of a run, and memory in MiB by the server's processes, every ten seconds and at the end."""
 
     requests: int = 0
     answers: int = 0
