@@ -1,4 +1,4 @@
-"""Runs kernels/cpu_layer.py: scripts elsewhere call it by this name."""
+"""This script runs benchmarks/kernels/cpu_layer.py: scripts elsewhere call it by this name."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a bfloat16 model to answers: plan, quantize, report, measure, serve with vLLM, ask, stop.
+"""This demo plans, quantizes, reports on, measures and serves a bfloat16 model, and asks it a question.
 
 make demo
 """

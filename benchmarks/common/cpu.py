@@ -1,4 +1,4 @@
-"""vLLM at its best on a CPU: on all cores, with the OpenMP library that it advises."""
+"""This module gives vLLM's CPU backend all cores and the OpenMP library that vLLM advises."""
 
 from __future__ import annotations
 

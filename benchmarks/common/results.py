@@ -1,4 +1,4 @@
-"""What the benchmarks write: where they ran, JSON, Markdown tables, plots."""
+"""Benchmarks write their results with these functions: the machine, JSON, Markdown tables, plots."""
 
 from __future__ import annotations
 

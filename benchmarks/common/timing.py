@@ -1,9 +1,9 @@
-"""Times of several functions side by side, and the memory bandwidth to hold them against.
+"""These functions time several calls side by side, and measure the memory bandwidth to compare them with.
 
-Each timed call meets a cold L2 cache for its weights and a warm one for its inputs, as in a model where the layer
-before has just written them: a large buffer is read, then the inputs are copied into place, then the clock starts.
-The buffer is read, not written, so that no modified lines are left to be written back on the timed call's account.
-Where there is no GPU nothing is flushed and a host clock is read.
+Each timed call finds its weights outside the L2 cache and its inputs inside it, as in a model where the layer before
+has just written them. For this a large buffer is read, then the inputs are copied into place, then the clock starts.
+The buffer is read and not written: modified cache lines would be written back during the timed call. On a machine
+without a GPU nothing is flushed, and the host's clock is read.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Time of one MoE layer on the CPU: the native kernel against vLLM's bfloat16 fused MoE, and against memory.
+"""This benchmark times one MoE layer on the CPU: the native kernel, vLLM's bfloat16 fused MoE, and memory reads.
 
     python benchmarks/kernels/cpu_layer.py --shapes qwen3-30b-a3b,mixtral-8x7b --tokens 1,8,32,128 --mix 2,3 1,2,3 4
 
-Both are called in turn, each time with another routing, which both get, so that a call finds its experts in memory and
-not in a cache, and whatever slows the machine down for a while slows both. Milliseconds are medians. The share of the
-bandwidth is that of the bytes which a call must move, each expert in it once, at the rate of large reads between these
-calls: their median as well, and, the stricter figure, the best of the whole run. vLLM's kernel is the one that its
-server calls on this processor, on all cores, with Intel's OpenMP preloaded if it is installed, as vLLM advises; ours
-uses the same threads.
+The two kernels run in turn, and each pair of calls gets a new routing. So a call finds its experts in memory and not
+in a cache, and a disturbance of the machine slows both. Milliseconds are medians. The share of the bandwidth compares
+the bytes of a call, which reads each of its experts once, with large reads between the calls. It is given against
+their median, and against the best read of the run, which is stricter. vLLM's kernel is the one that its server uses on
+this processor. It has all cores, and Intel's OpenMP is preloaded if it is installed, as vLLM advises. Our kernel uses
+the same threads.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_s
 
 GROUP = 128
 READ_BYTES = 256 << 20
-"""Read by the probe: many times a cache."""
+"""The probe reads this much: many times a cache."""
 PASSES = 4
-"""Over the rows of a layer, so that a busy neighbour of some seconds does not decide about a row."""
+"""Every row of a layer is measured in several passes, so that a neighbour busy for some seconds does not decide it."""
 MIN_ROUNDS, MAX_ROUNDS = 2, 400
-"""Of one pass."""
+"""Limits for the rounds of one pass."""
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Layers:
-    """What is compared: one layer of random codes, and bfloat16 weights of the same shape."""
+    """The layers to compare: one of random codes, and bfloat16 weights of the same shape."""
 
     name: str
     shape: Shape
@@ -130,7 +130,7 @@ def relative_error(ours: Call, packed: PackedExperts, shape: Shape) -> float:
 
 @dataclass
 class Timing:
-    """What was measured for one number of tokens, over all passes."""
+    """Measurements for one number of tokens, over all passes."""
 
     tokens: int
     ours: list[float] = field(default_factory=list)

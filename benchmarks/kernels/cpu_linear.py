@@ -1,10 +1,10 @@
-"""Time of the linears of attention on the CPU: packed in the native kernel against torch's dense product.
+"""This benchmark times the linears of attention on the CPU: packed in the native kernel, and dense in torch.
 
     python benchmarks/kernels/cpu_linear.py --tokens 1,8,32,128 --bits 4
 
-The query, key and value projection and the output projection of a layer of Qwen3-30B-A3B, eight layers in turn, so that
-each finds its weights in memory; both ways in turn, on all cores, with Intel's OpenMP preloaded if it is installed. The
-dense product is what vLLM does on a CPU without AVX-512, where it has no kernel for 4 bits.
+The linears are the query, key and value projection and the output projection of a layer of Qwen3-30B-A3B. Eight layers
+are called in turn, so that each finds its weights in memory. Both ways run in turn on all cores, and Intel's OpenMP is
+preloaded if it is installed. vLLM uses the dense product on a CPU without AVX-512, where it has no kernel for 4 bits.
 """
 
 from __future__ import annotations

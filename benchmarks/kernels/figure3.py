@@ -1,16 +1,16 @@
-"""Inference cost of two ways to give experts their widths at equal average bits: the paper's Figure 3.
+"""This benchmark measures the inference cost of two allocations at equal average bits: the paper's Figure 3.
 
     python -m benchmarks.kernels.figure3 --statistics mixtral-8x7b-statistics.json --output results
 
-PMQ minimises Σ frequency · weight^1.5 · loss(bits) per layer, with at least one expert at 3 bits and one at 2, so that
-experts which are used and weigh much get more bits. The paper's method gives more bits to experts with a small router
-norm, which are the rarely used ones. The statistics hold no router norms: rising frequency stands in for rising norm.
-Two more orders show what an order can do with the paper's counts: falling frequency, and random.
+PMQ minimises Σ frequency · weight^1.5 · loss(bits) per layer, with at least one expert at 3 bits and one at 2. Experts
+which are used often and weigh much get more bits. The paper's method gives more bits to experts with a small router
+norm, and these are rarely used. The statistics hold no router norms, so rising frequency stands in for rising norm.
+Two more orders show how much an order matters with the paper's counts: falling frequency, and random.
 
-Bytes are exact on any machine: the chance that a batch touches an expert times the expert's bytes. Times need a GPU;
-there the routing is drawn so that every expert is visited exactly as often as measured.
+Bytes are exact on any machine: they are the probability that a batch uses an expert times the expert's bytes. Times
+need a GPU. The routing of the timed calls uses every expert exactly as often as measured.
 
-The statistics: JSON with "frequency" [layers][experts] (times selected), "weight" [layers][experts] (summed gate
+The statistics are JSON with "frequency" [layers][experts] (times selected), "weight" [layers][experts] (summed gate
 probability) and "loss" [layers][experts][3] (error of the block's output with that expert alone at 1, 2, 3 bits).
 """
 

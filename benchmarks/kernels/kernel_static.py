@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, and the instructions of each width's loop.
+"""This script compiles the Triton kernels without a GPU and counts registers, spills and each loop's instructions.
 
 python benchmarks/kernels/kernel_static.py [--arch sm_90 …] [--widths 1,2,3 …] [--json]
 """

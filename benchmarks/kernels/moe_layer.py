@@ -1,12 +1,12 @@
-"""Time of one MoE layer against its rivals, all in one run.
+"""This benchmark times one MoE layer and its rivals in one run.
 
     python -m benchmarks.kernels.moe_layer --output results
 
-Ours is one launch per projection for experts of several widths. Rivals: vLLM's bf16 fused MoE, Marlin with 4 bits,
-humming with one width near the same average, and humming with one launch per width. Routing is given, weights are
-random. Every peer is checked at every number of tokens before it is timed, against its weights in float32, and refused
-where it is wrong. Microseconds are the mean over several routings of the median over rounds; see common/timing.py.
-On a CPU the same bookkeeping runs on a tiny layer, with times that mean nothing:
+Our kernel is launched once per projection, for experts of several widths. The rivals are vLLM's bf16 fused MoE, Marlin
+with 4 bits, humming with one width near the same average, and humming with one launch per width. The routing is given,
+and weights are random. Before a peer is timed, it is checked at every number of tokens against a float32 product with
+its own weights; a peer that is wrong is refused. Microseconds are the mean over several routings of the median over
+rounds (see :mod:`benchmarks.common.timing`). On a CPU the same code runs on a tiny layer, and its times mean nothing:
 
     TRITON_INTERPRET=1 python -m benchmarks.kernels.moe_layer --device cpu --models tiny --tokens 1 16 64 --output dry
 """

@@ -1,7 +1,7 @@
-"""The kernels that the layer benchmark compares, each behind the same call, and random layers for them.
+"""This module holds the kernels that the layer benchmark compares, each behind the same call, and random layers.
 
-Every peer is a function of (x [tokens, hidden], weights float32 [tokens, top-k], ids int32 [tokens, top-k]) and says
-which packed weights it computes with, so that one reference checks all of them.
+Every peer is a function of (x [tokens, hidden], weights float32 [tokens, top-k], ids int32 [tokens, top-k]). It names
+the packed weights that it computes with, so that one reference checks all peers.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What peers are built for.
+    """The layer that peers are built for.
 
     Attributes:
-        shape: of the layer.
+        shape: the layer's shape.
         packed: the mixed-width layer.
         group_size: weights per scale.
-        dtype: of the activations.
-        device: of everything.
+        dtype: the activations' dtype.
+        device: the device that holds everything.
     """
 
     shape: Shape
@@ -69,8 +69,8 @@ class Peer:
     Attributes:
         name: key of :data:`BUILDERS`.
         call: the layer.
-        weights: what it computes with.
-        note: what a reader of the table should know.
+        weights: the weights that it computes with.
+        note: a remark for readers of the table.
         capture: False where a call waits for the device and so cannot be in a CUDA graph.
     """
 

@@ -1,4 +1,4 @@
-"""Small calls in child processes: can a peer be used, before this process depends on it."""
+"""A child process tries a peer with a small call before the benchmark depends on it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which experts tokens visit, how widths are spread over experts, and the bytes that follow: pure functions.
+"""These pure functions choose the tokens' experts and the experts' widths, and count the bytes that follow.
 
-Shapes are of a whole layer on one rank. All randomness is drawn on the CPU from a seed, so that every device sees the
-same routing.
+Shapes are those of a whole layer on one rank. All random numbers are drawn on the CPU from a seed, so that every device
+sees the same routing.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def route(kind: str, tokens: int, shape: Shape, seed: int) -> tuple[torch.Tensor
         kind: ``uniform``, or ``zipf``: the r-th most popular expert has a score in proportion to 1/r. Which expert
             is the r-th depends on the number of experts alone, so that all calls agree about it.
         tokens: number of tokens.
-        shape: of the layer.
-        seed: of the draw.
+        shape: the layer's shape.
+        seed: the seed of the draw.
 
     Returns:
         Weights float32 [tokens, top-k], each row summing to 1, and ids int32 [tokens, top-k], distinct in a row.
@@ -133,7 +133,7 @@ def route_by_frequency(
         frequency: how often each expert was selected, in any unit.
         tokens: number of tokens, of all batches together.
         top_k: distinct experts per token.
-        seed: of the draw.
+        seed: the seed of the draw.
 
     Raises:
         ValueError: an expert would have to be chosen more than once per token.
@@ -178,7 +178,7 @@ def bytes_moved(bits: Sequence[int], ids: torch.Tensor, shape: Shape, group_size
     Args:
         bits: width of each expert; 16 without scales is bf16.
         ids: int32 [tokens, top-k].
-        shape: of the layer.
+        shape: the layer's shape.
         group_size: weights per scale.
         scale_bytes: size of a scale and of a zero; 0: there are none.
     """

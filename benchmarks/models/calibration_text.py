@@ -1,4 +1,4 @@
-"""Write models/calibration.jsonl: files that the shipped models were trained on, for calibration.
+"""This script writes benchmarks/models/calibration.jsonl: files from the shipped models' training text.
 
 PYTHONPATH=. python benchmarks/models/calibration_text.py
 """

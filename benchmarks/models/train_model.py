@@ -1,13 +1,12 @@
-"""Train the small Mixture-of-Experts models that the demo, the tests and the benchmarks run on.
+"""This script trains the small Mixture-of-Experts models that the demo, the tests and the benchmarks run on.
 
-The text is the source code of Python's own standard library, which every machine with Python has.
-The result is an ordinary Hugging Face folder plus two things a download never has: the router
-weights before training (``initial-router/``), which Definition 3.1 of the paper asks for, and
-``held_out.txt``, files that training never saw.
+The text is the source code of Python's own standard library, which every machine with Python has. The result is an
+ordinary Hugging Face folder, and two things that a download never has. ``initial-router/`` holds the router weights
+before training, which Definition 3.1 of the paper needs. ``held_out.txt`` holds files that training never saw.
 
-    python benchmarks/models/train_model.py --architecture mixtral -o models/stdlib-mixtral
+    python benchmarks/models/train_model.py --architecture mixtral -o benchmarks/models/stdlib-mixtral
 
-``--architecture mixtral-200m --device cuda`` makes a larger one, from the sources of all installed packages too.
+``--architecture mixtral-200m --device cuda`` makes a larger model, and reads the sources of installed packages too.
 """
 
 from __future__ import annotations

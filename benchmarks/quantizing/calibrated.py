@@ -1,4 +1,4 @@
-"""What calibration buys: output error of the MoE layers and held-out perplexity of rtn, hqq and gptq.
+"""This benchmark shows the gain of calibration: errors of MoE outputs and perplexity with rtn, hqq and gptq.
 
 python benchmarks/quantizing/calibrated.py benchmarks/models/stdlib-mixtral
 """

@@ -1,8 +1,9 @@
-"""Speed and peak memory of the planner on a checkpoint of Mixtral's layout and any size, beside a plain read.
+"""This benchmark measures the planner's speed and peak memory on a checkpoint of any size, and a plain read beside it.
 
-Writes the checkpoint (random weights, 21 GiB of experts by default) into --folder and deletes it afterwards:
+The checkpoint has Mixtral's layout and random weights, by default 21 GiB of experts. It is written into --folder and
+deleted afterwards:
 
-python benchmarks/quantizing/large.py --folder /data/tmp
+    python benchmarks/quantizing/large.py --folder /data/tmp
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ VOCABULARY, HEADS, KEY_VALUE_HEADS, HEAD = 32_000, 32, 8, 128
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took."""
+    """Time and memory of a command."""
 
     seconds: float
     peak: int

@@ -1,7 +1,7 @@
-"""Speed, memory and error of the quantizers beside the packages hqq and gptqmodel: one matrix, one run.
+"""This benchmark compares speed, memory and error of our quantizers with those of the packages hqq and gptqmodel.
 
-Each case runs in a process of its own, in turn, several times; the table has the medians. Peak memory is what a case
-adds to the weights and second moments.
+All quantize the same matrix. Each case runs in its own process, the cases in turn, several times; the table shows
+medians. Peak memory excludes the weights and second moments.
 
     python benchmarks/quantizing/quantizers.py
     python benchmarks/quantizing/quantizers.py --rows 14336 --columns 4096 --bits 2 3

@@ -1,10 +1,10 @@
-"""A real server under many streaming clients that cancel, and others that send nonsense: answers, memory, shutdown.
+"""This test loads a real server with streaming clients, cancellations and nonsense, and checks answers and memory.
 
     python benchmarks/serving/load.py DIR --clients 64 --minutes 7
 
-First each prompt is answered alone; then all clients ask at random, greedily, and every answer that is read to its end
-must be the same text. In float32, so that other tokens in the batch cannot turn a tie. Exit status 1 if anything is
-unexpected: an answer that differs or fails, memory that grows, a server that does not end.
+First each prompt is answered alone. Then all clients ask at random and greedily, and every answer that is read to its
+end must be the same text. The server computes in float32, so that other tokens in the batch cannot decide a tie. The
+exit status is 1 if an answer differs or fails, memory grows, or the server does not end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, OpenAIError
@@ -38,7 +37,7 @@ TOKENS = 24
 SETTLED = 0.25
 """Share of the time after which the memory is taken as that of the start: caches and pools have filled."""
 GROWTH = 0.01
-"""Of memory from then to the end that is still flat."""
+"""Growth of memory from then to the end that still counts as flat."""
 
 PATIENCE = 20.0
 """Seconds in which a server ends."""
@@ -55,12 +54,12 @@ NONSENSE: list[tuple[str, bytes, tuple[int, ...]]] = [
     ("too long", json.dumps({"model": "model", "prompt": "word " * 5000}).encode(), (400, 422)),
     ("nested deeply", b'{"model": "model", "prompt": ' + b"[" * 5000, (400, 422)),
 ]
-"""What is sent, and the statuses that say so."""
+"""Requests that the server must refuse: a name, the body, and the statuses that are right."""
 
 
 @dataclass
 class Found:
-    """What happened; memory in MiB by the server's processes, every ten seconds and at the end."""
+    """The events of a run, and memory in MiB by the server's processes, every ten seconds and at the end."""
 
     requests: int = 0
     answers: int = 0
@@ -110,13 +109,14 @@ def prompts(text: str, count: int) -> list[str]:
 async def answer(client: AsyncOpenAI, prompt: str, stop_after: int | None = None) -> str | None:
     """Stream an answer; None if it is cancelled after some pieces."""
     pieces: list[str] = []
-    options: dict[str, Any] = {
-        "temperature": 0,
-        "max_tokens": TOKENS,
-        "stream": True,
-        "extra_body": {"ignore_eos": True},
-    }
-    async with await client.completions.create(model="model", prompt=prompt, **options) as stream:
+    async with await client.completions.create(
+        model="model",
+        prompt=prompt,
+        temperature=0,
+        max_tokens=TOKENS,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
         async for chunk in stream:
             pieces.append(chunk.choices[0].text if chunk.choices else "")
             if stop_after is not None and len(pieces) >= stop_after:
@@ -129,6 +129,7 @@ async def ask(url: str, number: int, expected: dict[str, str], until: float, fou
     draw = random.Random(number)
     # A connection per request: the server closes idle ones, which a client notices only when it has asked again.
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as raw:
+        # openai takes httpx's clients as well, though its types name httpx2's alone.
         client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=raw)  # type: ignore[arg-type]
         while time.monotonic() < until:
             found.requests += 1

@@ -1,9 +1,9 @@
-"""Writes a checkpoint with random weights, for speed: a published model's layers, fewer of them, a small vocabulary.
+"""This script writes a checkpoint with random weights to measure speed: a few layers of a published model.
 
     python benchmarks/serving/random_model.py qwen3-30b-a3b --layers 4 -o random-qwen3
 
-The tokenizer and the prompts are those of a shipped model. Embeddings are as small as its vocabulary, so that a few
-layers take the share of the time that all take in the published model.
+The tokenizer, its small vocabulary and the prompts are those of a shipped model. The small vocabulary makes embeddings
+small too, so that a few layers take the same share of the time as all layers of the published model.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Throughput and latency of real vLLM servers: the bfloat16 checkpoint against the quantized one.
+"""This benchmark compares throughput and latency of real vLLM servers: a bfloat16 checkpoint and the quantized one.
 
     python benchmarks/serving/throughput.py --source benchmarks/models/stdlib-mixtral --output results
 
-The client is vLLM's own `vllm bench serve`: the same prompts for both, greedy, a fixed number of new tokens, as many
-requests at a time as asked. The servers run one after the other on the same machine. With --check-dense a third one
-runs the quantized values as an ordinary bfloat16 checkpoint, and its greedy tokens, asked for through the OpenAI
-client, must equal ours up to near-ties. On a CPU the servers have all cores and Intel's OpenMP, and run eagerly unless
---compiled is given; on a GPU they are compiled and use CUDA graphs.
+The client is vLLM's own `vllm bench serve`. Both servers get the same prompts, greedily, with a fixed number of new
+tokens and the given number of requests at a time. They run one after the other on the same machine. --check-dense adds
+a third server, for the quantized values as an ordinary bfloat16 checkpoint. Its greedy tokens, requested with the
+OpenAI client, must equal ours up to near-ties. On a CPU the servers have all cores and Intel's OpenMP, and run eagerly
+unless --compiled is given. On a GPU they are compiled and use CUDA graphs.
 """
 
 from __future__ import annotations

@@ -85,8 +85,10 @@ class VllmLoad:
         """Load; ``known`` is the quantization_config where vLLM could not have read the one in the folder."""
         from transformers import AutoConfig
 
-        hf_config: Any = None if known is not None else AutoConfig.from_pretrained(folder)
-        found = known if known is not None else hf_config.quantization_config
+        hf_config, found = None, known
+        if found is None:
+            hf_config = AutoConfig.from_pretrained(folder)
+            found = hf_config.quantization_config
         plugin = self.plugin.from_config(found)
         plugin.maybe_update_config(str(folder), hf_config=hf_config)
         # From here on: what happens when the model exists.

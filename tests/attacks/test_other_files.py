@@ -79,12 +79,17 @@ def layout(tiny_mixtral: Path) -> Layout:
 @pytest.fixture
 def statistics(layout: Layout, tmp_path: Path) -> Path:
     path = tmp_path / "stats.safetensors"
-
-    def ones() -> LayerStatistics:
-        tokens, sums = torch.ones(8, dtype=torch.int64), [torch.ones(8) for _ in range(3)]
-        return LayerStatistics(tokens, sums[0], sums[1], torch.ones(8, 64), torch.ones(8, 128), sums[2])
-
-    layers = {it.prefix: ones() for it in layout.layers}
+    layers = {
+        it.prefix: LayerStatistics(
+            tokens=torch.ones(8, dtype=torch.int64),
+            gate_probability=torch.ones(8),
+            routing_weight=torch.ones(8),
+            input_square=torch.ones(8, 64),
+            inner_square=torch.ones(8, 128),
+            output_square=torch.ones(8),
+        )
+        for it in layout.layers
+    }
     write_statistics(path, layers, {})
     read_statistics(path, layout)
     return path
@@ -98,7 +103,7 @@ def edited(path: Path, name: str, value: torch.Tensor | None) -> None:
     save_file(tensors, path)
 
 
-def make_folder(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -113,7 +118,7 @@ STATISTICS: dict[str, tuple[Callable[[Path], object], str]] = {
     "long header": (lambda path: path.write_bytes(with_header(b"{" + b" " * (25 << 20), path.read_bytes())), "header"),
     "description nested deeply": (lambda path: json_path(path).write_text("[" * 100_000), "levels"),
     "description of another version": (lambda path: json_path(path).write_text('{"version": 2}'), "version 1"),
-    "folder": (make_folder, "expected a statistics file"),
+    "folder": (replace_by_folder, "expected a statistics file"),
 }
 
 

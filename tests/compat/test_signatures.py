@@ -6,7 +6,6 @@ import ast
 import importlib
 import inspect
 import json
-import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 import vllm_moeq
 from tests.compat.signatures import FIELDS, LAYERS, METHODS, TABLE, reader, used
+from tests.matches import first_match
 from tests.paths import ROOT
 
 SERVING = Path(vllm_moeq.__file__).parent / "serving"
@@ -47,17 +47,11 @@ def test_only_the_seam_imports_vllm() -> None:
     assert [path for path in files if imported(path)] == [SERVING / "seam.py"]
 
 
-def match(pattern: str, path: Path) -> re.Match[str]:
-    found = re.search(pattern, path.read_text(), re.M)
-    assert found is not None, f"{path}: {pattern}"
-    return found
-
-
 def test_the_table_has_the_versions_that_are_said_to_be_tested() -> None:
-    tested = ast.literal_eval(match(r"^TESTED = (.*)$", SERVING / "seam.py")[1])
+    tested = ast.literal_eval(first_match(r"^TESTED = (.*)$", SERVING / "seam.py")[1])
     (major, first), (_, last) = tested
     assert list(VERSIONS) == [f"{major}.{minor}" for minor in range(first, last + 1)]
-    bounds = match(r'gpu = \["vllm>=([\d.]+),<([\d.]+)"\]', ROOT / "pyproject.toml").groups()
+    bounds = first_match(r'gpu = \["vllm>=([\d.]+),<([\d.]+)"\]', ROOT / "pyproject.toml").groups()
     assert bounds == (f"{major}.{first}", f"{major}.{last + 1}")
 
 
@@ -138,7 +132,7 @@ def test_the_installed_vllm_is_as_the_table_says() -> None:
     if spec is None or spec.origin is None:
         pytest.skip("vLLM is not installed")
     folder = Path(spec.origin).parent
-    version = match(r"version = '(\d+\.\d+)\.", folder / "_version.py")[1]
+    version = first_match(r"version = '(\d+\.\d+)\.", folder / "_version.py")[1]
     assert json.loads(json.dumps(used(reader(folder.parent)))) == VERSIONS[version]
 
 

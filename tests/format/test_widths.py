@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 import vllm_moeq
 from planner.commands.show import COLOURS
 from planner.report.palette import DARK, LIGHT
+from tests.matches import first_match
 from vllm_moeq.format import BIT_WIDTHS, pack, parse_config, unpack
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.schema import Bits
@@ -81,14 +82,8 @@ def test_packing() -> None:
     )
 
 
-def match(pattern: str, path: Path) -> re.Match[str]:
-    found = re.search(pattern, path.read_text(), re.M)
-    assert found is not None, f"{path}: {pattern}"
-    return found
-
-
 def test_the_pages_of_the_format() -> None:
-    row = match(r"^\| `experts` \|.*$", FORMAT)[0]
+    row = first_match(r"^\| `experts` \|.*$", FORMAT)[0]
     assert row.endswith(f"{IN_WORDS} |")
 
 
@@ -99,7 +94,7 @@ def test_the_fused_kernel() -> None:
     assert {width for _, width, _ in PTX} == TABLE
     for (_, width, _), text in PTX.items():
         assert max(int(register) for register in re.findall(r"\$(\d+)", text)) <= width, f"{width} bits: {text}"
-    first, end = match(
+    first, end = first_match(
         r"for WIDTH in tl\.static_range\((\d+), (\d+)\)", PACKAGE / "kernels" / "triton" / "tile.py"
     ).groups()
     assert set(range(int(first), int(end))) >= TABLE

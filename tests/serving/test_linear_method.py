@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,28 +24,29 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def loaded(method: Any, bits: int) -> tuple[Any, torch.Tensor]:
+def loaded(method: Any, bits: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """Return a layer as vLLM loads it, and what it stands for."""
-    layer: Any = torch.nn.Module()
+    layer = torch.nn.Module()
     method.create_weights(layer, COLUMNS, [32, 16], COLUMNS, ROWS, torch.float32, weight_loader=None)
     generator = torch.Generator().manual_seed(bits)
-    words = torch.randint(-(2**31), 2**31, layer.weight_packed.shape, generator=generator).int()
-    layer.weight_packed.data.copy_(words)
-    layer.weight_scale.data.copy_(torch.rand(layer.weight_scale.shape, generator=generator))
-    expected = linear_values(words, layer.weight_scale.data, bits)
+    packed, scale = layer.get_parameter("weight_packed"), layer.get_parameter("weight_scale")
+    words = torch.randint(-(2**31), 2**31, packed.shape, generator=generator).int()
+    packed.data.copy_(words)
+    scale.data.copy_(torch.rand(scale.shape, generator=generator))
+    expected = linear_values(words, scale.data, bits)
     method.process_weights_after_loading(layer)
     return layer, expected
 
 
 @pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_both_ways_multiply_alike(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_multiply_alike(bits: Literal[4, 8], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_moeq.serving.linear_method import choose_method
 
     x, bias = torch.randn((2, 5, COLUMNS), generator=torch.Generator().manual_seed(0)), torch.arange(float(ROWS))
-    native = choose_method(Linear.model_validate({"bits": bits, "group_size": GROUP}), "it", "for a test")
+    native = choose_method(Linear(bits=bits, group_size=GROUP), "it", "for a test")
     monkeypatch.setenv(VARIABLE, "reference")
-    other = choose_method(Linear.model_validate({"bits": bits, "group_size": GROUP}), "it", "for a test")
+    other = choose_method(Linear(bits=bits, group_size=GROUP), "it", "for a test")
     assert [type(each).__name__ for each in (native, other)] == ["NativeLinearMethod", "UnpackedLinearMethod"]
     for method in (native, other):
         layer, dense = loaded(method, bits)

@@ -1,4 +1,4 @@
-"""The parts of ``run.py`` share this: the model under test, its evaluation, and how results look."""
+"""All parts of ``run.py`` use these: the model under test, its evaluation, and the form of results."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Asked:
         samples: sequences of it.
         length: tokens of each.
         window: tokens of context of the evaluation.
-        max_tokens: of the held-out text, if not all.
-        seeds: of random orders.
-        device: where layers run.
+        max_tokens: number of tokens of the held-out text, None for all.
+        seeds: number of random orders.
+        device: the device that runs layers.
         quick: two averages instead of all.
     """
 
@@ -63,7 +63,7 @@ class Asked:
 
 @dataclass
 class Result:
-    """What a part found.
+    """The results of a part.
 
     Attributes:
         title: its heading.

@@ -1,4 +1,4 @@
-"""Quality against bits for two widths to choose from: the paper's Figures 2, 7 and 8."""
+"""This part measures quality against bits for two widths to choose from: the paper's Figures 2, 7 and 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What experts do with the held-out text: the paper's Figures 10 (activations) and 11 (tokens)."""
+"""This part shows how experts react to the held-out text: the paper's Figures 10 (activations) and 11 (tokens)."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class View:
     """An expert on the held-out text.
 
     Attributes:
-        norm: of its router.
-        tokens: that chose it.
-        positions: of those with the highest gating values, highest first.
+        norm: norm of its router.
+        tokens: number of tokens that chose it.
+        positions: positions of the tokens with the highest gating values, highest first.
         gates: their gating values.
         activations: mean |a| over the inputs a of the down projection, for each of those tokens.
     """

@@ -1,4 +1,4 @@
-"""The largest variances of the experts' neurons: the paper's Figure 9."""
+"""This part draws the largest variances of the experts' neurons: the paper's Figure 9."""
 
 from __future__ import annotations
 

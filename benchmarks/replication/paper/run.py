@@ -1,12 +1,13 @@
-"""The shape of the paper's results on models that fit this machine: its tables and figures, a part each.
+"""This script repeats the paper's tables and figures, a part each, on models that fit this machine.
 
-python benchmarks/replication/paper/run.py --output results-paper
+    python benchmarks/replication/paper/run.py --output results-paper
 
-By default the two shipped models. A part that is finished is skipped when the command is run again with flags that lead
-to the same numbers; a killed part continues from the models that it had evaluated. ``DIR/README.md`` gathers all parts.
+The default models are the two shipped ones. If the command runs again with flags that lead to the same numbers, it
+skips the parts that are finished. A part that was killed continues with the models that it has not evaluated.
+``DIR/README.md`` collects all parts.
 
-On a machine with a CUDA GPU, ``--testbed FOLDER`` trains a Mixtral of 170 M parameters there first, if it is not there
-yet, and evaluates it as well; ``--train-testbed`` trains it on any machine.
+On a machine with a CUDA GPU, ``--testbed FOLDER`` also evaluates a Mixtral of 170 M parameters. If the folder does not
+hold that model yet, it is trained first. ``--train-testbed`` trains it on any machine.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ PARTS: dict[str, Callable[[Bench], Result]] = {
     "figure7": curves.figure7,
     "figure8": curves.figure8,
 }
-"""In the order in which they run: cheap ones first."""
+"""The parts, in the order in which they run: cheap ones first."""
 
 ORDER = ("table1", "table2", "table5", "figure2", "figure7", "figure8", "figure9", "figure10", "figure11")
-"""In the order in which they are shown."""
+"""The order in which parts are shown."""
 
 VERSION = 1
-"""Of what the parts compute: a change of it makes finished parts run again."""
+"""The version of the parts' computations: if it changes, finished parts run again."""
 
 QUICK: dict[str, Any] = {"samples": 8, "length": 128, "window": 128, "max_tokens": 2048, "seeds": 2}
 

@@ -1,4 +1,4 @@
-"""The paper's tables: all methods at all budgets, the two halves of its rule, and the sweep of ζ."""
+"""This part makes the paper's tables: methods at all budgets, the two halves of its rule, and the sweep of ζ."""
 
 from __future__ import annotations
 

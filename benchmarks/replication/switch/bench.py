@@ -1,4 +1,4 @@
-"""One fine-tuned model of ``run.py``, quantized in every way that is compared, and evaluated."""
+"""This module quantizes one fine-tuned model of ``run.py`` in all ways that are compared, and evaluates the results."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Bench:
     Args:
         text: to calibrate and evaluate on.
         trained: the model.
-        start: what its routers were before fine-tuning.
-        folder: where outcomes are kept.
+        start: the kind of its routers before fine-tuning.
+        folder: the folder that keeps outcomes.
         quick: little calibration.
     """
 

@@ -1,7 +1,7 @@
-"""The task of ``run.py``: a Python function → a sentence that says what it does, made from its syntax.
+"""This module makes the task of ``run.py``: a sentence that describes a Python function by its syntax.
 
-It stands in for CNN/Daily Mail. A docstring's first line would be a better summary, but a model that trains for minutes
-on one core learns no more of those than how they mostly begin.
+It replaces the paper's CNN/Daily Mail. A docstring's first line would be a better summary, but a model that trains for
+minutes on one core learns little more than how such lines begin.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Example(NamedTuple):
     """One function.
 
     Attributes:
-        source: without docstring and comments.
-        target: what it does, in a sentence.
+        source: its code without docstring and comments.
+        target: a sentence that describes it.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""How good a Switch Transformer is at describing functions: ROUGE-2, and the loss of the right answer."""
+"""This module measures how well a Switch Transformer describes functions: ROUGE-2 and the right answer's loss."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Outcome:
     Attributes:
         rouge2: F-measure × 100 of greedy generation, with stems.
         nll: negative log-likelihood of the target, in nats.
-        tokens: of the target.
-        written: what was generated.
+        tokens: number of tokens of the target.
+        written: the generated text.
     """
 
     rouge2: list[float]
@@ -93,7 +93,7 @@ class Bootstrap:
 
     Args:
         examples: how many there are.
-        seed: of the resamples.
+        seed: the seed of the resamples.
     """
 
     def __init__(self, examples: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Scores and orders of the experts of a Switch Transformer, and copies of the model with quantized weights."""
+"""This module scores and orders the experts of a Switch Transformer, and quantizes copies of the model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Widths = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of the experts of a layer, one number each.
+    """The scores of a layer's experts, one number for each.
 
     Attributes:
         initial: norm of the router when fine-tuning began.
-        norm: of the fine-tuned router.
-        change: of the norm.
+        norm: norm of the fine-tuned router.
+        change: change of the norm.
         max_var: largest variance of a neuron of the first matrix.
-        tokens: of the calibration examples that chose the expert.
+        tokens: tokens of the calibration examples that chose the expert.
         gates: sum of their gating values.
     """
 

@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.replication.switch.run` writes: Markdown tables and the plot."""
+"""This module writes the Markdown tables and the plot of :mod:`benchmarks.replication.switch.run`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""The paper's experiment on a fine-tuned Switch Transformer (section 5.1, Figure 2, Tables 3 and 4), small.
+"""This script repeats the paper's experiment on a fine-tuned Switch Transformer with a small model.
 
-python benchmarks/replication/switch/run.py --output results-switch
+    python benchmarks/replication/switch/run.py --output results-switch
 
-Pre-trains a Switch Transformer on Python sources, fine-tunes it to describe functions in a sentence, and
-quantizes its experts to 2 and 3 bits by several orders. ``DIR/model`` keeps what was trained and ``DIR/scores`` how
-every quantized model did: the same command continues a killed run. ``DIR/switch.md`` has the tables.
+The experiment is that of section 5.1, Figure 2, Tables 3 and 4. The script pre-trains a Switch Transformer on Python
+sources, fine-tunes it to describe functions in a sentence, and quantizes its experts to 2 and 3 bits in several orders.
+``DIR/model`` keeps the trained models and ``DIR/scores`` the scores of every quantized one. So the same command
+continues a run that was killed. ``DIR/switch.md`` has the tables.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The models of :mod:`benchmarks.replication.switch.run` on disk: trained where they are missing, else read.
+"""This module reads the models of :mod:`benchmarks.replication.switch.run`, and trains those that are missing.
 
-There are three: the pre-trained one; it fine-tuned; and it fine-tuned from routers that begin at random with little
-variance, which the paper's Tables 3 and 4 are about. Beside each lie the routers that its training began with. Those of
-fine-tuning are the paper's w^(0): it speaks of the change of norm "during fine-tuning".
+There are three models: the pre-trained one, its fine-tuned version, and a version that is fine-tuned from random
+routers with little variance. The paper's Tables 3 and 4 need the last one. A folder beside each model holds the routers
+with which its training began. The routers from the start of fine-tuning are the paper's w^(0), because the paper speaks
+of the change of norm "during fine-tuning".
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PRETRAINING_RATE = 1e-2
 FINETUNING_RATE = 5e-3
 
 STARTS = {"pre-trained": "finetuned", "random": "finetuned-random-routers"}
-"""What the routers are when fine-tuning begins → folder."""
+"""The kind of routers when fine-tuning begins → folder."""
 
 
 class Trained(NamedTuple):
@@ -75,10 +76,10 @@ def finetune(folder: Path, text: Text, recipe: Recipe, start: str) -> Trained:
     """Return the fine-tuned model; its initial routers are the pre-trained ones, or drawn as in section 5.4.
 
     Args:
-        folder: with the pre-trained model.
-        text: to read.
-        recipe: as the pre-trained model's.
-        start: of :data:`STARTS`.
+        folder: the folder with the pre-trained model.
+        text: the text to read.
+        recipe: the same as the pre-trained model's.
+        start: one of :data:`STARTS`.
     """
 
     def begin() -> Model:

@@ -1,6 +1,6 @@
-"""The text that the Switch Transformer reads: Python sources, and functions with a sentence on each.
+"""This module prepares the Switch Transformer's text: Python sources, and functions with a sentence on each.
 
-Files are the standard library's and installed packages'; a file is on one side only.
+The files belong to the standard library and to installed packages. A file is either for training or held out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENTINELS = 32
 SOURCE_TOKENS = 128
 TARGET_TOKENS = 40
 HELD_OUT = 12
-"""Of 256 files, as :func:`benchmarks.models.train_model.read_sources` does with the standard library."""
+"""This many of 256 files are held out, as :func:`benchmarks.models.train_model.read_sources` does it."""
 
 HELD_OUT_EXAMPLES = 500
 
@@ -189,7 +189,7 @@ def example_batches(text: Text, batch: int, steps: int, seed: int, pool: int = 1
         text: with the examples.
         batch: examples in each.
         steps: batches.
-        seed: of the order.
+        seed: the seed of the order.
         pool: batches' worth of examples that are sorted by length.
     """
     generator = torch.Generator().manual_seed(seed)

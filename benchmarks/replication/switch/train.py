@@ -1,7 +1,7 @@
-"""The Switch Transformer of :mod:`benchmarks.replication.switch.run`: its shape, its training, and where it is kept.
+"""This module defines and trains the Switch Transformer of :mod:`benchmarks.replication.switch.run`.
 
-Trained as its authors say: spans of text removed, one expert per token, losses that balance experts and keep router
-logits small.
+Training follows its authors: spans of text are removed, each token goes to one expert, and extra losses balance experts
+and keep router logits small.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from benchmarks.models import train_model
 from benchmarks.replication.switch.text import SOURCE_TOKENS, Batch
@@ -28,12 +29,12 @@ ROUTER_SCALE = 0.1
 """A router begins with variance ROUTER_SCALE / hidden (Fedus et al., section 2.4); transformers would begin with 1."""
 
 PAPER_SIGMA = 0.0005
-"""Of the routers that begin anew (paper, section 5.4)."""
+"""Standard deviation of the routers that begin anew (paper, section 5.4)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the trained models.
+    """The settings that decide the trained models.
 
     Attributes:
         hidden: width of the model.
@@ -43,7 +44,7 @@ class Recipe:
         batch: sequences per step.
         pretraining: steps.
         finetuning: steps.
-        seed: of weights, windows and orders.
+        seed: the seed of weights, windows and orders.
     """
 
     hidden: int = 128
@@ -85,7 +86,7 @@ def configuration(recipe: Recipe, vocabulary: int, pad: int) -> SwitchTransforme
     )
 
 
-def moe_layers(model: torch.nn.Module) -> dict[str, Any]:
+def moe_layers(model: torch.nn.Module) -> dict[str, SwitchTransformersSparseMLP]:
     """Return the MoE layers by name, those of the encoder first."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "router")}
 

@@ -1,4 +1,4 @@
-"""The smallest widths without test error, uniform and mixed (the paper's Appendix A, Figure 6)."""
+"""This module finds the smallest widths without test error, uniform and mixed (the paper's Appendix A, Figure 6)."""
 
 from __future__ import annotations
 

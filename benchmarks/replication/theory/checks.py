@@ -1,4 +1,4 @@
-"""What Lemma 4.3 says of one trained model: the numbers, and the statements that they violate."""
+"""This module checks Lemma 4.3 on one trained model: it computes the numbers and names the violated statements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
     """One trained model. Lists have an entry per expert; "own" is the token with which its router was aligned.
 
     Attributes:
-        seed: of everything random.
+        seed: the seed of everything random.
         alpha: fraction of less prevalent tokens.
         steps: T.
         names: token of each expert, such as "-o1".
@@ -34,7 +34,7 @@ class Run:
         gate: least gating value of the own token after training, over the sequences drawn.
         norm_change: Λ (Definition 3.1).
         activation: σ by the own token (eq. 6).
-        projection: of the router on the own class's o.
+        projection: projection of the router on the own class's o.
         variance: MaxVar (Definition 3.2).
     """
 

@@ -1,8 +1,8 @@
-"""The two-layer MoE of the paper's theory (Section 4.2, Appendix H), its data, and its training by SGD.
+"""This module holds the two-layer MoE of the paper's theory (Section 4.2, Appendix H), its data, and its SGD.
 
-All tokens are orthonormal vectors or the negatives of two of them, and gradients are sums of tokens. Routers and
-neurons are therefore kept as their projections on the vectors: a rotation, with which SGD commutes, and a token's score
-is then one number of the router. What a sequence is to the model are the counts of its tokens.
+All tokens are orthonormal vectors, or the negatives of two of them, and gradients are sums of tokens. Routers and
+neurons are therefore kept as their projections on these vectors. This is a rotation, and SGD commutes with it. The
+score of a token is then one number of the router, and the model needs only the counts of a sequence's tokens.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def gates(scores: Tensor, counts: Tensor, chosen: int, candidates: int = CANDIDA
     """Return what an expert chooses: the l best tokens of each sequence, and the softmax over them (eq. 15).
 
     Args:
-        scores: of every token, [d + 2].
-        counts: of every token in every sequence, [d + 2, B].
+        scores: the score of every token, [d + 2].
+        counts: the number of times that every token is in every sequence, [d + 2, B].
         chosen: l.
         candidates: number of best tokens to look at; all if they do not suffice for a sequence.
 

@@ -1,4 +1,4 @@
-"""The paper's Figures 4, 5 and 6, drawn from trained models."""
+"""This module draws the paper's Figures 4, 5 and 6 from trained models."""
 
 from __future__ import annotations
 

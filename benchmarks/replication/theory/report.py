@@ -1,4 +1,4 @@
-"""The tables of the synthetic experiment, over all seeds of an α."""
+"""This module writes the tables of the synthetic experiment, over all seeds of an α."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The synthetic experiment of the paper's Appendix A: Lemma 4.3 and Figures 4, 5 and 6 on a trained two-layer MoE.
+"""This script repeats the synthetic experiment of the paper's Appendix A: Lemma 4.3 and Figures 4, 5 and 6.
 
-python benchmarks/replication/theory/run.py --output results-theory
+    python benchmarks/replication/theory/run.py --output results-theory
 
-Exit status 1 where a statement of Lemma 4.3 does not hold in a run. Figure 6 is measured, not checked.
+It trains a two-layer MoE. The exit status is 1 if a statement of Lemma 4.3 is false in a run. Figure 6 is measured and
+not checked.
 """
 
 from __future__ import annotations

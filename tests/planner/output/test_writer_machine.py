@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -51,7 +50,11 @@ class Writing(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.output = self.folder / "out"
-        self.writer: Any = None  # a CheckpointWriter while a run is open
+        self.writer: CheckpointWriter | None = None
+
+    def running(self) -> CheckpointWriter:
+        assert self.writer is not None
+        return self.writer
 
     @initialize()
     def begin(self) -> None:
@@ -65,14 +68,15 @@ class Writing(RuleBasedStateMachine):
     @precondition(lambda self: self.writer is not None)
     @rule(number=st.integers(0, 3))
     def write(self, number: int) -> None:
-        if not self.writer.has_shard(SHARDS[number]):
-            self.writer.write_shard(SHARDS[number], tensors(number))
+        writer = self.running()
+        if not writer.has_shard(SHARDS[number]):
+            writer.write_shard(SHARDS[number], tensors(number))
 
     @precondition(lambda self: self.writer is not None)
     @rule(number=st.integers(0, 3), sync=st.integers(1, 2))
     def die_while_writing(self, number: int, sync: int) -> None:
         """Before the file has its name, or just after."""
-        original, count = planner.output.files.sync, 0
+        writer, original, count = self.running(), planner.output.files.sync, 0
 
         def dying(path: Path) -> None:
             nonlocal count
@@ -83,9 +87,9 @@ class Writing(RuleBasedStateMachine):
 
         planner.output.files.sync = dying
         try:
-            self.writer.write_shard(SHARDS[number], tensors(number))
+            writer.write_shard(SHARDS[number], tensors(number))
         except Died:
-            (self.writer.partial / ".left.1.tmp").write_bytes(b"half a shard")
+            (writer.partial / ".left.1.tmp").write_bytes(b"half a shard")
         finally:
             planner.output.files.sync = original
         self.die()
@@ -93,13 +97,13 @@ class Writing(RuleBasedStateMachine):
     @precondition(lambda self: self.writer is not None)
     @rule()
     def die(self) -> None:
-        self.writer._run.release()  # the system takes a dead process's lock
+        self.running()._run.release()  # the system takes a dead process's lock
         self.writer = None
 
     @precondition(lambda self: self.writer is not None)
     @rule()
     def fail(self) -> None:
-        self.writer.abandon()
+        self.running().abandon()
         self.writer = None
 
     @precondition(lambda self: self.writer is not None)
@@ -125,7 +129,7 @@ class Writing(RuleBasedStateMachine):
     @precondition(lambda self: self.writer is not None)
     @rule()
     def finish(self) -> None:
-        finish(self.writer)
+        finish(self.running())
         self.writer = None
         assert contents(self.output) == self.expected
         assert b"auto_map" not in self.expected["config.json"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ EXAMPLES = settings(deadline=None, max_examples=40)
 CASES = [("sign", 1), *((name, bits) for name in ("hqq", "rtn") for bits in BIT_WIDTHS)]
 SCALED = [case for case in CASES if case[1] > 1 or case[0] == "sign"]
 """Cases whose error is proportional to the weights: HQQ's norm is not, and shows it at one bit."""
-FUNCTIONS: dict[str, Callable[..., Quantized]] = {"sign": quantize_sign, "hqq": quantize_hqq, "rtn": quantize_rtn}
+FUNCTIONS: dict[str, Callable[[torch.Tensor, int, int], Quantized]] = {
+    "sign": quantize_sign,
+    "hqq": quantize_hqq,
+    "rtn": quantize_rtn,
+}
 
 NARROW = {
     "constant": torch.full((4, 64), 0.7),
@@ -215,6 +220,10 @@ def test_one_bit_has_its_own_quantizer(name: str, bits: int, expected: str) -> N
     assert quantizer_for(bits, name, "sign") is FUNCTIONS[expected]
 
 
+def test_the_table_names_these_functions() -> None:
+    assert {name: row.rounds["float"] for name, row in QUANTIZERS.items() if not row.calibrated} == FUNCTIONS
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
     row = QUANTIZERS[name]
@@ -244,9 +253,9 @@ def test_what_a_row_leaves_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("bits", "bound"), [(4, 0.1), (8, 0.008)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_linears_read_by_compressed_tensors_are_close(bits: int, bound: float, dtype: torch.dtype) -> None:
+def test_linears_read_by_compressed_tensors_are_close(bits: Literal[4, 8], bound: float, dtype: torch.dtype) -> None:
     weight = gaussian(16, 256).to(dtype)
-    tensors = quantize_linear(weight, Linear.model_validate({"bits": bits, "group_size": 64}))
+    tensors = quantize_linear(weight, Linear(bits=bits, group_size=64))
     codes = unpack_from_int32(tensors["weight_packed"], bits, torch.Size(tensors["weight_shape"].tolist()))
     found = codes.float() * tensors["weight_scale"].float().repeat_interleave(64, dim=1)
     assert float((found - weight.float()).norm() / weight.float().norm()) < bound
@@ -254,10 +263,8 @@ def test_linears_read_by_compressed_tensors_are_close(bits: int, bound: float, d
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [0.0, 1e-7, 1e4])
-def test_linears_of_any_magnitude_get_usable_scales(bits: int, size: float) -> None:
-    scale = quantize_linear(gaussian(4, 64, size).bfloat16(), Linear.model_validate({"bits": bits, "group_size": 32}))[
-        "weight_scale"
-    ]
+def test_linears_of_any_magnitude_get_usable_scales(bits: Literal[4, 8], size: float) -> None:
+    scale = quantize_linear(gaussian(4, 64, size).bfloat16(), Linear(bits=bits, group_size=32))["weight_scale"]
     assert bool((torch.isfinite(scale) & (scale > 0)).all())
 
 
