@@ -13,7 +13,7 @@ import torch
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
-from planner.calibration.reading.routed import Routed, finish, first_hidden, route
+from planner.calibration.reading.routed import Routed, first_hidden, route
 from planner.calibration.reading.text import calibration_text, documents
 from planner.calibration.statistics import observe, read_statistics
 from planner.model.layout import read_layout
@@ -21,6 +21,7 @@ from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign
 from tests.conftest import Outcome
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
+from tests.planner.calibration.layers import reading
 from vllm_moeq.format import CheckpointError, UsageError
 
 CPU = torch.device("cpu")
@@ -34,18 +35,8 @@ def shipped(request: pytest.FixtureRequest) -> Path:
 
 def forward(folder: Path, tokens: torch.Tensor, where: Path) -> dict[int, tuple[Routed, torch.Tensor]]:
     """Run a model layer by layer; return each layer's routing and output."""
-    found = {}
-    with SourceModel(folder) as model:
-        decoder = Decoder(model, read_layout(model), CPU, torch.float32)
-        store = first_hidden(decoder, tokens, where)
-        for index in range(len(decoder)):
-            hidden = store.load(index)
-            routed = route(decoder, index, hidden, store)
-            observe(decoder, decoder.moe[index], routed)
-            finish(decoder, index, hidden, store.create(index + 1), routed.outputs)
-            store.complete(index + 1)
-            found[index] = (routed, store.load(index + 1).clone())
-    return found
+    with reading(folder, tokens, where) as read:
+        return {index: (routed, read.store.load(index + 1).clone()) for index, routed in enumerate(read.routed)}
 
 
 def test_layer_by_layer_equals_transformers(shipped: Path, tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ from scipy.stats import spearmanr
 
 from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.kl.measured import measure_divergence
-from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights
 from planner.calibration.reading.rounded import rounded
-from planner.calibration.reading.routed import finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text
-from planner.calibration.statistics import LayerStatistics, observe
+from planner.calibration.statistics import LayerStatistics
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
+from tests.planner.calibration.layers import reading
 
 pytestmark = pytest.mark.slow
 
@@ -56,17 +55,9 @@ def in_memory(folder: Path, tokens: torch.Tensor, variants: list[tuple[int, int,
 def test_one_rounded_expert_diverges_as_in_memory(name: str, tmp_path: Path) -> None:
     folder = MODELS / name
     tokens = calibration_text(folder, str(CALIBRATION_TEXT), 3, 96, 0).tokens
-    with SourceModel(folder) as model:
-        decoder = Decoder(model, read_layout(model), CPU, torch.float32)
-        store = first_hidden(decoder, tokens, tmp_path)
-        busiest = {}
-        for index in range(len(decoder)):
-            hidden = store.load(index)
-            routed = route(decoder, index, hidden, store)
-            counts = observe(decoder, decoder.moe[index], routed).tokens
-            busiest[index] = counts.argsort(descending=True)[:2].tolist()
-            finish(decoder, index, hidden, store.create(index + 1), routed.outputs)
-            store.complete(index + 1)
+    with reading(folder, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
+        busiest = [seen.tokens.argsort(descending=True)[:2].tolist() for seen in read.observed]
         last = len(decoder) - 1
         wanted = {index: [(expert, bits) for expert in busiest[index] for bits in (1, 2)] for index in (0, last)}
         found = measure_divergence(decoder, store, 2, wanted, QUIET)

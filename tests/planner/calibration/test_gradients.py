@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,37 +11,17 @@ import torch
 
 from planner.calibration.kl.gradients import backward
 from planner.calibration.kl.second_order import WEIGHT, elementwise, isotropic, projected, second_order
-from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights
-from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.rounded import rounded
-from planner.calibration.reading.routed import finish, first_hidden, route
-from planner.calibration.statistics import observe
 from planner.common.progress import Progress
-from planner.model.layout import read_layout
-from planner.model.source import SourceModel
 from tests.paths import MIXTRAL, MODELS, SHIPPED
+from tests.planner.calibration.layers import reading
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 QUIET = Progress(quiet=True)
 TERMS = {"projected": projected, "isotropic": isotropic, "gemq": elementwise}
-
-
-@contextmanager
-def reading(folder: Path, tokens: torch.Tensor, where: Path) -> Iterator[tuple[Decoder, HiddenStates]]:
-    """Have a model read tokens layer by layer; yield it with the hidden states between all its layers."""
-    with SourceModel(folder) as model:
-        decoder = Decoder(model, read_layout(model), CPU, torch.float32)
-        store = first_hidden(decoder, tokens, where)
-        for index in range(len(decoder)):
-            hidden = store.load(index)
-            routed = route(decoder, index, hidden, store)
-            observe(decoder, decoder.moe[index], routed)
-            finish(decoder, index, hidden, store.create(index + 1), routed.outputs)
-            store.complete(index + 1)
-        yield decoder, store
 
 
 @dataclass
@@ -118,7 +96,8 @@ def test_gradients_of_every_layer_are_those_of_autograd(folder: Path, tmp_path: 
     tokens = random_tokens(folder, 3, 40)
     whole = Whole(folder)
     expected = whole.gradients(tokens)
-    with reading(folder, tokens, tmp_path) as (decoder, store):
+    with reading(folder, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
         steps = []
         for step in backward(decoder, store, tokens, "text", 0):
             steps.append(step.index)
@@ -135,7 +114,8 @@ def test_neither_batches_nor_further_sequences_of_the_store_matter(
 ) -> None:
     tokens = random_tokens(tiny_mixtral, 5, 40)
     expected = Whole(tiny_mixtral).gradients(tokens[:3])
-    with reading(tiny_mixtral, tokens, tmp_path) as (decoder, store):
+    with reading(tiny_mixtral, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
         monkeypatch.setattr("planner.calibration.reading.routed.ROWS", 80)  # two sequences at a time
         monkeypatch.setattr("planner.calibration.kl.gradients.LOGITS", 256 * 7)
         for step in backward(decoder, store, tokens[:3], "text", 0):
@@ -144,7 +124,8 @@ def test_neither_batches_nor_further_sequences_of_the_store_matter(
 
 def test_sampled_labels_follow_the_seed(tiny_mixtral: Path, tmp_path: Path) -> None:
     tokens = random_tokens(tiny_mixtral, 2, 20)
-    with reading(tiny_mixtral, tokens, tmp_path) as (decoder, store):
+    with reading(tiny_mixtral, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
         one, same, other = (
             next(backward(decoder, store, tokens, "sampled", seed)).routed.outputs.clone() for seed in (1, 1, 2)
         )
@@ -169,7 +150,8 @@ def test_squared_projections_average_to_the_second_order_divergence(index: int, 
         moved = (ends[0] - ends[1]) / (2 * step)  # of log-probabilities: as that of logits but for a constant
         mean = (probabilities * moved).sum(dim=-1)
         exact = float(((probabilities * moved.square()).sum(dim=-1) - mean.square()).sum() / 2)
-    with reading(folder, tokens, tmp_path) as (decoder, store):
+    with reading(folder, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
         found = []
         for seed in range(seeds):
             routed = next(s for s in backward(decoder, store, tokens, "sampled", seed) if s.index == index).routed
@@ -185,7 +167,8 @@ def test_terms_are_those_of_a_direct_computation(folder: Path, tmp_path: Path) -
     tokens, widths = random_tokens(folder, 3, 40), (1, 2, 4)
     whole = Whole(folder)
     gradients = whole.gradients(tokens)
-    with reading(folder, tokens, tmp_path) as (decoder, store):
+    with reading(folder, tokens, tmp_path) as read:
+        decoder, store = read.decoder, read.store
         sums = second_order(decoder, store, tokens, widths, TERMS, "text", 0, QUIET, first=1)
         layers = decoder.moe
     for index, layer in layers.items():
