@@ -31,7 +31,7 @@ EXPERT_COPIES = 3
 """Copies of the experts in memory besides the model: gradient, probe, and the Hessian's product with the probe."""
 
 CPU = torch.device("cpu")
-Tensors = Sequence[torch.Tensor]
+TensorList = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _trace(samples: torch.Tensor, sizes: torch.Tensor) -> LayerTrace:
 
 
 def _samples(
-    network: torch.nn.Module, parameters: Tensors, batches: Tensors, progress: Progress, probes: int, seed: int
+    network: torch.nn.Module, parameters: TensorList, batches: TensorList, progress: Progress, probes: int, seed: int
 ) -> torch.Tensor:
     """Return each parameter's share of vᵀ(Hv), float64 [probes, layers, parts]."""
     device = parameters[0].device
@@ -123,7 +123,7 @@ def _samples(
     samples = torch.zeros(probes, len(parameters), dtype=torch.float64)
     predicted = sum(tokens[:, 1:].numel() for tokens in batches)
     steps = [(tokens, probe) for tokens in batches for probe in range(probes)]
-    gradients: Tensors = ()
+    gradients: TensorList = ()
     for tokens, probe in progress.track(steps, "Hessian traces"):
         if probe == 0:
             gradients = ()  # free the last batch's graph before the next one is made
@@ -142,7 +142,7 @@ def summed_loss(network: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def hessian_product(gradients: Tensors, parameters: Tensors, vectors: Tensors) -> Tensors:
+def hessian_product(gradients: TensorList, parameters: TensorList, vectors: TensorList) -> TensorList:
     """Return H·vectors, one tensor per parameter; ``gradients`` need ``create_graph``, and their graph is kept."""
     return torch.autograd.grad(gradients, parameters, vectors, retain_graph=True, materialize_grads=True)
 

@@ -63,12 +63,20 @@ FORMATS = {
 """The formats by name; a new one is a row here."""
 
 
+def _uses() -> str:
+    """Return the help of ``--format``: formats with the same use stand together."""
+    names: dict[str, list[str]] = {}
+    for name, row in FORMATS.items():
+        names.setdefault(row.use, []).append(name)
+    return "; ".join(": ".join((", ".join(same), use)) for use, same in names.items()) + "."
+
+
 def export_command(
     folder: Folder,
     output: NewFolder,
     format_: Annotated[
         str,
-        typer.Option("--format", help=f"{'; '.join(f'{name}: {row.use}' for name, row in FORMATS.items())}."),
+        typer.Option("--format", help=_uses()),
         OneOf(FORMATS),
     ] = "bf16",
     zero_points: Annotated[

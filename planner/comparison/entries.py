@@ -71,7 +71,7 @@ def entries(run: ComparisonRun) -> list[Entry]:
 
 
 def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
-    choices = (int(average),) if METHODS[name].one_width else choices_of(run, name)
+    choices = (int(average),) if whole_bits(name) else choices_of(run, name)
     quantizer = run.wanted.settings.quantizer
     return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
 
@@ -81,9 +81,14 @@ def varies(name: str) -> bool:
     return METHODS[name].random or METHODS[name].calibrated or bool(METHODS[name].only_compared)
 
 
+def whole_bits(name: str) -> bool:
+    """Tell whether a method only takes averages that are widths of the format."""
+    return METHODS[name].one_width or bool(METHODS[name].only_compared)
+
+
 def gives(name: str, average: Fraction) -> bool:
     """Tell whether a method can make a plan with this average."""
-    if METHODS[name].one_width:
+    if whole_bits(name):
         return average.denominator == 1 and int(average) in BIT_WIDTHS
     return True
 

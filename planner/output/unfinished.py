@@ -27,7 +27,7 @@ class PartialRun:
 
     Raises:
         UsageError: the output exists, its parent does not, another run writes it, an unfinished run had another
-            fingerprint, or the partial folder is none of ours.
+            fingerprint, or the partial folder is not of this program.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:

@@ -120,7 +120,6 @@ METHODS: dict[str, Method] = {
     "bsp-cosine": Method(measures=("block",), order=ascending("block_cosine"), scope="global", layerwise=True),
     # Slim-LLM (Huang et al., ICML 2025): widths per group of weights in every expert (``quantizers/slim.py``).
     "slim": Method(
-        one_width=True,
         only_compared="the format has one width per expert; moeq compare measures it on dequantized weights",
     ),
     "random": Method(order=_shuffled, random=True),

@@ -84,7 +84,7 @@ def check_options(options: PlanOptions) -> None:
         known = ", ".join(["auto", *METHODS])
         raise UsageError(f"--method: expected one of {known}, found {options.method}")
     method, average = METHODS[options.resolved_method], options.avg_bits
-    if method.one_width and not method.only_compared and average not in options.bit_choices:
+    if method.one_width and average not in options.bit_choices:
         raise UsageError(
             f"--method {options.resolved_method}: expected --avg-bits to be one of --bits, found {float(average):g}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from planner.common.units import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
-from planner.report.command_lines import auto_class, method_in_words, quantize_command, serve_commands, unserved
+from planner.report.command_lines import auto_class, method_in_words, quantize_line, serve_commands, unserved
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD
 from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
@@ -133,7 +133,7 @@ def _plan(facts: Facts) -> str:
         f"{facts.config.linear.bits} bits.\n\n"
         f"{width_table(facts).markdown()}\n\n"
         "The widths of all experts are in `config.json`, the reasons in `plan.json`. Made with\n\n"
-        f"{_block(quantize_command(facts, DIR))}"
+        f"{_block(quantize_line(facts, DIR))}"
     )
 
 

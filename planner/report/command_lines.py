@@ -17,7 +17,7 @@ UNNAMED = "SOURCE"
 """Placeholder for a source that is not recorded."""
 
 
-def quantize_command(facts: Facts, output: str) -> str:
+def quantize_line(facts: Facts, output: str) -> str:
     """Return the command that makes the checkpoint again. It uses plan.json if flags alone cannot give the widths."""
     if facts.imported:
         return shlex.join(["moeq", "import", facts.name or UNNAMED, "-o", output])

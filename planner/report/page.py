@@ -18,7 +18,7 @@ from planner.report.command_lines import (
     auto_class,
     evaluate_commands,
     method_in_words,
-    quantize_command,
+    quantize_line,
     serve_commands,
     unserved,
 )
@@ -185,7 +185,7 @@ def _commands(facts: Facts) -> str:
     why = "" if serving else f'<p class="note">vLLM cannot serve it: {escape(unserved(facts) or "")}.</p>'
     load = f"import vllm_moeq.hf\nmodel = {auto_class(facts)}.from_pretrained({json.dumps(folder)})"
     parts: Iterable[tuple[str, str]] = (
-        ("Made with", quantize_command(facts, folder)),
+        ("Made with", quantize_line(facts, folder)),
         ("Serve", "\n".join(serving)),
         ("Load in transformers", load),
         ("Evaluate", "\n".join(evaluate_commands(facts, folder))),

@@ -14,7 +14,7 @@ from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.settings import QuantizeSettings
 
-Work = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
+QuantizeBatch = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
 
 BATCH_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
 """Bytes of Hessians to factor at a time, by kind of device. Their copies take some three times as much."""
@@ -85,7 +85,7 @@ def _batches(
 
 
 def _in_order(
-    work: Work, batches: deque[list[int]], devices: Sequence[torch.device]
+    work: QuantizeBatch, batches: deque[list[int]], devices: Sequence[torch.device]
 ) -> Iterator[list[tuple[int, CalibratedExpert]]]:
     """Yield the results of all batches in order; as many batches run at a time as there are devices."""
     if len(devices) == 1:

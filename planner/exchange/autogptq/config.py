@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from planner.exchange.autogptq.layout import FORMATS, Version
+from planner.exchange.autogptq.layout import ZERO_STORAGE, Version
 from planner.exchange.autogptq.names import module_name
 from planner.model.architectures import Architecture
 from vllm_moeq import __version__
@@ -39,7 +39,7 @@ def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetr
             if rule != base:
                 experts = "|".join(str(expert) for expert, width in enumerate(widths) if width == bits)
                 rules[rf"+:^{re.escape(module_name(row, prefix))}\.(?:{experts})\."] = rule
-    name = next(key for key, value in FORMATS.items() if value == version)
+    name = next(key for key, value in ZERO_STORAGE.items() if value == version)
     return {
         **base,
         "dynamic": rules,

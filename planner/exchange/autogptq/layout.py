@@ -25,7 +25,7 @@ WIDTHS = (2, 3, 4, 8)
 """Widths that both formats support."""
 
 Version = Literal["v1", "v2"]
-FORMATS: dict[str, Version] = {"gptq": "v1", "gptq_v2": "v2"}
+ZERO_STORAGE: dict[str, Version] = {"gptq": "v1", "gptq_v2": "v2"}
 """``checkpoint_format`` → storage of zero points."""
 
 

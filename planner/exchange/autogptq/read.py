@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 import torch
 
 from planner.exchange.autogptq.layout import (
-    FORMATS,
     G_IDX,
     QWEIGHT,
     QZEROS,
     SCALES,
     SUFFIXES,
     WIDTHS,
+    ZERO_STORAGE,
     Version,
     decode_zeros,
     group_index,
@@ -164,11 +164,11 @@ def _version(model: SourceModel, config: Mapping[str, Any]) -> Version:
     where = model.folder / "config.json"
     given = [config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None] or ["gptq"]
     for value in given:
-        if not isinstance(value, str) or value not in FORMATS or value != given[0]:
-            raise ConfigError(f"{where}: checkpoint_format: expected {' or '.join(FORMATS)}, found {value!r:.80}")
+        if not isinstance(value, str) or value not in ZERO_STORAGE or value != given[0]:
+            raise ConfigError(f"{where}: checkpoint_format: expected {' or '.join(ZERO_STORAGE)}, found {value!r:.80}")
     if config.get("pack_dtype", "int32") != "int32":
         raise ConfigError(f"{where}: pack_dtype: expected int32, found {config['pack_dtype']!r:.80}")
-    return FORMATS[given[0]]
+    return ZERO_STORAGE[given[0]]
 
 
 def _read_module(shards: Tensors, base: str) -> Module:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from planner.quantization.quantizers.base import Quantized, ZeroPoints
-from planner.quantization.quantizers.grid import Grid, Search, fit_group
+from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
@@ -34,9 +34,9 @@ class GptqSettings:
     symmetric: bool = False
     search: Search = "mse"
 
-    def grid(self, bits: int, zero_points: ZeroPoints) -> Grid:
+    def grid(self, bits: int, zero_points: ZeroPoints) -> LevelSearch:
         """Return the settings of a group's levels for a width."""
-        return Grid(bits, self.symmetric, zero_points, self.search)
+        return LevelSearch(bits, self.symmetric, zero_points, self.search)
 
 
 PUBLISHED = GptqSettings(act_order="none", search="published")
@@ -92,7 +92,7 @@ class _Solver:
     """The state of one batch. Tensors are [B, K, N], so that a column of the input dimension is contiguous."""
 
     def __init__(
-        self, weights: torch.Tensor, order: torch.Tensor, factor: Factor, grid: Grid, size: int, static: bool
+        self, weights: torch.Tensor, order: torch.Tensor, factor: Factor, grid: LevelSearch, size: int, static: bool
     ) -> None:
         self.size, self.grid, self.factor, self.order = size, grid, factor, order
         original = weights.float().mT.contiguous()
@@ -187,7 +187,7 @@ class _Solver:
         return self.scales.gather(1, index)[:, 0], self.zeros.gather(1, index)[:, 0]
 
 
-def _storage(original: torch.Tensor, size: int, grid: Grid) -> torch.dtype:
+def _storage(original: torch.Tensor, size: int, grid: LevelSearch) -> torch.dtype:
     """Return float16 if its normal range holds all scales, with a margin for corrected weights; else bfloat16."""
     groups = original.unflatten(1, (-1, size))
     scale = (groups.amax(dim=2) - groups.amin(dim=2)) / grid.steps

@@ -22,7 +22,7 @@ PUBLISHED_POWER = 2.4
 
 
 @dataclass(frozen=True)
-class Grid:
+class LevelSearch:
     """How to choose the levels of a group.
 
     Attributes:
@@ -48,7 +48,9 @@ class Grid:
         return self.symmetric or self.zero_points == "integer" or self.search == "published"
 
 
-def fit_group(block: torch.Tensor, cost: torch.Tensor, grid: Grid, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def fit_group(
+    block: torch.Tensor, cost: torch.Tensor, grid: LevelSearch, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
     """Return the scale and the zero point of one group in every row, float32 [B, N] each, rounded to ``dtype``.
 
     Args:
@@ -76,7 +78,7 @@ def fit_group(block: torch.Tensor, cost: torch.Tensor, grid: Grid, dtype: torch.
 
 
 def _search(
-    block: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+    block: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: LevelSearch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero point: try fractions of the range's scale, then fit both to the codes of the best one."""
     published = grid.search == "published"
@@ -130,7 +132,7 @@ def _regress(
 
 
 def _storable(
-    block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, dtype: torch.dtype
+    block: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: LevelSearch, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to the stored dtype. A group that is too narrow for its distance from 0 gets the scale |mean|."""
     mean = block.mean(dim=1)

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from planner.quantization.quantizers.base import to_groups
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
-from planner.quantization.quantizers.grid import Grid, fit_group
+from planner.quantization.quantizers.grid import LevelSearch, fit_group
 from planner.quantization.quantizers.hessian import Factor, column_order, factorize
 from vllm_moeq.format import WHOLE_ROW
 
@@ -91,7 +91,7 @@ def _choose_widths(
 
 
 def _divergences(
-    weight: torch.Tensor, costs: torch.Tensor, inputs: torch.Tensor, ranking: torch.Tensor, grids: list[Grid]
+    weight: torch.Tensor, costs: torch.Tensor, inputs: torch.Tensor, ranking: torch.Tensor, grids: list[LevelSearch]
 ) -> torch.Tensor:
     """Return KL(softmax(Y_q) ‖ softmax(Y)), summed over the inputs, for k = 0 … groups // 2, float64.
 
@@ -118,7 +118,7 @@ def _divergences(
     return result
 
 
-def _nearest(blocks: torch.Tensor, cost: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _nearest(blocks: torch.Tensor, cost: torch.Tensor, grid: LevelSearch) -> torch.Tensor:
     """Round each weight of groups [B, G, N] by itself; scales and zero points are not rounded for storage."""
     scale, zero = (found[:, None] for found in fit_group(blocks, cost, grid, torch.float32))
     codes = torch.addcdiv(zero, blocks, scale).round_().clamp_(0, grid.steps)
