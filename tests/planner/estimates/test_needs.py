@@ -101,7 +101,6 @@ def test_evaluating_takes_what_was_announced(more: tuple[object, ...], tmp_path:
     assert needs["seconds"] > 0
 
 
-@pytest.mark.full
 def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
     model, output = MIXTRAL, tmp_path / "out"
     wanted = (
