@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.headers import MAX_TENSORS, TensorInfo, check_name, read_header
+from vllm_moeq.format.tensors import Tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -51,7 +52,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class ShardSet:
+class ShardSet(Tensors):
     """The tensors of a folder: headers in memory, data on demand.
 
     Args:
@@ -128,20 +129,6 @@ class ShardSet:
             path = self.folder / shard
             if not path.is_file() or _stamp(path) != stamp:
                 raise CheckpointError(f"{path}: expected it unchanged since it was opened, found another file")
-
-    def info(self, name: str) -> TensorInfo:
-        """Return a tensor's header entry; raise CheckpointError if there is no such tensor."""
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
-        return self.tensors[name]
-
-    def place(self, name: str) -> str:
-        """Return the file and the name of a tensor, as messages name it."""
-        return f"{self.folder / self.info(name).shard}: tensor {name}"
-
-    def stored_bytes(self, name: str) -> int:
-        """Return the bytes that a tensor takes in its file."""
-        return self.info(name).nbytes
 
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, memory-mapped from its shard.
