@@ -91,6 +91,31 @@ class Architecture:
                 return saved + name[len(module) :]
         return name
 
+    def published_name(self, name: str) -> str:
+        """Return the name that a published model has for a tensor of transformers' own layout.
+
+        Args:
+            name: full name of a stored tensor; names outside layers are the same in both.
+        """
+        owner = self.owner(name)
+        if owner is None:
+            return name
+        start = f"{self.stacks[owner[0]].layers}.{owner[1]}."
+        inside = name.removeprefix(start)
+        return start + self.saved_name(inside) if self.module_name(inside) == inside else name
+
+    def own_layout(self, names: Iterable[str]) -> bool:
+        """Tell by the names of stored tensors whether transformers 5 wrote them in its own layout."""
+        fused = f".{self.module_name(self.experts)}.gate_up_proj"
+        return bool(self.renamed) and any(name.endswith(fused) for name in names)
+
+    def fusions(self) -> tuple[Fused, ...]:
+        """Return the forms of a layer whose experts share tensors: the published one, and transformers' own."""
+        own = Fused(gate_up=f"{self.experts}.gate_up_proj", down=f"{self.experts}.down_proj")
+        if self.fused is None:
+            return (own,)
+        return (self.fused,) if self.fused.gate_up == own.gate_up else (self.fused, own)
+
     def checkpoint_name(self, layer: int, name: str) -> str:
         """Return the full checkpoint name of a parameter that transformers calls ``name`` within a decoder layer."""
         return f"{self.stacks[0].layers}.{layer}.{self.saved_name(name)}"

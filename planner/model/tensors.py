@@ -16,6 +16,7 @@ import torch
 
 from planner.model.architectures import Architecture, Fused, find_architecture
 from planner.model.encodings import PLAIN, Codec, codec_of
+from planner.model.renamed import PublishedNames
 from vllm_moeq.format import CheckpointError, ShardSet, TensorInfo
 from vllm_moeq.format.tensors import Tensors
 
@@ -81,6 +82,8 @@ class SourceTensors(Tensors):
         self.folder = folder
         self.files: Tensors = files or ShardSet(folder)
         row = find_architecture(config)
+        if row is not None and row.own_layout(self.files.tensors):
+            self.files = PublishedNames(self.files, row)
         if matrices is None:
             matrices = _decoded(self.files) | ({} if row is None else _experts(self.files, row))
         self.matrices = matrices
@@ -141,8 +144,8 @@ def _experts(files: Tensors, row: Architecture) -> dict[str, Matrix]:
     """Return the expert matrices that share a stored tensor or have another name in the source."""
     found: dict[str, Matrix] = {}
     for block in _blocks(files, row):
-        if row.fused is not None:
-            found |= _fused(files, row, block)
+        for fused in row.fusions():
+            found |= _fused(files, row, fused, block)
         if row.expert != "{}":
             found |= _renamed(files, row, block)
     return found
@@ -154,9 +157,9 @@ def _blocks(files: Tensors, row: Architecture) -> list[str]:
     return [f"{row.stacks[stack].layers}.{index}.{row.stacks[stack].inside}" for stack, index in sorted(owners)]
 
 
-def _fused(files: Tensors, row: Architecture, block: str) -> dict[str, Matrix]:
-    fused, names = row.fused, row.projections
-    if fused is None or names.up is None:
+def _fused(files: Tensors, row: Architecture, fused: Fused, block: str) -> dict[str, Matrix]:
+    names = row.projections
+    if names.up is None:
         return {}
     found: dict[str, Matrix] = {}
     for stored, projections in ((fused.gate_up, (names.gate, names.up)), (fused.down, (names.down,))):
