@@ -19,7 +19,7 @@ PLANNER = (
 
 CALIBRATION = ("collect", "measures", "statistics", "block_score", "hessian_trace", "kl", "gptq", "reading")
 QUANTIZATION = ("run", "runners", "layer_task", "rows", "packed", "record", "settings", "quantizers")
-PLUGIN = ("hf", "serving", "kernels", "format")
+PLUGIN = ("hf", "serving", "kernels", "completeness", "format")
 
 STACKS = {
     "planner": PLANNER,

@@ -63,6 +63,7 @@ def calibrate_command(
     check_output(output)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
+        show.refuse_incomplete(source, layout, Progress())
         sequences = text.read(source, seed)
         facts = calibration_facts(sequences, where)
         if dry_run:

@@ -131,6 +131,7 @@ def compare_command(
     check_output(output)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
+        show.refuse_incomplete(source, layout, progress)
         settings = _settings(source, layout, codes, storage)
         _check_text(source, names, settings, text, measured.window)
         wanted = _wanted(names, settings, candidates, text, measured)

@@ -60,6 +60,7 @@ def plan_command(
         raise UsageError("-o and --dry-run: expected one of them, found both")
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
+        show.refuse_incomplete(source, layout, progress)
         show.note_limits(source, layout, progress)
         linear, group_size = storage.linear(source, layout), storage.checked_group_size()
         settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)

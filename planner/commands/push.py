@@ -15,7 +15,8 @@ from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.common.units import size
 from planner.report.files import checkpoint_files
-from vllm_moeq.format import UsageError, verify
+from vllm_moeq.completeness import verify_whole
+from vllm_moeq.format import UsageError
 
 REASONS = {
     401: "the Hub accepts no token of yours: set HF_TOKEN, or run hf auth login",
@@ -40,7 +41,7 @@ def push_command(
     Example: moeq push Mixtral-8x7B-2.5bit you/Mixtral-8x7B-2.5bit
     """
     _check_name(repo)
-    verify(folder, values=False)
+    verify_whole(folder, values=False)
     files = checkpoint_files(folder)
     facts: dict[str, Any] = {"repo": repo, "files": files, "bytes": sum(files.values())}
     if not dry_run:

@@ -92,6 +92,7 @@ def quantize_command(
     runner = None if calibrated else run.runner()
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
+        show.refuse_incomplete(source, layout, progress)
         show.note_limits(source, layout, progress)
         settings = QuantizeSettings(
             quantizer, codes.one_bit, storage.checked_group_size(), storage.linear(source, layout), codes.zero_points,

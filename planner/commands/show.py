@@ -16,6 +16,7 @@ from planner.common.units import layer_number, size
 from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
+from planner.model.whole import check_whole
 from planner.plan import Plan
 from planner.planning.methods import PAPER
 from planner.planning.request import PlanOptions
@@ -41,6 +42,17 @@ def announce(options: PlanOptions, progress: Progress) -> None:
         progress.line(
             f"method auto: calibration given, so {options.resolved_method}; the paper's rule is --method {PAPER}"
         )
+
+
+def refuse_incomplete(source: SourceModel, layout: Layout, progress: Progress) -> None:
+    """Refuse a source that lacks tensors of its architecture; say so where there is no class to compare it with.
+
+    Raises:
+        MoeqError: see :func:`check_whole`.
+    """
+    unchecked = check_whole(source, layout)
+    if unchecked is not None:
+        progress.line(f"note: only experts and routers were checked for completeness: {unchecked}")
 
 
 def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
@@ -125,3 +137,5 @@ def print_summary(summary: Summary) -> None:
         f"other tensors {size(summary.other_bytes)}",
         soft_wrap=True,
     )
+    if summary.only_experts is not None:
+        Console().print(f"only experts were checked for completeness: {summary.only_experts}", soft_wrap=True)

@@ -9,11 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from planner.model.tensors import SourceTensors
-from vllm_moeq.format import NESTED, ConfigError, read_json
+from vllm_moeq.completeness import positive_integer
+from vllm_moeq.format import ConfigError, read_json
 from vllm_moeq.format.tensors import Tensors
-
-MAX_INTEGER = 1 << 20
-"""Largest size that a config.json may name. A larger one means a damaged file, and would cause long loops."""
 
 
 class SourceModel:
@@ -35,16 +33,9 @@ class SourceModel:
         """Return the first positive integer under one of ``keys`` in the config, else in its language model's config.
 
         Raises:
-            ConfigError: no key has a positive integer of at most :data:`MAX_INTEGER`.
+            ConfigError: no key has a positive integer of at most :data:`~vllm_moeq.completeness.MAX_INTEGER`.
         """
-        for part in (self.config, self.config.get(NESTED)):
-            found = part if isinstance(part, dict) else {}
-            for key in keys:
-                value = found.get(key)
-                if type(value) is int and 0 < value <= MAX_INTEGER:
-                    return value
-        path = self.folder / "config.json"
-        raise ConfigError(f"{path}: expected a positive integer {' or '.join(keys)} of at most {MAX_INTEGER}")
+        return positive_integer(self.config, keys, self.folder / "config.json")
 
     @property
     def stored_bytes(self) -> int:

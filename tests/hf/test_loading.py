@@ -14,7 +14,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralFor
 import vllm_moeq.hf
 from tests.architectures import quantize
 from tests.hf.conftest import Pair, dense_of, logits
-from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, ShardSet, UsageError, load_config, verify
+from vllm_moeq.format import (
+    PACKED,
+    SCALE,
+    ZERO,
+    CheckpointError,
+    ConfigError,
+    ShardSet,
+    UsageError,
+    load_config,
+    verify,
+)
 from vllm_moeq.hf import MoeqQuantizationConfig, RoutedExperts
 from vllm_moeq.kernels import VARIABLE
 from vllm_moeq.kernels.cpu import build
@@ -40,6 +50,13 @@ def test_a_missing_tensor_is_named(suffix: str, quantized_copy: Path, change_ten
         load(quantized_copy)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_tensor_that_is_no_experts_is_named(name: str, quantized_copy: Path, change_tensor: Change) -> None:
+    change_tensor(quantized_copy, name, None)
+    with pytest.raises(CheckpointError, match=rf"tensor {name} is missing: expected \["):
+        load(quantized_copy)
+
+
 def test_a_misshapen_tensor_is_named(quantized_copy: Path, change_tensor: Change) -> None:
     change_tensor(quantized_copy, f"{EXPERT}.{PACKED}", lambda tensor: tensor[:, :-1].contiguous())
     with pytest.raises(CheckpointError, match=f"{EXPERT}.{PACKED}: expected"):
@@ -56,26 +73,27 @@ def test_an_impossible_scale_is_named(value: float, quantized_copy: Path, change
 def test_experts_of_another_size_than_the_models(quantized_copy: Path, change_config: Change) -> None:
     change_config(quantized_copy, lambda config: config.update(intermediate_size=96))
     with pytest.raises(
-        CheckpointError, match=r"layers\.0.*: expected 147456 weights .*MixtralExperts, found 8 experts"
+        CheckpointError,
+        match=r"experts\.0\.w\d\.weight: expected \[64, 96\], as in .*MixtralForCausalLM, found \[64, 128\]",
     ):
         load(quantized_copy)
 
 
 def test_a_layer_that_the_model_does_not_have(quantized_copy: Path, change_config: Change) -> None:
     change_config(quantized_copy, lambda config: config.update(num_hidden_layers=1))
-    with pytest.raises(UsageError, match=r"model\.layers\.1.*: transformers' MixtralForCausalLM has no module"):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.\S+: expected no such tensor"):
         load(quantized_copy)
 
 
 def test_a_layer_that_the_checkpoint_does_not_have(quantized_copy: Path, change_config: Change) -> None:
     change_config(quantized_copy, lambda config: config.update(num_hidden_layers=3))
-    with pytest.raises(UsageError, match=r"names no experts for transformers' model\.layers\.2\.mlp\.experts"):
+    with pytest.raises(ConfigError, match=r"num_hidden_layers: expected 0 to 2 layers, found 3"):
         load(quantized_copy)
 
 
 def test_another_tensor_of_another_shape_is_named(quantized_copy: Path, change_tensor: Change) -> None:
     change_tensor(quantized_copy, "model.norm.weight", lambda tensor: tensor[:-1].contiguous())
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected \[64\], found \[63\]"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected \[64\], as in .*, found \[63\]"):
         load(quantized_copy)
 
 
@@ -247,7 +265,8 @@ def test_neither_vllm_nor_the_planner_is_needed() -> None:
     modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     ours = {name for name in modules if name.split(".")[0] in ("vllm", "planner", "vllm_moeq")}
-    assert {".".join(name.split(".")[:2]) for name in ours} == {f"vllm_moeq.{it}" for it in ("format", "kernels", "hf")}
+    rooms = ("format", "completeness", "kernels", "hf")
+    assert {".".join(name.split(".")[:2]) for name in ours} == {f"vllm_moeq.{it}" for it in rooms}
 
 
 def test_a_relative_folder_and_several_shards(quantized_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,15 @@ def test_a_damaged_one_is_refused(cache: Path) -> None:
     (cache / "models--owner--name" / "snapshots" / "0123" / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002"):
         Checkpoint("owner/name", cache=str(cache)).check()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight_packed"])
+def test_one_without_a_tensor_that_is_no_experts_is_refused(
+    name: str, quantized_copy: Path, change_tensor: Callable[..., Any]
+) -> None:
+    change_tensor(quantized_copy, name, None)
+    with pytest.raises(CheckpointError, match=f"{name.removesuffix('_packed')} is missing"):
+        Checkpoint(str(quantized_copy)).check()
 
 
 @pytest.mark.parametrize("model", ["owner/other", "../x", "a/b/c"])

@@ -23,7 +23,11 @@ NESTED = "text_config"
 
 @dataclass
 class Summary:
-    """Counts and sizes (in bytes) of a verified checkpoint."""
+    """Counts and sizes (in bytes) of a verified checkpoint.
+
+    ``only_experts`` is the reason why other tensors than the experts' were not compared with the architecture's class;
+    None if they were, or if nobody asked for it.
+    """
 
     folder: str
     layers: int = 0
@@ -33,6 +37,7 @@ class Summary:
     other_bytes: int = 0
     average_bits: float = 0.0
     widths: dict[int, int] = field(default_factory=dict)
+    only_experts: str | None = None
 
     @property
     def total_bytes(self) -> int:

@@ -10,7 +10,8 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from vllm_moeq.format import LINEAR_SUFFIXES, CheckpointError, MoeqConfig, ShardSet, UsageError, verify
+from vllm_moeq.completeness import verify_whole
+from vllm_moeq.format import LINEAR_SUFFIXES, CheckpointError, MoeqConfig, ShardSet, UsageError
 from vllm_moeq.hf.config import MoeqQuantizationConfig
 from vllm_moeq.hf.experts import RoutedExperts, packed_experts
 from vllm_moeq.hf.layout import StoredLayer, read_layers
@@ -60,7 +61,7 @@ class MoeqHfQuantizer(HfQuantizer):
 
     def _check(self, folder: Path) -> None:
         if self._checked != folder:
-            verify(folder, values=False)
+            verify_whole(folder, values=False)
             self._checked = folder
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:

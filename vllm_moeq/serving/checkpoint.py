@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from vllm_moeq.format import MoeqError, ShardSet, Summary, verify
+from vllm_moeq.completeness import verify_whole
+from vllm_moeq.format import MoeqError, ShardSet, Summary
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Checkpoint:
         """
         folder = self.folder()
         if self._summary is None and folder is not None:
-            self._summary = verify(folder, values=False)
+            self._summary = verify_whole(folder, values=False)
         return self._summary
 
     def place(self, name: str) -> str:

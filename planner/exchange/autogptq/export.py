@@ -18,6 +18,7 @@ from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.unfinished import check_output
+from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     GRID,
@@ -29,7 +30,6 @@ from vllm_moeq.format import (
     UsageError,
     expert_matrices,
     load_config,
-    verify,
 )
 from vllm_moeq.format.tensors import Tensors
 
@@ -54,7 +54,7 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
             lacks, zero points that are not integers, or scales that float16 cannot hold; later a full disk.
     """
     check_output(output)
-    verify(folder)
+    verify_whole(folder)
     config = load_config(folder)
     _refuse_widths(folder, config)
     with SourceModel(folder) as model:

@@ -1,0 +1,31 @@
+"""Refuse a source that lacks tensors of its architecture, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from planner.model.layout import Layout
+from planner.model.skeleton import CONFIG, ConfigModel, SkeletonTensors
+from planner.model.source import SourceModel
+from planner.model.tensors import SourceTensors
+from vllm_moeq.completeness import compare, expected_tensors, no_class
+
+
+def check_whole(model: SourceModel, layout: Layout) -> str | None:
+    """Compare names and shapes of a source's tensors with what its architecture's class has.
+
+    Returns:
+        The reason why there is no class, so that only experts were checked; None if everything was compared.
+
+    Raises:
+        MoeqError: naming the first tensor that is missing, misshapen or too much.
+    """
+    if isinstance(model, ConfigModel):
+        return None
+    reason = no_class(model.config)
+    if reason is None:
+        expected = expected_tensors(model.config, model.folder / CONFIG)
+        decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
+        whole = replace(expected, tensors=decoded.tensors)
+        compare(model.shards, whole, model.shards.tensors, besides=frozenset(layout.left_out))
+    return reason

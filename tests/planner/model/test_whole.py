@@ -1,0 +1,98 @@
+"""A source has every tensor of its architecture, under published names or transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from planner.model.layout import read_layout
+from planner.model.source import SourceModel
+from planner.model.whole import check_whole
+from tests.architectures import TINY, build
+from tests.conftest import one_line, save_mixtral
+from vllm_moeq.format import CheckpointError, MoeqError
+
+Moeq = Callable[..., Any]
+
+PLAIN = [name for name, tiny in TINY.items() if tiny.convert is None]
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a folder, which then has one shard."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def check(folder: Path) -> str | None:
+    with SourceModel(folder) as model:
+        return check_whole(model, read_layout(model))
+
+
+@pytest.mark.slow
+class TestEveryArchitecture:
+    @pytest.mark.parametrize("name", TINY)
+    def test_is_whole_and_misses_a_tensor(self, tmp_path: Path, name: str) -> None:
+        build(name, tmp_path)
+        assert check(tmp_path) is None
+        kept = [name for name in load_file(tmp_path / "model.safetensors") if "norm" in name]
+        edit(tmp_path, lambda tensors: tensors.pop(kept[-1]))
+        with pytest.raises(CheckpointError, match=rf"tensor {kept[-1]} is missing: expected \["):
+            check(tmp_path)
+
+    @pytest.mark.parametrize("name", PLAIN)
+    def test_of_transformers_own_layout_is_the_same_model(self, tmp_path: Path, name: str) -> None:
+        """``save_original_format=False``: other names, and all experts of a layer in one tensor."""
+        build(name, tmp_path / "published").save_pretrained(tmp_path / "own", save_original_format=False)
+        assert check(tmp_path / "own") is None
+        with SourceModel(tmp_path / "published") as model, SourceModel(tmp_path / "own") as own:
+            assert read_layout(own) == read_layout(model)
+            assert set(own.shards.tensors) == set(model.shards.tensors)
+            for tensor in model.shards.tensors:
+                assert torch.equal(own.shards.load(tensor), model.shards.load(tensor)), tensor
+
+
+def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    build("mixtral", tmp_path / "published").save_pretrained(folder, save_original_format=False)
+    router = "model.layers.0.mlp.gate.weight"
+    other = "model.layers.0.block_sparse_moe.gate.weight"
+    edit(folder, lambda tensors: tensors.update({other: tensors[router].clone()}))
+    with pytest.raises(MoeqError, match=r"gate\.weight: expected one of it and .*gate\.weight"):
+        SourceModel(folder)
+
+
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "plan": ("--avg-bits", 3),
+    "quantize": ("--avg-bits", 3, "--quantizer", "rtn", "-o", "out"),
+    "calibrate": ("--data", "text", "-o", "stats.safetensors"),
+    "compare": ("--data", "text", "--held-out", "text", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize("gone", ["model.norm.weight", "lm_head.weight", "model.layers.1."])
+def test_quantize_refuses(moeq: Moeq, tmp_path: Path, gone: str) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(gone)])
+    outcome = moeq("quantize", folder, "--avg-bits", 3, "--quantizer", "rtn", "-o", tmp_path / "out")
+    assert f"tensor {gone}" in one_line(outcome)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_works_on_a_source_refuses(moeq: Moeq, tmp_path: Path, command: str) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(8)}))
+    (tmp_path / "text").write_text("a text")
+    flags = [tmp_path / flag if flag in ("text", "out", "stats.safetensors") else flag for flag in COMMANDS[command]]
+    message = one_line(moeq(command, folder, *flags))
+    assert "tensor model.norm.weight: expected [64], as in transformers' MixtralForCausalLM, found [8]" in message

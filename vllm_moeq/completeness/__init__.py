@@ -1,0 +1,20 @@
+"""Compare a checkpoint with what its architecture's class in transformers has: every tensor, none besides.
+
+Building the class takes neither weights nor memory: its tensors are on torch's meta device.
+"""
+
+from vllm_moeq.completeness.compare import compare
+from vllm_moeq.completeness.expected import Expected, class_of, expected_tensors, no_class
+from vllm_moeq.completeness.sizes import MAX_INTEGER, positive_integer
+from vllm_moeq.completeness.verify import verify_whole
+
+__all__ = [
+    "MAX_INTEGER",
+    "Expected",
+    "class_of",
+    "compare",
+    "expected_tensors",
+    "no_class",
+    "positive_integer",
+    "verify_whole",
+]

@@ -1,0 +1,91 @@
+"""Check the sizes in a config.json before a model is built from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_moeq.format import EXPERT_COUNT, NESTED, ConfigError
+from vllm_moeq.format.schema import MAX_LAYERS
+
+MAX_INTEGER = 1 << 20
+"""Largest size that a config.json may name. A larger one means a damaged file, and would cause long loops."""
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Sizes that config.json must name if transformers' config class has them: the class's defaults fit another model."""
+
+
+def positive_integer(config: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> int:
+    """Return the first positive integer under one of ``keys`` in a config, else in its language model's config.
+
+    Args:
+        config: contents of config.json.
+        keys: the keys to try, in this order.
+        path: config.json, for messages.
+
+    Raises:
+        ConfigError: no key has a positive integer of at most :data:`MAX_INTEGER`.
+    """
+    for part in (config, config.get(NESTED)):
+        found = part if isinstance(part, dict) else {}
+        for key in keys:
+            value = found.get(key)
+            if type(value) is int and 0 < value <= MAX_INTEGER:
+                return value
+    raise ConfigError(f"{path}: expected a positive integer {' or '.join(keys)} of at most {MAX_INTEGER}")
+
+
+def check_sizes(config: Mapping[str, Any], parsed: Any, path: Path) -> None:
+    """Refuse a config that lacks a size of its class, or counts too many layers.
+
+    Args:
+        config: contents of config.json.
+        parsed: transformers' config object made from it.
+        path: config.json, for messages.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for size in SIZES:
+        if hasattr(parsed, size):
+            positive_integer(config, (parsed.attribute_map.get(size, size),), path)
+    positive_integer(config, EXPERT_COUNT, path)
+
+
+LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth)$")
+"""The keys of config.json that say how many layers a part of a model has."""
+
+
+def check_layer_counts(config: Mapping[str, Any], path: Path, most: int = MAX_LAYERS) -> None:
+    """Refuse more layers than a model may have, because building them would take memory and time.
+
+    Args:
+        config: contents of config.json, of bounded depth.
+        path: config.json, for messages.
+        most: largest number of layers of any part of the model.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in _numbers(config):
+        if LAYER_COUNT.search(key) and not 0 <= value <= most:
+            raise ConfigError(f"{path}: {key}: expected 0 to {most} layers, found {value!r:.40}")
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (dotted key, number) for all numbers in objects within objects."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _numbers(child, f"{place}.{key!s:.80}".removeprefix("."))
+    elif isinstance(value, int | float):
+        yield place, value

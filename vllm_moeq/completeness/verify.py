@@ -1,0 +1,135 @@
+"""Check a whole moeq checkpoint: its format, and that it has every tensor of its architecture."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm_moeq.completeness.compare import compare
+from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
+from vllm_moeq.completeness.sizes import check_layer_counts
+from vllm_moeq.format import (
+    LINEAR_SUFFIXES,
+    CheckpointError,
+    ConfigError,
+    MoeqConfig,
+    ShardSet,
+    Summary,
+    TensorInfo,
+    expert_matrices,
+    load_config,
+    read_json,
+    verify,
+)
+
+WORDS = LINEAR_SUFFIXES[0]
+
+
+FIRST_NUMBER = re.compile(r"([^\d]*)\.(\d+)\.")
+"""The beginning of a tensor's name, when it is in a numbered layer: the stack, and the layer's index."""
+
+LAYER = re.compile(r"(.*\.\d+\.)")
+"""The beginning of an experts' prefix, up to its layer's index."""
+
+MANY_EXPERTS = 32768
+"""Experts of all layers that any config may describe; above, files must hold a quarter of what it describes."""
+
+
+def verify_whole(folder: Path, *, values: bool = True) -> Summary:
+    """Check a checkpoint's format as :func:`vllm_moeq.format.verify` does, then compare it with its class.
+
+    Args:
+        folder: the checkpoint.
+        values: whether to check the experts' values too; loaders do so while they load.
+
+    Returns:
+        Counts and sizes; ``only_experts`` is the reason if there is no class to compare with.
+
+    Raises:
+        MoeqError: a check fails; the message names the file and the tensor.
+    """
+    summary, path = verify(folder, values=values), folder / "config.json"
+    config: dict[str, Any] = read_json(path)
+    summary.only_experts = no_class(config)
+    if summary.only_experts is None:
+        with ShardSet(folder) as shards:
+            _compare(shards, config, load_config(folder), path)
+    return summary
+
+
+def _compare(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, path: Path) -> None:
+    """Compare a checkpoint's tensors with its class's.
+
+    Raises:
+        MoeqError: they differ, or there is no model of this config.
+    """
+    layers = _count_layers(shards)
+    check_layer_counts(config, path, layers)
+    experts = [len(widths) for widths in parsed.experts.values()]
+    if layers * max(experts) > max(MANY_EXPERTS, 4 * sum(experts)):
+        raise ConfigError(f"{path}: {layers} layers of {max(experts)} experts: expected files for them, found a few")
+    expected, found = expected_tensors(config, path), _decoded(shards, parsed)
+    elsewhere, besides = set[str](), set[str]()
+    for prefix in parsed.experts:
+        theirs, ours = _regrouped(prefix, len(parsed.experts[prefix]), expected, found)
+        elsewhere |= theirs
+        besides |= ours
+    compare(shards, expected, found, elsewhere=elsewhere, besides=besides)
+
+
+def _count_layers(shards: ShardSet) -> int:
+    """Return the number of layers of the deepest stack in the files."""
+    stacks: dict[str, set[str]] = {}
+    for name in shards.tensors:
+        found = FIRST_NUMBER.match(name)
+        if found is not None:
+            stacks.setdefault(found[1], set()).add(found[2])
+    return max(map(len, stacks.values()), default=0)
+
+
+def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:
+    """Return the tensors that the packed ones stand for, and all others as they are.
+
+    Raises:
+        CheckpointError: a linear is there twice, packed and not; readers may take either.
+    """
+    found = dict(shards.tensors)
+    for matrix in expert_matrices(shards, parsed):
+        info = found[matrix.name(matrix.scheme.codes)]
+        for name in matrix.names():
+            del found[name]
+        found[matrix.name("weight")] = replace(info, shape=(matrix.rows, matrix.columns))
+    for name, info in shards.tensors.items():
+        if name in found and name.endswith(f".{WORDS}"):
+            base = name.removesuffix(WORDS)
+            if f"{base}weight" in found:
+                raise CheckpointError(f"{shards.place(f'{base}weight')}: expected it packed or not, found both")
+            for suffix in LINEAR_SUFFIXES:
+                found.pop(f"{base}{suffix}", None)
+            columns = info.shape[1] * 32 // parsed.linear.bits
+            found[f"{base}weight"] = replace(info, shape=(info.shape[0], columns))
+    return found
+
+
+def _regrouped(prefix: str, count: int, expected: Expected, found: dict[str, TensorInfo]) -> tuple[set[str], set[str]]:
+    """Return the class's tensors of a layer's experts, and ours, where they hold the same weights in other tensors.
+
+    A source may hold all experts of a layer in one tensor, or name them otherwise; our checkpoints never do.
+    """
+    layer = LAYER.match(prefix)
+    inside = prefix if layer is None else layer[1]
+    theirs = {name for name in expected.tensors if name.startswith(inside) and name not in found}
+    shapes = {name: expected.tensors[name].shape for name in theirs}
+    whole = {name for name, shape in shapes.items() if len(shape) == 3 and shape[0] == count}
+    theirs = whole or {name for name in theirs if name.startswith(f"{prefix}.")}
+    ours = {name for name in found if name.startswith(f"{prefix}.") and name not in expected.tensors}
+    return (theirs, ours) if _weights(theirs, expected.tensors) == _weights(ours, found) else (set(), set())
+
+
+def _weights(names: set[str], tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the number of weights of some tensors."""
+    return sum(math.prod(tensors[name].shape) for name in names)
