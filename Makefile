@@ -69,7 +69,7 @@ test-all: test
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	mkdir -p build/fuzz
-	for target in schema headers unpack; do \
+	for target in schema headers unpack texts tokenizers; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) \
 			-print_final_stats=1 -artifact_prefix=build/fuzz/ || exit 1; \
 	done

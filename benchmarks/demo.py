@@ -19,7 +19,7 @@ from rich.text import Text
 
 from planner.common.progress import Progress
 from planner.common.units import size
-from planner.evaluation import perplexity, read_text
+from planner.evaluation import perplexity
 from planner.evaluation.vllm_server import Server, cpu_environment
 
 HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ def main() -> None:
     moeq("report", os.path.relpath(quantized))
 
     console.rule("held-out perplexity")
-    text = read_text(args.model / "held_out.txt")
+    text = (args.model / "held_out.txt").read_text(encoding="utf-8")
     for name, folder in (("original", args.model), (f"{args.avg_bits} bits", quantized)):
         console.print(f"{name:>10}: {perplexity(folder, text, Progress(quiet=True)):.3f}")
 

@@ -13,7 +13,7 @@ from tests.paths import ROOT
 
 PLANNER = (
     "cli", "commands", "estimates", "comparison", "report", "evaluation", "exchange", "planning", "calibration",
-    "quantization", "plan", "model", "output", "common", "sensitivity", "allocation",
+    "quantization", "plan", "model", "text", "output", "common", "sensitivity", "allocation",
 )  # fmt: skip
 """From top to bottom: a room imports itself and those behind it."""
 

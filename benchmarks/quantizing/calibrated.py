@@ -19,7 +19,7 @@ from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
-from planner.evaluation import perplexity, read_text
+from planner.evaluation import perplexity
 from planner.exchange.dense import export_dense
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--samples", default="128")
     parser.add_argument("--seq-len", default="512")
     args = parser.parse_args()
-    text = read_text(args.model / "held_out.txt")
+    text = (args.model / "held_out.txt").read_text(encoding="utf-8")
     quantizers = {
         "rtn": ("--quantizer", "rtn"),
         "hqq": ("--quantizer", "hqq"),

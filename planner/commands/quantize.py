@@ -25,6 +25,7 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Needs, Reading, serving_needs
 from planner.estimates.quantizing import quantize_needs
+from planner.model.hub import has_tokenizer
 from planner.model.layout import Layout, architecture_of, read_layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
@@ -121,8 +122,8 @@ def quantize_command(
             source, layout, made, output, settings, progress, runner=runner, resume=run.resume,
             calibration=None if found is None else calibration_facts(found, devices[0]), describe=write_card,
         )  # fmt: skip
-        served = architecture_of(source).unserved is None
-    _report(made, output, sizes.as_dict(), as_json, served)
+        serve = _serve_command(source, output, progress)
+    _report(made, output, sizes.as_dict(), as_json, serve)
 
 
 def _check_read(
@@ -182,7 +183,17 @@ def _needs(work: _Work, made: Plan, sizes: Sizes, run: QuantizeRunFlags, planned
     return quantize_needs(work.source, work.layout, made.experts, sizes, work.settings, devices, reading, measures)
 
 
-def _report(made: Plan, output: Path, sizes: dict[str, Any], as_json: bool, served: bool) -> None:
+def _serve_command(source: SourceModel, output: Path, progress: Progress) -> str | None:
+    """Return the command that serves the output, or None if vLLM cannot; say so if it needs a tokenizer."""
+    if architecture_of(source).unserved is not None:
+        return None
+    if has_tokenizer(source.folder):
+        return f"moeq serve {output}"
+    progress.line(f"note: {source.folder} has no tokenizer, nor has {output}: vLLM needs --tokenizer NAME")
+    return f"moeq serve {output} --tokenizer NAME"
+
+
+def _report(made: Plan, output: Path, sizes: dict[str, Any], as_json: bool, serve: str | None) -> None:
     """Print the result."""
     if as_json:
         facts = {"achieved_avg_bits": made.achieved_avg_bits, "sizes": sizes}
@@ -190,4 +201,4 @@ def _report(made: Plan, output: Path, sizes: dict[str, Any], as_json: bool, serv
         return
     show.print_widths(made.experts)
     show.print_sizes(sizes)
-    Console().print(f"wrote {output}{f'; serve it with: moeq serve {output}' if served else ''}", soft_wrap=True)
+    Console().print(f"wrote {output}{f'; serve it with: {serve}' if serve else ''}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import estimate
 from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
+from planner.text.documents import digest
 
 Row = dict[str, Any]
 """One result: method, average, seed, odp, achieved, bytes, cost, scores, and [value, standard error] of each task."""
@@ -28,7 +28,7 @@ def compare(
     model: SourceModel,
     layout: Layout,
     wanted: Comparison,
-    held_out: str,
+    held_out: Sequence[str],
     output: Path,
     device: torch.device,
     progress: Progress,
@@ -42,7 +42,7 @@ def compare(
         model: the original model.
         layout: the model's layout.
         wanted: what to compare.
-        held_out: text on which the models are evaluated.
+        held_out: texts on which the models are evaluated.
         output: folder that the caller will write; unfinished results of an earlier run are in a folder beside it.
         device: device that layers run on.
         progress: shows the progress.
@@ -53,8 +53,7 @@ def compare(
     Raises:
         MoeqError: flags that a method cannot meet, damaged tensors, a full disk.
     """
-    digest = hashlib.sha256(held_out.encode()).hexdigest()
-    fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest}
+    fingerprint = {"model": model.fingerprint(), "comparison": wanted.as_dict(), "held_out": digest(held_out)}
     partial = PartialRun(output, fingerprint, resume)
     run = ComparisonRun(model, layout, wanted, partial.folder, device, progress, jobs)
     try:

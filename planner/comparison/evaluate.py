@@ -37,13 +37,13 @@ AT_A_TIME = 1 << 30
 ORIGINAL = "original"
 
 
-def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: str) -> dict[str, dict[str, Any]]:
+def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return :func:`key_of` → scores for every distinct model, and the original's scores under :data:`ORIGINAL`.
 
     Args:
         run: the comparison run.
         found: the entries to compare.
-        held_out: the held-out text.
+        held_out: the held-out texts.
 
     Raises:
         MoeqError: a damaged tensor, a full disk, a task that lm-eval does not know.

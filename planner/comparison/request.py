@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.calibration.reading.text import CalibrationText, calibration_text
+from planner.calibration.reading.text import CalibrationText, calibration_text, shortage
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
@@ -86,4 +86,7 @@ class ComparisonRun:
             self.texts[seed] = calibration_text(
                 self.model.folder, self.wanted.data, wanted.samples, wanted.length, seed
             )
+            note = shortage(self.texts[seed], wanted.samples)
+            if note is not None:
+                self.progress.line(note)
         return self.texts[seed]

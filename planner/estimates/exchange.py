@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planner.common.memory import resident_bytes
 from planner.estimates.needs import Needs
-from planner.model.hub import companions
+from planner.model.hub import companion_bytes
 from planner.output.files import SHARD_COPIES
 from vllm_moeq.format import ShardSet, expert_matrices, load_config
 from vllm_moeq.format.linears import WORDS
@@ -54,6 +54,6 @@ def import_needs(folder: Path) -> Needs:
 
 
 def _needs(folder: Path, sizes: Counter[str], tensors: int) -> Needs:
-    copied = sum(path.stat().st_size for path in companions(folder))
+    copied = companion_bytes(folder)
     written = sum(sizes.values()) + copied + HEADER_BYTES * tensors
     return Needs(written, 0, resident_bytes() + SHARD_COPIES * max(sizes.values()), 0, 0.0)

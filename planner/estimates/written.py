@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.model.hub import companions
+from planner.model.hub import companion_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
@@ -34,7 +34,7 @@ def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Li
         scheme: storage scheme of the experts.
     """
     entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
-    copied = sum(path.stat().st_size for path in companions(model.folder))
+    copied = companion_bytes(model.folder)
     return sizes.total_bytes + entries + copied + EXPERT_ENTRIES * layout.num_experts + FIXED
 
 

@@ -1,5 +1,5 @@
 """Measure a model's quality: perplexity, KL divergence to a reference, accuracy on tasks."""
 
-from planner.evaluation.perplexity import perplexity, read_text
+from planner.evaluation.perplexity import perplexity
 
-__all__ = ["perplexity", "read_text"]
+__all__ = ["perplexity"]

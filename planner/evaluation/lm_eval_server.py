@@ -24,9 +24,9 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import ServerError
+from planner.text.tokenizer import load_tokenizer
 
 SECONDS = 3600
 """Timeout of one answer. A CPU may need minutes for a long prompt."""

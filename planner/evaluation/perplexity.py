@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from planner.calibration.reading.text import load_tokenizer
 from planner.common.progress import Progress
 from planner.evaluation.passes import evaluate_text
 from planner.evaluation.reader import open_reader
 from planner.evaluation.scores import windows
+from planner.text.formats import read_documents
+from planner.text.tokenizer import encode, load_tokenizer, render
 from vllm_moeq.format import UsageError
 
+MAX_CHARACTERS = 1 << 28
+"""Characters of all texts together that a model is asked to predict."""
 
-def read_text(path: Path) -> str:
-    """Return a UTF-8 text file's contents.
+
+def read_texts(path: Path, folder: Path) -> tuple[str, ...]:
+    """Return the texts in a file; conversations are written by a model's chat template.
+
+    Args:
+        path: the file, see :func:`planner.text.formats.read_documents`.
+        folder: the model's folder.
 
     Raises:
-        UsageError: no such file, or not UTF-8.
+        MoeqError: no such file, damaged contents, or more than :data:`MAX_CHARACTERS`; a damaged tokenizer.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a UTF-8 text file ({error})") from None
+    found: list[str] = []
+    tokenizer, left = None, MAX_CHARACTERS
+    for document in read_documents(path, MAX_CHARACTERS + 1):
+        if document.text is None and tokenizer is None:
+            tokenizer = load_tokenizer(folder)
+        found.append(render(document, tokenizer))
+        left -= len(found[-1])
+        if left < 0:
+            raise UsageError(f"{path}: expected at most {MAX_CHARACTERS >> 20} Mi characters, found more")
+    return tuple(found)
 
 
-def read_tokens(folder: Path, text: str, max_tokens: int | None, name: str) -> list[int]:
-    """Return a text's tokens by a model's tokenizer, with the special tokens that it puts before a text.
+def read_tokens(folder: Path, texts: Sequence[str], max_tokens: int | None, name: str) -> list[int]:
+    """Return the tokens of some texts by a model's tokenizer.
+
+    The special tokens that the tokenizer puts around a text are added to the first one; texts follow each other,
+    separated by the end-of-text token if the model has one.
 
     Args:
         folder: the model's folder.
-        text: the text.
+        texts: the texts.
         max_tokens: maximum number of tokens; None for all.
-        name: name of the text in messages.
+        name: name of the texts in messages.
 
     Raises:
-        MoeqError: no tokenizer, or a text of fewer than two tokens.
+        MoeqError: no tokenizer, or texts of fewer than two tokens.
     """
-    ids: list[int] = load_tokenizer(folder)(text, verbose=False)["input_ids"][:max_tokens]
+    tokenizer = load_tokenizer(folder)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for number, text in enumerate(texts):
+        ids += ([*end] if number else []) + encode(tokenizer, text, name, special=number == 0)
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:2] == [begin, begin]:  # a chat template has written it too
+        ids = ids[1:]
+    ids = ids[:max_tokens]
     if len(ids) < 2:
         raise UsageError(f"{name}: expected a text of at least two tokens, found {len(ids)}")
     return ids
@@ -63,7 +91,7 @@ def perplexity(folder: Path, text: str, progress: Progress, window: int = 512, m
     Raises:
         MoeqError: a damaged checkpoint, or a text of fewer than two tokens.
     """
-    tokens, targets = cut(read_tokens(folder, text, max_tokens, "text"), window)
+    tokens, targets = cut(read_tokens(folder, [text], max_tokens, "text"), window)
     reader = open_reader(folder, torch.device("cpu"))
     try:
         with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from planner.calibration.reading.text import load_tokenizer
 from planner.common.memory import explained_if_out_of_memory
 from planner.common.progress import Progress
 from planner.evaluation.lm_eval_backends import DEFAULT_TASK_BACKEND
@@ -24,6 +23,8 @@ from planner.evaluation.record import Divergence, TaskResult, TextResult
 from planner.model.source import SourceModel
 from planner.output.unfinished import PartialRun
 from planner.quantization.runners.choose import read_devices
+from planner.text.documents import digest
+from planner.text.tokenizer import load_tokenizer
 from vllm_moeq.format import UsageError
 
 
@@ -33,7 +34,7 @@ class Text:
 
     Attributes:
         name: name of the text in results.
-        content: the text itself.
+        content: the text itself, in one or several documents.
         window: tokens of context.
         max_tokens: maximum number of tokens; None for all.
         reference: folder of the reference model; None for no reference.
@@ -41,7 +42,7 @@ class Text:
     """
 
     name: str
-    content: str
+    content: tuple[str, ...]
     window: int
     max_tokens: int | None = None
     reference: Path | None = None
@@ -50,7 +51,7 @@ class Text:
     @property
     def sha256(self) -> str:
         """Digest of the whole text."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
+        return digest(self.content)
 
 
 @dataclass(frozen=True)

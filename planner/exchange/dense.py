@@ -49,7 +49,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
                 if not writer.has_shard(shard):
                     writer.write_shard(shard, dense.shard(shard))
             shards.check_unchanged()
-            writer.copy(companions(folder))
+            writer.copy(folder, companions(folder))
             source.pop("quantization_config")
             writer.finish({**source, "dtype": name}, {})
         except BaseException:

@@ -62,11 +62,12 @@ class CheckpointWriter:
             self._weight_map[name] = shard
         self._bytes[shard] = (self.partial / shard).stat().st_size
 
-    def copy(self, files: Iterable[Path]) -> None:
-        """Copy files into the folder, under their own names."""
-        for path in files:
-            with atomic(self.partial / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+    def copy(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files of another folder, given by their names relative to it."""
+        for name in names:
+            (self.partial / name).parent.mkdir(exist_ok=True)
+            with atomic(self.partial / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
 
     def finish(
         self, config: Mapping[str, Any], extra: Mapping[str, Any], describe: Callable[[Path], None] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from planner.common.progress import Progress, duration
-from planner.model.hub import companions
+from planner.model.hub import companion_bytes, companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
@@ -27,7 +27,7 @@ from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
 
 HEADROOM_BYTES = 4 << 20
-"""Bytes for headers, index, config and tokenizer in the check for free space."""
+"""Bytes for headers, index and config in the check for free space."""
 
 
 def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> MoeqConfig:
@@ -126,7 +126,8 @@ def quantize(
     check_sizes(model, layout, settings)
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)
-    check_space(output, sizes.total_bytes + HEADROOM_BYTES)
+    beside = companions(model.folder)
+    check_space(output, sizes.total_bytes + companion_bytes(model.folder) + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
     try:
@@ -137,14 +138,27 @@ def quantize(
         report["source"] = describe_source(model)
         if calibration:
             report["calibration"] = dict(calibration)
-        writer.copy(companions(model.folder))
-        writer.finish(*_files(model, plan, with_fallbacks(config, report), report), describe)
+        writer.copy(model.folder, beside)
+        config = with_fallbacks(config, report)
+        writer.finish(*_files(model, plan, config, report), describe)
     except BaseException as error:
         writer.abandon()
         if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
             progress.line(f"interrupted; {CONTINUES}")
         raise
+    _note_fallbacks(config, settings, progress)
     return sizes
+
+
+def _note_fallbacks(config: MoeqConfig, settings: QuantizeSettings, progress: Progress) -> None:
+    """Say how many experts the calibration did not reach, and what helps."""
+    missed = sum(map(len, (config.plan.fallback or {}).values()))
+    if missed:
+        total = sum(map(len, config.experts.values()))
+        progress.line(
+            f"note: {missed} of {total} experts were quantized without calibration, most for fewer than "
+            f"{settings.min_tokens} tokens; more --samples, a longer text or a lower --min-tokens reach more"
+        )
 
 
 def _files(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from planner.evaluation.record import FILE as EVALUATION
-from planner.model.hub import COMPANIONS
+from planner.model.hub import companions
 from planner.quantization.record import FILE as RECORDED
 from vllm_moeq.format import CheckpointError, ShardSet
 from vllm_moeq.format.shards import INDEX_NAME
@@ -33,7 +33,7 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
     names |= {
         name for name in (*ours, *(picture(Path(PAGE), part).name for part in PICTURES)) if (folder / name).exists()
     }
-    names |= {path.name for pattern in (*COMPANIONS, *LICENSES) for path in folder.glob(pattern)}
+    names |= {*companions(folder), *(path.name for pattern in LICENSES for path in folder.glob(pattern))}
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: expected a regular file")

@@ -67,5 +67,9 @@ def mutate_header(data: bytes, generator: random.Random) -> bytes:
     return index + separator + len(changed).to_bytes(8, "little") + changed + shard[8 + size :]
 
 
-MUTATORS: dict[str, Callable[[bytes, random.Random], bytes]] = {"schema": mutate_json, "headers": mutate_header}
+MUTATORS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "schema": mutate_json,
+    "headers": mutate_header,
+    "tokenizers": mutate_json,
+}
 """By target, where bytes are not enough."""

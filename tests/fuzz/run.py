@@ -1,4 +1,4 @@
-"""Fuzz one target, guided by coverage: python -m tests.fuzz.run schema|headers|unpack [libFuzzer's flags].
+"""Fuzz one target, guided by coverage: python -m tests.fuzz.run TARGET [libFuzzer's flags].
 
 Without a folder for inputs it keeps them in a temporary one. A crash is written to the current folder, and
 ``python -m tests.fuzz.run TARGET crash-…`` runs it again. Needs atheris (requirements/cpu.txt).
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["vllm_moeq.format", "planner.plan", "json"]):
+with atheris.instrument_imports(include=["vllm_moeq.format", "planner.plan", "planner.text", "json"]):
     from tests.fuzz import mutators, targets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import tempfile
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from planner.plan import Plan
+from planner.text.formats import read_documents
+from planner.text.tokenizer import encode, load_tokenizer
 from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
 from vllm_moeq.format.schema import first_problem
 
@@ -123,7 +126,60 @@ def unpacking(data: bytes) -> None:
     assert torch.equal(pack(codes, bits), words)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"schema": schema, "headers": headers, "unpack": unpacking}
+NAMES = ("a", "a.jsonl", "a.json", "a.csv", "a.txt.gz")
+"""Names of a text file: the first byte of an input chooses one."""
+
+
+def texts(data: bytes) -> None:
+    """A text file: an error of one line, or documents that a tokenizer can be given."""
+    with _folder() as folder:
+        path = folder / NAMES[data[0] % len(NAMES) if data else 0]
+        path.write_bytes(data[1:])
+        try:
+            for document in read_documents(path, LIMIT):
+                assert document.text is not None or document.messages is not None
+                for text in [document.text or "", *(message["content"] for message in document.messages)]:
+                    text.encode()
+        except MoeqError as error:
+            _one_line(error)
+
+
+VOCABULARY = {token: number for number, token in enumerate(["<s>", "</s>", "a", "b", "c", "ab", "abc", " ", "\u00e9"])}
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [
+        {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True},
+    ],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+|b"}, "behavior": "Isolated", "invert": False},
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "BPE", "vocab": VOCABULARY, "merges": [["a", "b"], ["ab", "c"]], "unk_token": "</s>"},
+}  # fmt: skip
+
+
+def tokenizers(data: bytes) -> None:
+    """A tokenizer.json: an error of one line, or numbers for which the model has embeddings."""
+    with _folder() as folder:
+        (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "vocab_size": len(VOCABULARY)}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        (folder / "tokenizer.json").write_bytes(data)
+        try:
+            ids = encode(load_tokenizer(folder), "abc cab \u00e9", "text", special=True)
+        except MoeqError as error:
+            _one_line(error)
+            return
+        assert all(0 <= number < len(VOCABULARY) for number in ids)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "schema": schema,
+    "headers": headers,
+    "unpack": unpacking,
+    "texts": texts,
+    "tokenizers": tokenizers,
+}
 
 
 def seeds(target: str) -> list[bytes]:
@@ -134,6 +190,13 @@ def seeds(target: str) -> list[bytes]:
         shard = save({"a": torch.arange(6).view(2, 3).int(), "b": torch.ones(2, 2).bfloat16()}, {"format": "pt"})
         index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}).encode()
         return [b"\x00" + shard, index + b"\x00" + shard]
+    if target == "texts":
+        rows = [{"text": "a b"}, {"messages": [{"role": "user", "content": "c"}], "id": 1}]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        files = (lines, json.dumps(rows).encode(), b"id,text\n1,a b\n", b"plain", gzip.compress(lines))
+        return [bytes([number]) + content for number in range(len(NAMES)) for content in files]
+    if target == "tokenizers":
+        return [json.dumps(TOKENIZER).encode()]
     generator = random.Random(0)
     return [
         bytes([bits]) + (64).to_bytes(2, "little") + generator.randbytes(64 * bits // 8) for bits in (*BIT_WIDTHS, 5)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving.load import run
-from planner.evaluation import read_text
 from tests.serving.conftest import Pair
 from tests.tiers import thorough
 
@@ -17,7 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.parametrize("seconds", thorough([8, 60], [8]))
 def test_answers_under_load_are_those_of_an_idle_server(seconds: float, mixtral: Pair, tmp_path: Path) -> None:
-    found = run(mixtral.quantized, read_text(mixtral.source / "held_out.txt"), 16, seconds, tmp_path / "log")
+    found = run(
+        mixtral.quantized, (mixtral.source / "held_out.txt").read_text(encoding="utf-8"), 16, seconds, tmp_path / "log"
+    )
     assert not found.unexpected
     assert not found.mismatches
     assert found.answers > 0

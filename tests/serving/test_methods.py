@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from planner.evaluation import read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ
 from tests.serving.conftest import losses
@@ -40,7 +39,7 @@ def test_every_plan_is_served(method: str, stats: Path, tmp_path: Path) -> None:
     subprocess.run([MOEQ, "quantize", MIXTRAL, "-o", folder, *flags], check=True)
     widths = json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
     assert len({bits for layer in widths.values() for bits in layer}) > 1
-    held_out = read_text(MIXTRAL / "held_out.txt")
+    held_out = (MIXTRAL / "held_out.txt").read_text(encoding="utf-8")
     texts = [held_out[begin : begin + 600] for begin in range(0, 30_000, 30_000 // PROMPTS)]
     with Server(folder, tmp_path / "log", FLAGS, cpu_environment()) as server:
         served, offline = losses(server, texts)

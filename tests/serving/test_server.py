@@ -17,7 +17,6 @@ import torch
 from benchmarks.serving.throughput import Answer
 from benchmarks.serving.throughput import ask as ask_server
 from planner.common.progress import Progress
-from planner.evaluation import read_text
 from planner.evaluation.vllm_server import Server, cpu_environment
 from planner.exchange.dense import export_dense
 from tests.conftest import bound_to_cores
@@ -40,7 +39,7 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def prompts(source: Path) -> list[str]:
-    text = read_text(source / "held_out.txt")
+    text = (source / "held_out.txt").read_text(encoding="utf-8")
     step = len(text) // PROMPTS
     return [text[i * step : i * step + 300] for i in range(PROMPTS)]
 

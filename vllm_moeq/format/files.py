@@ -99,15 +99,19 @@ def _is_deep(value: Any) -> bool:
     return False
 
 
-def check_inside(path: Path) -> None:
+def check_inside(path: Path, root: Path | None = None) -> None:
     """Refuse a link that leads out of its folder, except in the Hub's cache, whose files are links to ``../../blobs``.
+
+    Args:
+        path: the file.
+        root: the model's folder, if the file is in a folder below it.
 
     Raises:
         CheckpointError: the link leads out of its folder, in circles, or to no file.
     """
     if not path.is_symlink():
         return
-    folder = path.parent.resolve()
+    folder = (root or path.parent).resolve()
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):

@@ -19,7 +19,6 @@ from planner.comparison.entries import Entry, entries
 from planner.comparison.evaluate import evaluate
 from planner.comparison.report import tables
 from planner.comparison.request import Comparison, ComparisonRun
-from planner.evaluation.perplexity import read_text
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.planning.make import make_plan
@@ -89,7 +88,7 @@ class Bench:
 
     def __init__(self, model: SourceModel, output: Path, asked: Asked) -> None:
         self.model, self.folder, self.output, self.asked = model, model.folder, output, asked
-        self.held_out = read_text(model.folder / "held_out.txt")
+        self.held_out = (model.folder / "held_out.txt").read_text(encoding="utf-8")
         self.layout = read_layout(model)
         self.device = torch.device(asked.device)
         self.progress = Progress()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,35 +10,15 @@ from typing import Any
 import torch
 
 from planner.model.source import SourceModel
-from vllm_moeq.format import NESTED, ConfigError, UsageError
+from planner.text.sources import documents
+from planner.text.tokenizer import encode, load_tokenizer, render
+from vllm_moeq.format import NESTED, UsageError
 
 SEQUENCE = 2048
 """Number of tokens in a sequence by default, if the model can read as many."""
 
 BYTES_PER_TOKEN = 16
 """Characters of text to read for each token wanted: several times what tokenizers need."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """One split of a dataset on the Hub, at a fixed commit."""
-
-    path: str
-    config: str | None
-    split: str
-    column: str
-    revision: str
-
-
-DATASETS = {
-    "wikitext2": Dataset(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "b08601e04326c79dfdd32d625aee71d232d685c3"
-    ),
-    "c4": Dataset("allenai/c4", "en", "train", "text", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"),
-}
-"""Datasets that ``--data`` knows by name; any other dataset is ``owner/name[:config]@commit``."""
-
-NAMED = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?@([0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -70,8 +47,7 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
 
     Args:
         folder: model folder with a tokenizer.
-        data: a text file, a JSON-lines file with a ``text`` field, a name in :data:`DATASETS`, or
-            ``owner/name[:config]@commit``.
+        data: a text file or a dataset; see :func:`planner.text.sources.documents`.
         sequences: number of sequences; fewer if the text is short.
         length: number of tokens in each.
         seed: seed of the draw.
@@ -83,8 +59,12 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     budget = sequences * length * BYTES_PER_TOKEN
     ids: list[int] = []
-    for document in _limited(documents(data, budget), budget):
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    for document in documents(data, budget):
+        text = render(document, tokenizer)[:budget]
+        ids += encode(tokenizer, text, document.where) + end
+        budget -= len(text)
+        if budget <= 0:
+            break
     available = len(ids) // length
     if available == 0:
         raise UsageError(f"--data {data}: expected at least {length} tokens (--seq-len), found {len(ids)}")
@@ -94,94 +74,15 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
     return CalibrationText(windows[chosen], {"data": name, "seed": seed})
 
 
-def documents(data: str, characters: int) -> Iterator[str]:
-    """Yield the documents of a file or a dataset; a plain text is one document, of up to ``characters`` characters.
-
-    Raises:
-        MoeqError: there is no such file or dataset, or it has another format than its name says.
-    """
-    path = Path(data)
-    if path.is_file():
-        return _json_lines(path) if path.suffix in (".jsonl", ".ndjson") else _plain(path, characters)
-    named = NAMED.fullmatch(data)
-    if data in DATASETS:
-        return _dataset(DATASETS[data])
-    if named is not None:
-        return _dataset(Dataset(named[1], named[2], "train", "text", named[3]))
-    known = ", ".join(DATASETS)
-    raise UsageError(
-        f"--data: expected a text or JSON-lines file, one of {known}, or owner/name[:config]@<40-digit commit>, "
-        f"found {data}"
+def shortage(text: CalibrationText, wanted: int) -> str | None:
+    """Return a note if a text holds fewer sequences than wanted, else None."""
+    found, length = text.tokens.shape
+    if found >= wanted:
+        return None
+    return (
+        f"note: {text.source['data']} holds {found} sequences of {length} tokens, {wanted} were asked for; "
+        "a longer text or a shorter --seq-len gives more"
     )
-
-
-def _plain(path: Path, characters: int) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield file.read(characters)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a UTF-8 text file ({error})") from None
-
-
-def _json_lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_of(line, f"{path}: line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a UTF-8 JSON-lines file ({error})") from None
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UsageError(f"{where}: expected a JSON object with a text field, found no JSON") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise UsageError(f"{where}: expected a JSON object with a text field, found {line.strip()[:60]!r}")
-    return text
-
-
-def _dataset(dataset: Dataset) -> Iterator[str]:
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UsageError("--data: a named dataset needs the package datasets: pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(
-            dataset.path, dataset.config, split=dataset.split, revision=dataset.revision, streaming=True
-        )
-        for row in rows:
-            if row[dataset.column].strip():
-                yield row[dataset.column]
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--data {dataset.path}@{dataset.revision[:8]}: cannot be read ({reason})") from None
-
-
-def _limited(texts: Iterable[str], budget: int) -> Iterator[str]:
-    """Yield texts, up to ``budget`` characters in total."""
-    for text in texts:
-        if budget <= 0:
-            return
-        yield text[:budget]
-        budget -= len(text)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Return a model's tokenizer.
-
-    Raises:
-        ConfigError: transformers cannot load one.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load its tokenizer ({error})") from None
 
 
 def longest_text(model: SourceModel) -> int:

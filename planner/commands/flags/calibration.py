@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from planner.calibration.reading.text import DATASETS, SEQUENCE, CalibrationText, calibration_text, longest_text
+from planner.calibration.reading.text import SEQUENCE, CalibrationText, calibration_text, longest_text, shortage
+from planner.common.progress import Progress
 from planner.model.source import SourceModel
+from planner.text.sources import DATASETS
 from vllm_moeq.format import UsageError
 
 
@@ -21,7 +23,8 @@ class TextFlags:
         typer.Option(
             "--data",
             metavar="TEXT",
-            help=f"Calibration text: a text or JSON-lines file, {', '.join(DATASETS)}, or owner/name[:config]@commit.",
+            help="Calibration text: a file of text, JSON, CSV or parquet, "
+            f"{', '.join(DATASETS)}, or owner/name[:config]@commit.",
         ),
     ] = None
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128
@@ -40,4 +43,8 @@ class TextFlags:
         longest = longest_text(model)
         if self.seq_len is not None and self.seq_len > longest:
             raise UsageError(f"--seq-len: expected at most {longest}, the model's longest text, found {self.seq_len}")
-        return calibration_text(model.folder, self.data, self.samples, self.seq_len or min(SEQUENCE, longest), seed)
+        found = calibration_text(model.folder, self.data, self.samples, self.seq_len or min(SEQUENCE, longest), seed)
+        note = shortage(found, self.samples)
+        if note is not None:
+            Progress().line(note)
+        return found

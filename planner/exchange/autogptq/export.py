@@ -73,7 +73,7 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
                     tensors = _shard(shards, shard, linears, version)
                     writer.write_shard(shard, {module_name(row, name): tensor for name, tensor in tensors.items()})
             shards.check_unchanged()
-            writer.copy(companions(folder))
+            writer.copy(folder, companions(folder))
             writer.finish({**model.config, "quantization_config": settings}, {"quantize_config.json": settings})
         except BaseException:
             writer.abandon()

@@ -44,7 +44,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callab
                     if tensors:
                         writer.write_shard(shard, tensors)
             model.shards.check_unchanged()
-            writer.copy(companions(folder))
+            writer.copy(folder, companions(folder))
             quantization_config = config.model_dump(mode="json", exclude_none=True)
             writer.finish({**model.config, "quantization_config": quantization_config}, {}, describe)
         except BaseException:

@@ -14,11 +14,12 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, first_hidden, route
-from planner.calibration.reading.text import calibration_text, documents
+from planner.calibration.reading.text import calibration_text, shortage
 from planner.calibration.statistics import observe, read_statistics
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantize_rtn, quantize_sign
+from planner.text.sources import documents
 from tests.conftest import Outcome
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
 from tests.planner.calibration.layers import reading
@@ -77,7 +78,7 @@ class TestText:
             ("short.txt", b"x = 1\n", "at least 64 tokens"),
             ("binary.txt", b"\xff\xfe\x00" * 100, "UTF-8"),
             ("lines.jsonl", b'{"text": "fine"}\nnot json\n', "line 2: expected a JSON object"),
-            ("fields.jsonl", b'{"content": "x"}\n', "line 1: expected a JSON object with a text field"),
+            ("fields.jsonl", b'{"content": "x"}\n', "line 1: expected a field text"),
             ("deep.jsonl", b"[" * 100_000, "line 1"),
         ],
     )
@@ -86,6 +87,29 @@ class TestText:
         with pytest.raises(UsageError, match=message) as error:
             calibration_text(MIXTRAL, str(tmp_path / name), 2, 64, 0)
         assert name in str(error.value)
+
+    @pytest.mark.parametrize("wanted", [2, 3, 100])
+    def test_fewer_sequences_than_asked_for_are_said(self, tmp_path: Path, wanted: int) -> None:
+        (tmp_path / "a.txt").write_text("x = 1\n" * 200)
+        text = calibration_text(MIXTRAL, str(tmp_path / "a.txt"), wanted, 128, 0)
+        note, found = shortage(text, wanted), len(text.tokens)
+        assert (note is None) == (found == wanted)
+        if note is not None:
+            assert f"a.txt holds {found} sequences of 128 tokens, {wanted} were asked for" in note
+
+    @pytest.mark.parametrize("command", ["quantize", "calibrate", "plan", "compare"])
+    def test_every_command_says_so(self, moeq: Run, tmp_path: Path, command: str) -> None:
+        (tmp_path / "a.txt").write_text("x = 1\n" * 200)
+        own = {
+            "quantize": ("--method", "uniform", "--avg-bits", 3, "-o", tmp_path / "out"),
+            "calibrate": ("-o", tmp_path / "out.safetensors"),
+            "plan": ("--method", "frequency"),
+            "compare": ("--methods", "frequency", "--held-out", tmp_path / "a.txt", "-o", tmp_path / "out"),
+        }
+        flags = ("--data", tmp_path / "a.txt", "--samples", 64, "--seq-len", 128, *own[command])
+        outcome = moeq(command, MIXTRAL, *flags)
+        assert outcome.code == 0, outcome.err
+        assert outcome.err.count("sequences of 128 tokens, 64 were asked for") == 1
 
     @pytest.mark.parametrize("data", ["nothing.txt", "owner/name", "owner/name@main", "owner/name@" + "g" * 40])
     def test_datasets_need_a_commit(self, data: str) -> None:

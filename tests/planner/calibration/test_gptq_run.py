@@ -63,8 +63,12 @@ class TestGptqRun:
     def test_experts_with_few_tokens_are_named(self, tmp_path: Path, moeq: Run) -> None:
         output = tmp_path / "out"
         flags = ("--data", CALIBRATION_TEXT, "--samples", 2, "--seq-len", 64, "--min-tokens", 40, "--jobs", 2)
-        assert moeq("quantize", MIXTRAL, "-o", output, *flags).code == 0
+        outcome = moeq("quantize", MIXTRAL, "-o", output, *flags)
+        assert outcome.code == 0, outcome.err
         config = json.loads((output / "config.json").read_text())["quantization_config"]["plan"]
+        missed = sum(map(len, config["fallback"].values()))
+        assert f"note: {missed} of 32 experts were quantized without calibration" in outcome.err
+        assert "a lower --min-tokens" in outcome.err
         report = json.loads((output / "quantization_report.json").read_text())
         for layer in report["layers"]:
             for entry in layer["experts"]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from planner.model.hub import COMPANIONS, TEMPLATES, companions
 from tests.paths import MIXTRAL, MOEQ
 from tests.planner.hub import Hub, open_hub
+from tests.planner.model.test_hub import EXTRA, STRANGERS
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,18 @@ def test_a_dry_run_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert any("config.json" in path for path in hub.asked)
     here = run(hub, tmp_path, "quantize", MIXTRAL, *wanted, "--quantizer", "rtn", "-o", tmp_path / "out")
     assert planned["sizes"]["total_bytes"] == made["sizes"]["total_bytes"] == here["sizes"]["total_bytes"]
+
+
+def test_companions_arrive_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    """Weights that the index does not name stay there, as do code and other files."""
+    shared = hub.shared[NAME]
+    shared |= {name: content.encode() for name, content in ({"README.md": "a card"} | EXTRA).items()}
+    shared |= dict.fromkeys((*STRANGERS, "original/model.safetensors", "model-extra.safetensors"), b"no")
+    run(hub, tmp_path / "home", "inspect", NAME)
+    (folder,) = (tmp_path / "home").glob("**/snapshots/*")
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    assert found == {"config.json", "README.md", "model.safetensors", *companions(folder)}
+    assert set(companions(folder)) == {*COMPANIONS, f"{TEMPLATES}/rag.jinja"}
 
 
 def test_work_downloads_them_once(hub: Hub, tmp_path: Path) -> None:

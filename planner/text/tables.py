@@ -1,0 +1,97 @@
+"""Texts in tables: CSV by Python's reader, parquet by pyarrow, which the package datasets brings."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+from planner.text.documents import CHATS, FIELDS, Document, document_of
+from planner.text.files import TextFile
+from vllm_moeq.format import UsageError
+
+PARQUET = b"PAR1"
+CSV_NAMES = (".csv", ".tsv")
+MAX_FIELD = 1 << 24
+"""Characters of one field of CSV."""
+
+DELIMITERS = ",\t;|"
+
+
+def is_parquet(file: TextFile) -> bool:
+    """Tell whether a file is parquet."""
+    return file.head.startswith(PARQUET)
+
+
+def read_parquet(file: TextFile, _: int) -> Iterator[Document]:
+    """Yield a document per row.
+
+    Raises:
+        UsageError: pyarrow is missing, a damaged file, or no column of texts or conversations.
+    """
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{file.path}: parquet needs {error.name}: pip install datasets") from None
+    try:
+        table = parquet.ParquetFile(file.stream)
+        column = _column(table.schema_arrow.names, file)
+        row = 0
+        for batch in table.iter_batches(batch_size=64, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield document_of({column: value}, f"{file.path}: row {row}")
+    except (arrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file.path}: expected a parquet file, found a damaged one ({error!s:.200})") from None
+
+
+def is_csv(file: TextFile) -> bool:
+    """Tell whether a file is CSV: its name says so, or a header of several columns with one of texts, and a row."""
+    if file.named(*CSV_NAMES):
+        return True
+    lines = file.head.decode("utf-8-sig", errors="replace").splitlines()[:2]
+    if len(lines) < 2:
+        return False
+    header, row = (next(csv.reader([line], delimiter=_delimiter(lines[0]))) for line in lines)
+    return len(header) == len(row) > 1 and any(field in header for field in FIELDS)
+
+
+def read_csv(file: TextFile, _: int) -> Iterator[Document]:
+    """Yield a document per row.
+
+    Raises:
+        UsageError: damaged rows, or no column ``text``.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    text = io.TextIOWrapper(file.stream, encoding="utf-8-sig", newline="")
+    header = text.readline(MAX_FIELD)
+    reader = csv.reader(text, delimiter=_delimiter(header))
+    try:
+        names = next(csv.reader([header], delimiter=_delimiter(header)), [])
+        column = names.index(_column([name for name in names if name not in CHATS], file))
+        for row in reader:
+            where = f"{file.path}: line {reader.line_num + 1}"
+            if row and len(row) <= column:
+                raise UsageError(f"{where}: expected {len(names)} columns, found {len(row)}")
+            if row:
+                yield document_of(row[column], where)
+    except csv.Error as error:
+        raise UsageError(f"{file.path}: line {reader.line_num + 1}: expected CSV ({error})") from None
+
+
+def _delimiter(header: str) -> str:
+    """Return the delimiter that makes one of the header's fields the column of texts, else a comma."""
+    for delimiter in DELIMITERS:
+        fields = next(csv.reader([header], delimiter=delimiter), [])
+        if any(field in fields for field in FIELDS) and len(fields) > 1:
+            return delimiter
+    return DELIMITERS[0]
+
+
+def _column(names: Sequence[str], file: TextFile) -> str:
+    """Return the column that makes documents."""
+    for field in FIELDS:
+        if field in names:
+            return field
+    raise UsageError(f"{file.path}: expected a column {' or '.join(FIELDS)}, found {list(names)!r:.200}")

@@ -1,0 +1,129 @@
+"""A model's tokenizer: loaded, checked against the model's embeddings, and asked for tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from planner.text.documents import Document
+from vllm_moeq.format import NESTED, ConfigError, MoeqError, UsageError, read_json
+
+OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MoeqError)
+"""Not errors of a tokenizer. Its panics are no ``Exception``, so everything else is caught."""
+
+
+MAX_TOKENIZER_BYTES = 1 << 28
+MAX_TOKENS = 1 << 24
+"""The largest number of a token. Vocabularies have up to a few hundred thousand."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        ConfigError: transformers cannot load one, or it has tokens for which the model has no embedding.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_large_numbers(folder / "tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+    except OURS:
+        raise
+    except BaseException as error:
+        _refuse(f"{folder}: transformers cannot load its tokenizer", error)
+    rows = _vocabulary_size(folder)
+    token, number = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    if rows is not None and number >= rows:
+        raise ConfigError(
+            f"{folder}: tokenizer: expected numbers below {rows}, the model's vocab_size, "
+            f"found token {token!r:.80} with the number {number}; resize the model's embeddings, or remove the token"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str, where: str, special: bool = False) -> list[int]:
+    """Return a text's tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        where: the text's place, for messages.
+        special: whether to add the special tokens that stand around a text.
+
+    Raises:
+        UsageError: the tokenizer fails.
+    """
+    try:
+        found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except OURS:
+        raise
+    except BaseException as error:
+        _refuse(f"{where}: the model's tokenizer cannot read it", error)
+    return found
+
+
+def render(document: Document, tokenizer: Any) -> str:
+    """Return a document's text; a conversation is written by the model's chat template.
+
+    Raises:
+        UsageError: there is no chat template, or it does not take the conversation.
+    """
+    if document.text is not None:
+        return document.text
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            f"{document.where}: a conversation needs the model's chat template, which {tokenizer.name_or_path} lacks; "
+            "expected a field text"
+        )
+    try:
+        rendered: str = tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+    except OURS:
+        raise
+    except BaseException as error:
+        _refuse(f"{document.where}: the model's chat template does not take the conversation", error)
+    return rendered
+
+
+def _refuse_large_numbers(path: Path) -> None:
+    """Refuse token numbers up to which the tokenizer would fill the memory with a table.
+
+    Raises:
+        ConfigError: naming the token; or a file of more than :data:`MAX_TOKENIZER_BYTES`.
+    """
+    try:
+        size = path.stat().st_size if path.is_file() else 0
+        if size > MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"{path}: expected at most {MAX_TOKENIZER_BYTES >> 20} MiB, found {size} bytes")
+        found = json.loads(path.read_bytes()) if size else {}
+        vocabulary, added = found["model"]["vocab"], found.get("added_tokens") or []
+        pairs = [
+            *(vocabulary.items() if isinstance(vocabulary, dict) else ()),
+            *((it["content"], it["id"]) for it in added),
+        ]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return  # transformers says what is wrong with it
+    for token, number in pairs:
+        if isinstance(number, int) and number > MAX_TOKENS:
+            raise ConfigError(
+                f"{path}: expected numbers up to {MAX_TOKENS}, found token {token!r:.80} with {number!r:.40}"
+            )
+
+
+def _refuse(what: str, error: BaseException) -> NoReturn:
+    """Raise a tokenizer's error as one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise UsageError(f"{what} ({reason:.300})") from None
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """Return the number of embeddings that config.json names, or None."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    for part in (config, config.get(NESTED)) if isinstance(config, dict) else ():
+        size = part.get("vocab_size") if isinstance(part, dict) else None
+        if type(size) is int:
+            return size
+    return None
