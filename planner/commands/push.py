@@ -14,7 +14,7 @@ from planner.commands import show
 from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.common.units import size
-from planner.report.files import checkpoint_files
+from planner.report.files import checkpoint_files, other_files
 from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import UsageError
 
@@ -42,7 +42,9 @@ def push_command(
     """
     _check_name(repo)
     verify_whole(folder, values=False)
-    files = checkpoint_files(folder)
+    files, others = checkpoint_files(folder), other_files(folder)
+    if others:
+        Progress().line(f"note: {len(others)} other files stay here: {', '.join(map(repr, others)):.500}")
     facts: dict[str, Any] = {"repo": repo, "files": files, "bytes": sum(files.values())}
     if not dry_run:
         Progress().line(f"pushing {len(files)} files, {size(facts['bytes'])}, to {repo}")

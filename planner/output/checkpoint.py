@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from planner.output.files import atomic, reason, sync, write_json, write_tensors
 from planner.output.unfinished import PartialRun
-from vllm_moeq.format import NESTED, CheckpointError
+from vllm_moeq.format import CheckpointError
+from vllm_moeq.format.strangers import without_strangers
 
 
 class CheckpointWriter:
@@ -86,11 +87,17 @@ class CheckpointWriter:
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
-        write_json(self.partial / "config.json", without_code(config))
+        write_json(self.partial / "config.json", without_strangers(config))
         if describe is not None:
             describe(self.partial)
         try:
+            self.output.mkdir()  # a rename would replace an empty folder that somebody made meanwhile
             self.partial.rename(self.output)
+        except FileExistsError:
+            raise CheckpointError(
+                f"{self.output}: somebody made it while this run went on; the result is kept in {self.partial}: "
+                "move the other away and run the same command again"
+            ) from None
         except OSError as error:
             raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({reason(error)})") from None
         # Only now, so that a run that fails earlier can still be continued.
@@ -102,14 +109,6 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """Keep whole shards for a later run, and remove everything else; call this after an error."""
         self._run.abandon()
-
-
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without ``auto_map``, which names code that is not copied."""
-    kept = {key: value for key, value in config.items() if key != "auto_map"}
-    if isinstance(kept.get(NESTED), dict):
-        kept[NESTED] = {key: value for key, value in kept[NESTED].items() if key != "auto_map"}
-    return kept
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,18 @@ SHARD_COPIES = 2
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` and put it in place when the block succeeds.
 
+    The temporary file is new and has a random name, since a folder that somebody else made may hold links under any
+    name that can be foreseen. A link at ``path`` itself is replaced and not followed.
+
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write ({reason(error)})") from None
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         yield temporary
         umask = os.umask(0)

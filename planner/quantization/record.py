@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from planner.model.source import SourceModel
 from planner.output.files import read_as
+from vllm_moeq.format import ConfigError
+from vllm_moeq.format.files import read_bytes
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 FILE = "quantization_report.json"
@@ -127,9 +129,11 @@ def describe_source(model: SourceModel) -> dict[str, Any]:
 
 def _license(readme: Path) -> dict[str, str]:
     """Return the licence fields of a model card's front matter; only plain ``key: value`` lines are read."""
-    if not readme.is_file() or readme.stat().st_size > MAX_README:
-        return {}
-    front = FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
+    try:
+        text = read_bytes(readme, MAX_README).decode("utf-8", errors="replace")
+    except ConfigError:
+        return {}  # a source without a readable card has no licence to name
+    front = FRONT_MATTER.match(text)
     if front is None:
         return {}
     lines = ((key, value.strip("'\"")) for key, value in PLAIN_LINE.findall(front[1]))

@@ -14,12 +14,14 @@ from planner.report.command_lines import auto_class, method_in_words, quantize_l
 from planner.report.facts import Facts, collect
 from planner.report.files import CARD
 from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
+from vllm_moeq.format.files import read_bytes
 
 DIR = "DIR"
 """Placeholder for the folder, since the folder's name must not change the card."""
 
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
-SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+MAX_BYTES = 1 << 22
+"""Bytes of a card whose evaluation section is replaced."""
 ON_THE_HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 """Names that the Hub accepts as a model's name. It refuses cards with other names."""
 
@@ -49,11 +51,12 @@ def refresh_card(folder: Path) -> bool:
     if not path.exists():
         write_card(folder)
         return True
-    before = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    if SECTION.search(before) is None:
+    before = read_bytes(path, MAX_BYTES).decode("utf-8", errors="surrogateescape")
+    begin = before.find(BEGIN)
+    end = before.find(END, begin) if begin >= 0 else -1
+    if end < 0:
         return False
-    section = evaluation_section(read_evaluations(folder))
-    after = SECTION.sub(lambda _found: section, before, count=1)
+    after = before[:begin] + evaluation_section(read_evaluations(folder)) + before[end + len(END) :]
     if after != before:
         _write(path, after)
     return True

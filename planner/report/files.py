@@ -8,12 +8,13 @@ from planner.evaluation.record import FILE as EVALUATION
 from planner.model.hub import companions
 from planner.quantization.record import FILE as RECORDED
 from vllm_moeq.format import CheckpointError, ShardSet
+from vllm_moeq.format.files import check_inside
 from vllm_moeq.format.shards import INDEX_NAME
 
 PAGE = "report.html"
 CARD = "README.md"
 PICTURES = ("widths", "experts")
-LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md")
 
 
 def picture(page: Path, name: str) -> Path:
@@ -25,16 +26,22 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
     """Return name → bytes for the files of a checkpoint: its shards, and files with names that moeq writes or copies.
 
     Raises:
-        CheckpointError: damaged headers, or a name that is not a regular file.
+        CheckpointError: damaged headers, or a name that is no regular file of this folder or of the Hub's cache.
     """
     with ShardSet(folder) as shards:
         names = {info.shard for info in shards.tensors.values()}
-    ours = ("config.json", INDEX_NAME, "plan.json", RECORDED, EVALUATION, CARD, PAGE)
-    names |= {
-        name for name in (*ours, *(picture(Path(PAGE), part).name for part in PICTURES)) if (folder / name).exists()
-    }
-    names |= {*companions(folder), *(path.name for pattern in LICENSES for path in folder.glob(pattern))}
+    ours = ("config.json", INDEX_NAME, "plan.json", RECORDED, EVALUATION, CARD, PAGE, *LICENSES)
+    pictures = (picture(Path(PAGE), part).name for part in PICTURES)
+    names |= {name for name in (*ours, *pictures) if (folder / name).exists() or (folder / name).is_symlink()}
+    names |= set(companions(folder))
     for name in names:
+        check_inside(folder / name, folder)
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: expected a regular file")
     return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def other_files(folder: Path) -> list[str]:
+    """Return the names of what else lies in a checkpoint's folder, which nobody uploads."""
+    known = {Path(name).parts[0] for name in checkpoint_files(folder)}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)

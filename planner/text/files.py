@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import ConfigError, UsageError
+from vllm_moeq.format.files import open_regular
 
 HEAD_BYTES = 1 << 16
 """Bytes at the beginning of a file by which its format is recognised."""
@@ -42,7 +42,7 @@ class TextFile:
         whole: whether ``head`` is everything.
     """
 
-    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+    def __init__(self, path: Path, stream: io.BufferedReader[Any]) -> None:
         self.path = path
         self.stream = stream
         self.head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
@@ -62,31 +62,19 @@ def open_text(path: Path) -> Iterator[TextFile]:
         UsageError: no regular file, no permission, damaged contents, or a kind of file that is not read.
     """
     try:
-        with _open(path) as raw:
+        with io.BufferedReader(open_regular(path).detach(), HEAD_BYTES) as raw:
             packed = raw.peek(len(GZIP)).startswith(GZIP)
             file = TextFile(path, io.BufferedReader(gzip.GzipFile(fileobj=raw), HEAD_BYTES) if packed else raw)
             _refuse_unread(file)
             yield file
+    except ConfigError as error:
+        raise UsageError(f"{error}; {EXPECTED}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: {EXPECTED}, found no UTF-8 ({error.reason} at byte {error.start})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{path}: {EXPECTED}, found damaged gzip data ({error})") from None
     except OSError as error:
         raise UsageError(f"{path}: {EXPECTED}, cannot read ({error.strerror or error})") from None
-
-
-def _open(path: Path) -> io.BufferedReader:
-    """Open a regular file without waiting for a pipe's other end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-            raise UsageError(f"{path}: {EXPECTED}, found {found}")
-        return io.BufferedReader(io.FileIO(descriptor, closefd=True), HEAD_BYTES)
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def _refuse_unread(file: TextFile) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from planner.text.documents import Document
 from vllm_moeq.format import NESTED, ConfigError, MoeqError, UsageError, read_json
+from vllm_moeq.format.files import read_bytes
 
 OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MoeqError)
 """Not errors of a tokenizer. Its panics are no ``Exception``, so everything else is caught."""
@@ -94,16 +95,13 @@ def _refuse_large_numbers(path: Path) -> None:
         ConfigError: naming the token; or a file of more than :data:`MAX_TOKENIZER_BYTES`.
     """
     try:
-        size = path.stat().st_size if path.is_file() else 0
-        if size > MAX_TOKENIZER_BYTES:
-            raise ConfigError(f"{path}: expected at most {MAX_TOKENIZER_BYTES >> 20} MiB, found {size} bytes")
-        found = json.loads(path.read_bytes()) if size else {}
+        found = json.loads(read_bytes(path, MAX_TOKENIZER_BYTES)) if path.exists() else {}
         vocabulary, added = found["model"]["vocab"], found.get("added_tokens") or []
         pairs = [
             *(vocabulary.items() if isinstance(vocabulary, dict) else ()),
             *((it["content"], it["id"]) for it in added),
         ]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return  # transformers says what is wrong with it
     for token, number in pairs:
         if isinstance(number, int) and number > MAX_TOKENS:

@@ -197,7 +197,113 @@ IN_HEADER = [
     Attack("escape in a header", header(lambda it: it.update({ESCAPE: it.pop(PACKED)})), (SHARD, r"tensor '\x1b")),
 ]  # fmt: skip
 
+
+def same_shard(folder: Path) -> None:
+    """Two hundred names in the index of one shard with much metadata."""
+    text = b'{"__metadata__":{"a":"' + b"x" * 900_000 + b'"}}'
+    (folder / "z0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    for number in range(1, 200):
+        (folder / f"z{number}.safetensors").symlink_to("z0.safetensors")
+    weight_map(lambda it: it.update({f"t{i}": f"z{i}.safetensors" for i in range(200)}))(folder)
+
+
+def large_metadata(content: bytes) -> bytes:
+    size = int.from_bytes(content[:8], "little")
+    entries = content[8 : 8 + size].rstrip()[1:]
+    return with_header(b'{"__metadata__":{"a":"' + b"x" * 20_000_000 + b'"},' + _without_metadata(entries), content)
+
+
+def _without_metadata(entries: bytes) -> bytes:
+    begin = b'"__metadata__"'
+    if not entries.startswith(begin):
+        return entries
+    return entries[entries.index(b"},") + 2 :]
+
+
+def empty_tensors(folder: Path) -> None:
+    """Three shards of a hundred thousand tensors without elements, as many as a shard may have."""
+    for number in range(3):
+        entries = ",".join(f'"e{number}.{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(99_999))
+        text = f"{{{entries}}}".encode()
+        (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    more = {f"e{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(99_999)}
+    weight_map(lambda it: it.update(more))(folder)
+
+
+MANY = [
+    Attack("one shard under two hundred names", same_shard, ("z1.safetensors", "the same file as z0.safetensors")),
+    Attack("twenty megabytes of metadata", raw_shard(large_metadata), (SHARD, "__metadata__", "at most 1048576")),
+    Attack("three hundred thousand empty tensors", empty_tensors, ("e0.safetensors", "no empty tensor")),
+]
+
+
+def overflowing(name: str, value: float) -> Callable[[Path], None]:
+    """Set one element of an expert's scales or zeros in bfloat16, which holds numbers of any size."""
+
+    def change(folder: Path) -> None:
+        for part in (SCALE, ZERO):
+            tensor(part, lambda it: it.bfloat16())(folder)
+        filled(name, value)(folder)
+
+    return change
+
+
+def key(name: str, value: object) -> Callable[[Path], None]:
+    """Set a key of config.json."""
+    return config(lambda it: it.update({name: value}))
+
+
+PREFERRED = [
+    Attack(f"another file: {name}", file(name, b"{}"), (name, "expected no such file beside", INDEX))
+    for name in (
+        "extra.safetensors", "consolidated.safetensors", "consolidated.safetensors.index.json", "MODEL-9.SAFETENSORS",
+        "params.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
+        "model.gguf", "model.pt", "model.pth", "adapter_config.json", "adapter_model.safetensors",
+        "hf_quant_config.json", "modeling_evil.py", "config.4.0.json", "model.tensors",
+    )
+]  # fmt: skip
+"""Weights, configs and code that vLLM or transformers may take instead of what was checked."""
+
+LEADING = [
+    Attack(f"leading key: {name}", key(name, value), ("config.json", name, "expected no such key"), foreign=foreign)
+    for name, value, foreign in (
+        ("transformers_weights", "../outside.safetensors", False),
+        ("configuration_files", ["config.4.0.json"], True),
+        ("compression_config", {"quant_method": "compressed-tensors"}, True),
+        ("speculators_config", {"verifier": {"name_or_path": "evil/model"}}, False),
+        ("attn_implementation", "evil/kernel", True),
+        ("_attn_implementation", "evil/kernel", True),
+        ("experts_implementation", "evil/kernel", True),
+        ("_experts_implementation", {"text_config": "evil/kernel"}, True),
+        ("vision_config", {"attn_implementation": "evil/kernel"}, True),
+    )
+]  # fmt: skip
+"""Keys of config.json that lead a reader to code, other weights or another config."""
+
+AGAINST_FILES = [
+    Attack(f"{name} of {value!r:.20}", key(name, value), ("config.json", name, "expected"), foreign=True)
+    for name, value in (
+        ("num_hidden_layers", 3), ("num_hidden_layers", 10**8), ("num_hidden_layers", 0), ("num_hidden_layers", -1),
+        ("num_hidden_layers", 2.5), ("num_hidden_layers", "2"), ("num_hidden_layers", float("nan")),
+        ("hidden_size", -64), ("hidden_size", 0), ("hidden_size", 10**30), ("hidden_size", "64"),
+        ("vocab_size", 10**12), ("vocab_size", 1.5), ("num_attention_heads", 0), ("num_attention_heads", float("nan")),
+    )
+]  # fmt: skip
+AGAINST_FILES += [
+    Attack("one layer of two", config(lambda it: it.update(num_hidden_layers=1)),
+           (SHARD, "tensor model.layers.1.", "expected no such tensor")),
+    Attack("half of the width", config(lambda it: it.update(hidden_size=32)), (SHARD, "expected [", "found [")),
+    Attack("another vocabulary", config(lambda it: it.update(vocab_size=512)), (SHARD, "expected [512, 64]")),
+]  # fmt: skip
+"""Sizes in config.json that are not those of the files."""
+
 TENSORS = [
+    Attack("dense linear beside the packed one", added(f"{ATTENTION}.weight"), (SHARD, f"{ATTENTION}.weight", "both")),
+    Attack("no last norm", tensor("model.norm.weight", lambda _: None), ("model.norm.weight", "is missing")),
+    Attack("scale that overflows", overflowing(SCALE, 1e30), (SHARD, SCALE, "values up to 65504")),
+    Attack("zero that overflows", overflowing(ZERO, -3e38), (SHARD, ZERO, "values up to 65504")),
+    Attack("linear's scale that overflows", filled(f"{ATTENTION}.weight_scale", 1e30),
+           (SHARD, f"{ATTENTION}.weight_scale", "values up to 65504")),
     Attack("missing words", tensor(PACKED, lambda _: None), (PACKED, "is missing")),
     Attack("missing scales", tensor(SCALE, lambda _: None), (SCALE, "is missing")),
     Attack("missing zeros", tensor(ZERO, lambda _: None), (ZERO, "is missing")),
@@ -266,7 +372,7 @@ IN_CONFIG = [
     Attack("escape in config", ours(lambda it: it.update(quant_method=f"moeq{ESCAPE}")),
            ("config.json", r"\x1b"), foreign=True),
     Attack("code", config(lambda it: it.update(auto_map={"AutoConfig": "evil.Config"})),
-           ("config.json", "auto_map", "expected no code")),
+           ("config.json", "auto_map", "expected no such key")),
     Attack("code of the language model",
            config(lambda it: it.update(text_config={"auto_map": {"AutoModel": "evil.M"}})),
            ("config.json", "auto_map"), foreign=True),
@@ -284,4 +390,6 @@ IN_CONFIG = [
 ]  # fmt: skip
 
 
-CORPUS = [*IN_INDEX, *FILES, *IN_HEADER, *TENSORS, *IN_CONFIG]
+CORPUS = [
+    *IN_INDEX, *FILES, *PREFERRED, *IN_HEADER, *MANY, *TENSORS, *IN_CONFIG, *LEADING, *AGAINST_FILES,
+]  # fmt: skip

@@ -155,7 +155,7 @@ def test_read_json_refuses_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_read_json_refuses_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a JSON file"):
+    with pytest.raises(ConfigError, match="found a folder"):
         read_json(tmp_path)
 
 

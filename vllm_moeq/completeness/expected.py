@@ -14,6 +14,7 @@ import torch
 
 from vllm_moeq.completeness.sizes import check_layer_counts, check_sizes
 from vllm_moeq.format import ConfigError, TensorInfo
+from vllm_moeq.format.strangers import QUANTIZATION, without_strangers
 
 LEFTOVERS = (r"\.rotary_emb\.inv_freq$", r"\.(q|k|v|kv|prob)_scale$")
 """Patterns of tensors that other tools leave in checkpoints of any architecture, and no model reads: frequencies that
@@ -102,11 +103,16 @@ def _build(config: Mapping[str, Any], path: Path) -> Any:
     """Return transformers' model on the meta device."""
     import transformers
 
-    parsed = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+    parsed = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(_plain(config))
     check_sizes(config, parsed, path)
     dtype = parsed.dtype if isinstance(parsed.dtype, torch.dtype) else torch.bfloat16
     with torch.device("meta"):
         return class_of(parsed)._from_config(parsed, dtype=dtype)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without quantization and without what names code or kernels, which a class might fetch."""
+    return {key: value for key, value in without_strangers(config).items() if key != QUANTIZATION}
 
 
 def _of_model(model: Any, file: str) -> Expected:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +23,53 @@ MAX_JSON_VALUES = 1 << 20
 MAX_JSON_DEPTH = 64
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file that anybody may have made, for reading. A pipe's other end is not waited for.
+
+    Raises:
+        ConfigError: no regular file, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read ({error.strerror})") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ConfigError(f"{path}: expected a regular file, found {found}")
+    return io.BufferedReader(io.FileIO(descriptor))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Return the contents of a file that anybody may have made.
+
+    Args:
+        path: the file.
+        most: largest number of bytes that it may have.
+
+    Raises:
+        ConfigError: no regular file, it cannot be read, or it is larger.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read ({error.strerror})") from None
+        if len(data) > most:
+            raise ConfigError(f"{path}: expected at most {most} bytes, found {os.fstat(file.fileno()).st_size}")
+    return data
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file with a bounded size, number of values and depth; size and number are checked before parsing.
 
     Raises:
         ConfigError: the file is missing, too large, too deep, not a regular file or not JSON.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: expected a JSON file, found {'no file' if not path.exists() else 'none'}")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read ({error.strerror})") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: expected at most {MAX_JSON_BYTES} bytes, found {path.stat().st_size}")
-    return parse_json(data, str(path))
+    if not path.exists():
+        raise ConfigError(f"{path}: expected a JSON file, found no file")
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -23,6 +23,8 @@ MAX_NAME = 512
 MAX_SIZE = 1 << 48
 """The largest number in a header, and the largest product of a tensor's sizes."""
 METADATA = "__metadata__"
+MAX_METADATA = 1 << 20
+"""Characters of a header's metadata, which nobody here reads; the official reader keeps them in memory."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -92,7 +94,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read ({error.strerror})") from None
     entries = _parse(text, path)
-    entries.pop(METADATA, None)
+    if len(str(entries.pop(METADATA, ""))) > MAX_METADATA:
+        raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
     found: dict[str, TensorInfo] = {}
     end = 0
     for name, begin, until, shape, dtype in sorted(
@@ -148,6 +151,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int,
             f"{place}: expected a shape of at most {MAX_DIMENSIONS} dimensions, whole numbers up to {MAX_SIZE} "
             f"together, found {_shown(shape)}"
         )
+    if 0 in shape:
+        raise CheckpointError(f"{place}: expected no empty tensor, found {_shown(shape)}")
     if not _sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{place}: expected data_offsets with two whole numbers, found {_shown(offsets)}")
     return name, offsets[0], offsets[1], tuple(shape), DTYPES[dtype]

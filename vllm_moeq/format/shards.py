@@ -38,11 +38,13 @@ def index_shards(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{path}: expected an object 'weight_map' with the shard of every tensor")
+    plain: set[str] = set()
     for name, shard in weight_map.items():
         check_name(name, path)
-        if not _is_plain(shard):
+        if not isinstance(shard, str) or (shard not in plain and not _is_plain(shard)):
             raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r:.80}")
-    if len(set(weight_map.values())) > MAX_SHARDS:
+        plain.add(shard)
+    if len(plain) > MAX_SHARDS:
         raise ConfigError(f"{path}: expected at most {MAX_SHARDS} shards")
     return weight_map
 
@@ -100,7 +102,11 @@ class ShardSet(Tensors):
     def _read_header(self, shard: str) -> None:
         path = self.folder / shard
         self._require_file(path)
-        self._stamps[shard] = _stamp(path)
+        stamp = _stamp(path)
+        same = next((other for other, found in self._stamps.items() if found[0] == stamp[0]), None)
+        if same is not None:
+            raise CheckpointError(f"{path}: expected a file of its own, found the same file as {same}")
+        self._stamps[shard] = stamp
         for name, info in read_header(path).items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].shard}")
@@ -114,6 +120,12 @@ class ShardSet(Tensors):
         check_inside(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a safetensors shard, found no regular file")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the shards, and of their index if there is one."""
+        index = (INDEX_NAME,) if (self.folder / INDEX_NAME).exists() else ()
+        return (*index, *self._stamps)
 
     def stamps(self) -> dict[str, list[int]]:
         """Return every shard's size and modification time, by which a replaced file is recognized."""

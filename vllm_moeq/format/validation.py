@@ -12,7 +12,8 @@ from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.linears import check_linears
 from vllm_moeq.format.schema import MoeqConfig, parse_config
 from vllm_moeq.format.schemes import ExpertMatrix
-from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, ShardSet, index_shards
+from vllm_moeq.format.shards import ShardSet
+from vllm_moeq.format.strangers import refuse_files, refuse_keys
 from vllm_moeq.format.tensors import Tensors
 
 EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -50,13 +51,14 @@ def load_config(folder: Path) -> MoeqConfig:
 
     Raises:
         ConfigError: there is no ``quantization_config``, it violates the schema or does not have the model's number
-            of experts, or config.json has ``auto_map``.
+            of experts, or config.json has a key of :data:`~vllm_moeq.format.strangers.KEYS`.
     """
     path = folder / "config.json"
     check_inside(path)
     config = read_json(path)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise ConfigError(f"{path}: expected a quantization_config, found none: not a moeq checkpoint")
+    refuse_keys(config, path)
     parsed = parse_config(config["quantization_config"], str(path))
     for part in (config, config.get(NESTED)):
         if isinstance(part, dict):
@@ -65,29 +67,11 @@ def load_config(folder: Path) -> MoeqConfig:
 
 
 def _check_model(part: dict[str, Any], config: MoeqConfig, path: Path) -> None:
-    """Refuse ``auto_map``, and widths for more or fewer experts than the model has."""
-    if "auto_map" in part:
-        raise ConfigError(f"{path}: auto_map: expected no code in a checkpoint, found {part['auto_map']!r:.80}")
+    """Refuse widths for more or fewer experts than the model has."""
     counts = [part[key] for key in EXPERT_COUNT if type(part.get(key)) is int]
     for prefix, widths in config.experts.items():
         if counts and len(widths) != counts[0]:
             raise ConfigError(f"{path}: experts.{prefix}: expected {counts[0]} widths, found {len(widths)}")
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse weights beside those that are checked, because other readers may prefer them.
-
-    Raises:
-        CheckpointError: there is such a file; the message names it.
-    """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-    if index.exists():
-        if single.exists() and SINGLE_NAME not in index_shards(index).values():
-            raise CheckpointError(f"{single}: expected no such file beside {INDEX_NAME}")
-        return
-    for path in sorted(folder.glob("*.safetensors")):
-        if single.exists() and path.name != SINGLE_NAME:
-            raise CheckpointError(f"{path}: expected no weights beside {SINGLE_NAME} without {INDEX_NAME}")
 
 
 def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatrix]:
@@ -136,8 +120,8 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
-    _check_files(folder)
     with ShardSet(folder) as shards:
+        refuse_files(folder, shards.files)
         summary = Summary(str(folder), layers=len(config.experts))
         known: set[str] = set()
         bit_sum = 0

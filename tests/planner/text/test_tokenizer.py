@@ -59,7 +59,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_one_that_cannot_be_loaded(damage: str, folder: Path) -> None:
     DAMAGES[damage](folder / "tokenizer.json")
-    with pytest.raises(MoeqError, match=f"^{folder}: transformers cannot load its tokenizer") as error:
+    with pytest.raises(
+        MoeqError, match=f"^{folder}.*(: transformers cannot load its tokenizer|: expected a regular file)"
+    ) as error:
         load_tokenizer(folder)
     assert len(str(error.value).splitlines()) == 1
 

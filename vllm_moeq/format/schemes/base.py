@@ -230,15 +230,24 @@ class ExpertMatrix:
         return self.scheme.dequantize(tensors, self.bits, self.group_size)
 
 
+MAX_MAGNITUDE = 65504.0
+"""The largest scale or zero, float16's largest number: weights of models are far below, and larger ones overflow."""
+
+
 def check_finite(values: torch.Tensor, place: str) -> None:
-    """Refuse values that are not finite.
+    """Refuse scales and zeros that are not finite, or so large that a model's activations overflow.
 
     Args:
         values: any float dtype and shape.
         place: the file and the tensor, as the message names them.
 
     Raises:
-        CheckpointError: a value is NaN or infinite.
+        CheckpointError: a value is NaN or infinite, or larger than :data:`MAX_MAGNITUDE`.
     """
-    if not bool(torch.isfinite(values).all()):
+    if not values.numel():
+        return
+    largest = float(values.abs().max())
+    if not math.isfinite(largest):
         raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")
+    if largest > MAX_MAGNITUDE:
+        raise CheckpointError(f"{place}: expected values up to {MAX_MAGNITUDE:g}, found {largest:g}")

@@ -1,0 +1,58 @@
+"""Folders that somebody else prepared: links under the names of coming files, and an output made meanwhile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from planner.output.checkpoint import CheckpointWriter
+from planner.output.files import atomic, write_json
+from vllm_moeq.format import CheckpointError
+
+
+def test_links_at_foreseeable_names_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.json", f".a.json.{os.getpid()}.tmp", ".a.json.tmp"):
+        (folder / name).symlink_to(victim)
+    write_json(folder / "a.json", {"new": 1})
+    assert victim.read_text() == "precious"
+    assert not (folder / "a.json").is_symlink()
+    assert '"new"' in (folder / "a.json").read_text()
+
+
+def test_a_temporary_file_is_new_and_random(tmp_path: Path) -> None:
+    with atomic(tmp_path / "a") as first, atomic(tmp_path / "a") as second:
+        assert first != second
+        assert first.stat().st_size == second.stat().st_size == 0
+        first.write_text("1")
+        second.write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    write_json(tmp_path / ("n" * 255), 1)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_json(tmp_path / ("n" * 256), 1)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "file", "link"])
+def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    writer = CheckpointWriter(output, {"a": 1})
+    if kind == "empty folder":
+        output.mkdir()
+    elif kind == "file":
+        output.write_text("theirs")
+    else:
+        output.symlink_to(tmp_path / "nothing")
+    before = os.lstat(output).st_ino
+    with pytest.raises(CheckpointError, match=r"out: somebody made it while this run went on; the result is kept in"):
+        writer.finish({}, {})
+    assert os.lstat(output).st_ino == before
+    assert (tmp_path / "out.partial" / "config.json").is_file()
