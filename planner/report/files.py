@@ -42,6 +42,13 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
 
 
 def other_files(folder: Path) -> list[str]:
-    """Return the names of what else lies in a checkpoint's folder, which nobody uploads."""
+    """Return the names of what else lies in a checkpoint's folder, which nobody uploads.
+
+    Raises:
+        CheckpointError: a link leads out of the folder; who made it may have meant it to be uploaded.
+    """
     known = {Path(name).parts[0] for name in checkpoint_files(folder)}
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+    others = sorted(path for path in folder.iterdir() if path.name not in known)
+    for path in others:
+        check_inside(path)
+    return [path.name for path in others]

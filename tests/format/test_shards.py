@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,10 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
             shards.read_rows("three", 0, 2)
         with pytest.raises(CheckpointError, match="cannot read tensor three"):
             shards.map("three")
+
+
+def test_a_path_that_is_no_utf8_is_refused_for_that_reason(quantized_mixtral: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(quantized_mixtral, folder)
+    with pytest.raises(CheckpointError, match="expected a path in UTF-8"):
+        ShardSet(folder)

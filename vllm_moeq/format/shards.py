@@ -49,6 +49,13 @@ def index_shards(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _require_utf8(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{folder}: expected a path in UTF-8, as safetensors needs, found other bytes") from None
+
+
 def _stamp(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -72,6 +79,7 @@ class ShardSet(Tensors):
         self._files: dict[str, int] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
+        _require_utf8(folder)
         index = folder / INDEX_NAME
         expected: dict[str, str] | None = None
         if index.exists():

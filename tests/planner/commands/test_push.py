@@ -84,6 +84,25 @@ def test_report_and_evaluation_go_along(push: Push, moeq: Moeq, hub: Hub, quanti
     assert hub.branches[REPO, "main"]["report.html"] == (quantized_copy / "report.html").read_bytes()
 
 
+def test_other_files_are_named_and_stay(push: Push, hub: Hub, quantized_copy: Path) -> None:
+    (quantized_copy / "notes.txt").write_text("mine")
+    (quantized_copy / "LICENSE").write_text("free")
+    outcome = push(quantized_copy, REPO)
+    assert "1 other files stay here: 'notes.txt'" in outcome.err
+    assert hub.branches[REPO, "main"].keys() >= {"LICENSE", "config.json"}
+    assert "notes.txt" not in hub.branches[REPO, "main"]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE-key", "tokenizer.json", "report.html", "anything"])
+def test_links_out_of_the_folder_are_refused(
+    push: Push, hub: Hub, quantized_copy: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (quantized_copy / name).symlink_to(tmp_path / "secret")
+    assert f"{name}: expected a file inside the folder" in one_line(push(quantized_copy, REPO))
+    assert not hub.branches
+
+
 def test_a_private_repository_and_a_branch(push: Push, hub: Hub, quantized_mixtral: Path) -> None:
     assert push(quantized_mixtral, REPO, "--private", "--revision", "two-bits").code == 0
     assert hub.repositories == {REPO: True}
