@@ -18,7 +18,7 @@ PLANNER = (
 """From top to bottom: a room imports itself and those behind it."""
 
 CALIBRATION = ("collect", "measures", "statistics", "block_score", "hessian_trace", "kl", "gptq", "reading")
-QUANTIZATION = ("run", "runners", "layer_task", "rows", "packed", "record", "settings", "quantizers")
+QUANTIZATION = ("run", "runners", "layer_task", "rows", "packed", "record", "speculation", "settings", "quantizers")
 PLUGIN = ("hf", "serving", "kernels", "completeness", "format")
 
 STACKS = {

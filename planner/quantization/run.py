@@ -24,6 +24,7 @@ from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
 from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
+from planner.quantization.speculation import without_speculation
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
 
 HEADROOM_BYTES = 4 << 20
@@ -168,7 +169,7 @@ def _files(
     quantization_config = config.model_dump(mode="json", exclude_none=True)
     # The time that planning took is left out, so that the same input makes the same bytes.
     extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
-    return {**model.config, "quantization_config": quantization_config}, extra
+    return {**without_speculation(model.config), "quantization_config": quantization_config}, extra
 
 
 def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progress: Progress) -> None:

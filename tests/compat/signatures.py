@@ -63,7 +63,11 @@ FIELDS = {
         "activation", "apply_router_weight_on_input", "expert_map", "expert_map_manager", "global_num_experts",
         "moe_config",
     ],
-    (f"{LAYERS}.fused_moe.config", "FusedMoEConfig"): ["moe_parallel_config", "experts_per_token"],
+    (f"{LAYERS}.fused_moe.config", "FusedMoEConfig"): [
+        "activation", "experts_per_token", "has_bias", "intermediate_pad", "is_lora_enabled", "moe_parallel_config",
+        "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+    ],
+    (f"{LAYERS}.fused_moe.expert_map_manager", "ExpertMapManager"): ["num_fused_shared_experts"],
     (f"{LAYERS}.fused_moe.config", "FusedMoEParallelConfig"): [
         "all2all_backend", "dp_size", "enable_eplb", "tp_rank", "use_ep",
     ],
@@ -71,6 +75,13 @@ FIELDS = {
     ("vllm.config.model", "ModelConfig"): ["dtype", "enforce_eager", "model", "revision"],
 }  # fmt: skip
 """Attributes that are read."""
+
+ARGUMENTS = {
+    f"{LAYERS}.fused_moe.layer": "FusedMoEFactory",
+    f"{LAYERS}.fused_moe.routed_experts": "RoutedExperts",
+    f"{LAYERS}.fused_moe.config": "FusedMoEConfig",
+}
+"""What makes a layer of experts: all of its arguments, or the fields of a dataclass."""
 
 Read = Callable[[str], str | None]
 
@@ -140,6 +151,19 @@ def fields(node: ast.ClassDef) -> set[str]:
     return found
 
 
+def arguments(read: Read, where: str, name: str) -> list[str]:
+    """Return the names of a function's, a constructor's or a dataclass's arguments."""
+    for node in ast.walk(module(read, where)):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            declared = [it.target.id for it in node.body
+                        if isinstance(it, ast.AnnAssign) and isinstance(it.target, ast.Name)]  # fmt: skip
+            made = [it for it in node.body if isinstance(it, ast.FunctionDef) and it.name == "__init__"]
+            return declared + [it.arg for method in made for it in method.args.args + method.args.kwonlyargs][1:]
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return [it.arg for it in node.args.args + node.args.kwonlyargs]
+    raise LookupError(f"no {name} in {where}")
+
+
 def used(read: Read) -> dict[str, Any]:
     """Return everything of one version; a method that a class inherits or has no more is null."""
     table: dict[str, Any] = {}
@@ -152,6 +176,8 @@ def used(read: Read) -> dict[str, Any]:
         table[f"{where}:{name}"] = {method: own.get(method) for method in methods}
     for (where, name), names in FIELDS.items():
         table[f"{where}:{name}.fields"] = sorted(fields(class_of(read, where, name)) & set(names))
+    for where, name in ARGUMENTS.items():
+        table[f"{where}:{name}.arguments"] = sorted(arguments(read, where, name))
     return table
 
 

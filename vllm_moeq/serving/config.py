@@ -13,6 +13,7 @@ from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.linear_method import choose_method, unserved
 from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
+from vllm_moeq.serving.options import DRAFT, check_draft, check_options
 from vllm_moeq.serving.seam import (
     CompressedTensorsConfig,
     LinearBase,
@@ -143,6 +144,18 @@ class MoeqQuantizationConfig(QuantizationConfig):
         """Validate the dictionary; raise ConfigError for any violation of the format."""
         return cls(parse_config(config, "config.json"))
 
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """Override nothing: vLLM asks every method before it reads a checkpoint, so a draft is refused here already.
+
+        Raises:
+            UsageError: the checkpoint is ours, and vLLM takes its layers for speculative decoding as a draft.
+        """
+        if hf_quant_cfg.get("quant_method") == QUANT_METHOD:
+            check_draft(hf_config)
+
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the user's thresholds, and check the headers of a local checkpoint.
 
@@ -202,7 +215,9 @@ class MoeqQuantizationConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of one layer; None leaves embeddings, attention and lm_head as they are."""
+        prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, RoutedExperts):
+            check_options(get_current_vllm_config())
             check_parallel(layer.moe_config.moe_parallel_config)
             known = find_layer(prefix, self.widths)
             threshold = self.odp.get(known, 0.0)

@@ -95,6 +95,11 @@ class ExpertLoader:
         self._local = {expert: local for local, expert in enumerate(partition.local_experts)}
         self._projection = dict(zip(("w1", "w3", "w2"), partition.config.projections.names(), strict=True))
         self._loaded: set[str] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse all further tensors: a kernel has its own copy of the experts."""
+        self._closed = True
 
     def loader_for(self, suffix: str) -> WeightLoader:
         """Return the callback with which vLLM loads the tensors of one suffix."""
@@ -119,6 +124,10 @@ class ExpertLoader:
     def _load(
         self, param: torch.nn.Parameter, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int
     ) -> None:
+        if self._closed:
+            raise UsageError(
+                "reload_weights: packed experts cannot be replaced while they are served; expected a new server"
+            )
         if not self._loaded and self._checkpoint is not None:
             self._checkpoint.check()
         if name in self._loaded:

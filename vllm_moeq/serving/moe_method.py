@@ -17,6 +17,7 @@ from vllm_moeq.kernels import (
     of_one_dtype,
     requested_backend,
 )
+from vllm_moeq.serving.arguments import check_arguments
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 from vllm_moeq.serving.seam import (
@@ -112,9 +113,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         return {suffix: getattr(layer, f"{part}_{suffix}") for suffix in self._matrices(part).suffixes}
 
     def _check(self, layer: RoutedExperts) -> None:
-        activation = getattr(layer.activation, "value", layer.activation)
-        if activation != "silu":
-            raise UsageError(f"{self.prefix}: expected the activation silu, found {activation}")
+        check_arguments(layer, self.prefix)
         if self.config.projections.up is None:
             raise UsageError(f"{self.prefix}: expected experts with gate, up and down, found no up")
         if len(self.widths) != layer.global_num_experts:
@@ -146,6 +145,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 f"the {row.name} kernel ({choice.reason}) waits for the GPU in every call: expected --enforce-eager"
             )
         self._kernel = make_layer(packed, self._dtype, row.name)
+        if self._loader is not None:
+            self._loader.close()
         self._kernel.warm_up(self._dtype, layer.moe_config.experts_per_token)
         if row.keeps_loaded:
             return
