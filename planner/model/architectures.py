@@ -60,7 +60,6 @@ class Architecture:
         renamed: pairs (name in transformers, name in the checkpoint) of modules whose names differ; the first match
             counts.
         kept: name suffixes of matrices that are not quantized, besides routers, because vLLM does not quantize them.
-        logits: index of the logits of all experts among the outputs of transformers' router.
         uncalibrated: reason why the model cannot run layer by layer over a text, or None.
         unserved: reason why vLLM cannot serve the quantized model, or None.
     """
@@ -73,7 +72,6 @@ class Architecture:
     stacks: tuple[Stack, ...] = (Stack(),)
     renamed: tuple[tuple[str, str], ...] = ()
     kept: tuple[str, ...] = ()
-    logits: int = 0
     uncalibrated: str | None = None
     unserved: str | None = None
 
@@ -175,7 +173,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts="block_sparse_moe.experts",
         fused=Fused(gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"),
         renamed=(("block_sparse_moe.router", "block_sparse_moe.router.layer"),),
-        logits=2,
     ),
     "llama4": Architecture(
         router="feed_forward.router.weight",

@@ -47,17 +47,18 @@ class MoeqHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise UsageError("expected a checkpoint that `moeq quantize` wrote: transformers cannot quantize to it")
 
-    def update_tp_plan(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: Any) -> Any:
         """Check a folder's headers, before transformers reads the index and the shards.
 
-        This is the first hook that knows the folder.
+        Of the hooks that know the folder, this is the only one that every supported version of transformers calls
+        before it opens a shard. Nothing is done to the attention.
 
         Raises:
             MoeqError: the checkpoint is damaged.
         """
         if config.name_or_path and Path(config.name_or_path).is_dir():
             self._check(Path(config.name_or_path))
-        return super().update_tp_plan(config)
+        return super().update_attn_implementation(config)
 
     def _check(self, folder: Path) -> None:
         if self._checked != folder:
@@ -108,8 +109,8 @@ class MoeqHfQuantizer(HfQuantizer):
                 if re.search(pattern.replace("*", ".*"), name):
                     self.dtypes[name] = kept
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return our renamings and conversions, then transformers'."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any, **__: Any) -> list[Any]:
+        """Return our renamings and conversions, then transformers'; newer versions pass the model too."""
         return conversions(self.config, self.dtypes) + weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:

@@ -96,6 +96,11 @@ class Decoder:
         """Number of logits per token."""
         return int(self.config.vocab_size)
 
+    @property
+    def logits_place(self) -> int:
+        """Index of the logits of all experts among the outputs of a router; transformers' versions differ in it."""
+        return int(self.base._can_record_outputs["router_logits"].index)
+
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the first layer's input [sequences, length, hidden] for tokens [sequences, length].

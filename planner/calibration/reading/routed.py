@@ -110,7 +110,7 @@ def route(
     """
     tokens, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
     inputs = store.scratch("inputs.bin", (tokens, size), hidden.dtype)
-    recording = _Recording(inputs, decoder.row.logits)
+    recording = _Recording(inputs, decoder.logits_place)
     hook = decoder.router(index).register_forward_hook(recording.note_logits)
     try:
         with decoder.layer(index, recording, replaced) as call:
