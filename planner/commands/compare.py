@@ -78,9 +78,9 @@ class ComparedTextFlags(TextFlags):
     seq_len: Annotated[int, typer.Option("--seq-len", min=16, help="Tokens of a calibration sequence.")] = (
         Comparison.length
     )
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of random orders and of calibration sequences.")] = (
-        Comparison.seeds
-    )
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Number of random orders and of choices of calibration sequences.")
+    ] = Comparison.seeds
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,14 @@ class MeasureFlags:
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context of the evaluation.")] = (
         Comparison.window
     )
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Of the held-out text.")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Tokens of the held-out text to evaluate at most.")
+    ] = None
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None
     limit: Limit = None
-    odp: Annotated[str | None, typer.Option("--odp", metavar="LIST", help="ODP thresholds to evaluate besides.")] = None
+    odp: Annotated[str | None, typer.Option("--odp", metavar="LIST", help="Thresholds of ODP to evaluate besides.")] = (
+        None
+    )
 
     def thresholds(self) -> tuple[float, ...]:
         """Return the thresholds of ODP; raise UsageError for one that is no number or out of range."""

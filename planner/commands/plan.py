@@ -30,14 +30,14 @@ from vllm_moeq.format import UsageError
 
 def plan_command(
     model: Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where plan.json goes.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the plan.")] = None,
     *,
     planning: PlanFlags,
     quantizer: Annotated[
         str | None,
         typer.Option(
             "--quantizer",
-            help="What will find the codes: some choices depend on it "
+            help="Quantizer that will find the codes: some choices depend on it "
             f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
         ),
         NAMES,
@@ -53,7 +53,7 @@ def plan_command(
 ) -> None:
     """Choose a width for every expert and write plan.json.
 
-    Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --bits 1,2,3 -o plan.json
+    Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
     progress, where, given = Progress(), first_device(device), text.data is not None
     if dry_run and output is not None:

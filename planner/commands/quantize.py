@@ -84,7 +84,7 @@ def quantize_command(
 ) -> None:
     """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
 
-    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 -o Mixtral-8x7B-2.5bit
+    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o Mixtral-8x7B-2.5bit
     """
     progress, quantizer = Progress(), codes.resolved(text.data is not None)
     calibrated, tuned = QUANTIZERS[quantizer].calibrated, gptq.settings()

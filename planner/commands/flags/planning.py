@@ -71,11 +71,12 @@ class PlanFlags:
         typer.Option(
             "--method",
             autocompletion=one_of(("auto", *METHODS)),
-            help=f"auto ({OURS} with a text or statistics, else the paper's {PAPER}), {', '.join(METHODS)}.",
+            help=f"Rule for the choice: auto ({OURS} with a text or statistics, else the paper's {PAPER}), "
+            f"{', '.join(METHODS)}.",
         ),
     ] = PlanOptions.method
     zeta: Annotated[
-        float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")
+        float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's (ζ).")
     ] = PlanOptions.zeta
     promotion: Annotated[Promotion, typer.Option("--promotion", help="Order among several promoted experts.")] = (
         "official"
@@ -92,7 +93,8 @@ class PlanFlags:
         typer.Option("--initial-model", metavar="DIR", help="Model before training: rank by the change of norm."),
     ] = None
     stats: Annotated[
-        Path | None, typer.Option("--stats", metavar="FILE", help="What moeq calibrate wrote, for methods that use it.")
+        Path | None,
+        typer.Option("--stats", metavar="FILE", help="Statistics that moeq calibrate wrote, instead of a text."),
     ] = None
     overrides: Annotated[
         Path | None,
