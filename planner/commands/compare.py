@@ -22,9 +22,11 @@ from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.comparison.compare import compare
+from planner.comparison.entries import possible
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.request import Comparison, ComparisonRun
 from planner.estimates.comparison import compare_needs
+from planner.evaluation.lm_eval_tasks import check_tasks
 from planner.evaluation.perplexity import read_text, read_tokens
 from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
@@ -99,6 +101,18 @@ class MeasureFlags:
         None
     )
 
+    def names(self) -> tuple[str, ...]:
+        """Return the tasks' names or files.
+
+        Raises:
+            UsageError: one that lm-eval does not know.
+        """
+        if self.tasks is None:
+            return ()
+        names = tuple(dict.fromkeys(self.tasks.split(",")))
+        check_tasks(names)
+        return names
+
     def thresholds(self) -> tuple[float, ...]:
         """Return the thresholds of ODP; raise UsageError for one that is no number or out of range."""
         try:
@@ -131,8 +145,8 @@ def compare_command(
     Example: moeq compare MODEL --methods kl,pmq,router-norm-maxvar --data train.txt --held-out test.txt -o comparison
     """
     progress, where, names = Progress(), run.first_device(), candidates.names()
-    content = read_text(held_out)
     check_output(output)
+    content = read_text(held_out)
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.refuse_incomplete(source, layout, progress)
@@ -141,6 +155,7 @@ def compare_command(
         wanted = _wanted(names, settings, candidates, text, measured)
         if dry_run:
             comparison = ComparisonRun(source, layout, wanted, output, where, progress, run.jobs)
+            possible(comparison)
             tokens = len(read_tokens(source.folder, content, measured.max_tokens, "--held-out"))
             report_needs("comparing", compare_needs(comparison, tokens), as_json)
             return
@@ -186,7 +201,8 @@ def _check_text(
         what = f"--quantizer {settings.quantizer}" if settings.calibrated else f"--methods {','.join(needs)}"
         raise UsageError(f"{what}: expected --data TEXT to calibrate on, found none")
     longest = longest_text(source)
-    for flag, value in (("--seq-len", text.seq_len), ("--window", window)):
+    read = {"--window": window} if text.data is None else {"--seq-len": text.seq_len, "--window": window}
+    for flag, value in read.items():
         if value > longest:
             raise UsageError(f"{flag}: expected at most {longest}, the model's longest text, found {value}")
 
@@ -210,7 +226,7 @@ def _wanted(
         seeds=text.seeds,
         window=measured.window,
         max_tokens=measured.max_tokens,
-        tasks=tuple(measured.tasks.split(",")) if measured.tasks else (),
+        tasks=measured.names(),
         limit=measured.limit,
         odp=measured.thresholds(),
     )

@@ -81,7 +81,7 @@ class LateCommand(TyperCommand):
         return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse; refuse empty values. A wrong value is named in the parser's errors.
+        """Parse; refuse empty values, and flags that would be ignored. A wrong value is named in the parser's errors.
 
         Raises:
             UsageError: naming the flag.
@@ -93,5 +93,8 @@ class LateCommand(TyperCommand):
             self._complete(error, ctx, before)
             raise
         if not ctx.resilient_parsing:
+            from planner.commands.flags.unread import refuse_unread
+
             refuse_empty(self, ctx, before)
+            refuse_unread(self, ctx)
         return rest

@@ -58,6 +58,8 @@ def plan_command(
     progress, where, given = Progress(), first_device(device), text.data is not None
     if dry_run and output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: expected the folder {output.absolute().parent} to exist")
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.refuse_incomplete(source, layout, progress)
@@ -65,9 +67,8 @@ def plan_command(
         linear, group_size = storage.linear(source, layout), storage.checked_group_size()
         settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
         options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
-        show.announce(options, progress)
-        _check_text(planning, text)
         found = text.read(source, planning.seed) if given else None
+        show.announce(options, progress)
         with with_statistics(source, layout, options, found, where, None, progress) as known:
             made = make_plan(source, layout, known, progress)
         if dry_run:
@@ -81,15 +82,3 @@ def plan_command(
         show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
     else:
         show.print_plan(made, sizes)
-
-
-def _check_text(planning: PlanFlags, text: TextFlags) -> None:
-    """Refuse a text that the plan would not read.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    if text.data is not None and planning.stats is not None:
-        raise UsageError("--data and --stats: expected one of them, found both")
-    if text.data is not None and not planning.reads_text:
-        raise UsageError(f"--data: the method {planning.method} does not read a text")
