@@ -3,62 +3,92 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from planner.commands.calibrate import calibrate_command
-from planner.commands.compare import compare_command
-from planner.commands.evaluate import eval_command
-from planner.commands.exchange import export_command, import_command
-from planner.commands.flatten import flattened
-from planner.commands.inspect import inspect_command
-from planner.commands.plan import plan_command
-from planner.commands.push import push_command
-from planner.commands.quantize import quantize_command
-from planner.commands.report import report_command
-from planner.commands.serve import serve_command
-from planner.commands.verify import verify_command
-from planner.common.memory import out_of_memory
+from planner.commands.given import USAGE_ERROR
+from planner.commands.late import LateCommand, Row
 from vllm_moeq import __version__
-from vllm_moeq.format import MoeqError
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": inspect_command,
-    "plan": plan_command,
-    "quantize": quantize_command,
-    "calibrate": calibrate_command,
-    "compare": compare_command,
-    "verify": verify_command,
-    "export": export_command,
-    "import": import_command,
-    "report": report_command,
-    "push": push_command,
-    "eval": eval_command,
+COMMANDS = {
+    "inspect": Row(
+        "inspect",
+        "inspect_command",
+        "Show a model's MoE layers, sizes and router norms, from headers and routers alone.",
+    ),
+    "plan": Row("plan", "plan_command", "Choose a width for every expert and write plan.json.", long=True),
+    "quantize": Row(
+        "quantize",
+        "quantize_command",
+        "Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.",
+        long=True,
+    ),
+    "calibrate": Row(
+        "calibrate",
+        "calibrate_command",
+        "Run a model over a text and write what each expert saw. Continues a killed run.",
+        long=True,
+    ),
+    "compare": Row(
+        "compare",
+        "compare_command",
+        "Quantize a model by several methods and measure what each costs in quality. Continues a killed run.",
+        long=True,
+    ),
+    "verify": Row(
+        "verify", "verify_command", "Check every tensor of a checkpoint: presence, shapes, widths, finite scales."
+    ),
+    "export": Row(
+        "exchange",
+        "export_command",
+        "Write the checkpoint in another format, with exactly the quantized values.",
+        long=True,
+    ),
+    "import": Row(
+        "exchange",
+        "import_command",
+        "Turn a GPTQ checkpoint, with one width per expert or one for all, into one to serve, without requantizing.",
+        long=True,
+    ),
+    "report": Row(
+        "report",
+        "report_command",
+        "Show a checkpoint on one self-contained HTML page, and bring its README.md up to date.",
+    ),
+    "push": Row(
+        "push",
+        "push_command",
+        "Check a checkpoint's headers, then upload it to the Hugging Face Hub; "
+        "the token is HF_TOKEN's or your login's.",
+    ),
+    "eval": Row(
+        "evaluate",
+        "eval_command",
+        "Measure perplexity on a text, KL divergence to a reference, and accuracy on tasks. Continues a killed run.",
+        long=True,
+    ),
+    "serve": Row(
+        "serve",
+        "serve_command",
+        "Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.",
+        settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    ),
 }
-"""Name → function, in the order of ``moeq --help``. ``serve`` follows: its further flags are vLLM's."""
+"""Name → module, function and summary, in the order of ``moeq --help``."""
 
 EXIT_CODES = "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error."
 
 
-def build_app() -> typer.Typer:
-    """Return the command with all subcommands."""
-    made = typer.Typer(
-        name="moeq",
-        help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
-        epilog=EXIT_CODES,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    made.callback()(_flags_of_moeq)
-    for name, function in COMMANDS.items():
-        made.command(name)(flattened(function))
-    theirs = {"allow_extra_args": True, "ignore_unknown_options": True}
-    made.command("serve", context_settings=theirs)(flattened(serve_command))
-    return made
+class Commands(TyperGroup):
+    """All commands, none of which is imported before it is called."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, row in COMMANDS.items():
+            self.add_command(LateCommand(name, row))
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,23 +106,47 @@ def _flags_of_moeq(
     """Take the flags of ``moeq`` itself."""
 
 
-app = build_app()
+app = typer.Typer(
+    name="moeq",
+    cls=Commands,
+    help="Quantize Mixture-of-Experts models with one bit width per expert, and serve them with vLLM.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    callback=_flags_of_moeq,
+)
 
 
 def main() -> NoReturn:
     """Run the command; print a user's mistake as one line and exit with status 2."""
     try:
-        app(prog_name="moeq")
-    except MoeqError as error:
-        line = " ".join(str(error).splitlines())  # names come from files and may hold anything
-        Console(stderr=True, highlight=False).print(f"error: {line}", soft_wrap=True, markup=False)
-        sys.exit(2)
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not out_of_memory(error):
-            raise
-        line = "error: not enough memory; what is finished is kept"
-        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(app(prog_name="moeq", standalone_mode=False) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(0)
+    except Exception as error:
+        mistake = _usage(error) if isinstance(error, USAGE_ERROR) else _mistake(error)
+        if mistake is None:
+            raise
+        if mistake:
+            Console(stderr=True, highlight=False).print(f"error: {mistake}", soft_wrap=True, markup=False)
+        sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """Return the parser's complaint in one line; an empty one where it has printed the help instead."""
+    path = error.ctx.command_path if error.ctx is not None else "moeq"
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    return message and f"{path}: {message[0].lower()}{message[1:]} (see {path} --help)"
+
+
+def _mistake(error: Exception) -> str | None:
+    """Return a user's mistake, or a lack of memory, in one line; None for an error of ours."""
+    from planner.common.memory import out_of_memory
+    from vllm_moeq.format import MoeqError
+
+    if isinstance(error, MoeqError):
+        return " ".join(str(error).splitlines())  # names come from files and may hold anything
+    if isinstance(error, MemoryError | RuntimeError | OSError) and out_of_memory(error):
+        return "not enough memory; what is finished is kept"
+    return None

@@ -57,10 +57,11 @@ def one_line(outcome: Outcome, *done: str) -> str:
     """Return the error of a command that was refused: one line, with exit status 2.
 
     Args:
-        done: how lines begin that may stand before it: what was done by then. Which method was chosen always may.
+        done: how lines begin that may stand before it: what was done by then.
+            What is loading, and which method was chosen, always may.
     """
     assert outcome.code == 2, outcome
-    lines = [line for line in outcome.err.splitlines() if not line.startswith(("method auto:", *done))]
+    lines = [line for line in outcome.err.splitlines() if not line.startswith(("moeq ", "method auto:", *done))]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("error: "), outcome.err
     return lines[0]

@@ -154,8 +154,12 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
     layers = {}
     try:
         with safe_open(str(path), framework="pt") as handle:
-            present = list(handle.keys())
+            present = set(handle.keys())
             for layer in layout.layers:
+                if f"{layer.prefix}.{NAMES[0]}" not in present:
+                    raise CheckpointError(
+                        f"{path}: expected statistics of {layer.prefix}, found none: they are those of another model"
+                    )
                 found = (
                     name.removeprefix(f"{layer.prefix}.") for name in present if name.startswith(f"{layer.prefix}.")
                 )

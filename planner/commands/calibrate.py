@@ -60,7 +60,10 @@ def calibrate_command(
     own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
     wanted = StatisticsRequest(measures, tuple(own) if bits is None else read_choices(bits), seed)
     where = run.first_device()
+    if json_path(output) == output:
+        raise UsageError(f"-o: {output}: expected a .safetensors file, found the name of its description")
     check_output(output)
+    check_output(json_path(output))
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.refuse_incomplete(source, layout, Progress())

@@ -22,9 +22,11 @@ from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.comparison.compare import compare
+from planner.comparison.entries import possible
 from planner.comparison.report import print_rows, write_report
 from planner.comparison.request import Comparison, ComparisonRun
 from planner.estimates.comparison import compare_needs
+from planner.evaluation.lm_eval_tasks import check_tasks
 from planner.evaluation.perplexity import read_texts, read_tokens
 from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
@@ -78,9 +80,9 @@ class ComparedTextFlags(TextFlags):
     seq_len: Annotated[int, typer.Option("--seq-len", min=16, help="Tokens of a calibration sequence.")] = (
         Comparison.length
     )
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of random orders and of calibration sequences.")] = (
-        Comparison.seeds
-    )
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Number of random orders and of choices of calibration sequences.")
+    ] = Comparison.seeds
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,26 @@ class MeasureFlags:
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of context of the evaluation.")] = (
         Comparison.window
     )
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Of the held-out text.")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Tokens of the held-out text to evaluate at most.")
+    ] = None
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, or YAML files.")] = None
     limit: Limit = None
-    odp: Annotated[str | None, typer.Option("--odp", metavar="LIST", help="ODP thresholds to evaluate besides.")] = None
+    odp: Annotated[str | None, typer.Option("--odp", metavar="LIST", help="Thresholds of ODP to evaluate besides.")] = (
+        None
+    )
+
+    def names(self) -> tuple[str, ...]:
+        """Return the tasks' names or files.
+
+        Raises:
+            UsageError: one that lm-eval does not know.
+        """
+        if self.tasks is None:
+            return ()
+        names = tuple(dict.fromkeys(self.tasks.split(",")))
+        check_tasks(names)
+        return names
 
     def thresholds(self) -> tuple[float, ...]:
         """Return the thresholds of ODP; raise UsageError for one that is no number or out of range."""
@@ -139,6 +157,7 @@ def compare_command(
         wanted = _wanted(names, settings, candidates, text, measured)
         if dry_run:
             comparison = ComparisonRun(source, layout, wanted, output, where, progress, run.jobs)
+            possible(comparison)
             tokens = len(read_tokens(source.folder, content, measured.max_tokens, "--held-out"))
             report_needs("comparing", compare_needs(comparison, tokens), as_json)
             return
@@ -184,7 +203,8 @@ def _check_text(
         what = f"--quantizer {settings.quantizer}" if settings.calibrated else f"--methods {','.join(needs)}"
         raise UsageError(f"{what}: expected --data TEXT to calibrate on, found none")
     longest = longest_text(source)
-    for flag, value in (("--seq-len", text.seq_len), ("--window", window)):
+    read = {"--window": window} if text.data is None else {"--seq-len": text.seq_len, "--window": window}
+    for flag, value in read.items():
         if value > longest:
             raise UsageError(f"{flag}: expected at most {longest}, the model's longest text, found {value}")
 
@@ -208,7 +228,7 @@ def _wanted(
         seeds=text.seeds,
         window=measured.window,
         max_tokens=measured.max_tokens,
-        tasks=tuple(measured.tasks.split(",")) if measured.tasks else (),
+        tasks=measured.names(),
         limit=measured.limit,
         odp=measured.thresholds(),
     )

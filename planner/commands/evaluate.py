@@ -97,7 +97,7 @@ class TaskFlags:
         OneOf(SUITES),
     ] = None
     limit: Limit = None
-    backend: Annotated[str, typer.Option("--backend", help="What answers tasks."), OneOf(TASK_BACKENDS)] = (
+    backend: Annotated[str, typer.Option("--backend", help="Program that answers tasks."), OneOf(TASK_BACKENDS)] = (
         EvaluationRequest.backend
     )
     batch_size: Annotated[
@@ -123,14 +123,14 @@ class TaskFlags:
 def eval_command(
     model: Model,
     *,
-    text: PredictedText,
+    predicted: PredictedText,
     asked: TaskFlags,
     device: Annotated[
         str,
-        typer.Option("--device", help="Where a model computes: cpu, cuda or one GPU such as cuda:1; for vLLM a list."),
+        typer.Option("--device", help="Device of the model: cpu, cuda or one GPU such as cuda:1; for vLLM a list."),
     ] = "cpu",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where the result goes, as JSON.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the result, as JSON.")
     ] = None,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help=f"Keep the result in the {FILE} of a checkpoint of moeq.")
@@ -145,9 +145,9 @@ def eval_command(
     """
     progress, folder = Progress(), resolve_model(model, weights=not dry_run)
     tasks = asked.names()
-    if text.data is None and not tasks:
+    if predicted.data is None and not tasks:
         raise UsageError("--data, --tasks, --suite: expected at least one of them, found none")
-    read = text.read(folder, dry_run)
+    read = predicted.read(folder, dry_run)
     wanted = EvaluationRequest(folder, read, tasks, asked.limit, asked.backend, asked.batch_size, device)
     first = _first_device(wanted)
     if dry_run:
@@ -158,7 +158,7 @@ def eval_command(
     partial = PartialRun(output or _unnamed(model, wanted), wanted.fingerprint(), resume)
     try:
         found = evaluate(wanted, partial, progress)
-        facts = _facts(model, text.data, found)
+        facts = _facts(model, predicted.data, found)
         _keep(found, facts, output, kept)
     except BaseException:
         partial.abandon()

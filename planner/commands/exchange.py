@@ -76,12 +76,12 @@ def export_command(
     output: NewFolder,
     format_: Annotated[
         str,
-        typer.Option("--format", help=_uses()),
+        typer.Option("--format", help=f"Format to write: {_uses()}"),
         OneOf(FORMATS),
     ] = "bf16",
     zero_points: Annotated[
         Version | None,
-        typer.Option("--zero-points", help="For gptq: stored as they are (v2, the default) or less one (v1)."),
+        typer.Option("--zero-points", help="Zero points of gptq: as they are (v2, the default) or less one (v1)."),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -30,14 +30,14 @@ from vllm_moeq.format import UsageError
 
 def plan_command(
     model: Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where plan.json goes.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the plan.")] = None,
     *,
     planning: PlanFlags,
     quantizer: Annotated[
         str | None,
         typer.Option(
             "--quantizer",
-            help="What will find the codes: some choices depend on it "
+            help="Quantizer that will find the codes: some choices depend on it "
             f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
         ),
         NAMES,
@@ -53,11 +53,13 @@ def plan_command(
 ) -> None:
     """Choose a width for every expert and write plan.json.
 
-    Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --bits 1,2,3 -o plan.json
+    Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
     progress, where, given = Progress(), first_device(device), text.data is not None
     if dry_run and output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: expected the folder {output.absolute().parent} to exist")
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
         show.refuse_incomplete(source, layout, progress)
@@ -65,9 +67,8 @@ def plan_command(
         linear, group_size = storage.linear(source, layout), storage.checked_group_size()
         settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
         options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
-        show.announce(options, progress)
-        _check_text(planning, text)
         found = text.read(source, planning.seed) if given else None
+        show.announce(options, progress)
         with with_statistics(source, layout, options, found, where, None, progress) as known:
             made = make_plan(source, layout, known, progress)
         if dry_run:
@@ -81,15 +82,3 @@ def plan_command(
         show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
     else:
         show.print_plan(made, sizes)
-
-
-def _check_text(planning: PlanFlags, text: TextFlags) -> None:
-    """Refuse a text that the plan would not read.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    if text.data is not None and planning.stats is not None:
-        raise UsageError("--data and --stats: expected one of them, found both")
-    if text.data is not None and not planning.reads_text:
-        raise UsageError(f"--data: the method {planning.method} does not read a text")

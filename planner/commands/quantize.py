@@ -35,12 +35,10 @@ from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.statistics import with_statistics
-from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.table import QUANTIZERS, check_widths
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
-from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,10 @@ def quantize_command(
 ) -> None:
     """Plan, quantize and write a checkpoint that vLLM serves. Continues a killed run.
 
-    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 -o Mixtral-8x7B-2.5bit
+    Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o Mixtral-8x7B-2.5bit
     """
     progress, quantizer = Progress(), codes.resolved(text.data is not None)
     calibrated, tuned = QUANTIZERS[quantizer].calibrated, gptq.settings()
-    _check_read(quantizer, tuned, text, planning, plan_file)
     runner = None if calibrated else run.runner()
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
@@ -107,7 +104,6 @@ def quantize_command(
         if plan_file is None:
             made = _make_plan(work, planning, output, dry_run, run.resume)
         else:
-            planning.refuse_with_plan()
             made = _given_plan(work, plan_file, model)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
         if dry_run:
@@ -124,23 +120,6 @@ def quantize_command(
         )  # fmt: skip
         serve = _serve_command(source, output, progress)
     _report(made, output, sizes.as_dict(), as_json, serve)
-
-
-def _check_read(
-    quantizer: str, tuned: GptqSettings, text: TextFlags, planning: PlanFlags, plan_file: Path | None
-) -> None:
-    """Refuse flags that neither the quantizer nor the plan would read.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    if QUANTIZERS[quantizer].calibrated:
-        return
-    if tuned != GptqSettings():
-        names = " or ".join(name for name, row in QUANTIZERS.items() if row.calibrated)
-        raise UsageError(f"the flags of GPTQ: expected --quantizer {names}, found {quantizer}")
-    if text.data is not None and (plan_file is not None or not planning.reads_text):
-        raise UsageError(f"--data: neither the method {planning.method} nor the quantizer {quantizer} reads a text")
 
 
 def _make_plan(work: _Work, planning: PlanFlags, output: Path, dry_run: bool, resume: bool) -> Plan:

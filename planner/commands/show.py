@@ -18,7 +18,7 @@ from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
 from planner.plan import Plan
-from planner.planning.methods import PAPER
+from planner.planning.methods import METHODS, PAPER
 from planner.planning.request import PlanOptions
 from vllm_moeq.format import Summary
 
@@ -117,9 +117,9 @@ def print_plan(plan: Plan, sizes: Sizes) -> None:
     moved = sum(len(ids) for ids in plan.promoted.values())
     total = sum(len(widths) for widths in plan.experts.values())
     console = Console()
+    promoted = f"; MaxVar promoted {moved} of {total} experts" if METHODS[plan.method].promotes else ""
     console.print(
-        f"method {plan.method}: average {plan.achieved_avg_bits:.4f} bits of {plan.avg_bits:g} requested; "
-        f"MaxVar promoted {moved} of {total} experts",
+        f"method {plan.method}: average {plan.achieved_avg_bits:.4f} bits of {plan.avg_bits:g} requested{promoted}",
         soft_wrap=True,
     )
     if plan.near_ties:

@@ -20,7 +20,7 @@ from planner.plan import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
-from vllm_moeq.format import BIT_WIDTHS
+from vllm_moeq.format import BIT_WIDTHS, UsageError
 
 QUIET = Progress(quiet=True)
 
@@ -53,21 +53,35 @@ def entries(run: ComparisonRun) -> list[Entry]:
         MoeqError: flags that a method cannot meet.
     """
     found: list[Entry] = []
+    for name, averages in possible(run).items():
+        for seed in range(run.wanted.seeds if varies(name) else 1):
+            found += _of_method(run, name, averages, seed)
+    return found
+
+
+def possible(run: ComparisonRun) -> dict[str, list[Fraction]]:
+    """Return method → the averages that it can give, before anything is calibrated; say which it cannot.
+
+    Raises:
+        MoeqError: flags that a method cannot meet, or no method gives any average.
+    """
+    wanted = run.wanted
+    if not any(gives(name, average) for name in wanted.methods for average in wanted.averages):
+        raise UsageError(
+            f"--avg-bits: expected a width among {', '.join(map(str, BIT_WIDTHS))} for --methods "
+            f"{','.join(wanted.methods)}, found {', '.join(f'{float(average):g}' for average in wanted.averages)}"
+        )
     given: dict[str, list[Fraction]] = {}
-    for name in run.wanted.methods:
+    for name in wanted.methods:
         averages = [average for average in run.wanted.averages if gives(name, average)]
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
-        # Refuse impossible flags before anything is calibrated.
         check_measures(METHODS[name].measures, run.model, run.layout, run.device)
         for average in averages:
             check_options(_options(run, name, average, 0, None))
         given[name] = averages
-    for name, averages in given.items():
-        for seed in range(run.wanted.seeds if varies(name) else 1):
-            found += _of_method(run, name, averages, seed)
-    return found
+    return given
 
 
 def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:

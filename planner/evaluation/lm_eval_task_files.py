@@ -17,6 +17,22 @@ def load_tasks(tasks: list[str], include: Path | None) -> dict[str, Any]:
     Raises:
         UsageError: an unknown task, a damaged task file, a dataset that cannot be loaded.
     """
+    manager, names = known_tasks(tasks, include)
+    loaded: dict[str, Any] = {}
+    for name in names:
+        found = _load_task(manager, name)
+        # For a group, lm-eval also lists its subgroups and tasks; the first entry is the group itself. A tag only has
+        # tasks.
+        loaded |= dict(list(found["groups"].items())[:1]) or found["tasks"]
+    return loaded
+
+
+def known_tasks(tasks: list[str], include: Path | None) -> tuple[Any, list[str]]:
+    """Return lm-eval's index of tasks, and the tasks' names in it. No dataset is loaded.
+
+    Raises:
+        UsageError: an unknown task, or no such file.
+    """
     files = [Path(task) for task in tasks if is_file_name(task)]
     if include is not None and not include.is_dir():
         raise UsageError(f"{include}: expected a folder of task files")
@@ -26,13 +42,7 @@ def load_tasks(tasks: list[str], include: Path | None) -> dict[str, Any]:
     folders = [*([] if include is None else [include]), *(file.parent for file in files)]
     manager, names = _task_manager(tasks, [str(path) for path in dict.fromkeys(folders)])
     _check_known(names, set(manager.all_tasks))
-    loaded: dict[str, Any] = {}
-    for name in names:
-        found = _load_task(manager, name)
-        # For a group, lm-eval also lists its subgroups and tasks; the first entry is the group itself. A tag only has
-        # tasks.
-        loaded |= dict(list(found["groups"].items())[:1]) or found["tasks"]
-    return loaded
+    return manager, names
 
 
 def _task_manager(tasks: list[str], folders: list[str]) -> tuple[Any, list[str]]:

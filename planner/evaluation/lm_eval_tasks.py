@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.common.progress import Progress
 from planner.evaluation.lm_eval_backends import DEFAULT_TASK_BACKEND, TASK_BACKENDS
-from planner.evaluation.lm_eval_task_files import load_tasks, reason_of
+from planner.evaluation.lm_eval_task_files import known_tasks, load_tasks, reason_of
 from planner.evaluation.record import TaskResult
 from planner.output.files import write_json
 from planner.quantization.runners.choose import read_devices
@@ -94,6 +94,17 @@ def run_tasks(
 
 def _file_name(task: str) -> str:
     return f"result-{hashlib.sha256(task.encode()).hexdigest()[:16]}.json"
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that lm-eval does not know, before any work. Their datasets are not loaded.
+
+    Raises:
+        UsageError: an unknown task, no such file, lm-eval is not installed.
+    """
+    _require_lm_eval()
+    with _quiet():
+        known_tasks(list(tasks), None)
 
 
 def _require_lm_eval() -> None:

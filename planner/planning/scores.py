@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -146,8 +148,7 @@ def _observed(
         return {}, {}
     if not method.calibrated and options.ranked:
         raise UsageError(f"--stats: the method {options.resolved_method} does not use it")
-    found, facts = read_statistics(options.stats, layout)
-    _require(found, method, options)
+    found, facts = read_observed(options.stats, layout, method, options)
     if facts.get("model") != model.fingerprint():
         progress.line(f"note: {options.stats} was made from other files than {model.folder}")
     parts = [part for name, part in facts.get("cost", {}).items() if name in ("forward", *method.measures)]
@@ -155,6 +156,19 @@ def _observed(
     for name in ("peak_bytes", "added_bytes"):
         cost[f"calibration_{name}"] = max((part[name] for part in parts), default=0)
     return found, cost
+
+
+def read_observed(
+    path: Path, layout: Layout, method: Method, options: PlanOptions
+) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
+    """Return the statistics of a file, and its description.
+
+    Raises:
+        MoeqError: they do not fit the model, or lack values that the method needs.
+    """
+    found, facts = read_statistics(path, layout)
+    _require(found, method, options)
+    return found, facts
 
 
 def _require(found: dict[str, LayerStatistics], method: Method, options: PlanOptions) -> None:

@@ -23,13 +23,14 @@ class TextFlags:
         typer.Option(
             "--data",
             metavar="TEXT",
-            help="Calibration text: a file of text, JSON, CSV or parquet, "
-            f"{', '.join(DATASETS)}, or owner/name[:config]@commit.",
+            help=f"Calibration text: a file of text, JSON, CSV or parquet, {', '.join(DATASETS)}, or a dataset of the "
+            "Hub, owner/name@commit or owner/name:config@commit.",
         ),
     ] = None
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128
     seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=16, help=f"Tokens of each [{SEQUENCE}, or what the model can read].")
+        int | None,
+        typer.Option("--seq-len", min=16, help=f"Tokens of each sequence [{SEQUENCE}, or what the model can read]."),
     ] = None
 
     def read(self, model: SourceModel, seed: int) -> CalibrationText:

@@ -25,14 +25,14 @@ Bits = Annotated[
     typer.Option(
         "--bits",
         metavar="LIST",
-        help=f"Widths to choose from, of {listed(BIT_WIDTHS, ', ')} "
+        help=f"Widths to choose from, out of {listed(BIT_WIDTHS, ', ')} "
         f"[{listed(Method().choices)}; for {OURS} {listed(METHODS[OURS].choices)}].",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For --method random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of random orders and of the choice of calibration sequences.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")]
 Device = Annotated[
-    str, typer.Option("--device", metavar="LIST", help="Where quantizers compute: cpu, cuda or cuda:0,cuda:1.")
+    str, typer.Option("--device", metavar="LIST", help="Devices to compute on: cpu, cuda or cuda:0,cuda:1.")
 ]
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run, or delete it and start anew.")

@@ -19,7 +19,8 @@ from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
 from planner.planning.method import Method, Scope
 from planner.planning.methods import METHODS, OURS, PAPER
-from planner.planning.request import PlanOptions, check_choices, read_overrides, resolved_method
+from planner.planning.request import PlanOptions, check_choices, check_options, read_overrides, resolved_method
+from planner.planning.scores import read_observed
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS, UsageError
 
@@ -54,6 +55,31 @@ def read_choices(text: str) -> tuple[int, ...]:
         raise UsageError(f"--bits: expected widths such as 1,2,3, found {text!r}") from None
 
 
+def _check_file(stats: Path) -> None:
+    """Refuse what is no file of statistics; raise UsageError for it."""
+    if stats.suffix == ".json":
+        raise UsageError(f"--stats: {stats}: expected the .safetensors file of moeq calibrate, found its description")
+    if not stats.is_file():
+        raise UsageError(f"--stats: {stats}: expected a file that moeq calibrate writes, found none")
+
+
+def _check(options: PlanOptions, layout: Layout) -> None:
+    """Check that a plan can be made with the options, also where a dry run makes none.
+
+    Raises:
+        MoeqError: the options cannot be met, or the method's statistics are missing or those of another model.
+    """
+    check_options(options)
+    name = options.resolved_method
+    method = METHODS[name]
+    if method.only_compared:
+        raise UsageError(f"--method {name}: {method.only_compared}")
+    if options.stats is not None:
+        read_observed(options.stats, layout, method, options)
+    elif method.calibrated and not options.calibrated:
+        raise UsageError(f"--method {name}: expected --data TEXT, or --stats FILE of moeq calibrate, found neither")
+
+
 @dataclass(frozen=True)
 class PlanFlags:
     """The choice of widths."""
@@ -71,11 +97,12 @@ class PlanFlags:
         typer.Option(
             "--method",
             autocompletion=one_of(("auto", *METHODS)),
-            help=f"auto ({OURS} with a text or statistics, else the paper's {PAPER}), {', '.join(METHODS)}.",
+            help=f"Rule for the choice: auto ({OURS} with a text or statistics, else the paper's {PAPER}), "
+            f"{', '.join(METHODS)}.",
         ),
     ] = PlanOptions.method
     zeta: Annotated[
-        float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's.")
+        float, typer.Option("--zeta", help="Promote an expert whose MaxVar is more than this times another's (ζ).")
     ] = PlanOptions.zeta
     promotion: Annotated[Promotion, typer.Option("--promotion", help="Order among several promoted experts.")] = (
         "official"
@@ -92,35 +119,14 @@ class PlanFlags:
         typer.Option("--initial-model", metavar="DIR", help="Model before training: rank by the change of norm."),
     ] = None
     stats: Annotated[
-        Path | None, typer.Option("--stats", metavar="FILE", help="What moeq calibrate wrote, for methods that use it.")
+        Path | None,
+        typer.Option("--stats", metavar="FILE", help="Statistics that moeq calibrate wrote, instead of a text."),
     ] = None
     overrides: Annotated[
         Path | None,
         typer.Option("--overrides", metavar="FILE", help='JSON of fixed widths: {"<experts prefix>.3": 3}.'),
     ] = None
     seed: Seed = PlanOptions.seed
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the method takes a calibration text."""
-        return self.method == "auto" or (self.method in METHODS and METHODS[self.method].calibrated)
-
-    def refuse_with_plan(self) -> None:
-        """Refuse the flags that choose widths beside a plan that has them.
-
-        Raises:
-            UsageError: naming the first of them.
-        """
-        given = {
-            "--avg-bits": self.avg_bits,
-            "--budget-gib": self.budget_gib,
-            "--overrides": self.overrides,
-            "--initial-model": self.initial_model,
-            "--stats": self.stats,
-        }
-        for flag, value in given.items():
-            if value is not None:
-                raise UsageError(f"--plan and {flag}: expected one of them, found both")
 
     def options(
         self, model: SourceModel, layout: Layout, settings: QuantizeSettings, *, text: bool, ranked: bool
@@ -135,13 +141,15 @@ class PlanFlags:
             ranked: whether experts are ranked; a dry run ranks none.
 
         Raises:
-            MoeqError: a flag that is no number, names no file, or excludes another.
+            MoeqError: a flag that is no number, names no file, excludes another, or lacks what its method needs.
         """
+        if self.stats is not None:
+            _check_file(self.stats)
         choices = self._own_choices(text) if self.bits is None else read_choices(self.bits)
         average = self._average(model, layout, settings, choices)
         if self.initial_model is not None and not self.initial_model.is_dir():
             raise UsageError(f"--initial-model: {self.initial_model}: expected a folder, found none")
-        return PlanOptions(
+        made = PlanOptions(
             avg_bits=average,
             bit_choices=choices,
             method=self.method,
@@ -158,6 +166,8 @@ class PlanFlags:
             ranked=ranked,
             calibrated=text,
         )
+        _check(made, layout)
+        return made
 
     def _own_choices(self, text: bool) -> tuple[int, ...]:
         """Return the widths that the method chooses from, or those that its statistics have."""

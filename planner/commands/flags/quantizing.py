@@ -28,23 +28,31 @@ from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError
 NAMES = OneOf(quantizer_names())
 
 
+def _fallbacks() -> str:
+    """Return what the quantizers with calibration use without it, for a help text."""
+    return ", ".join(f"{name}: {row.fallback}" for name, row in QUANTIZERS.items() if row.calibrated)
+
+
 @dataclass(frozen=True)
 class QuantizerFlags:
     """The quantizers."""
 
     quantizer: Annotated[
         str | None,
-        typer.Option("--quantizer", help=f"For two bits and more [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}]."),
+        typer.Option(
+            "--quantizer", help=f"Quantizer for two bits and more [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}]."
+        ),
         NAMES,
     ] = None
-    one_bit: Annotated[str, typer.Option("--one-bit", help="For one bit."), OneOf(one_bit_names())] = DEFAULT_ONE_BIT
+    one_bit: Annotated[
+        str, typer.Option("--one-bit", help="Quantizer for one bit, without calibration."), OneOf(one_bit_names())
+    ] = DEFAULT_ONE_BIT
     min_tokens: Annotated[
         int,
         typer.Option(
             "--min-tokens",
             min=1,
-            help="Experts that saw fewer are quantized with "
-            f"{QUANTIZERS[DEFAULT_WITH_TEXT].fallback}, without calibration.",
+            help=f"Tokens below which an expert is quantized without calibration ({_fallbacks()}).",
         ),
     ] = QuantizeSettings.min_tokens
 
@@ -58,7 +66,7 @@ class WrittenQuantizerFlags(QuantizerFlags):
     """The same for a checkpoint that is written."""
 
     zero_points: Annotated[
-        ZeroPoints, typer.Option("--zero-points", help="Of experts; other formats need integer ones.")
+        ZeroPoints, typer.Option("--zero-points", help="Zero points of experts; other formats need integer ones.")
     ] = QuantizeSettings.zero_points
 
 
@@ -66,7 +74,7 @@ class WrittenQuantizerFlags(QuantizerFlags):
 class ComparedQuantizerFlags(QuantizerFlags):
     """The same for ``moeq compare``, where a text alone chooses no quantizer."""
 
-    quantizer: Annotated[str, typer.Option("--quantizer", help="For two bits and more."), NAMES] = DEFAULT
+    quantizer: Annotated[str, typer.Option("--quantizer", help="Quantizer for two bits and more."), NAMES] = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class StorageFlags:
     ] = 4
     linear_group_size: Annotated[
         int | None,
-        typer.Option("--linear-group-size", help="Weights per scale there [128, or what K / 4 is a multiple of]."),
+        typer.Option("--linear-group-size", help="Weights of linears per scale [128, or what K / 4 is a multiple of]."),
     ] = None
 
     def checked_group_size(self) -> int:

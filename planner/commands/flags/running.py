@@ -9,9 +9,15 @@ import torch
 import typer
 
 from planner.commands.flags.common import Device, Resume
+from planner.quantization.quantizers.table import QUANTIZERS
 from planner.quantization.runners import Runner, choose_runner
 from planner.quantization.runners.choose import read_devices
 from vllm_moeq.format import UsageError
+
+
+def _calibrated() -> str:
+    """Return the quantizers with calibration, for messages and help texts."""
+    return " or ".join(name for name, row in QUANTIZERS.items() if row.calibrated)
 
 
 def first_device(name: str) -> torch.device:
@@ -50,7 +56,10 @@ class QuantizeRunFlags(RunFlags):
         int | None, typer.Option("--jobs", min=1, help="Layers at a time, a process each [one per device].")
     ] = None
     ray: Annotated[
-        bool, typer.Option("--ray", help="Layers on a Ray cluster (RAY_ADDRESS) with a shared file system.")
+        bool,
+        typer.Option(
+            "--ray", help=f"Layers on a Ray cluster (RAY_ADDRESS) with a shared file system; not with {_calibrated()}."
+        ),
     ] = False
 
     def runner(self) -> Runner:
@@ -82,7 +91,7 @@ class QuantizeRunFlags(RunFlags):
         read_devices(self.device)
         if self.ray:
             raise UsageError(
-                "--ray: expected a quantizer without calibration; with gptq each layer reads what the quantized layers "
-                "before it produce (--jobs and several devices share the experts of a layer)"
+                f"--ray: expected a quantizer without calibration; with {_calibrated()} each layer reads what the "
+                "quantized layers before it produce (--jobs and several devices share the experts of a layer)"
             )
         return self.job_devices()

@@ -180,7 +180,7 @@ def test_an_existing_output(refused: Refused, tiny_mixtral: Path, out: Path) -> 
 
 def test_a_plan_file_in_a_folder_that_does_not_exist(refused: Refused, tiny_mixtral: Path, tmp_path: Path) -> None:
     path = tmp_path / "none" / "plan.json"
-    assert f"{path}: cannot write (No such file or directory)" in refused("plan", tiny_mixtral, "-o", path)
+    assert f"{path}: expected the folder {path.parent} to exist" in refused("plan", tiny_mixtral, "-o", path)
 
 
 def test_a_text_that_does_not_exist(refused: Refused, tiny_mixtral: Path, tmp_path: Path) -> None:
@@ -194,12 +194,47 @@ def test_names_with_line_breaks_stay_on_one_line(refused: Refused, mixtral_copy:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("plan",), ("quantize", "model"), ("plan", "model", "--zeta", "x"), ("plan", "-x")]
+    ("arguments", "fragment"),
+    [
+        (("quantise",), "moeq: no such command 'quantise'. Did you mean 'quantize'? (see moeq --help)"),
+        (("--versoin",), "moeq: no such option: --versoin (Possible options: --version)"),
+        (("plan",), "moeq plan: missing argument 'MODEL'"),
+        (("quantize", "model"), "moeq quantize: missing option '-o' / '--output'"),
+        (("quantize", "model", "-o"), "moeq quantize: option '-o' requires an argument"),
+        (("plan", "model", "--zeta", "x"), "moeq plan: invalid value for '--zeta': Input should be a valid number"),
+        (("plan", "model", "--zeta", "x"), "found 'x'"),
+        (("plan", "model", "--counts", "x"), "'x' is not one of 'paper', 'official'"),
+        (("plan", "model", "--samples", "0"), "greater than or equal to 1, found '0'"),
+        (("plan", "model", "--avg-bit", "2"), "no such option: --avg-bit (Possible options: --avg-bits"),
+        (("plan", "model", "more"), "unexpected extra argument(s) (more) (see moeq plan --help)"),
+    ],
 )
-def test_usage_errors(moeq: Moeq, arguments: tuple[str, ...]) -> None:
-    outcome = moeq(*arguments)
-    assert outcome.code == 2
-    assert "Usage: moeq" in outcome.err
+def test_usage_errors(refused: Refused, arguments: tuple[str, ...], fragment: str) -> None:
+    assert fragment in refused(*arguments)
+
+
+EMPTY = [
+    ("plan", "{model}", "--stats", ""),
+    ("plan", "{model}", "--method="),
+    ("plan", ""),
+    ("quantize", "{model}", "-o", ""),
+    ("quantize", "{model}", "--plan", "", "-o", "{out}"),
+    ("verify", ""),
+    ("eval", "{model}", "--data", ""),
+    ("compare", "{model}", "--held-out", "", "-o", "{out}"),
+]
+
+
+@pytest.mark.parametrize("arguments", EMPTY)
+def test_empty_values(refused: Refused, tiny_mixtral: Path, out: Path, arguments: tuple[str, ...]) -> None:
+    message = refused(*(argument.format(model=tiny_mixtral, out=out) for argument in arguments))
+    assert message.endswith(": expected a value, found an empty one")
+
+
+def test_no_arguments_print_the_help(moeq: Moeq) -> None:
+    outcome = moeq()
+    assert (outcome.code, outcome.err) == (2, "")
+    assert "Usage: moeq" in outcome.out
 
 
 @pytest.mark.parametrize("arguments", [("inspect", "/none/such"), ("plan", "{model}", "--avg-bits", "nan")])

@@ -67,7 +67,7 @@ def test_quantizers_come_from_the_table(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["plan", "quantize", "compare", "calibrate"])
 def test_widths_come_from_the_table(command: str) -> None:
-    assert f"of {', '.join(map(str, BIT_WIDTHS))} [" in flags(command)["--bits"].help
+    assert f"out of {', '.join(map(str, BIT_WIDTHS))} [" in flags(command)["--bits"].help
 
 
 def test_other_choices_come_from_tables() -> None:

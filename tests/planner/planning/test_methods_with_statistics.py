@@ -90,10 +90,10 @@ class TestMethodsThatUseStatistics:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (("--method", "frequency"), "expected --stats FILE"),
+            (("--method", "frequency"), "or --stats FILE of moeq calibrate"),
             (("--method", "pmq", "--bits", "2,4", "--stats", "STATS"), "moeq calibrate --for pmq --bits 2,4"),
-            (("--method", "max-var", "--stats", "STATS"), "does not use it"),
-            (("--method", "weight", "--stats", "nothing.safetensors"), "nothing.json"),
+            (("--method", "max-var", "--stats", "STATS"), "--stats: expected a method that reads it (kl,"),
+            (("--method", "weight", "--stats", "nothing.safetensors"), "--stats: nothing.safetensors: expected a file"),
         ],
     )
     def test_refusals(self, stats: Path, moeq: Run, flags: tuple[str, ...], message: str) -> None:
