@@ -21,6 +21,7 @@ from planner.commands.quantize import quantize_command
 from planner.commands.report import report_command
 from planner.commands.serve import serve_command
 from planner.commands.verify import verify_command
+from planner.common.interrupts import interruptible
 from planner.common.memory import out_of_memory
 from vllm_moeq import __version__
 from vllm_moeq.format import MoeqError
@@ -40,7 +41,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Name → function, in the order of ``moeq --help``. ``serve`` follows: its further flags are vLLM's."""
 
-EXIT_CODES = "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error."
+EXIT_CODES = (
+    "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 143 terminated; "
+    "1 our own error."
+)
 
 
 def build_app() -> typer.Typer:
@@ -82,7 +86,8 @@ app = build_app()
 def main() -> NoReturn:
     """Run the command; print a user's mistake as one line and exit with status 2."""
     try:
-        app(prog_name="moeq")
+        with interruptible():
+            app(prog_name="moeq")
     except MoeqError as error:
         line = " ".join(str(error).splitlines())  # names come from files and may hold anything
         Console(stderr=True, highlight=False).print(f"error: {line}", soft_wrap=True, markup=False)
@@ -93,6 +98,4 @@ def main() -> NoReturn:
         line = "error: not enough memory; what is finished is kept"
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(0)

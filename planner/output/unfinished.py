@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.common.interrupts import note_kept
 from planner.output.files import TEMPORARY, reason, write_json
-from vllm_moeq.format import MoeqError, UsageError, read_json
+from vllm_moeq.format import UsageError, read_json
 
 WORTH_KEEPING = ("*.safetensors", "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json")
 """Globs of the files that a later run can use."""
@@ -41,7 +42,7 @@ class PartialRun:
             raise UsageError(f"{self.folder}: cannot write ({reason(error)})") from None
         try:
             self._claim(resume)
-        except MoeqError:
+        except BaseException:
             os.close(self._lock)
             raise
 
@@ -65,7 +66,7 @@ class PartialRun:
                 entry.unlink()
         try:
             write_json(path, self._fingerprint)
-        except MoeqError:
+        except BaseException:
             self._remove_if_empty()
             raise
 
@@ -81,9 +82,10 @@ class PartialRun:
         )
 
     def abandon(self) -> None:
-        """Keep the files that a later run can use, and remove everything else; call this after an error."""
+        """Keep the files that a later run can use, and remove everything else; call this while handling an error."""
         self._remove_temporary()
         self._remove_if_empty()
+        note_kept(self.folder)
         self.release()
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.calibration.statistics import json_path
+from planner.common.interrupts import note_kept
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
@@ -67,7 +68,12 @@ def with_statistics(
         if not _usable(path, model, facts, wanted, resume):
             dtype = compute_dtype(device)
             collect(model, layout, text, path, facts, device, dtype, progress, resume, wanted)
-        yield replace(options, stats=path, temporary_stats=True)
+        try:
+            yield replace(options, stats=path, temporary_stats=True)
+        except BaseException:
+            if output is not None:
+                note_kept(path)
+            raise
         _remove(path)
 
 

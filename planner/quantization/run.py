@@ -22,7 +22,7 @@ from planner.quantization.layer_task import Finished, LayerTask, merged_report, 
 from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
-from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
+from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
 
@@ -139,10 +139,8 @@ def quantize(
             report["calibration"] = dict(calibration)
         writer.copy(companions(model.folder))
         writer.finish(*_files(model, plan, with_fallbacks(config, report), report), describe)
-    except BaseException as error:
+    except BaseException:
         writer.abandon()
-        if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
-            progress.line(f"interrupted; {CONTINUES}")
         raise
     return sizes
 
