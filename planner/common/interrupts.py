@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -23,9 +24,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def note_kept(path: Path) -> None:
-    """Note on the error that is being handled, if any, that ``path`` is kept for a later run."""
+    """Note on the error that is being handled, if any, that ``path`` is kept for a later run, if it exists.
+
+    Earlier notes on files within it are dropped: a folder that was kept goes or stays with the one around it.
+    """
     error = sys.exception()
-    if error is None or not path.exists():
+    if error is None:
+        return
+    error.__notes__ = [note for note in getattr(error, "__notes__", []) if not note.startswith(f"{path}{os.sep}")]
+    if not path.exists():
         return
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     error.add_note(f"{path} ({size(sum(file.stat().st_size for file in files))})")

@@ -99,6 +99,7 @@ def quantize(
     runner: Runner | None = None,
     resume: bool = True,
     calibration: Mapping[str, Any] | None = None,
+    claimed: Callable[[Path], None] | None = None,
     describe: Callable[[Path], None] | None = None,
 ) -> Sizes:
     """Write the quantized checkpoint. The output folder appears only when it is complete.
@@ -113,6 +114,7 @@ def quantize(
         runner: runs the layers' tasks; None runs them one after the other in this process.
         resume: continue an unfinished run instead of deleting it.
         calibration: facts about the runner's calibration text, for the report.
+        claimed: function that may keep files in the unfinished folder, once it is this run's.
         describe: function that may add files to the complete folder, such as ``write_card``.
 
     Returns:
@@ -130,6 +132,8 @@ def quantize(
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
     try:
+        if claimed is not None:
+            claimed(writer.partial)
         tasks = plan_tasks(model, layout, plan, settings, writer.partial)
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         model.shards.check_unchanged()

@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_here
-from tests.faults.commands import COMMANDS, TEXT, Command, prepare, run
+from tests.faults.commands import COMMANDS, prepare, run
 from tests.paths import MIXTRAL
 
 pytestmark = pytest.mark.slow
-
-SHORT = (*TEXT, "--samples", "2", "--seq-len", "32")
-KL = Command(("quantize", "model", "--method", "kl", *SHORT, "-o", "out"), "out", "", 0)
-"""Its text is read, then come a file for each of four layers, one for the measure, two of statistics, the plan."""
 
 SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
