@@ -76,7 +76,7 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner, kills: int) ->
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        assert output.exists() == (process.exitcode == 0)
+        assert output.exists() or process.exitcode != 0  # it may be killed once the output is complete
         if not output.exists():
             continue_(output, runner)
         assert contents(output) == expected
