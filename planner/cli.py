@@ -79,7 +79,10 @@ COMMANDS = {
 }
 """Name → module, function and summary, in the order of ``moeq --help``."""
 
-EXIT_CODES = "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 1 our own error."
+EXIT_CODES = (
+    "Exit status: 0 done; 2 a mistake in flags or files, named in one line; 130 interrupted; 143 terminated; "
+    "1 our own error."
+)
 
 
 class Commands(TyperGroup):

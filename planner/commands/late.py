@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from planner.commands.given import USAGE_ERROR, raw_values, refuse_empty
+from planner.common.interrupts import interruptible
 from planner.common.progress import Progress
 
 LATE = ("params", "callback", "help")
@@ -79,6 +80,11 @@ class LateCommand(TyperCommand):
         if self.row.long and "torch" not in sys.modules and not helps and not extra.get("resilient_parsing"):
             Progress().line(f"moeq {self.name}: loading torch")
         return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interruption ends with a line that says what is kept."""
+        with interruptible():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; refuse empty values, and flags that would be ignored. A wrong value is named in the parser's errors.

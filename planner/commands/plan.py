@@ -9,10 +9,10 @@ import typer
 
 from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
-from planner.commands.flags.common import Device, Json, Model
+from planner.commands.flags.common import Json, Model
 from planner.commands.flags.planning import PlanFlags
 from planner.commands.flags.quantizing import NAMES, StorageFlags
-from planner.commands.flags.running import first_device
+from planner.commands.flags.running import RunFlags
 from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_plan_needs
 from planner.common.progress import Progress
@@ -22,7 +22,7 @@ from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
 from planner.planning.make import make_plan
-from planner.planning.statistics import with_statistics
+from planner.planning.statistics import discard_statistics, with_statistics
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT, default_quantizer
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
@@ -43,7 +43,7 @@ def plan_command(
         NAMES,
     ] = None,
     text: TextFlags,
-    device: Device = "cpu",
+    run: RunFlags,
     storage: StorageFlags,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes from the headers, or from config.json alone; plan nothing.")
@@ -51,11 +51,11 @@ def plan_command(
     service: ServiceFlags,
     as_json: Json = False,
 ) -> None:
-    """Choose a width for every expert and write plan.json.
+    """Choose a width for every expert and write plan.json. With -o, continues a killed run.
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
-    progress, where, given = Progress(), first_device(device), text.data is not None
+    progress, where, given = Progress(), run.first_device(), text.data is not None
     if dry_run and output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
     if output is not None and not output.absolute().parent.is_dir():
@@ -69,7 +69,7 @@ def plan_command(
         options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
         found = text.read(source, planning.seed) if given else None
         show.announce(options, progress)
-        with with_statistics(source, layout, options, found, where, None, progress) as known:
+        with with_statistics(source, layout, options, found, where, output, progress, run.resume) as known:
             made = make_plan(source, layout, known, progress)
         if dry_run:
             needs = plan_needs(source, layout, options, Reading.of(found), where)
@@ -78,6 +78,7 @@ def plan_command(
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     if output is not None:
         made.write(output)
+        discard_statistics(output)
     if as_json:
         show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,11 +33,14 @@ from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
 from planner.output.unfinished import check_output
 from planner.plan import Plan, read_plan
+from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
-from planner.planning.statistics import with_statistics
+from planner.planning.request import check_options
+from planner.planning.statistics import discard_statistics, reads_text, with_statistics
 from planner.quantization.quantizers.table import QUANTIZERS, check_widths
 from planner.quantization.run import quantize
+from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
 
@@ -101,8 +105,9 @@ def quantize_command(
         devices = run.expert_devices() if calibrated else (run.first_device(),)
         found = text.read(source, planning.seed) if calibrated or text.data is not None else None
         work = _Work(source, layout, settings, found, devices, progress)
+        keep = None
         if plan_file is None:
-            made = _make_plan(work, planning, output, dry_run, run.resume)
+            made, keep = _make_plan(work, planning, output, dry_run, run.resume)
         else:
             made = _given_plan(work, plan_file, model)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
@@ -111,30 +116,60 @@ def quantize_command(
             serving = serving_needs(source.config, layout, sizes, service.service())
             report_quantize_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
             return
-        if calibrated and found is not None:
-            runner = GptqRunner(found, torch.get_num_threads(), devices, compute_dtype(devices[0]))
-        return_large_blocks()
-        quantize(
-            source, layout, made, output, settings, progress, runner=runner, resume=run.resume,
-            calibration=None if found is None else calibration_facts(found, devices[0]), describe=write_card,
-        )  # fmt: skip
+        _write(work, made, output, runner, run.resume, keep)
         serve = _serve_command(source, output, progress)
     _report(made, output, sizes.as_dict(), as_json, serve)
 
 
-def _make_plan(work: _Work, planning: PlanFlags, output: Path, dry_run: bool, resume: bool) -> Plan:
-    """Return a new plan; its statistics, if it needs some, lie beside the output until it is made.
+def _make_plan(
+    work: _Work, planning: PlanFlags, output: Path, dry_run: bool, resume: bool
+) -> tuple[Plan, Callable[[Path], None]]:
+    """Return a plan, and what keeps it in the unfinished folder; an earlier run's plan is taken as it is.
+
+    The plan's statistics, if it needs some, lie beside the output until it is kept.
 
     Raises:
-        MoeqError: flags that cannot be met; statistics of another run.
+        MoeqError: flags that cannot be met; statistics or the plan of another run.
     """
-    source, layout, text = work.source, work.layout, work.text
+    source, layout, text, device = work.source, work.layout, work.text, work.devices[0]
     options = planning.options(source, layout, work.settings, text=text is not None, ranked=not dry_run)
     show.announce(options, work.progress)
+    check_options(options)
+    read = calibration_facts(text, device) if text is not None and reads_text(options) else None
+    request = PlanRequest.of(source, options, read)
+    earlier = kept_plan(output, request) if resume and not dry_run else None
+    if earlier is not None:
+        made = earlier
+    else:
+        return_large_blocks()
+        with with_statistics(source, layout, options, text, device, output, work.progress, resume) as known:
+            made = make_plan(source, layout, known, work.progress)
+
+    def keep(folder: Path) -> None:
+        if earlier is not None:
+            work.progress.line("plan: made by an earlier run")
+        keep_plan(folder, request, made)
+        discard_statistics(output)
+
+    return made, keep
+
+
+def _write(
+    work: _Work, made: Plan, output: Path, runner: Runner | None, resume: bool, keep: Callable[[Path], None] | None
+) -> None:
+    """Quantize and write the checkpoint. A quantizer with calibration brings its own runner.
+
+    Raises:
+        MoeqError: a damaged tensor, a full disk.
+    """
+    text, device = work.text, work.devices[0]
+    if work.settings.calibrated and text is not None:
+        runner = GptqRunner(text, torch.get_num_threads(), work.devices, compute_dtype(device))
     return_large_blocks()
-    device = work.devices[0]
-    with with_statistics(source, layout, options, text, device, output, work.progress, resume) as known:
-        return make_plan(source, layout, known, work.progress)
+    quantize(
+        work.source, work.layout, made, output, work.settings, work.progress, runner=runner, resume=resume,
+        calibration=None if text is None else calibration_facts(text, device), claimed=keep, describe=write_card,
+    )  # fmt: skip
 
 
 def _given_plan(work: _Work, path: Path, model: str) -> Plan:

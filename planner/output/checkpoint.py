@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.output.files import atomic, reason, sync, write_json, write_tensors
-from planner.output.unfinished import PartialRun
+from planner.output.unfinished import PLANNED, PartialRun
 from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.strangers import without_strangers
 
@@ -101,7 +101,8 @@ class CheckpointWriter:
         except OSError as error:
             raise CheckpointError(f"{self.output}: cannot rename {self.partial} ({reason(error)})") from None
         # Only now, so that a run that fails earlier can still be continued.
-        for path in (self.output / "fingerprint.json", self.output / ".lock", *self.output.glob("*.safetensors.json")):
+        ours = [self.output / name for name in ("fingerprint.json", ".lock")]
+        for path in (*ours, *self.output.glob("*.safetensors.json"), *self.output.glob(PLANNED)):
             path.unlink()
         sync(self.output.parent)
         self._run.release()

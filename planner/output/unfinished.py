@@ -10,11 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.common.interrupts import note_kept
 from planner.output.files import TEMPORARY, reason, write_json
-from vllm_moeq.format import MoeqError, UsageError, read_json
+from vllm_moeq.format import UsageError, read_json
 
-WORTH_KEEPING = ("*.safetensors", "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json")
-"""Globs of the files that a later run can use."""
+PLANNED, PLANNED_FROM_TEXT = "planned-from-*.json", "planned-from-text.json"
+"""Finished plans: a glob of all, and the name of one that took reading a text."""
+
+WORTH_KEEPING = (
+    "*.safetensors", "*.partial", PLANNED_FROM_TEXT, "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json",
+)  # fmt: skip
+"""Globs of the files and folders that a later run can use. An unfinished run within another one is worth keeping."""
 
 
 class PartialRun:
@@ -31,7 +37,7 @@ class PartialRun:
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], resume: bool = True) -> None:
-        self.folder = output.with_name(f"{output.name}.partial")
+        self.folder = partial_folder(output)
         check_output(output)
         self._fingerprint = json.loads(json.dumps(fingerprint))
         try:
@@ -41,7 +47,7 @@ class PartialRun:
             raise UsageError(f"{self.folder}: cannot write ({reason(error)})") from None
         try:
             self._claim(resume)
-        except MoeqError:
+        except BaseException:
             os.close(self._lock)
             raise
 
@@ -53,7 +59,7 @@ class PartialRun:
         self._remove_temporary()  # a killed run may have left some
         path = self.folder / "fingerprint.json"
         if path.exists() and resume:
-            self._compare(read_json(path))
+            refuse_other(self.folder, read_json(path), self._fingerprint)
             return
         others = [entry for entry in sorted(self.folder.iterdir()) if entry.name != ".lock"]
         if others and not path.exists():
@@ -65,25 +71,15 @@ class PartialRun:
                 entry.unlink()
         try:
             write_json(path, self._fingerprint)
-        except MoeqError:
+        except BaseException:
             self._remove_if_empty()
             raise
 
-    def _compare(self, found: Any) -> None:
-        """Refuse to continue a run with another fingerprint; the message names the differences."""
-        if found == self._fingerprint:
-            return
-        before = found if isinstance(found, dict) else {}
-        differs = [name for name in self._fingerprint if before.get(name) != self._fingerprint[name]]
-        raise UsageError(
-            f"{self.folder}: an unfinished run with other {' and '.join(differs) or 'program version'}; "
-            "start anew with --no-resume, delete that folder or choose another output"
-        )
-
     def abandon(self) -> None:
-        """Keep the files that a later run can use, and remove everything else; call this after an error."""
+        """Keep the files that a later run can use, and remove everything else; call this while handling an error."""
         self._remove_temporary()
         self._remove_if_empty()
+        note_kept(self.folder)
         self.release()
 
     def release(self) -> None:
@@ -97,6 +93,32 @@ class PartialRun:
     def _remove_if_empty(self) -> None:
         if not any(found for pattern in WORTH_KEEPING for found in self.folder.glob(pattern)):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """Return the folder in which the unfinished run of an output lies."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def refuse_other(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with another fingerprint.
+
+    Args:
+        folder: the unfinished run.
+        found: its fingerprint, or the part of it that decided a plan.
+        expected: the same of this run.
+
+    Raises:
+        UsageError: they differ; the message names the differences.
+    """
+    if found == expected:
+        return
+    before = found if isinstance(found, dict) else {}
+    differs = [name for name in expected if before.get(name) != expected[name]]
+    raise UsageError(
+        f"{folder}: an unfinished run with other {' and '.join(differs) or 'program version'}; "
+        "start anew with --no-resume, delete that folder or choose another output"
+    )
 
 
 def check_output(output: Path) -> None:

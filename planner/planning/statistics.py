@@ -15,12 +15,18 @@ from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.calibration.statistics import json_path
+from planner.common.interrupts import note_kept
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
 from vllm_moeq.format import UsageError, read_json
+
+
+def reads_text(options: PlanOptions) -> bool:
+    """Tell whether the plan needs statistics that are yet to be collected."""
+    return METHODS[options.resolved_method].calibrated and options.stats is None and options.ranked
 
 
 @contextmanager
@@ -36,8 +42,7 @@ def with_statistics(
 ) -> Iterator[PlanOptions]:
     """Yield the options with the statistics that their method needs, collected from a text.
 
-    The statistics are deleted when the block succeeds. The options stay as they are if the method needs no statistics,
-    if they are given already, or if there is no text.
+    The options stay as they are if the method needs no statistics, if they are given already, or if there is no text.
 
     Args:
         model: the model.
@@ -46,7 +51,7 @@ def with_statistics(
         text: the calibration text, if any.
         device: device that runs the model.
         output: the command's output; the statistics are written beside it, where the same command finds them after it
-            was killed. None writes them to a temporary folder.
+            was killed, until :func:`discard_statistics`. None writes them to a temporary folder.
         progress: shows the progress.
         resume: use the files of a killed run.
 
@@ -54,21 +59,34 @@ def with_statistics(
         MoeqError: the options cannot be met, or the statistics are those of another run.
     """
     check_options(options)
-    method = METHODS[options.resolved_method]
-    if not method.calibrated or options.stats is not None or not options.ranked or text is None:
+    if text is None or not reads_text(options):
         yield options
         return
+    method = METHODS[options.resolved_method]
     facts = calibration_facts(text, device)
     wanted = StatisticsRequest(method.measures, options.bit_choices, options.seed)
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary) / "statistics.safetensors"
-        if output is not None:
-            path = output.with_name(f"{output.name}.statistics.safetensors")
-        if not _usable(path, model, facts, wanted, resume):
-            dtype = compute_dtype(device)
-            collect(model, layout, text, path, facts, device, dtype, progress, resume, wanted)
-        yield replace(options, stats=path, temporary_stats=True)
-        _remove(path)
+    kept: Path | None = None
+    try:
+        with TemporaryDirectory() as temporary:
+            path = Path(temporary) / "statistics.safetensors" if output is None else _beside(output)
+            kept = path if output is not None else path.parent
+            if not _usable(path, model, facts, wanted, resume):
+                dtype = compute_dtype(device)
+                collect(model, layout, text, path, facts, device, dtype, progress, resume, wanted)
+            yield replace(options, stats=path, temporary_stats=True)
+    except BaseException:
+        if kept is not None:
+            note_kept(kept)  # the temporary folder is gone by now
+        raise
+
+
+def discard_statistics(output: Path) -> None:
+    """Delete the statistics beside an output, if there are any: its plan is kept, and they are of no more use."""
+    _remove(_beside(output))
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.statistics.safetensors")
 
 
 def _usable(path: Path, model: SourceModel, facts: Mapping[str, Any], wanted: StatisticsRequest, resume: bool) -> bool:

@@ -22,7 +22,7 @@ from planner.quantization.layer_task import Finished, LayerTask, merged_report, 
 from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
-from planner.quantization.runners import CONTINUES, InlineRunner, Runner, Work
+from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import without_speculation
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
@@ -100,6 +100,7 @@ def quantize(
     runner: Runner | None = None,
     resume: bool = True,
     calibration: Mapping[str, Any] | None = None,
+    claimed: Callable[[Path], None] | None = None,
     describe: Callable[[Path], None] | None = None,
 ) -> Sizes:
     """Write the quantized checkpoint. The output folder appears only when it is complete.
@@ -114,6 +115,7 @@ def quantize(
         runner: runs the layers' tasks; None runs them one after the other in this process.
         resume: continue an unfinished run instead of deleting it.
         calibration: facts about the runner's calibration text, for the report.
+        claimed: function that may keep files in the unfinished folder, once it is this run's.
         describe: function that may add files to the complete folder, such as ``write_card``.
 
     Returns:
@@ -132,6 +134,8 @@ def quantize(
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
     try:
+        if claimed is not None:
+            claimed(writer.partial)
         tasks = plan_tasks(model, layout, plan, settings, writer.partial)
         _run(tasks, writer, runner or InlineRunner(torch.get_num_threads()), progress)
         model.shards.check_unchanged()
@@ -142,10 +146,8 @@ def quantize(
         writer.copy(model.folder, beside)
         config = with_fallbacks(config, report)
         writer.finish(*_files(model, plan, config, report), describe)
-    except BaseException as error:
+    except BaseException:
         writer.abandon()
-        if isinstance(error, KeyboardInterrupt) and writer.partial.exists():
-            progress.line(f"interrupted; {CONTINUES}")
         raise
     _note_fallbacks(config, settings, progress)
     return sizes

@@ -76,7 +76,7 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner, kills: int) ->
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        assert output.exists() == (process.exitcode == 0)
+        assert output.exists() or process.exitcode != 0  # it may be killed once the output is complete
         if not output.exists():
             continue_(output, runner)
         assert contents(output) == expected
@@ -107,7 +107,7 @@ def interrupted(tmp_path: Path) -> Path:
     command = [sys.executable, "-c", INTERRUPTED, "quantize", str(MIXTRAL), "--jobs", "2", "-o", str(output)]
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True, start_new_session=True, check=False)
     assert run.returncode == 130
-    assert run.stderr.splitlines()[-1].startswith("interrupted; finished layers are kept")
+    assert run.stderr.splitlines()[-1].startswith(f"interrupted; kept: {output}.partial (")
     assert "Traceback" not in run.stderr
     return output
 
