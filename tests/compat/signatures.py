@@ -69,8 +69,15 @@ FIELDS = {
     ],
     (f"{LAYERS}.fused_moe.expert_map_manager", "ExpertMapManager"): ["num_fused_shared_experts"],
     (f"{LAYERS}.fused_moe.config", "FusedMoEParallelConfig"): [
-        "all2all_backend", "dp_size", "enable_eplb", "tp_rank", "use_ep",
+        "all2all_backend", "dp_size", "tp_rank", "use_ep",
     ],
+    ("vllm.config.vllm", "VllmConfig"): [
+        "load_config", "lora_config", "offload_config", "parallel_config", "weight_transfer_config",
+    ],
+    ("vllm.config.parallel", "ParallelConfig"): ["enable_eplb"],
+    ("vllm.config.offload", "OffloadConfig"): ["prefetch", "uva"],
+    ("vllm.config.offload", "PrefetchOffloadConfig"): ["offload_group_size"],
+    ("vllm.config.offload", "UVAOffloadConfig"): ["cpu_offload_gb"],
     ("vllm.config.load", "LoadConfig"): ["download_dir", "load_format"],
     ("vllm.config.model", "ModelConfig"): ["dtype", "enforce_eager", "model", "revision"],
 }  # fmt: skip

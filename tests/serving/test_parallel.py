@@ -35,7 +35,6 @@ def test_possible_layouts_pass(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"enable_eplb": True}, "--enable-eplb: "),
         (
             {**SHARED, "all2all_backend": "deepep_high_throughput"},
             "--all2all-backend: expected allgather_reducescatter, found deepep_high_throughput",

@@ -49,8 +49,8 @@ COMPUTED = {
     "prefix": "the layer's name in the checkpoint",
     "layer_name": "the same name",
     "moe_config": "the config whose fields stand here",
-    "enable_eplb": "refused by check_parallel",
-    "num_redundant_experts": "refused by check_parallel, with --enable-eplb",
+    "enable_eplb": "refused by check_options",
+    "num_redundant_experts": "refused by check_options, with --enable-eplb",
 }
 """Name → how the kernels or this adapter heed it."""
 

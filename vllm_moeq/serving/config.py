@@ -67,11 +67,8 @@ def check_parallel(parallel: Any) -> None:
         parallel: vLLM's ``FusedMoEParallelConfig``.
 
     Raises:
-        UsageError: load balancing is on, which needs experts of one size; or tokens are exchanged by a backend outside
-            :data:`ALL_TO_ALL`.
+        UsageError: tokens are exchanged by a backend outside :data:`ALL_TO_ALL`.
     """
-    if parallel.enable_eplb:
-        raise UsageError("--enable-eplb: experts of different widths cannot change places; expected it left out")
     if parallel.dp_size > 1 and parallel.use_ep and parallel.all2all_backend not in ALL_TO_ALL:
         raise UsageError(f"--all2all-backend: expected {ALL_TO_ALL[0]}, found {parallel.all2all_backend}")
 
