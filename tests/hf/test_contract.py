@@ -170,6 +170,13 @@ def test_every_row_of_the_tables_is_there(name: str) -> None:
     assert name == "_is_hf_initialized" or any(hasattr(source, name) for source in sources)
 
 
+def test_a_value_of_the_class_counts_as_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = mixtral()
+    monkeypatch.setattr(type(source), "input_scale", 2.0, raising=False)
+    with pytest.raises(UsageError, match=r"MixtralExperts\.input_scale: expected experts without it, found 2\.0"):
+        packed_experts(layer(), source)
+
+
 def test_flags_that_say_no_are_nothing() -> None:
     source = mixtral(has_something=False, limit=None)
     assert packed_experts(layer(), source).fused

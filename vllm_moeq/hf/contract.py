@@ -59,7 +59,7 @@ def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> 
     Raises:
         UsageError: there is such a part; the message names it.
     """
-    attributes = vars(source)
+    attributes = _attributes(source)
     for name, values in COMPUTED.items() if marked else ():
         if attributes.get(name) not in values:
             expected = " or ".join(map(str, values))
@@ -68,7 +68,7 @@ def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> 
     for name, module in source.named_children():
         if name != "act_fn":
             raise refusal(prefix, source, name, "no module but act_fn", type(module).__name__)
-    for name in sorted(set(attributes) - PLAIN - set(COMPUTED) - set(HARMLESS) - {"act_fn"} - _read_by_gate(source)):
+    for name in sorted(set(attributes) - set(COMPUTED) - set(HARMLESS) - {"act_fn"} - _read_by_gate(source)):
         if attributes[name] is not None and attributes[name] is not False:
             raise refusal(prefix, source, name, "experts without it", f"{attributes[name]!r:.80}")
 
@@ -98,8 +98,9 @@ def require_silu(prefix: str, source: torch.nn.Module) -> None:
     if act is not None and not is_silu(act):
         raise refusal(prefix, source, "act_fn", "SiLU", getattr(act, "__name__", type(act).__name__))
     if not has_default_gate(source):
-        read = sorted(_read_by_gate(source) & set(vars(source)) - PLAIN)
-        found = "one with " + ", ".join(f"{name}={vars(source)[name]!r:.40}" for name in read) if read else "another"
+        attributes = _attributes(source)
+        read = ", ".join(f"{it}={attributes[it]!r:.40}" for it in sorted(_read_by_gate(source) & set(attributes)))
+        found = f"one with {read}" if read else "another"
         raise refusal(prefix, source, "_apply_gate", "the gate silu(gate)·up", found)
 
 
@@ -116,6 +117,16 @@ def is_silu(act: object) -> bool:
 def refusal(prefix: str, source: torch.nn.Module, name: str, expected: str, found: str) -> UsageError:
     """Return the error for an attribute of transformers' experts that is not as it has to be."""
     return UsageError(f"{prefix}: transformers' {type(source).__name__}.{name}: expected {expected}, found {found}")
+
+
+def _attributes(source: torch.nn.Module) -> dict[str, Any]:
+    """Return the values that a module has, its own before those of its classes, without methods and torch's own."""
+    kinds = type(source).__mro__[: type(source).__mro__.index(torch.nn.Module)]
+    found: dict[str, Any] = {}
+    for kind in reversed(kinds):
+        values = ((name, value) for name, value in vars(kind).items() if not name.startswith("__"))
+        found.update((name, value) for name, value in values if not hasattr(value, "__get__"))
+    return found | {name: value for name, value in vars(source).items() if name not in PLAIN}
 
 
 def _read_by_gate(source: torch.nn.Module) -> set[str]:
