@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo docs check test test-all lint fuzz audit bench paper compare clean
+.PHONY: setup browser demo docs check test test-all transformers lint fuzz audit bench paper compare clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,11 @@ test: lint browser
 test-all: test
 	$(TESTS) --junitxml=build/test-all.xml -m "full and not server"
 	$(BIN)/python -m pytest --junitxml=build/test-all-servers.xml -m "full and server"
+
+# What loads models in transformers, with each supported version of it: `make transformers VERSIONS=5.24` for one.
+VERSIONS ?=
+transformers: setup
+	$(BIN)/python -m tests.compat.transformers_versions $(VERSIONS)
 
 # Ten minutes per target, guided by coverage; a crash leaves its input in build/fuzz.
 FUZZ_SECONDS ?= 600

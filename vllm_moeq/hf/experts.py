@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
-from vllm_moeq.format import CheckpointError, UsageError, drop_weak
+from vllm_moeq.format import CheckpointError, drop_weak
+from vllm_moeq.hf.contract import BIASES, has_default_gate, is_silu, refusal, require_known, require_tensors
 from vllm_moeq.hf.layout import StoredLayer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
@@ -25,11 +25,6 @@ from vllm_moeq.kernels import (
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
-INTEGRATION = "transformers.integrations.moe"
-"""The module of transformers' default gate, act(gate)·up."""
-
 
 class RoutedExperts(PackedStorage):
     """Experts called with tokens, expert indices and routing weights, as in nearly all models.
@@ -44,11 +39,12 @@ class RoutedExperts(PackedStorage):
 
     Raises:
         CheckpointError: the module's experts do not have as many weights as the checkpoint's.
-        UsageError: the module's biases or activation are not known.
+        UsageError: the module computes something that would be left out; the message names the attribute.
     """
 
     def __init__(self, layer: StoredLayer, source: torch.nn.Module) -> None:
         super().__init__(layer)
+        self._check(source)
         biases = {name: tensor for name, tensor in source.named_parameters() if name.endswith("bias")}
         expected = sum(tensor.numel() for name, tensor in source.named_parameters() if name not in biases)
         if expected != layer.weights:
@@ -56,8 +52,6 @@ class RoutedExperts(PackedStorage):
                 f"{layer.prefix}: expected {expected} weights of experts as in transformers' {type(source).__name__}, "
                 f"found {layer.experts} experts with {layer.weights}"
             )
-        if not set(biases) <= set(BIASES):
-            raise UsageError(f"{layer.prefix}: transformers' {type(source).__name__} has other biases than is known")
         for name, tensor in biases.items():
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         self.interleaved = not getattr(source, "is_concatenated", True)
@@ -66,18 +60,24 @@ class RoutedExperts(PackedStorage):
         self._kernel: LayerKernel | None = None
         self._backend: Backend = FALLBACK
 
-    def _activation(self, source: torch.nn.Module) -> Activation:
+    def _check(self, source: torch.nn.Module) -> None:
+        """Refuse a module that computes more than this class.
+
+        Raises:
+            UsageError: it does; the message names the attribute.
+        """
+        require_known(self.layer.prefix, source)
+        if self.layer.projections.up is None:
+            raise refusal(self.layer.prefix, source, "has_gate", "False, as in the checkpoint", "True")
+
+    def _activation(self, source: Any) -> Activation:
         """Return the function from [tokens, gate and up in transformers' order] to [tokens, intermediate]."""
-        gate: Activation | None = getattr(source, "_apply_gate", None)
-        if gate is None or self.layer.projections.up is None:
-            raise UsageError(f"{self.layer.prefix}: transformers' {type(source).__name__} cannot hold packed experts")
+        gate: Activation = source._apply_gate
         return gate
 
-    def _is_silu(self, source: torch.nn.Module) -> bool:
+    def _is_silu(self, source: Any) -> bool:
         """Tell whether the activation is known to be silu(gate)·up."""
-        default = getattr(type(source), "_apply_gate", None)
-        known = {torch.nn.SiLU, type(ACT2FN["silu"])}
-        return getattr(default, "__module__", None) == INTEGRATION and type(getattr(source, "act_fn", None)) in known
+        return has_default_gate(source) and is_silu(source.act_fn)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return each token's weighted sum over its experts.
@@ -147,6 +147,9 @@ class RoutedExperts(PackedStorage):
 class Llama4Experts(RoutedExperts):
     """Llama-4's experts: each gets all tokens, multiplied by its routing weights, which are mostly 0."""
 
+    def _check(self, source: torch.nn.Module) -> None:
+        require_known(self.layer.prefix, source, marked=False)
+
     def _activation(self, source: Any) -> Activation:
         act: Activation = source.act_fn
 
@@ -156,8 +159,8 @@ class Llama4Experts(RoutedExperts):
 
         return gate
 
-    def _is_silu(self, source: torch.nn.Module) -> bool:
-        return type(source.act_fn) in {torch.nn.SiLU, type(ACT2FN["silu"])}
+    def _is_silu(self, source: Any) -> bool:
+        return is_silu(source.act_fn)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the experts' outputs for ``hidden``; both are [experts · tokens, hidden], expert by expert."""
@@ -171,11 +174,17 @@ class Llama4Experts(RoutedExperts):
 class SwitchExperts(RoutedExperts):
     """Switch Transformer's experts wo(act(wi(x))): one per token, or none if the expert is full."""
 
+    def _check(self, source: torch.nn.Module) -> None:
+        experts = (name for name, _ in source.named_children())
+        require_tensors(
+            self.layer.prefix, source, {f"{name}.{part}.weight" for name in experts for part in ("wi", "wo")}
+        )
+
     def _activation(self, source: Any) -> Activation:
         act: Activation = source["expert_0"].act
         return act
 
-    def _is_silu(self, source: torch.nn.Module) -> bool:
+    def _is_silu(self, source: Any) -> bool:
         return False
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,8 @@ class Decoder:
         try:
             from accelerate import init_empty_weights
             from transformers import AutoConfig, AutoModelForCausalLM
+
+            from vllm_moeq.hf.contract import require_silu
         except ModuleNotFoundError as error:
             raise UsageError(f"calibration needs {error.name}: pip install 'vllm-moeq[calibrate]'") from None
         try:
@@ -84,7 +86,10 @@ class Decoder:
         self.base = skeleton.eval().base_model
         self.lm_head: torch.nn.Module = skeleton.get_output_embeddings()
         self.layers: torch.nn.ModuleList = self.base.layers
-        self.activation = _activation(self.config)
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
+        for layer in layout.layers:
+            experts = self.layers[layer.index].get_submodule(self.row.module_name(self.row.experts))
+            require_silu(f"{model.folder}: {layer.prefix}", experts)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self.base.rotary_emb.to(device)
 
@@ -216,11 +221,3 @@ class Decoder:
             if isinstance(tensor, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=False)
             setattr(place, leaf, value)
-
-
-def _activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the experts' activation function. Only SiLU is allowed, because the kernels know no other."""
-    name = getattr(config, "hidden_act", "silu")
-    if name not in ("silu", "swish"):
-        raise ConfigError(f"expected experts with the activation silu, found {name}")
-    return torch.nn.functional.silu
