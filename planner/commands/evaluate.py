@@ -25,7 +25,7 @@ from planner.common.progress import Progress
 from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
-from planner.evaluation.lm_eval_tasks import PAPER_SUITE
+from planner.evaluation.lm_eval_tasks import PAPER_SUITE, check_tasks
 from planner.evaluation.perplexity import read_texts, read_tokens
 from planner.evaluation.record import FILE, TextResult, read_evaluations
 from planner.evaluation.run import EvaluationRequest, Found, Text, evaluate, finish
@@ -66,8 +66,6 @@ class PredictedText:
             MoeqError: no such file or reference, or a window that the model cannot read.
         """
         if self.data is None:
-            if self.reference is not None:
-                raise UsageError("--reference: expected --data FILE too, which both models read, found none")
             return None
         content = read_texts(self.data, folder)
         with open_folder(folder, dry_run) as source:
@@ -147,6 +145,8 @@ def eval_command(
     tasks = asked.names()
     if predicted.data is None and not tasks:
         raise UsageError("--data, --tasks, --suite: expected at least one of them, found none")
+    if predicted.data is not None and tasks and not dry_run:
+        check_tasks(tasks)  # the text comes first, and takes hours
     read = predicted.read(folder, dry_run)
     wanted = EvaluationRequest(folder, read, tasks, asked.limit, asked.backend, asked.batch_size, device)
     first = _first_device(wanted)

@@ -90,7 +90,7 @@ def _check_known(names: list[str], known: set[str]) -> None:
     if unknown:
         close = ", ".join(match for name in unknown for match in difflib.get_close_matches(name, known))
         raise UsageError(
-            "tasks: expected names of lm-eval's tasks or paths of task YAML files, "
+            "--tasks: expected names of lm-eval's tasks or paths of task YAML files, "
             f"found {', '.join(map(repr, unknown))}" + (f" (close: {close})" if close else "")
         )
 

@@ -96,6 +96,13 @@ def test_plan_for_people_names_the_average(moeq: Moeq, tiny_mixtral: Path) -> No
     assert "average 2.2500 bits of 2.25 requested" in moeq("plan", tiny_mixtral, "--avg-bits", 2.25).out
 
 
+@pytest.mark.parametrize(("method", "promotes"), [("router-norm-maxvar", True), ("random", False)])
+def test_plan_for_people_tells_promotions_where_there_are_some(
+    moeq: Moeq, tiny_mixtral: Path, method: str, promotes: bool
+) -> None:
+    assert ("MaxVar promoted" in moeq("plan", tiny_mixtral, "--method", method).out) == promotes
+
+
 def test_inspect_describes_the_model(moeq: Moeq, tiny_mixtral: Path) -> None:
     facts = json.loads(moeq("inspect", tiny_mixtral, "--json").out)
     assert (facts["model_type"], facts["dtypes"], facts["linears"]) == ("mixtral", ["bfloat16"], 8)

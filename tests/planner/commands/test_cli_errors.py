@@ -183,6 +183,16 @@ def test_a_plan_file_in_a_folder_that_does_not_exist(refused: Refused, tiny_mixt
     assert f"{path}: expected the folder {path.parent} to exist" in refused("plan", tiny_mixtral, "-o", path)
 
 
+@pytest.mark.parametrize(
+    ("name", "fragment"), [("s.txt", "s.json: the output exists"), ("new.json", "expected a .safe")]
+)
+def test_names_of_statistics_come_before_the_text(
+    refused: Refused, tiny_mixtral: Path, tmp_path: Path, name: str, fragment: str
+) -> None:
+    (tmp_path / "s.json").write_text("{}")
+    assert fragment in refused("calibrate", tiny_mixtral, "--data", tmp_path / "none.txt", "-o", tmp_path / name)
+
+
 def test_a_text_that_does_not_exist(refused: Refused, tiny_mixtral: Path, tmp_path: Path) -> None:
     assert "expected a text file" in refused("eval", tiny_mixtral, "--data", tmp_path / "none.txt")
 

@@ -248,7 +248,7 @@ class TestKilledRuns:
         (("--methods", "uniform", "--odp", "0"), "--odp: expected numbers"),
         (("--methods", "uniform", "--avg-bits", "2,x"), "--avg-bits: expected a number"),
         (("--methods", "max-var", "--avg-bits", "4"), "--avg-bits: expected a value between 1 and 3"),
-        (("--methods", "uniform", "--bits", "2,5"), "--bits: expected widths among"),
+        (("--methods", "random", "--bits", "2,5"), "--bits: expected widths among"),
         (("--methods", "uniform", "--group-size", "48"), "--group-size"),
         (("--methods", "uniform", "--held-out", "none.txt"), "none.txt: expected a text file"),
         (("--methods", "kl", "--data", "none.txt"), "--data: expected a text"),
