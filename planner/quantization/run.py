@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.common.progress import Progress, duration
+from planner.common.progress import Progress
 from planner.model.hub import companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
@@ -25,6 +24,9 @@ from planner.quantization.record import describe_source
 from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
+
+QUANTIZING = "quantizing"
+"""Name of this work in the progress."""
 
 HEADROOM_BYTES = 4 << 20
 """Bytes for headers, index, config and tokenizer in the check for free space."""
@@ -165,17 +167,15 @@ def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progr
     for task in tasks:
         if task not in pending:
             progress.line(f"{task.label}: done by an earlier run")
-    began = time.monotonic()
     work = Work(tuple(tasks), pending)
     with closing(runner.run(work)) as finished:
-        for count, done in enumerate(progress.track(finished, "quantizing", len(pending)), start=1):
+        for done in progress.track(finished, QUANTIZING, len(pending)):
             if not writer.has_shard(done.task.shard.name):
                 raise CheckpointError(f"{done.task.shard}: expected a shard of another process, found none")
-            left = (time.monotonic() - began) / count * (len(pending) - count)
-            _say(progress, done, left)
+            _say(progress, done)
 
 
-def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
+def _say(progress: Progress, done: Finished) -> None:
     if not done.experts:
         return
     widths = done.task.widths
@@ -186,5 +186,5 @@ def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
     progress.line(
         f"{done.task.label}: {counts}; largest relative error {worst.relative_error:.3f} "
         f"(expert {worst.expert}, {worst.bits} bit), {fallbacks}"
-        f"{done.seconds:.1f} s; about {duration(seconds_left)} left, {done.memory_bytes / (1 << 30):.2f} GiB"
+        f"{done.seconds:.1f} s, {done.memory_bytes / (1 << 30):.2f} GiB; {progress.where()}"
     )
