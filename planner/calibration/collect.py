@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from planner.calibration.measures import MEASURES, Measure, MeasureInputs, check_measures
+from planner.calibration.measures import MEASURES, READING, Measure, MeasureInputs, check_measures
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import finish, first_hidden, route
@@ -139,7 +139,7 @@ def _forward(run: _Collection) -> None:
     """Run the model over the text and collect the statistics of each layer."""
     began, idle = time.monotonic(), resident_bytes()
     reset_peak()
-    for index in run.progress.track(range(len(run.decoder)), "calibrating"):
+    for index in run.progress.track(range(len(run.decoder)), READING):
         _layer(run, index)
     run.cost["forward"] = _cost(began, idle)
 
@@ -179,7 +179,8 @@ def _layer(run: _Collection, index: int) -> None:
         tensors = statistics.tensors()
         least, seen = int(statistics.tokens.min()), int(statistics.tokens.sum())
         dropped = f", {routed.dropped} tokens not finite" if routed.dropped else ""
-        run.progress.line(f"{layer.prefix}: {seen:,} token slots, at least {least:,} per expert{dropped}")
+        slots = f"{seen:,} token slots, at least {least:,} per expert{dropped}"
+        run.progress.line(f"{layer.prefix}: {slots}; {run.progress.where()}")
     if not last or run.kept is not None:
         following = store.create(index + 1)
         finish(run.decoder, index, hidden, following, outputs)

@@ -26,6 +26,12 @@ Facts = dict[str, float]
 """Facts about a measure for the JSON description of the statistics."""
 
 
+Parts = Sequence[tuple[str, float]]
+"""(name of the work in the progress, passes of the text through the model)."""
+
+READING = "calibrating"
+"""Name of the work of a measure that is taken while the model reads the text."""
+
 COUNTING_PASSES = 2.0
 """Number of passes over a text to count routed tokens: one up to the experts, one to the next layer."""
 
@@ -66,16 +72,20 @@ class Measure:
             :func:`planner.calibration.statistics.observe`.
         share: keep hidden states for one in this many sequences, given the model's layout; None keeps none.
         check: raises UsageError, before any computation, if this machine cannot compute the measure.
-        passes: cost in passes of the text through the model, besides the pass that counts; measured on the shipped
-            Mixtral.
+        parts: names under which the work shows its progress, in order, each with its cost in passes of the text through
+            the model besides the pass that counts; measured on the shipped Mixtral.
     """
 
     names: tuple[str, ...]
     run: Callable[[MeasureInputs], tuple[Found, Facts]] | None = None
     share: Callable[[Layout], int] | None = None
     check: Callable[[SourceModel, Layout, torch.device], None] | None = None
-    passes: Callable[[Layout], float] = lambda _: 1.0
+    parts: Callable[[Layout], Parts] = lambda _: ((READING, 1.0),)
     layer: Callable[[Routed, int, int], dict[str, torch.Tensor]] | None = None
+
+    def passes(self, layout: Layout) -> float:
+        """Return the cost in passes of the text through the model."""
+        return sum(passes for _, passes in self.parts(layout))
 
     def sequences(self, layout: Layout, total: int) -> int:
         """Return the number of sequences, out of ``total``, to keep hidden states for."""
@@ -106,7 +116,7 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
     scale = len(tokens) / len(run.tokens)
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
     found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
-    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths)
+    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths, run.progress)
     named = {
         prefix: {f"{name}_{bits}": value for bits, value in table.items()}
         | {f"{name}_gptq_{bits}": value * gains[prefix][bits] for bits, value in table.items()}
@@ -180,15 +190,26 @@ def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, dev
             check(model, layout, device)
 
 
+def _kl_parts(layout: Layout) -> Parts:
+    if not _is_small(layout):
+        return ESTIMATED_PARTS
+    return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 1.0))
+
+
+ESTIMATED_PARTS: Parts = (("gradients", 1.5), ("gains of GPTQ", 0.5))
+"""The work of an estimate of the KL divergence."""
+
 MEASURES: dict[str, Measure] = {
-    "error": Measure(("error_{bits}",), passes=lambda _: 1.7),
+    "error": Measure(("error_{bits}",), parts=lambda _: ((READING, 1.7),)),
     "block": Measure(("block_cosine", "block_score"), layer=_block),
-    "kl": Measure(
-        ("kl_{bits}", "kl_gptq_{bits}"), _measured, _share, passes=lambda layout: 34.0 if _is_small(layout) else 2.0
-    ),
+    "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, _share, parts=_kl_parts),
     "kl-estimated": Measure(
-        ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE, passes=lambda _: 2.0
+        ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE,
+        parts=lambda _: ESTIMATED_PARTS,
     ),
-    "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, passes=lambda _: 9.0),
-    "hessian": Measure(("hessian_{bits}",), _hessian, check=_hessian_fits, passes=lambda _: 31.0),
-}
+    "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda _: (("gradients", 9.0),)),
+    "hessian": Measure(
+        ("hessian_{bits}",), _hessian, check=_hessian_fits,
+        parts=lambda _: (("Hessian traces", 30.0), ("rounding experts", 1.0)),
+    ),
+}  # fmt: skip

@@ -24,6 +24,7 @@ from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.estimates import Reading
+from planner.estimates.parts import statistics_parts
 from planner.estimates.quantizing import calibrate_needs
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
@@ -59,23 +60,24 @@ def calibrate_command(
     measures = _measures(methods)
     own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
     wanted = StatisticsRequest(measures, tuple(own) if bits is None else read_choices(bits), seed)
-    where = run.first_device()
+    where, progress = run.first_device(), Progress()
     if json_path(output) == output:
         raise UsageError(f"-o: {output}: expected a .safetensors file, found the name of its description")
     check_output(output)
     check_output(json_path(output))
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
-        show.refuse_incomplete(source, layout, Progress())
+        show.refuse_incomplete(source, layout, progress)
         sequences = text.read(source, seed)
-        facts = calibration_facts(sequences, where)
+        facts, reading = calibration_facts(sequences, where), Reading(*sequences.tokens.shape)
         if dry_run:
-            reading = Reading(len(sequences.tokens), sequences.tokens.shape[1])
             report_needs("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
             return
         return_large_blocks()
         dtype = compute_dtype(where)
-        found = collect(source, layout, sequences, output, facts, where, dtype, Progress(), run.resume, wanted)
+        with progress.whole():
+            progress.expect(statistics_parts(source.config, layout, reading, measures, where))
+            found = collect(source, layout, sequences, output, facts, where, dtype, progress, run.resume, wanted)
     if as_json:
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in found.items()}
         show.emit({"output": str(output), "calibration": facts, "tokens": coverage})

@@ -17,11 +17,13 @@ from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_plan_needs
 from planner.common.progress import Progress
 from planner.estimates import Reading
+from planner.estimates.parts import planning_parts
 from planner.estimates.quantizing import plan_needs
 from planner.model.layout import read_layout
 from planner.model.sizes import estimate
 from planner.model.skeleton import open_model
 from planner.planning.make import make_plan
+from planner.planning.request import check_options
 from planner.planning.statistics import discard_statistics, with_statistics
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT, default_quantizer
 from planner.quantization.settings import QuantizeSettings
@@ -67,14 +69,18 @@ def plan_command(
         linear, group_size = storage.linear(source, layout), storage.checked_group_size()
         settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
         options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
+        check_options(options)
         found = text.read(source, planning.seed) if given else None
         show.announce(options, progress)
-        with with_statistics(source, layout, options, found, where, output, progress, run.resume) as known:
-            made = make_plan(source, layout, known, progress)
         if dry_run:
+            made = make_plan(source, layout, options, progress)
             needs = plan_needs(source, layout, options, Reading.of(found), where)
             report_plan_needs(source, layout, made, settings, needs, service.service(), as_json)
             return
+        with progress.whole():
+            progress.expect(planning_parts(source, layout, options, Reading.of(found), where))
+            with with_statistics(source, layout, options, found, where, output, progress, run.resume) as known:
+                made = make_plan(source, layout, known, progress)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
     if output is not None:
         made.write(output)

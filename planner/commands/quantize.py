@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,9 @@ from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_quantize_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.common.schedule import Part
 from planner.estimates import Needs, Reading, serving_needs
+from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
 from planner.model.hub import has_tokenizer
 from planner.model.layout import Layout, architecture_of, read_layout
@@ -36,7 +38,7 @@ from planner.plan import Plan, read_plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
-from planner.planning.request import check_options
+from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
 from planner.quantization.quantizers.table import QUANTIZERS, check_widths
 from planner.quantization.run import quantize
@@ -105,53 +107,86 @@ def quantize_command(
         devices = run.expert_devices() if calibrated else (run.first_device(),)
         found = text.read(source, planning.seed) if calibrated or text.data is not None else None
         work = _Work(source, layout, settings, found, devices, progress)
-        keep = None
-        if plan_file is None:
-            made, keep = _make_plan(work, planning, output, dry_run, run.resume)
+        made = None if plan_file is None else _given_plan(work, plan_file, model)
+        if dry_run:
+            made = made or make_plan(source, layout, _options(work, planning, ranked=False), progress)
         else:
-            made = _given_plan(work, plan_file, model)
+            made = _run(work, made, planning, output, run.resume, runner)
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
         if dry_run:
             needs = _needs(work, made, sizes, run, planned=plan_file is None)
             serving = serving_needs(source.config, layout, sizes, service.service())
             report_quantize_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
             return
-        _write(work, made, output, runner, run.resume, keep)
         serve = _serve_command(source, output, progress)
     _report(made, output, sizes.as_dict(), as_json, serve)
 
 
-def _make_plan(
-    work: _Work, planning: PlanFlags, output: Path, dry_run: bool, resume: bool
-) -> tuple[Plan, Callable[[Path], None]]:
+def _options(work: _Work, planning: PlanFlags, ranked: bool = True) -> PlanOptions:
+    """Return the options of the plan, and say what they leave open.
+
+    Raises:
+        UsageError: flags that cannot be met.
+    """
+    options = planning.options(work.source, work.layout, work.settings, text=work.text is not None, ranked=ranked)
+    check_options(options)
+    show.announce(options, work.progress)
+    return options
+
+
+def _run(
+    work: _Work, given: Plan | None, planning: PlanFlags, output: Path, resume: bool, runner: Runner | None
+) -> Plan:
+    """Make a plan if none is given, and write the checkpoint; return the plan.
+
+    Raises:
+        MoeqError: flags that cannot be met, a damaged tensor, a full disk.
+    """
+    with work.progress.whole():
+        if given is not None:
+            work.progress.expect(_quantizing(work, given.experts))
+            _write(work, given, output, runner, resume, None)
+            return given
+        made, keep = _make_plan(work, _options(work, planning), output, resume)
+        _write(work, made, output, runner, resume, keep)
+        return made
+
+
+def _make_plan(work: _Work, options: PlanOptions, output: Path, resume: bool) -> tuple[Plan, Callable[[Path], None]]:
     """Return a plan, and what keeps it in the unfinished folder; an earlier run's plan is taken as it is.
 
     The plan's statistics, if it needs some, lie beside the output until it is kept.
 
     Raises:
-        MoeqError: flags that cannot be met; statistics or the plan of another run.
+        MoeqError: statistics or the plan of another run, a damaged tensor.
     """
-    source, layout, text, device = work.source, work.layout, work.text, work.devices[0]
-    options = planning.options(source, layout, work.settings, text=text is not None, ranked=not dry_run)
-    show.announce(options, work.progress)
-    check_options(options)
+    source, layout, text, device, progress = work.source, work.layout, work.text, work.devices[0], work.progress
     read = calibration_facts(text, device) if text is not None and reads_text(options) else None
     request = PlanRequest.of(source, options, read)
-    earlier = kept_plan(output, request) if resume and not dry_run else None
+    earlier = kept_plan(output, request) if resume else None
     if earlier is not None:
         made = earlier
+        progress.expect(_quantizing(work, made.experts))
     else:
+        parts = planning_parts(source, layout, options, Reading.of(text), device)
+        progress.expect([*parts, *_quantizing(work, even_widths(layout, options))])
         return_large_blocks()
-        with with_statistics(source, layout, options, text, device, output, work.progress, resume) as known:
-            made = make_plan(source, layout, known, work.progress)
+        with with_statistics(source, layout, options, text, device, output, progress, resume) as known:
+            made = make_plan(source, layout, known, progress)
 
     def keep(folder: Path) -> None:
         if earlier is not None:
-            work.progress.line("plan: made by an earlier run")
+            progress.line("plan: made by an earlier run")
         keep_plan(folder, request, made)
         discard_statistics(output)
 
     return made, keep
+
+
+def _quantizing(work: _Work, experts: Mapping[str, Sequence[int]]) -> list[Part]:
+    """Return the part of the run that follows the plan."""
+    reading = Reading.of(work.text, gptq=True) if work.settings.calibrated else None
+    return quantizing_parts(work.source, work.layout, experts, work.settings, work.devices, reading)
 
 
 def _write(

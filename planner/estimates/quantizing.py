@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -57,16 +59,13 @@ def quantize_needs(
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
-    threads = torch.get_num_threads()
-    ram = rounding_ram(sizes, threads, jobs)
-    seconds = 0.0
-    if reading is None or not reading.gptq:
-        workers = threads if device.type == "cpu" else len(devices)
-        seconds += rounding_seconds(layout, experts, settings, workers, device)
+    ram = rounding_ram(sizes, torch.get_num_threads(), jobs)
+    seconds = quantizing_seconds(config, layout, experts, settings, devices, reading)
     if reading is not None:
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
-        passes = (passes_of(layout, measures) if measures else 0.0) + (COUNTING_PASSES if reading.gptq else 0.0)
-        seconds += reading_seconds(config, layout, reading, passes, device)
+        if measures:
+            alone = replace(reading, gptq=False)
+            seconds += reading_seconds(config, layout, alone, passes_of(layout, measures), device)
     return Needs(
         written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.scheme),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
@@ -74,6 +73,22 @@ def quantize_needs(
         device_bytes=_device_bytes(model, layout, reading, device),
         seconds=seconds,
     )
+
+
+def quantizing_seconds(
+    config: Mapping[str, Any],
+    layout: Layout,
+    experts: Mapping[str, Sequence[int]],
+    settings: QuantizeSettings,
+    devices: Sequence[torch.device],
+    reading: Reading | None,
+) -> float:
+    """Return the seconds of quantizing by a plan; the arguments are those of :func:`quantize_needs`."""
+    device = devices[0]
+    if reading is not None and reading.gptq:
+        return reading_seconds(config, layout, reading, COUNTING_PASSES, device)
+    workers = torch.get_num_threads() if device.type == "cpu" else len(devices)
+    return rounding_seconds(layout, experts, settings, workers, device)
 
 
 def calibrate_needs(

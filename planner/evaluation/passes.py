@@ -64,13 +64,16 @@ def evaluate_text(
     largest = max(reader.state_bytes for reader in (model, reference) if reader is not None)
     size = max(1, STATES // (largest * tokens.shape[1]))
     parts = list(zip(tokens.split(size), targets.split(size), strict=True))
-    for number, (inputs, wanted) in enumerate(parts):
-        path = folder / f"pass-{number:05d}.safetensors"
-        if not path.is_file():
-            of = f", pass {number + 1} of {len(parts)}" if len(parts) > 1 else ""
-            write_tensors(path, _read_pass(model, reference, inputs, wanted, folder / path.stem, progress, of))
-        shutil.rmtree(folder / path.stem, ignore_errors=True)
-    passes = [load_file(folder / f"pass-{number:05d}.safetensors") for number in range(len(parts))]
+    names = [f", pass {number + 1} of {len(parts)}" if len(parts) > 1 else "" for number in range(len(parts))]
+    paths = [folder / f"pass-{number:05d}.safetensors" for number in range(len(parts))]
+    left = [of for of, path in zip(names, paths, strict=True) if not path.is_file()]
+    readers = ("reference", "model") if reference is not None else ("model",)
+    with progress.whole([(f"{reader}{of}", None) for of in left for reader in readers]):
+        for (inputs, wanted), path, of in zip(parts, paths, names, strict=True):
+            if not path.is_file():
+                write_tensors(path, _read_pass(model, reference, inputs, wanted, folder / path.stem, progress, of))
+            shutil.rmtree(folder / path.stem, ignore_errors=True)
+    passes = [load_file(path) for path in paths]
     found = {name: torch.cat([values[name] for values in passes]) for name in passes[0]}
     known = targets >= 0
     score = summarize(found["loss"], found["divergence"], found["same"], known)

@@ -50,7 +50,7 @@ class PlanRequest:
         kept |= {
             "method": options.resolved_method,
             "avg_bits": str(options.avg_bits),
-            "stats": _digest(options.stats) if options.stats is not None else None,
+            "stats": _digest(options.stats) if options.stats is not None and options.stats.is_file() else None,
             "initial_model": _stamps(options.initial_model) if options.initial_model is not None else None,
         }
         return cls(model.fingerprint(), json.loads(json.dumps(kept)), json.loads(json.dumps(calibration)))

@@ -28,6 +28,9 @@ from vllm_moeq.format import CheckpointError, ShardSet, UsageError
 READERS = 8
 """Maximum number of threads that score matrices: more would only keep more of the model in memory."""
 
+SCORING = "scoring experts"
+"""Name of this work in the progress."""
+
 LayerMetrics = dict[str, list[float]]
 Metric = Callable[[SourceModel, Layout, ShardSet | None, ThreadPoolExecutor], Iterator[LayerMetrics]]
 """(model, layout, model before training, threads) → the scores of one layer after the other."""
@@ -110,7 +113,7 @@ def score_experts(
     scores: dict[str, LayerMetrics] = {}
     with open_threads(min(torch.get_num_threads(), READERS)) as threads:
         computed = [METRICS[name](model, layout, initial, threads.pool) for name in method.metrics]
-        for layer in progress.track(layout.layers, "scoring experts"):
+        for layer in progress.track(layout.layers, SCORING):
             entry: LayerMetrics = {}
             for metric in computed:
                 entry |= next(metric)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner.common.progress import Progress, duration
+from planner.common.progress import Progress
 from planner.model.hub import companion_bytes, companions
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
@@ -26,6 +25,9 @@ from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import without_speculation
 from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
+
+QUANTIZING = "quantizing"
+"""Name of this work in the progress."""
 
 HEADROOM_BYTES = 4 << 20
 """Bytes for headers, index and config in the check for free space."""
@@ -129,7 +131,6 @@ def quantize(
     check_sizes(model, layout, settings)
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)
-    beside = companions(model.folder)
     check_space(output, sizes.total_bytes + companion_bytes(model.folder) + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
@@ -143,23 +144,22 @@ def quantize(
         report["source"] = describe_source(model)
         if calibration:
             report["calibration"] = dict(calibration)
-        writer.copy(model.folder, beside)
-        config = with_fallbacks(config, report)
-        writer.finish(*_files(model, plan, config, report), describe)
+        writer.copy(model.folder, companions(model.folder))
+        writer.finish(*_files(model, plan, with_fallbacks(config, report), report), describe)
     except BaseException:
         writer.abandon()
         raise
-    _note_fallbacks(config, settings, progress)
+    _note_fallbacks(report, settings, progress)
     return sizes
 
 
-def _note_fallbacks(config: MoeqConfig, settings: QuantizeSettings, progress: Progress) -> None:
+def _note_fallbacks(report: Mapping[str, Any], settings: QuantizeSettings, progress: Progress) -> None:
     """Say how many experts the calibration did not reach, and what helps."""
-    missed = sum(map(len, (config.plan.fallback or {}).values()))
+    experts = [entry for layer in report["layers"] for entry in layer["experts"]]
+    missed = sum("fallback" in entry for entry in experts)
     if missed:
-        total = sum(map(len, config.experts.values()))
         progress.line(
-            f"note: {missed} of {total} experts were quantized without calibration, most for fewer than "
+            f"note: {missed} of {len(experts)} experts were quantized without calibration, most for fewer than "
             f"{settings.min_tokens} tokens; more --samples, a longer text or a lower --min-tokens reach more"
         )
 
@@ -180,17 +180,15 @@ def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progr
     for task in tasks:
         if task not in pending:
             progress.line(f"{task.label}: done by an earlier run")
-    began = time.monotonic()
     work = Work(tuple(tasks), pending)
     with closing(runner.run(work)) as finished:
-        for count, done in enumerate(progress.track(finished, "quantizing", len(pending)), start=1):
+        for done in progress.track(finished, QUANTIZING, len(pending)):
             if not writer.has_shard(done.task.shard.name):
                 raise CheckpointError(f"{done.task.shard}: expected a shard of another process, found none")
-            left = (time.monotonic() - began) / count * (len(pending) - count)
-            _say(progress, done, left)
+            _say(progress, done)
 
 
-def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
+def _say(progress: Progress, done: Finished) -> None:
     if not done.experts:
         return
     widths = done.task.widths
@@ -201,5 +199,5 @@ def _say(progress: Progress, done: Finished, seconds_left: float) -> None:
     progress.line(
         f"{done.task.label}: {counts}; largest relative error {worst.relative_error:.3f} "
         f"(expert {worst.expert}, {worst.bits} bit), {fallbacks}"
-        f"{done.seconds:.1f} s; about {duration(seconds_left)} left, {done.memory_bytes / (1 << 30):.2f} GiB"
+        f"{done.seconds:.1f} s, {done.memory_bytes / (1 << 30):.2f} GiB; {progress.where()}"
     )

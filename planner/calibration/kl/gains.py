@@ -9,6 +9,7 @@ from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.rounded import group_size, rounded
 from planner.calibration.reading.routed import Routed, route
+from planner.common.progress import Progress
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
@@ -21,7 +22,7 @@ LEAST, MOST = 256, 8192
 
 
 def gptq_gains(
-    decoder: Decoder, store: HiddenStates, sequences: int, widths: tuple[int, ...]
+    decoder: Decoder, store: HiddenStates, sequences: int, widths: tuple[int, ...], progress: Progress
 ) -> dict[str, dict[int, float]]:
     """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², Δ the change of an expert's output.
 
@@ -33,9 +34,10 @@ def gptq_gains(
         store: the input of every layer.
         sequences: number of the store's sequences to read.
         widths: bit widths to compare.
+        progress: shows the progress.
     """
     found: dict[str, dict[int, float]] = {}
-    for index, layer in decoder.moe.items():
+    for index, layer in progress.track(list(decoder.moe.items()), "gains of GPTQ"):
         routed = route(decoder, index, store.load(index)[:sequences], store)
         counts = torch.tensor([int((routed.ids == expert).sum()) for expert in range(layer.num_experts)])
         busiest = [int(expert) for expert in counts.argsort(descending=True)[:TRIED] if counts[expert] >= LEAST]

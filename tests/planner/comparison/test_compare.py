@@ -224,6 +224,29 @@ class TestKilledRuns:
             assert row.get("model") == expected.get("model")
         assert not partial.exists()
 
+    def test_an_unfinished_calibration_is_kept(
+        self, moeq: Moeq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from planner.calibration.collect import observe
+
+        calls: list[int] = []
+
+        def breaks(*inputs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return observe(*inputs)
+
+        monkeypatch.setattr("planner.calibration.collect.observe", breaks)
+        command = ("compare", MIXTRAL, *self.FLAGS, "--methods", "frequency", "--held-out", HELD_OUT)
+        cut = moeq(*command, "-o", tmp_path / "cut")
+        assert cut.code == 130
+        line = cut.err.splitlines()[-1]
+        assert line.startswith(f"interrupted; kept: {tmp_path / 'cut.partial'} (")
+        assert " and " not in line  # the calibration lies in that folder
+        assert moeq(*command, "-o", tmp_path / "cut").code == 0
+        assert len(calls) == 5  # the third layer again, and the fourth
+
     def test_starting_anew(self, moeq: Moeq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(*_arguments: Any) -> None:
             raise KeyboardInterrupt
