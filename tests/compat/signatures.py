@@ -37,7 +37,7 @@ FUNCTIONS = {
 METHODS = {
     (f"{LAYERS}.quantization.base_config", "QuantizationConfig"): [
         "get_name", "get_supported_act_dtypes", "get_min_capability", "get_config_filenames", "from_config",
-        "get_quant_method", "maybe_update_config", "apply_vllm_mapper",
+        "get_quant_method", "maybe_update_config", "apply_vllm_mapper", "override_quantization_method",
     ],
     (f"{LAYERS}.quantization.base_config", "QuantizeMethodBase"): [
         "create_weights", "apply", "process_weights_after_loading",
