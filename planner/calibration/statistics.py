@@ -156,10 +156,10 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
         with safe_open(str(path), framework="pt") as handle:
             present = set(handle.keys())
             for layer in layout.layers:
-                if f"{layer.prefix}.{NAMES[0]}" not in present:
-                    raise CheckpointError(
-                        f"{path}: expected statistics of {layer.prefix}, found none: they are those of another model"
-                    )
+                missing = [name for name in NAMES if f"{layer.prefix}.{name}" not in present]
+                if missing:
+                    why = ": the statistics are those of another model" if len(missing) == len(NAMES) else ""
+                    raise CheckpointError(f"{path}: tensor {layer.prefix}.{missing[0]} is missing{why}")
                 found = (
                     name.removeprefix(f"{layer.prefix}.") for name in present if name.startswith(f"{layer.prefix}.")
                 )

@@ -102,4 +102,4 @@ class TestMethodsThatUseStatistics:
 
     def test_statistics_of_another_model_are_refused(self, stats: Path, moeq: Run) -> None:
         found = moeq("plan", QWEN, "--method", "weight", "--stats", stats)
-        assert one_line(found).endswith("found none: they are those of another model")
+        assert one_line(found).endswith(" is missing: the statistics are those of another model")
