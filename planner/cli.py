@@ -19,7 +19,12 @@ COMMANDS = {
         "inspect_command",
         "Show a model's MoE layers, sizes and router norms, from headers and routers alone.",
     ),
-    "plan": Row("plan", "plan_command", "Choose a width for every expert and write plan.json.", long=True),
+    "plan": Row(
+        "plan",
+        "plan_command",
+        "Choose a width for every expert and write plan.json. With -o, continues a killed run.",
+        long=True,
+    ),
     "quantize": Row(
         "quantize",
         "quantize_command",

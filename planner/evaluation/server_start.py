@@ -12,16 +12,11 @@ import torch
 
 from planner.calibration.hessian_trace import available_bytes
 from planner.common.units import GIB, size
+from planner.model.hub import has_tokenizer, resolve_model
 from vllm_moeq.format import UsageError
 
 PORT = 8000
 """vLLM's default."""
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab*", "spiece*", "sentencepiece*", "tekken*", "*.tiktoken")
-"""Globs of files that hold a vocabulary; *.tiktoken and tiktoken.model are tiktoken's."""
-
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-"""Globs of a checkpoint's files on the Hub; no code among them."""
 
 CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -55,21 +50,9 @@ def find_checkpoint(model: str, arguments: Sequence[str]) -> Path:
     """Return a checkpoint's folder; one on the Hub is downloaded, by vLLM's ``--revision`` into its ``--download-dir``.
 
     Raises:
-        UsageError: neither a folder nor a name on the Hub or in its local cache.
+        MoeqError: neither a folder nor a name on the Hub or in its local cache.
     """
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UsageError(f"{model}: expected a checkpoint's folder or a Hub name (owner/name), found neither")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    revision, cache = value_of(arguments, "--revision"), value_of(arguments, "--download-dir")
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{model}: no such folder, and the Hub did not have it ({reason})") from None
+    return resolve_model(model, revision=value_of(arguments, "--revision"), cache=value_of(arguments, "--download-dir"))
 
 
 def check_tokenizer(folder: Path, arguments: Sequence[str]) -> None:
@@ -80,7 +63,7 @@ def check_tokenizer(folder: Path, arguments: Sequence[str]) -> None:
     """
     if value_of(arguments, "--tokenizer", "--skip-tokenizer-init") is not None:
         return
-    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise UsageError(
             f"{folder}: expected a tokenizer, such as tokenizer.json, found none; copy the source's, "
             "or name a folder with --tokenizer"

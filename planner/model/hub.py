@@ -83,7 +83,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
-def resolve_model(model: str, weights: bool = True) -> Path:
+def resolve_model(model: str, weights: bool = True, revision: str | None = None, cache: str | None = None) -> Path:
     """Return the local folder of a model. A model given by its Hub name is downloaded first.
 
     Of the weights, only the shards that the index names are downloaded: repositories often hold them twice.
@@ -92,6 +92,8 @@ def resolve_model(model: str, weights: bool = True) -> Path:
         model: folder or Hub name.
         weights: whether to download the weights too. Without them, the folder has weights only if an earlier call
             downloaded them.
+        revision: branch, tag or commit on the Hub; None is its main branch.
+        cache: folder of the Hub's cache; None is the usual one.
 
     Raises:
         MoeqError: neither a folder nor a name in the Hub or its local cache; a damaged index.
@@ -103,20 +105,20 @@ def resolve_model(model: str, weights: bool = True) -> Path:
         raise UsageError(f"{model or 'MODEL'}: expected a model folder or a Hub name (owner/name), found neither")
     light = ["config.json", CARD, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
     if not weights:
-        return _download(model, light)
-    folder = _download(model, [*light, INDEX_NAME])
+        return _download(model, light, revision, cache)
+    folder = _download(model, [*light, INDEX_NAME], revision, cache)
     index = folder / INDEX_NAME
     shards = sorted(set(index_shards(index).values())) if index.exists() else [SINGLE_NAME]
-    return _download(model, shards)
+    return _download(model, shards, revision, cache)
 
 
-def _download(model: str, names: Sequence[str]) -> Path:
+def _download(model: str, names: Sequence[str], revision: str | None, cache: str | None) -> Path:
     """Download some files of a model and return its folder in the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(names)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=list(names)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{model}: no such folder, and the Hub did not have it ({reason})") from None

@@ -80,7 +80,7 @@ def test_a_killed_run_does_not_plan_again(cut: tuple[Path, str], moeq: Moeq, mon
     assert sorted(path.name for path in folder.iterdir()) == ["model", "out", "text.txt", "whole"]
 
 
-@pytest.mark.parametrize("flags", [("--avg-bits", "2"), ("--seed", "1")])
+@pytest.mark.parametrize("flags", [("--avg-bits", "2"), ("--bits", "2,3,4")])
 def test_another_plan_is_refused_before_planning(
     cut: tuple[Path, str], moeq: Moeq, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str]
 ) -> None:
