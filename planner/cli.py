@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +12,7 @@ from typer.core import TyperGroup
 
 from planner.commands.given import USAGE_ERROR
 from planner.commands.late import LateCommand, Row
+from planner.common.shown import shown
 from vllm_moeq import __version__
 
 COMMANDS = {
@@ -90,6 +92,10 @@ EXIT_CODES = (
 )
 
 
+OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
+"""Errors of the system that say what is wrong with a path that the user gave."""
+
+
 class Commands(TyperGroup):
     """All commands, none of which is imported before it is called."""
 
@@ -137,7 +143,9 @@ def main() -> NoReturn:
         if mistake is None:
             raise
         if mistake:
-            Console(stderr=True, highlight=False).print(f"error: {mistake}", soft_wrap=True, markup=False)
+            Console(stderr=True, highlight=False).print(
+                f"error: {shown(mistake)}", soft_wrap=True, markup=False, emoji=False
+            )
         sys.exit(2)
 
 
@@ -154,7 +162,9 @@ def _mistake(error: Exception) -> str | None:
     from vllm_moeq.format import MoeqError
 
     if isinstance(error, MoeqError):
-        return " ".join(str(error).splitlines())  # names come from files and may hold anything
+        return str(error)
     if isinstance(error, MemoryError | RuntimeError | OSError) and out_of_memory(error):
         return "not enough memory; what is finished is kept"
+    if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return None

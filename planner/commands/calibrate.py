@@ -23,6 +23,7 @@ from planner.commands.flags.running import RunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.common.shown import add_row, say
 from planner.estimates import Reading
 from planner.estimates.parts import statistics_parts
 from planner.estimates.quantizing import calibrate_needs
@@ -83,7 +84,7 @@ def calibrate_command(
         show.emit({"output": str(output), "calibration": facts, "tokens": coverage})
     else:
         print_coverage(found)
-        Console().print(f"wrote {output} and {json_path(output)}", soft_wrap=True)
+        say(f"wrote {output} and {json_path(output)}")
 
 
 def _measures(methods: str) -> tuple[str, ...]:
@@ -107,5 +108,5 @@ def print_coverage(found: Mapping[str, LayerStatistics]) -> None:
         tokens = layer.tokens
         numbers = (tokens.min(), tokens.median(), tokens.max())
         texts = (f"{int(number):,}" for number in numbers)
-        table.add_row(prefix, str(tokens.numel()), *texts, str(int((tokens == 0).sum())))
+        add_row(table, prefix, str(tokens.numel()), *texts, str(int((tokens == 0).sum())))
     Console().print(table)

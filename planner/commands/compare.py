@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from planner.calibration.reading.text import longest_text
 from planner.commands import show
@@ -21,6 +20,7 @@ from planner.commands.flags.running import CompareRunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.common.shown import say
 from planner.comparison.compare import compare
 from planner.comparison.entries import possible
 from planner.comparison.report import print_rows, write_report
@@ -170,7 +170,7 @@ def compare_command(
         show.emit(rows)
     else:
         print_rows(rows)
-        Console().print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")
 
 
 def _settings(

@@ -22,6 +22,7 @@ from planner.commands.flatten import OneOf
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
+from planner.common.shown import add_row, say
 from planner.estimates import Needs
 from planner.estimates.evaluation import eval_needs
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
@@ -245,16 +246,15 @@ def _facts(model: str, data: Path | None, found: Found) -> dict[str, Any]:
 
 def print_found(found: Found) -> None:
     """Print the result: a line per number of a text, a table of tasks."""
-    console = Console(highlight=False)
     if found.text is not None:
         for line in _lines(found.text):
-            console.print(line, soft_wrap=True, markup=False)
+            say(line)
     if found.tasks:
         table = Table("task", "metric", "value", "documents")
         for task in found.tasks:
             error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-            table.add_row(task.task, task.metric, f"{task.value:.4f}{error}", f"{task.samples:,}")
-        console.print(table)
+            add_row(table, task.task, task.metric, f"{task.value:.4f}{error}", f"{task.samples:,}")
+        Console(highlight=False).print(table)
 
 
 def _lines(text: TextResult) -> list[str]:

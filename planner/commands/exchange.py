@@ -15,6 +15,7 @@ from planner.commands.flags.common import DryRun, Folder, Json, NewFolder
 from planner.commands.flatten import OneOf
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
+from planner.common.shown import say
 from planner.estimates.exchange import export_needs, import_needs
 from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import Version
@@ -124,4 +125,4 @@ def _done(output: Path, as_json: bool) -> None:
     if as_json:
         show.emit({"output": str(output)})
     else:
-        print(f"wrote {output}")
+        say(f"wrote {output}")

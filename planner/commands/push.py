@@ -13,6 +13,7 @@ from rich.table import Table
 from planner.commands import show
 from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
+from planner.common.shown import add_row, say
 from planner.common.units import size
 from planner.report.files import checkpoint_files, other_files
 from vllm_moeq.completeness import verify_whole
@@ -54,7 +55,7 @@ def push_command(
     elif dry_run:
         _print_files(files)
     else:
-        Console().print(f"pushed: {facts['url']}", soft_wrap=True, highlight=False, markup=False)
+        say(f"pushed: {facts['url']}")
 
 
 def _check_name(repo: str) -> None:
@@ -110,5 +111,5 @@ def _line(error: Exception) -> str:
 def _print_files(files: dict[str, int]) -> None:
     table = Table("file", "size")
     for name, count in files.items():
-        table.add_row(name, size(count))
+        add_row(table, name, size(count))
     Console().print(table)

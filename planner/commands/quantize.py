@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from planner.calibration.gptq.runner import GptqRunner
 from planner.calibration.reading.decoder import compute_dtype
@@ -25,6 +24,7 @@ from planner.commands.show_needs import report_quantize_needs
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
+from planner.common.shown import say
 from planner.estimates import Needs, Reading, serving_needs
 from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
@@ -250,4 +250,4 @@ def _report(made: Plan, output: Path, sizes: dict[str, Any], as_json: bool, serv
         return
     show.print_widths(made.experts)
     show.print_sizes(sizes)
-    Console().print(f"wrote {output}{f'; serve it with: {serve}' if serve else ''}", soft_wrap=True)
+    say(f"wrote {output}{f'; serve it with: {serve}' if serve else ''}")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from planner.commands import show
 from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
+from planner.common.shown import say
 from planner.model.hub import resolve_model
 from planner.model.source import SourceModel
 from planner.output.files import atomic
@@ -65,7 +65,7 @@ def report_command(
     if as_json:
         show.emit(_as_json(facts, grids, page, pictures))
     else:
-        Console().print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
+        say(f"report: {page}")
 
 
 def _grids(facts: Facts, model: str | None) -> ValueMaps:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.common.progress import Progress
+from planner.common.shown import add_row, say
 from planner.common.units import layer_number, size
 from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes
@@ -68,7 +69,7 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     """Print the facts of a model and the router norms of its layers."""
     console = Console()
     share = facts["expert_parameters"] / facts["parameters"]
-    console.print(f"{facts['model']}: {facts['model_type']}, {', '.join(facts['dtypes'])}", soft_wrap=True)
+    say(f"{facts['model']}: {facts['model_type']}, {', '.join(facts['dtypes'])}")
     console.print(
         f"{facts['parameters']:,} parameters, {share:.1%} of them in routed experts; "
         f"{size(facts['bytes'])}, experts {size(facts['expert_bytes'])}"
@@ -77,8 +78,8 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     for layer in facts["layers"]:
         norms = torch.tensor(layer["router_norm"])
         values = (norms.min(), norms.median(), norms.max())
-        table.add_row(
-            layer_number(layer["prefix"]), str(layer["experts"]), *(f"{float(value):.4f}" for value in values)
+        add_row(
+            table, layer_number(layer["prefix"]), str(layer["experts"]), *(f"{float(value):.4f}" for value in values)
         )
     console.print(table)
 
@@ -131,11 +132,10 @@ def print_plan(plan: Plan, sizes: Sizes) -> None:
 def print_summary(summary: Summary) -> None:
     """Print the contents of a verified checkpoint."""
     widths = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.widths.items()))
-    Console().print(
+    say(
         f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}), "
         f"average {summary.average_bits:.4f} bits; experts {size(summary.expert_bytes)}, "
-        f"other tensors {size(summary.other_bytes)}",
-        soft_wrap=True,
+        f"other tensors {size(summary.other_bytes)}"
     )
     if summary.only_experts is not None:
-        Console().print(f"only experts were checked for completeness: {summary.only_experts}", soft_wrap=True)
+        say(f"only experts were checked for completeness: {summary.only_experts}")

@@ -56,7 +56,7 @@ def interruptible() -> Iterator[None]:
         terminated = isinstance(interruption, Terminated)
         kept = getattr(interruption, "__notes__", [])
         line = f"{'terminated' if terminated else 'interrupted'}; {_consequence(kept)}"
-        Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False, emoji=False)
         raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
     finally:
         if main:

@@ -13,6 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from planner.common.schedule import Part, Schedule
+from planner.common.shown import shown
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(shown(text), soft_wrap=True, markup=False, emoji=False)
         self._said = time.monotonic()
 
     @contextmanager

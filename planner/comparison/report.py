@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from planner.common.shown import add_row
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.request import Comparison
@@ -205,5 +206,5 @@ def print_rows(rows: Sequence[Row]) -> None:
     for title, header, lines in tables(rows):
         table = Table(*header, title=title)
         for line in lines:
-            table.add_row(*line)
+            add_row(table, *line)
         Console().print(table)
