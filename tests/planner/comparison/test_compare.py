@@ -273,7 +273,10 @@ class TestKilledRuns:
         (("--methods", "max-var", "--avg-bits", "4"), "--avg-bits: expected a value between 1 and 3"),
         (("--methods", "random", "--bits", "2,5"), "--bits: expected widths among"),
         (("--methods", "uniform", "--group-size", "48"), "--group-size"),
-        (("--methods", "uniform", "--held-out", "none.txt"), "none.txt: expected a text file"),
+        (
+            ("--methods", "uniform", "--held-out", "none.txt"),
+            "none.txt: cannot read (No such file or directory); expected a text file",
+        ),
         (("--methods", "kl", "--data", "none.txt"), "--data: expected a text"),
     ],
 )

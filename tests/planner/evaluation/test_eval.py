@@ -224,7 +224,7 @@ class TestRefused:
             ((), "--data, --tasks, --suite: expected at least one of them, found none"),
             (("--tasks", "piqa", "--suite", "paper"), "--tasks and --suite: expected one of them, found both"),
             (("--tasks", "piqa,"), "--tasks: expected names or files such as piqa,arc_easy, found 'piqa,'"),
-            (("--data", "none.txt"), "none.txt: expected a text file"),
+            (("--data", "none.txt"), "none.txt: cannot read (No such file or directory); expected a text file"),
             (("--tasks", "piqa", "--reference", MIXTRAL), "--reference: expected --data FILE with it"),
             (("--data", HELD_OUT, "--reference", "none"), "none: expected a model folder or a Hub name"),
             (("--data", HELD_OUT, "--window", 1025), "--window: expected at most 1024, the model's longest text"),

@@ -132,7 +132,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "quantize": ("--avg-bits", 3, "--method", "uniform", "--samples", 4, "--seq-len", 32, "-o", "out"),
     "calibrate": ("--samples", 4, "--seq-len", 32, "-o", "stats.safetensors"),
     "eval": ("--max-tokens", 64),
-    "compare": ("--methods", "uniform", "--avg-bits", 3, "--held-out", "text", "-o", "out"),
+    "compare": ("--methods", "frequency", "--samples", 4, "--seq-len", 32, "--held-out", "text", "-o", "out"),
 }
 
 
