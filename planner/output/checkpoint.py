@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from planner.output.files import atomic, reason, sync, write_json, write_tensors
+from planner.output.files import atomic, reason, rename_new, sync, write_json, write_tensors
 from planner.output.unfinished import PLANNED, PartialRun
 from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.strangers import without_strangers
@@ -91,8 +91,7 @@ class CheckpointWriter:
         if describe is not None:
             describe(self.partial)
         try:
-            self.output.mkdir()  # a rename would replace an empty folder that somebody made meanwhile
-            self.partial.rename(self.output)
+            rename_new(self.partial, self.output)
         except FileExistsError:
             raise CheckpointError(
                 f"{self.output}: somebody made it while this run went on; the result is kept in {self.partial}: "

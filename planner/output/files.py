@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import tempfile
@@ -56,6 +58,29 @@ def atomic(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot write ({reason(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+NO_REPLACE = 1
+"""Linux's flag of renameat2."""
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a folder to a name that nothing has; a plain rename would replace an empty folder.
+
+    Raises:
+        FileExistsError: something has the name.
+        OSError: the folder cannot be renamed.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is not None:
+        here = -100  # AT_FDCWD
+        if call(here, os.fsencode(source), here, os.fsencode(target), NO_REPLACE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS):  # the file system may not know the flag
+            raise OSError(number, os.strerror(number), str(target))
+    target.mkdir()
+    source.rename(target)
 
 
 def read_as(path: Path, kind: type[Kind]) -> Kind:

@@ -42,7 +42,8 @@ class PartialRun:
         self._fingerprint = json.loads(json.dumps(fingerprint))
         try:
             self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+            _refuse_links(self.folder)
+            self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot write ({reason(error)})") from None
         try:
@@ -119,6 +120,19 @@ def refuse_other(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
         f"{folder}: an unfinished run with other {' and '.join(differs) or 'program version'}; "
         "start anew with --no-resume, delete that folder or choose another output"
     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse an unfinished run with links, which we never make: writing through them would change other files.
+
+    Raises:
+        UsageError: naming the first link, or the folder if it is one or another user's.
+    """
+    if folder.is_symlink() or os.lstat(folder).st_uid != os.geteuid():
+        raise UsageError(f"{folder}: expected an unfinished run of yours, found a link or another user's folder")
+    link = next((entry for entry in sorted(folder.rglob("*")) if entry.is_symlink()), None)
+    if link is not None:
+        raise UsageError(f"{link}: expected no link in an unfinished run, found one; delete the folder")
 
 
 def check_output(output: Path) -> None:

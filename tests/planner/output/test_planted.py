@@ -9,7 +9,7 @@ import pytest
 
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.files import atomic, write_json
-from vllm_moeq.format import CheckpointError
+from vllm_moeq.format import CheckpointError, UsageError
 
 
 def test_links_at_foreseeable_names_are_not_followed(tmp_path: Path) -> None:
@@ -41,8 +41,13 @@ def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("flagged", [True, False])
 @pytest.mark.parametrize("kind", ["empty folder", "file", "link"])
-def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
+def test_an_output_that_appears_meanwhile_is_not_replaced(
+    kind: str, flagged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not flagged:  # as on a file system that does not know the flag
+        monkeypatch.setattr("planner.output.files.NO_REPLACE", 1 << 20)
     output = tmp_path / "out"
     writer = CheckpointWriter(output, {"a": 1})
     if kind == "empty folder":
@@ -56,3 +61,26 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(kind: str, tmp_path: P
         writer.finish({}, {})
     assert os.lstat(output).st_ino == before
     assert (tmp_path / "out.partial" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", [".lock", "fingerprint.json", "model-00001.safetensors", "hidden/0.bin"])
+def test_links_in_an_unfinished_run_are_refused(name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link = tmp_path / "out.partial" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=r"out\.partial/.*: expected no link in an unfinished run"):
+            CheckpointWriter(tmp_path / "out", {"a": 1}, resume)
+    assert victim.read_text() == "precious"
+
+
+def test_an_unfinished_run_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "fingerprint.json").write_text("{}")
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=r"out\.partial: expected an unfinished run of yours, found a link"):
+            CheckpointWriter(tmp_path / "out", {"a": 1}, resume)
+    assert (tmp_path / "elsewhere" / "fingerprint.json").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -79,9 +80,15 @@ def test_killed_at_random_moments(tmp_path: Path, runner: Runner, kills: int) ->
         assert output.exists() or process.exitcode != 0  # it may be killed once the output is complete
         if not output.exists():
             continue_(output, runner)
-        assert contents(output) == expected
+        found = contents(output)
+        if process.exitcode != 0:  # and before it has removed its own files there
+            found = {name: data for name, data in found.items() if name in expected or not OWN.search(name)}
+        assert found == expected
     assert killed > kills // 2
 
+
+OWN = re.compile(r"^(\.lock|fingerprint\.json|planned-from-.*\.json|.*\.safetensors\.json)$")
+"""Files of an unfinished run."""
 
 INTERRUPTED = """
 import os, signal, sys
