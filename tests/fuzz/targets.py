@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from planner.plan import Plan
+from planner.report.card import BEGIN, END, refresh_card
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer
 from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
@@ -173,12 +174,29 @@ def tokenizers(data: bytes) -> None:
         assert all(0 <= number < len(VOCABULARY) for number in ids)
 
 
+def card(data: bytes) -> None:
+    """A model card, a NUL and evaluation.json: an error of one line, or a card with one section replaced."""
+    text, _, evaluation = data.partition(b"\x00")
+    with _folder() as folder:
+        (folder / "README.md").write_bytes(text)
+        (folder / "evaluation.json").write_bytes(evaluation)
+        try:
+            changed = refresh_card(folder)
+        except MoeqError as error:
+            _one_line(error)
+            return
+        after = (folder / "README.md").read_bytes()
+        assert changed or after == text
+        assert not changed or (after.startswith(text.partition(BEGIN.encode())[0]) and BEGIN.encode() in after)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "schema": schema,
     "headers": headers,
     "unpack": unpacking,
     "texts": texts,
     "tokenizers": tokenizers,
+    "card": card,
 }
 
 
@@ -195,6 +213,11 @@ def seeds(target: str) -> list[bytes]:
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         files = (lines, json.dumps(rows).encode(), b"id,text\n1,a b\n", b"plain", gzip.compress(lines))
         return [bytes([number]) + content for number in range(len(NAMES)) for content in files]
+    if target == "card":
+        texts = (f"# A card\n\n{BEGIN}\nold\n{END}\nmore", "# Another", f"{BEGIN}{BEGIN}{END}{END}")
+        task = {"task": "piqa", "metric": "acc", "value": 0.5, "samples": 10}
+        records = ({"version": 1}, {"version": 1, "tasks": [task]})
+        return [text.encode() + b"\x00" + json.dumps(record).encode() for text in texts for record in records]
     if target == "tokenizers":
         return [json.dumps(TOKENIZER).encode()]
     generator = random.Random(0)

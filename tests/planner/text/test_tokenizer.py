@@ -89,6 +89,13 @@ def test_a_failing_tokenizer_is_one_line(folder: Path) -> None:
         encode(load_tokenizer(folder), "half \ud83d", "here")
 
 
+def test_a_pattern_that_explodes_is_one_line(folder: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa|aaa)+$"}, "behavior": "Isolated", "invert": False}
+    edit(folder / "tokenizer.json", lambda value: value.update(pre_tokenizer=split))
+    with pytest.raises(UsageError, match=r"^here: the model's tokenizer cannot read it \("):
+        encode(load_tokenizer(folder), "a" * 5000 + "b", "here")
+
+
 class TestConversations:
     def test_are_written_by_the_models_template(self, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
