@@ -51,7 +51,9 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     arguments = list(context.args)
     check_flags(arguments)
     found = find_checkpoint(folder, arguments)
-    verify_whole(found, values=False)
+    summary = verify_whole(found, values=False)
+    if summary.only_experts is not None:
+        Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
     check_tokenizer(found, arguments)
     if find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")

@@ -131,6 +131,29 @@ def configure(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_classes_that_others_register_do_not_count(quantized_mixtral: Path) -> None:
+    """vLLM replaces config classes of transformers by its own."""
+    from transformers import AutoConfig, MixtralConfig
+
+    class Other(MixtralConfig):
+        def __init__(self, **_: Any) -> None:
+            raise ValueError("not this one")
+
+    AutoConfig.register("mixtral", Other, exist_ok=True)
+    try:
+        assert verify_whole(quantized_mixtral).only_experts is None
+    finally:
+        AutoConfig.register("mixtral", MixtralConfig, exist_ok=True)
+
+
+@pytest.mark.parametrize("named", [None, [], "x", [3], ["GPT2LMHeadModel"], ["NoSuchModel"], {"a": 1}])
+def test_architectures_that_name_no_class_of_the_config(named: Any, quantized_mixtral: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized_mixtral, folder)
+    configure(folder, architectures=named)
+    assert verify_whole(folder, values=False).only_experts is None
+
+
 class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -162,4 +185,4 @@ class TestConfig:
     def test_without_a_class_only_experts_are_checked(self, quantized_mixtral: Path, tmp_path: Path) -> None:
         folder = edited(quantized_mixtral, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
         configure(folder, model_type="mixtral_of_tomorrow")
-        assert "no model_type 'mixtral_of_tomorrow'" in str(verify_whole(folder).only_experts)
+        assert "no class for model_type 'mixtral_of_tomorrow'" in str(verify_whole(folder).only_experts)

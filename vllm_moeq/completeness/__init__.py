@@ -4,14 +4,13 @@ Building the class takes neither weights nor memory: its tensors are on torch's 
 """
 
 from vllm_moeq.completeness.compare import compare
-from vllm_moeq.completeness.expected import Expected, class_of, expected_tensors, no_class
+from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
 from vllm_moeq.completeness.sizes import MAX_INTEGER, positive_integer
 from vllm_moeq.completeness.verify import verify_whole
 
 __all__ = [
     "MAX_INTEGER",
     "Expected",
-    "class_of",
     "compare",
     "expected_tensors",
     "no_class",

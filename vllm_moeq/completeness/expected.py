@@ -46,21 +46,31 @@ def no_class(config: Mapping[str, Any]) -> str | None:
         import transformers
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        return f"transformers {transformers.__version__} has no model_type {model_type!r:.80}"
+    if find_classes(config) is None:
+        return f"transformers {transformers.__version__} has no class for model_type {config.get('model_type')!r:.80}"
     return None
 
 
-def class_of(parsed: Any) -> Any:
-    """Return transformers' class for its config object: the class that it names, else its causal language model."""
-    import transformers
+def find_classes(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Return transformers' classes for a config.json and its model, or None if there are none.
 
-    for name in parsed.architectures or ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    The model is the class that ``architectures`` names, if it is one for such configs, else the causal language model.
+    Config classes that others have registered, as vLLM does, are not transformers' and do not count.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type, named = config.get("model_type"), config.get("architectures")
+    own = getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None) if isinstance(model_type, str) else None
+    if own is None:
+        return None
+    for name in named if isinstance(named, list) else ():
+        found: Any = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is own:
+            return own, found
+    if own not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    return own, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[own]
 
 
 def expected_tensors(config: Mapping[str, Any], path: Path) -> Expected:
@@ -101,13 +111,14 @@ def _silence() -> Iterator[None]:
 
 def _build(config: Mapping[str, Any], path: Path) -> Any:
     """Return transformers' model on the meta device."""
-    import transformers
-
-    parsed = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(_plain(config))
+    classes = find_classes(config)
+    if classes is None:
+        raise ConfigError(f"{path}: expected a model that transformers knows, found {config.get('model_type')!r:.80}")
+    parsed = classes[0].from_dict(_plain(config))
     check_sizes(config, parsed, path)
     dtype = parsed.dtype if isinstance(parsed.dtype, torch.dtype) else torch.bfloat16
     with torch.device("meta"):
-        return class_of(parsed)._from_config(parsed, dtype=dtype)
+        return classes[1]._from_config(parsed, dtype=dtype)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,10 @@ class MoeqHfQuantizer(HfQuantizer):
 
     def _check(self, folder: Path) -> None:
         if self._checked != folder:
-            verify_whole(folder, values=False)
+            summary = verify_whole(folder, values=False)
             self._checked = folder
+            if summary.only_experts is not None:
+                logger.warning(f"only experts were checked for completeness: {summary.only_experts}")
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
         """See :class:`transformers.quantizers.base.HfQuantizer`; here the dtype is remembered too."""

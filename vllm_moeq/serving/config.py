@@ -183,6 +183,8 @@ class MoeqQuantizationConfig(QuantizationConfig):
             summary.average_bits,
             summary.expert_bytes / 2**30,
         )
+        if summary.only_experts is not None:
+            logger.warning("moeq: only experts were checked for completeness: %s", summary.only_experts)
 
     def _loaded_from(self) -> Checkpoint | None:
         """Return the checkpoint that all layers are loaded from, or None if vLLM has not named it."""
