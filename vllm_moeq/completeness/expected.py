@@ -65,8 +65,9 @@ def find_classes(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
     if own is None:
         return None
     for name in named if isinstance(named, list) else ():
-        found: Any = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is own:
+        found = getattr(transformers, str(name), None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and getattr(found, "config_class", None) is own:
             return own, found
     if own not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
