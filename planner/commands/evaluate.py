@@ -33,6 +33,7 @@ from planner.evaluation.run import EvaluationRequest, Found, Text, evaluate, fin
 from planner.model.hub import resolve_model
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import open_folder
+from planner.model.whole import check_folder
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
 from planner.report.card import refresh_card
@@ -154,6 +155,10 @@ def eval_command(
     if dry_run:
         report_needs("evaluating", _needs(wanted, first), as_json)
         return
+    for path in (folder, *([read.reference] if read is not None and read.reference is not None else [])):
+        unchecked = check_folder(path)
+        if unchecked is not None:
+            progress.line(f"note: {path}: only experts were checked for completeness: {unchecked}")
     kept = _kept_in(model, folder, progress) if save else None
     return_large_blocks()
     partial = PartialRun(output or _unnamed(model, wanted), wanted.fingerprint(), resume)

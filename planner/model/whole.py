@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from planner.model.layout import Layout
+from planner.model.architectures import find_architecture
+from planner.model.layout import Layout, read_layout
+from planner.model.quantized import is_moeq
 from planner.model.skeleton import CONFIG, ConfigModel, SkeletonTensors
 from planner.model.source import SourceModel
 from planner.model.tensors import SourceTensors
-from vllm_moeq.completeness import compare, expected_tensors, no_class
+from vllm_moeq.completeness import compare, expected_tensors, no_class, verify_whole
+from vllm_moeq.format import read_json
+
+
+def check_folder(folder: Path) -> str | None:
+    """Check a model's folder as :func:`check_whole` does, whether moeq wrote it or not.
+
+    Returns:
+        The reason why not everything was compared; None if it was, or for a model that has no experts known here.
+
+    Raises:
+        MoeqError: naming the first tensor that is missing, misshapen or too much.
+    """
+    config = read_json(folder / CONFIG)
+    if is_moeq(config):
+        return verify_whole(folder, values=False).only_experts
+    if not isinstance(config, dict) or find_architecture(config) is None:
+        return None
+    with SourceModel(folder) as model:
+        return check_whole(model, read_layout(model))
 
 
 def check_whole(model: SourceModel, layout: Layout) -> str | None:

@@ -55,7 +55,7 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(
         kernel = make_layer(packed, torch.bfloat16)
     assert (choice.backend, kernel.name) == ("reference", "reference")
     assert choice.reason == "the native kernel could not be built: Error building extension"
-    assert len(caplog.records) == 1
+    assert len({id(record) for record in caplog.records}) == 1  # handlers may stand at two loggers
     assert "reference kernel, which is slow, takes its place" in caplog.text
     weights, ids = random_routing(3, 2, 1)
     assert kernel(torch.ones(3, 64), weights, ids).isfinite().all()

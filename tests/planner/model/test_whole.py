@@ -96,3 +96,17 @@ def test_every_command_that_works_on_a_source_refuses(moeq: Moeq, tmp_path: Path
     flags = [tmp_path / flag if flag in ("text", "out", "stats.safetensors") else flag for flag in COMMANDS[command]]
     message = one_line(moeq(command, folder, *flags))
     assert "tensor model.norm.weight: expected [64], as in transformers' MixtralForCausalLM, found [8]" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama4_text", "mixtral"])
+def test_eval_refuses_a_model_and_a_reference(moeq: Moeq, tmp_path: Path, name: str) -> None:
+    """Also one that transformers loads whole, which would make up what is missing."""
+    build(name, tmp_path / "whole")
+    build(name, tmp_path / "part")
+    edit(tmp_path / "part", lambda tensors: tensors.pop("model.norm.weight"))
+    (tmp_path / "text").write_text("import os\n" * 20)
+    for flags in (("part",), ("whole", "--reference", tmp_path / "part")):
+        model, *more = flags
+        message = one_line(moeq("eval", tmp_path / str(model), "--data", tmp_path / "text", *more))
+        assert "part: tensor model.norm.weight is missing" in message
