@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,13 +162,13 @@ class TestConfig:
         [
             (
                 {"num_hidden_layers": 100_000_000},
-                r"config\.json: num_hidden_layers: expected 0 to 2 layers, found 1000",
+                r"config\.json: num_hidden_layers: expected a positive integer .*, found 1000",
             ),
             ({"num_hidden_layers": 3}, r"num_hidden_layers: expected 0 to 2 layers, found 3"),
             ({"num_hidden_layers": 1}, r"tensor model\.layers\.1\.\S+: expected no such tensor"),
-            ({"num_hidden_layers": float("nan")}, r"num_hidden_layers: expected 0 to 2 layers, found nan"),
-            ({"num_hidden_layers": -1}, r"num_hidden_layers: expected 0 to 2 layers, found -1"),
-            ({"num_hidden_layers": "2"}, "num_hidden_layers.* expected int, got str"),
+            ({"num_hidden_layers": float("nan")}, r"num_hidden_layers: expected a positive integer .*, found nan"),
+            ({"num_hidden_layers": -1}, r"num_hidden_layers: expected a positive integer .* found -1"),
+            ({"num_hidden_layers": "2"}, "num_hidden_layers: expected a positive integer"),
             ({"hidden_size": 0}, "expected a positive integer hidden_size"),
             ({"vocab_size": 1 << 40}, "expected a positive integer vocab_size"),
             ({"num_attention_heads": 3}, "config.json: transformers cannot build the model|expected"),
@@ -186,3 +188,20 @@ class TestConfig:
         folder = edited(quantized_mixtral, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
         configure(folder, model_type="mixtral_of_tomorrow")
         assert "no class for model_type 'mixtral_of_tomorrow'" in str(verify_whole(folder).only_experts)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"hidden_size": 0}, {"vocab_size": 1 << 40}])
+def test_wrong_sizes_are_found_without_transformers(
+    quantized_mixtral: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Importing a class of transformers takes seconds and hundreds of megabytes."""
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized_mixtral, folder)
+    configure(folder, **changes)
+    script = (
+        "import sys; from pathlib import Path; from vllm_moeq.completeness import verify_whole\n"
+        "try: verify_whole(Path(sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__, 'transformers' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    assert run.stdout == "ConfigError False\n"

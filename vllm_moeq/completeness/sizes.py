@@ -62,6 +62,26 @@ def check_sizes(config: Mapping[str, Any], parsed: Any, path: Path) -> None:
     positive_integer(config, EXPERT_COUNT, path)
 
 
+def check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a size that is there and is no positive integer, before anything is imported for it.
+
+    Args:
+        config: contents of config.json.
+        path: config.json, for messages.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for part in (config, config.get(NESTED)):
+        found = part if isinstance(part, Mapping) else {}
+        for key in (*SIZES, *EXPERT_COUNT):
+            value = found.get(key)
+            if isinstance(value, int | float | str) and not (type(value) is int and 0 < value <= MAX_INTEGER):
+                raise ConfigError(
+                    f"{path}: {key}: expected a positive integer {key} of at most {MAX_INTEGER}, found {value!r:.40}"
+                )
+
+
 LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth)$")
 """The keys of config.json that say how many layers a part of a model has."""
 

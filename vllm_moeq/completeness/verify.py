@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_moeq.completeness.compare import compare
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
-from vllm_moeq.completeness.sizes import check_layer_counts
+from vllm_moeq.completeness.sizes import check_layer_counts, check_numbers
 from vllm_moeq.format import (
     LINEAR_SUFFIXES,
     CheckpointError,
@@ -54,25 +54,36 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
     """
     summary, path = verify(folder, values=values), folder / "config.json"
     config: dict[str, Any] = read_json(path)
-    summary.only_experts = no_class(config)
-    if summary.only_experts is None:
-        with ShardSet(folder) as shards:
-            _compare(shards, config, load_config(folder), path)
+    parsed = load_config(folder)
+    with ShardSet(folder) as shards:
+        _check_config(shards, config, parsed, path)
+        found = _decoded(shards, parsed)
+        summary.only_experts = no_class(config)
+        if summary.only_experts is None:
+            _compare(shards, expected_tensors(config, path), found, parsed)
     return summary
 
 
-def _compare(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, path: Path) -> None:
-    """Compare a checkpoint's tensors with its class's.
+def _check_config(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, path: Path) -> None:
+    """Compare the sizes in config.json with the files, before a model of them is built.
 
     Raises:
-        MoeqError: they differ, or there is no model of this config.
+        ConfigError: naming the key.
     """
+    check_numbers(config, path)
     layers = _count_layers(shards)
     check_layer_counts(config, path, layers)
     experts = [len(widths) for widths in parsed.experts.values()]
     if layers * max(experts) > max(MANY_EXPERTS, 4 * sum(experts)):
         raise ConfigError(f"{path}: {layers} layers of {max(experts)} experts: expected files for them, found a few")
-    expected, found = expected_tensors(config, path), _decoded(shards, parsed)
+
+
+def _compare(shards: ShardSet, expected: Expected, found: dict[str, TensorInfo], parsed: MoeqConfig) -> None:
+    """Compare a checkpoint's tensors with its class's.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     elsewhere, besides = set[str](), set[str]()
     for prefix in parsed.experts:
         theirs, ours = _regrouped(prefix, len(parsed.experts[prefix]), expected, found)
