@@ -45,6 +45,8 @@ from planner.quantization.run import quantize
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.report.card import write_card
+from planner.text.tokenizer import open_tokenizer
+from vllm_moeq.format import MoeqError
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,10 @@ def _serve_command(source: SourceModel, output: Path, progress: Progress) -> str
     if architecture_of(source).unserved is not None:
         return None
     if has_tokenizer(source.folder):
+        try:
+            open_tokenizer(source.folder)
+        except MoeqError as error:
+            progress.line(f"note: the output has the source's tokenizer, which cannot be used: {error}")
         return f"moeq serve {output}"
     progress.line(f"note: {source.folder} has no tokenizer, nor has {output}: vLLM needs --tokenizer NAME")
     return f"moeq serve {output} --tokenizer NAME"

@@ -35,8 +35,10 @@ def read_texts(path: Path, folder: Path) -> tuple[str, ...]:
     for document in read_documents(path, MAX_CHARACTERS + 1):
         if document.text is None and tokenizer is None:
             tokenizer = load_tokenizer(folder)
-        found.append(render(document, tokenizer))
-        left -= len(found[-1])
+        text = render(document, tokenizer)
+        left -= len(text)
+        if text.strip():
+            found.append(text)
         if left < 0:
             raise UsageError(f"{path}: expected at most {MAX_CHARACTERS >> 20} Mi characters, found more")
     return tuple(found)

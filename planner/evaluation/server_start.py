@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from errno import EADDRINUSE
@@ -13,6 +14,7 @@ import torch
 from planner.calibration.hessian_trace import available_bytes
 from planner.common.units import GIB, size
 from planner.model.hub import has_tokenizer, resolve_model
+from planner.text.tokenizer import open_tokenizer
 from vllm_moeq.format import UsageError
 
 PORT = 8000
@@ -59,7 +61,7 @@ def check_tokenizer(folder: Path, arguments: Sequence[str]) -> None:
     """Require a tokenizer in the folder, unless a flag names another one or none.
 
     Raises:
-        UsageError: there is none.
+        MoeqError: there is none, or it cannot be loaded.
     """
     if value_of(arguments, "--tokenizer", "--skip-tokenizer-init") is not None:
         return
@@ -68,6 +70,7 @@ def check_tokenizer(folder: Path, arguments: Sequence[str]) -> None:
             f"{folder}: expected a tokenizer, such as tokenizer.json, found none; copy the source's, "
             "or name a folder with --tokenizer"
         )
+    open_tokenizer(folder)
 
 
 def check_port(arguments: Sequence[str]) -> None:
@@ -127,10 +130,19 @@ def cache_flags(folder: Path, arguments: Sequence[str]) -> list[str]:
     return [CACHE_FLAGS[0], str(left // 2 // ranks)]
 
 
+def _bytes(text: str) -> int:
+    """Return a number of bytes as vLLM reads it, small letters for powers of 1000, capitals of 1024; else 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", text)
+    if found is None:
+        return 0
+    base = 1024 if found[2].isupper() else 1000
+    return int(float(found[1]) * base ** (" kmgt".index(found[2].lower() or " ")))
+
+
 def _check_own(own: dict[str, str], free: int) -> None:
     """Refuse what the user wants for the cache if it is more than is free; numbers with units are left to vLLM."""
     asked = own.get(CACHE_FLAGS[0], "")
-    name, wanted = CACHE_FLAGS[0], int(asked) if asked.isdecimal() else 0
+    name, wanted = CACHE_FLAGS[0], _bytes(asked)
     variable = os.environ.get(CACHE_VARIABLE, "")
     if variable.isdecimal():  # on CPUs vLLM prefers it to the flags
         name, wanted = CACHE_VARIABLE, int(variable) * GIB

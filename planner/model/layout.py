@@ -18,6 +18,9 @@ ROWS_MULTIPLE = 32
 SPECULATIVE = ("mtp.", "model.mtp.")
 """Name prefixes of layers for speculative decoding that are no decoder layers."""
 
+COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+"""The keys in which models say how many such layers they have; vLLM reads them all."""
+
 EMBEDDING = "embed_tokens.weight"
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from planner.model.architectures import find_architecture
-from planner.model.layout import Layout, read_layout
+from planner.model.layout import COUNTS, Layout, architecture_of, read_layout
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import CONFIG, ConfigModel, SkeletonTensors
 from planner.model.source import SourceModel
 from planner.model.tensors import SourceTensors
-from vllm_moeq.completeness import compare, expected_tensors, no_class, verify_whole
-from vllm_moeq.format import read_json
+from vllm_moeq.completeness import check_top_k, compare, expected_tensors, no_class, verify_whole
+from vllm_moeq.format import NESTED, read_json
 
 
 def check_folder(folder: Path) -> str | None:
@@ -44,10 +44,30 @@ def check_whole(model: SourceModel, layout: Layout) -> str | None:
     """
     if isinstance(model, ConfigModel):
         return None
+    check_top_k(model.config, model.folder / CONFIG)
     reason = no_class(model.config)
     if reason is None:
         expected = expected_tensors(model.config, model.folder / CONFIG)
         decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
         whole = replace(expected, tensors=decoded.tensors)
-        compare(model.shards, whole, model.shards.tensors, besides=frozenset(layout.left_out))
+        compare(model.shards, whole, model.shards.tensors, besides=frozenset(_announced(model, layout)))
     return reason
+
+
+def _announced(model: SourceModel, layout: Layout) -> list[str]:
+    """Return the tensors that are left out and belong to layers for speculative decoding, as config.json says.
+
+    Layers behind the last one that config.json does not announce are layers of a model that it does not describe.
+    """
+    row, blocks = architecture_of(model), set(layout.blocks)
+    parts = [part for part in (model.config, model.config.get(NESTED)) if isinstance(part, dict)]
+    more = max((part[key] for part in parts for key in COUNTS if type(part.get(key)) is int), default=0)
+    found = []
+    for name in layout.left_out:
+        owner = row.owner(name)
+        if owner is not None:
+            stack = row.stacks[owner[0]].layers
+            if owner[1] >= sum(block.startswith(f"{stack}.") for block in blocks) + more:
+                continue
+        found.append(name)
+    return found

@@ -19,6 +19,7 @@ from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
 from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,16 @@ def quantize_expert(
 
 
 def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict[str, torch.Tensor]:
-    """Return the tensors of a task that are not routed experts."""
+    """Return the tensors of a task that are not routed experts.
+
+    Raises:
+        CheckpointError: a tensor that cannot be read, or holds NaN or infinity; the message names it.
+    """
     tensors = {name: model.shards.load(name) for name in task.kept}
+    for name, tensor in tensors.items():
+        wide = tensor.dtype.itemsize > 1  # torch cannot ask eight bits
+        if wide and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{model.shards.place(name)}: expected finite weights, found NaN or infinity")
     for name in task.linears:
         packed = quantize_linear_rows(threads, model, name, task.settings.linear)
         base = name.removesuffix(".weight")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
-"""The keys in which models say how many such layers they have; vLLM reads them all."""
+from planner.model.layout import COUNTS
 
 
 def without_speculation(config: Mapping[str, Any]) -> dict[str, Any]:

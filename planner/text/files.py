@@ -70,7 +70,7 @@ def open_text(path: Path) -> Iterator[TextFile]:
     except ConfigError as error:
         raise UsageError(f"{error}; {EXPECTED}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: {EXPECTED}, found no UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{path}: {EXPECTED}, found no UTF-8 ({error.reason})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{path}: {EXPECTED}, found damaged gzip data ({error})") from None
     except OSError as error:

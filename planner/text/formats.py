@@ -92,6 +92,9 @@ def _fits_array(file: TextFile) -> bool:
         first, _ = DECODER.raw_decode(text, _skip(text, 1))
     except (ValueError, RecursionError):
         return re.match(r'\[\s*\{\s*"', text) is not None and not file.whole and FIELD.search(text) is not None
+    if isinstance(first, str):
+        whole = _parsed(text) if file.whole else [first]
+        return isinstance(whole, list) and all(isinstance(item, str) for item in whole)
     return isinstance(first, dict) and any(field in first for field in FIELDS)
 
 
@@ -130,6 +133,8 @@ def _fits_lines(file: TextFile) -> bool:
         return True
     text = _text_of(file).lstrip()
     first, newline, rest = text.partition("\n")
+    if text.startswith('"'):
+        return all(isinstance(_parsed(line), str) for line in text.splitlines()[:2] if newline or file.whole)
     if not text.startswith("{"):
         return False
     if _is_row(first.rstrip(), complete=bool(newline) or file.whole):

@@ -66,7 +66,7 @@ def read_csv(file: TextFile, _: int) -> Iterator[Document]:
     csv.field_size_limit(MAX_FIELD)
     text = io.TextIOWrapper(file.stream, encoding="utf-8-sig", newline="")
     header = text.readline(MAX_FIELD)
-    reader = csv.reader(text, delimiter=_delimiter(header))
+    reader = csv.reader(text, delimiter=_delimiter(header), strict=True)
     try:
         names = next(csv.reader([header], delimiter=_delimiter(header)), [])
         column = names.index(_column([name for name in names if name not in CHATS], file))

@@ -19,22 +19,33 @@ MAX_TOKENS = 1 << 24
 """The largest number of a token. Vocabularies have up to a few hundred thousand."""
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return a model's tokenizer.
+def open_tokenizer(folder: Path) -> Any:
+    """Return a model's tokenizer, if transformers can load it.
 
     Raises:
-        ConfigError: transformers cannot load one, or it has tokens for which the model has no embedding.
+        MoeqError: it cannot.
     """
     from transformers import AutoTokenizer
 
     _refuse_large_numbers(folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        tokenizer.get_vocab()
     except OURS:
         raise
     except BaseException as error:
         _refuse(f"{folder}: transformers cannot load its tokenizer", error)
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        MoeqError: transformers cannot load one, or it has tokens for which the model has no embedding.
+    """
+    tokenizer = open_tokenizer(folder)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
     rows = _vocabulary_size(folder)
     token, number = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
     if rows is not None and number >= rows:

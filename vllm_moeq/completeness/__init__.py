@@ -5,12 +5,13 @@ Building the class takes neither weights nor memory: its tensors are on torch's 
 
 from vllm_moeq.completeness.compare import compare
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
-from vllm_moeq.completeness.sizes import MAX_INTEGER, positive_integer
+from vllm_moeq.completeness.sizes import MAX_INTEGER, check_top_k, positive_integer
 from vllm_moeq.completeness.verify import verify_whole
 
 __all__ = [
     "MAX_INTEGER",
     "Expected",
+    "check_top_k",
     "compare",
     "expected_tensors",
     "no_class",

@@ -33,6 +33,11 @@ def compare(
     for name, info in expected.tensors.items():
         if name in found:
             _check_shape(shards, name, info.shape, found[name], owner)
+            if info.dtype.is_floating_point and not found[name].dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{shards.folder / found[name].shard}: tensor {name}: expected floats, as in {owner}, "
+                    f"found {found[name].dtype}"
+                )
         elif name not in elsewhere and not matches(name, expected.optional):
             raise CheckpointError(
                 f"{shards.folder}: tensor {name} is missing: expected {list(info.shape)}, as in {owner}"

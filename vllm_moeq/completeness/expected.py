@@ -46,7 +46,9 @@ def no_class(config: Mapping[str, Any]) -> str | None:
         import transformers
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    if find_classes(config) is None:
+    with _silence():
+        found = find_classes(config)
+    if found is None:
         return f"transformers {transformers.__version__} has no class for model_type {config.get('model_type')!r:.80}"
     return None
 

@@ -62,6 +62,29 @@ def check_sizes(config: Mapping[str, Any], parsed: Any, path: Path) -> None:
     positive_integer(config, EXPERT_COUNT, path)
 
 
+TOP_K = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk")
+"""The keys of config.json that may say how many experts a token has."""
+
+
+def check_top_k(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a number of experts per token that no router can choose.
+
+    Args:
+        config: contents of config.json.
+        path: config.json, for messages.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    experts = positive_integer(config, EXPERT_COUNT, path)
+    for part in (config, config.get(NESTED)):
+        found = part if isinstance(part, Mapping) else {}
+        for key in TOP_K:
+            value = found.get(key)
+            if value is not None and not (type(value) is int and 0 < value <= experts):
+                raise ConfigError(f"{path}: {key}: expected 1 to {experts} experts per token, found {value!r:.40}")
+
+
 def check_numbers(config: Mapping[str, Any], path: Path) -> None:
     """Refuse a size that is there and is no positive integer, before anything is imported for it.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_moeq.completeness.compare import compare
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
-from vllm_moeq.completeness.sizes import check_layer_counts, check_numbers
+from vllm_moeq.completeness.sizes import check_layer_counts, check_numbers, check_top_k
 from vllm_moeq.format import (
     LINEAR_SUFFIXES,
     CheckpointError,
@@ -71,6 +71,7 @@ def _check_config(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, 
         ConfigError: naming the key.
     """
     check_numbers(config, path)
+    check_top_k(config, path)
     layers = _count_layers(shards)
     check_layer_counts(config, path, layers)
     experts = [len(widths) for widths in parsed.experts.values()]

@@ -56,5 +56,10 @@ def check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None
                 f"{shards.folder / info.shard}: tensor {name}: {list(info.shape)} words do not fit "
                 f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
             )
+        size = shards.info(f"{base}.{SHAPE}")
+        if size.shape != (2,) or size.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{shards.place(f'{base}.{SHAPE}')}: expected two integers, found {size.dtype} {list(size.shape)}"
+            )
         # Unlike an expert's scale, this one is 0 where all weights of a group are 0.
         check_finite(shards.load(f"{base}.{SCALES}"), shards.place(f"{base}.{SCALES}"))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.linears import check_linears
@@ -107,9 +109,9 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
 
     Args:
         folder: the checkpoint.
-        values: whether to check the experts' values with :meth:`Scheme.check_values`; the loaders do so while they
-            load. Codes need no check, since every bit pattern is a valid code. The few scales of other packed linears
-            are always checked.
+        values: whether to check the experts' values with :meth:`Scheme.check_values`, and that all other weights are
+            finite. The loaders check the experts' while they load. Codes need no check, since every bit pattern is a
+            valid code. The few scales of other packed linears are always checked.
 
     Returns:
         Counts and sizes.
@@ -138,12 +140,20 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes
+                if values and info.dtype.is_floating_point and info.dtype.itemsize > 1:  # torch cannot ask eight bits
+                    _check_weights(shards, name)
     summary.average_bits = bit_sum / summary.expert_weights
     for widths in config.experts.values():
         summary.experts += len(widths)
         for bits in widths:
             summary.widths[bits] = summary.widths.get(bits, 0) + 1
     return summary
+
+
+def _check_weights(shards: ShardSet, name: str) -> None:
+    """Refuse a tensor outside the experts that holds NaN or infinity."""
+    if not bool(torch.isfinite(shards.map(name)).all()):
+        raise CheckpointError(f"{shards.place(name)}: expected finite values, found NaN or infinity")
 
 
 def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,44 @@ def test_eval_refuses_a_model_and_a_reference(moeq: Moeq, tmp_path: Path, name: 
         model, *more = flags
         message = one_line(moeq("eval", tmp_path / str(model), "--data", tmp_path / "text", *more))
         assert "part: tensor model.norm.weight is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: expected 1 to 8 experts per token, found 9"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: expected 1 to 8 experts per token, found 0"),
+        ({"num_hidden_layers": 1}, "tensor model.layers.1."),
+    ],
+)
+def test_a_config_of_another_model_is_refused(moeq: Moeq, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    outcome = moeq(
+        "quantize", folder, "--avg-bits", 3, "--quantizer", "rtn", "--group-size", 32, "-o", tmp_path / "out"
+    )
+    assert words in outcome.err
+    assert outcome.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.norm.weight", torch.full((64,), float("nan"), dtype=torch.bfloat16), "expected finite weights"),
+        ("model.norm.weight", torch.ones(64, dtype=torch.int64), "expected floats"),
+        ("lm_head.weight", torch.full((256, 64), float("inf"), dtype=torch.bfloat16), "expected finite weights"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    moeq: Moeq, tmp_path: Path, name: str, value: torch.Tensor, words: str
+) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    edit(folder, lambda tensors: tensors.update({name: value}))
+    outcome = moeq(
+        "quantize", folder, "--avg-bits", 3, "--quantizer", "rtn", "--group-size", 32, "-o", tmp_path / "out"
+    )
+    assert f"tensor {name}: {words}" in outcome.err.splitlines()[-1]
+    assert outcome.code == 2
+    assert not (tmp_path / "out").exists()
