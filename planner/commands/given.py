@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import typer
@@ -49,17 +48,3 @@ def refuse_empty(command: TyperCommand, ctx: Any, args: list[str]) -> None:
             from vllm_moeq.format import UsageError  # brings torch, which the parser's own errors do without
 
             raise UsageError(f"{name_of(parameter)}: expected a value, found an empty one")
-
-
-def refuse_repeated(command: TyperCommand, ctx: Any, args: list[str]) -> None:
-    """Refuse a flag that stands twice: only its last value would count.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    _, _, order = command.make_parser(ctx).parse_args(args=list(args))
-    for parameter, count in Counter(item for item in order if item.param_type_name == "option").items():
-        if count > 1 and not parameter.multiple:
-            from vllm_moeq.format import UsageError  # see above
-
-            raise UsageError(f"{name_of(parameter)}: expected it once, found it {count} times")

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from planner.commands.given import USAGE_ERROR, raw_values, refuse_empty, refuse_repeated
+from planner.commands.given import USAGE_ERROR, raw_values, refuse_empty
 from planner.common.interrupts import interruptible
 from planner.common.progress import Progress
 
@@ -102,6 +102,5 @@ class LateCommand(TyperCommand):
             from planner.commands.flags.unread import refuse_unread
 
             refuse_empty(self, ctx, before)
-            refuse_repeated(self, ctx, before)
             refuse_unread(self, ctx)
         return rest

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_moeq.completeness.compare import compare
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
 from vllm_moeq.completeness.sizes import check_layer_counts, check_numbers, check_top_k
@@ -114,7 +116,7 @@ def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:
         info = found[matrix.name(matrix.scheme.codes)]
         for name in matrix.names():
             del found[name]
-        found[matrix.name("weight")] = replace(info, shape=(matrix.rows, matrix.columns))
+        found[matrix.name("weight")] = replace(info, shape=(matrix.rows, matrix.columns), dtype=torch.float32)
     for name, info in shards.tensors.items():
         if name in found and name.endswith(f".{WORDS}"):
             base = name.removesuffix(WORDS)
@@ -123,7 +125,7 @@ def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:
             for suffix in LINEAR_SUFFIXES:
                 found.pop(f"{base}{suffix}", None)
             columns = info.shape[1] * 32 // parsed.linear.bits
-            found[f"{base}weight"] = replace(info, shape=(info.shape[0], columns))
+            found[f"{base}weight"] = replace(info, shape=(info.shape[0], columns), dtype=torch.float32)
     return found
 
 

@@ -234,7 +234,7 @@ def test_layers_for_speculative_decoding_are_left_out(
     with SourceModel(folder) as source, pytest.raises(CheckpointError, match="expected routers"):
         read_layout(source)
     build("qwen3_moe", tmp_path / "qwen")
-    change_config(tmp_path / "qwen", lambda config: config.update(num_hidden_layers=1))
+    change_config(tmp_path / "qwen", lambda it: it.update(num_hidden_layers=1, num_nextn_predict_layers=1))
     with SourceModel(tmp_path / "qwen") as source:
         found = read_layout(source)
     assert [layer.block for layer in found.layers] == ["model.layers.0"]
