@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.architectures import TINY, build, quantize
+from tests.folders import edit_tensors
 from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import MoeqError
 
@@ -25,13 +26,7 @@ Tensors = dict[str, torch.Tensor]
 def edited(folder: Path, copy: Path, change: Callable[[Tensors], Any]) -> Path:
     """Return a copy of a checkpoint with one shard and changed tensors; config.json may change too."""
     shutil.copytree(folder, copy)
-    tensors: Tensors = {}
-    for shard in copy.glob("*.safetensors"):
-        tensors |= load_file(shard)
-        shard.unlink()
-    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    edit_tensors(copy, change)
     return copy
 
 

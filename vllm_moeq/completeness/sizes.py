@@ -25,6 +25,11 @@ SIZES = (
 """Sizes that config.json must name if transformers' config class has them: the class's defaults fit another model."""
 
 
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a config, and the part of its language model if it has one."""
+    return [part for part in (config, config.get(NESTED)) if isinstance(part, Mapping)]
+
+
 def positive_integer(config: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> int:
     """Return the first positive integer under one of ``keys`` in a config, else in its language model's config.
 
@@ -36,8 +41,7 @@ def positive_integer(config: Mapping[str, Any], keys: tuple[str, ...], path: Pat
     Raises:
         ConfigError: no key has a positive integer of at most :data:`MAX_INTEGER`.
     """
-    for part in (config, config.get(NESTED)):
-        found = part if isinstance(part, dict) else {}
+    for found in _parts(config):
         for key in keys:
             value = found.get(key)
             if type(value) is int and 0 < value <= MAX_INTEGER:
@@ -77,8 +81,7 @@ def check_top_k(config: Mapping[str, Any], path: Path) -> None:
         ConfigError: naming the key.
     """
     experts = positive_integer(config, EXPERT_COUNT, path)
-    for part in (config, config.get(NESTED)):
-        found = part if isinstance(part, Mapping) else {}
+    for found in _parts(config):
         for key in TOP_K:
             value = found.get(key)
             if value is not None and not (type(value) is int and 0 < value <= experts):
@@ -95,8 +98,7 @@ def check_numbers(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for part in (config, config.get(NESTED)):
-        found = part if isinstance(part, Mapping) else {}
+    for found in _parts(config):
         for key in (*SIZES, *EXPERT_COUNT):
             value = found.get(key)
             if isinstance(value, int | float | str) and not (type(value) is int and 0 < value <= MAX_INTEGER):

@@ -9,29 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
 from tests.architectures import TINY, build
 from tests.conftest import one_line, save_mixtral
+from tests.folders import edit_tensors
 from vllm_moeq.format import CheckpointError, MoeqError
 
 Moeq = Callable[..., Any]
 
 PLAIN = [name for name, tiny in TINY.items() if tiny.convert is None]
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Change the tensors of a folder, which then has one shard."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in folder.glob("*.safetensors"):
-        tensors |= load_file(shard)
-        shard.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def check(folder: Path) -> str | None:
@@ -46,7 +36,7 @@ class TestEveryArchitecture:
         build(name, tmp_path)
         assert check(tmp_path) is None
         kept = [name for name in load_file(tmp_path / "model.safetensors") if "norm" in name]
-        edit(tmp_path, lambda tensors: tensors.pop(kept[-1]))
+        edit_tensors(tmp_path, lambda tensors: tensors.pop(kept[-1]))
         with pytest.raises(CheckpointError, match=rf"tensor {kept[-1]} is missing: expected \["):
             check(tmp_path)
 
@@ -67,7 +57,7 @@ def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
     build("mixtral", tmp_path / "published").save_pretrained(folder, save_original_format=False)
     router = "model.layers.0.mlp.gate.weight"
     other = "model.layers.0.block_sparse_moe.gate.weight"
-    edit(folder, lambda tensors: tensors.update({other: tensors[router].clone()}))
+    edit_tensors(folder, lambda tensors: tensors.update({other: tensors[router].clone()}))
     with pytest.raises(MoeqError, match=r"gate\.weight: expected one of it and .*gate\.weight"):
         SourceModel(folder)
 
@@ -83,7 +73,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
 @pytest.mark.parametrize("gone", ["model.norm.weight", "lm_head.weight", "model.layers.1."])
 def test_quantize_refuses(moeq: Moeq, tmp_path: Path, gone: str) -> None:
     folder = save_mixtral(tmp_path / "model")
-    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(gone)])
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(gone)])
     outcome = moeq("quantize", folder, "--avg-bits", 3, "--quantizer", "rtn", "-o", tmp_path / "out")
     assert f"tensor {gone}" in one_line(outcome)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -92,7 +82,7 @@ def test_quantize_refuses(moeq: Moeq, tmp_path: Path, gone: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_works_on_a_source_refuses(moeq: Moeq, tmp_path: Path, command: str) -> None:
     folder = save_mixtral(tmp_path / "model")
-    edit(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(8)}))
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(8)}))
     (tmp_path / "text").write_text("a text")
     flags = [tmp_path / flag if flag in ("text", "out", "stats.safetensors") else flag for flag in COMMANDS[command]]
     message = one_line(moeq(command, folder, *flags))
@@ -105,7 +95,7 @@ def test_eval_refuses_a_model_and_a_reference(moeq: Moeq, tmp_path: Path, name: 
     """Also one that transformers loads whole, which would make up what is missing."""
     build(name, tmp_path / "whole")
     build(name, tmp_path / "part")
-    edit(tmp_path / "part", lambda tensors: tensors.pop("model.norm.weight"))
+    edit_tensors(tmp_path / "part", lambda tensors: tensors.pop("model.norm.weight"))
     (tmp_path / "text").write_text("import os\n" * 20)
     for flags in (("part",), ("whole", "--reference", tmp_path / "part")):
         model, *more = flags
@@ -145,7 +135,7 @@ def test_weights_that_are_no_numbers_are_refused(
     moeq: Moeq, tmp_path: Path, name: str, value: torch.Tensor, words: str
 ) -> None:
     folder = save_mixtral(tmp_path / "model")
-    edit(folder, lambda tensors: tensors.update({name: value}))
+    edit_tensors(folder, lambda tensors: tensors.update({name: value}))
     outcome = moeq(
         "quantize", folder, "--avg-bits", 3, "--quantizer", "rtn", "--group-size", 32, "-o", tmp_path / "out"
     )
