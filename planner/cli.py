@@ -44,6 +44,7 @@ COMMANDS = {
         "compare_command",
         "Quantize a model by several methods and measure what each costs in quality. Continues a killed run.",
         long=True,
+        tasks=True,
     ),
     "verify": Row(
         "verify", "verify_command", "Check every tensor of a checkpoint: presence, shapes, widths, finite scales."
@@ -76,6 +77,7 @@ COMMANDS = {
         "eval_command",
         "Measure perplexity on a text, KL divergence to a reference, and accuracy on tasks. Continues a killed run.",
         long=True,
+        tasks=True,
     ),
     "serve": Row(
         "serve",

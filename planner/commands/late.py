@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from typer.core import TyperCommand
 
 from planner.commands.given import USAGE_ERROR, raw_values, refuse_empty
 from planner.common.interrupts import interruptible
+from planner.common.light import without
 from planner.common.progress import Progress
 
 LATE = ("params", "callback", "help")
@@ -29,6 +31,7 @@ class Row:
         function: name of its function.
         summary: the first paragraph of the function's docstring.
         long: whether it works so long that it says at once that it has begun.
+        tasks: whether it may run lm-eval's tasks, which need all of transformers' optional packages.
         settings: settings of the parser.
     """
 
@@ -36,6 +39,7 @@ class Row:
     function: str
     summary: str
     long: bool = False
+    tasks: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,7 +87,7 @@ class LateCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an interruption ends with a line that says what is kept."""
-        with interruptible():
+        with interruptible(), nullcontext() if self.row.tasks else without():
             return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
