@@ -15,8 +15,8 @@ from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.common.shown import add_row, say
 from planner.common.units import size
+from planner.model.whole import check_checkpoint
 from planner.report.files import checkpoint_files, other_files
-from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import UsageError
 
 REASONS = {
@@ -42,7 +42,7 @@ def push_command(
     Example: moeq push Mixtral-8x7B-2.5bit you/Mixtral-8x7B-2.5bit
     """
     _check_name(repo)
-    verify_whole(folder, values=False)
+    check_checkpoint(folder, values=False)
     files, others = checkpoint_files(folder), other_files(folder)
     if others:
         Progress().line(f"note: {len(others)} other files stay here: {', '.join(map(repr, others)):.500}")

@@ -21,7 +21,7 @@ from planner.evaluation.server_start import (
     find_checkpoint,
     value_of,
 )
-from vllm_moeq.completeness import verify_whole
+from planner.model.whole import check_checkpoint
 from vllm_moeq.format import QUANT_METHOD, UsageError
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -51,7 +51,7 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     arguments = list(context.args)
     check_flags(arguments)
     found = find_checkpoint(folder, arguments)
-    summary = verify_whole(found, values=False)
+    summary = check_checkpoint(found, values=False)
     if summary.only_experts is not None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
     check_tokenizer(found, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.commands import show
 from planner.commands.flags.common import Folder, Json
-from vllm_moeq.completeness import verify_whole
+from planner.model.whole import check_checkpoint
 
 
 def verify_command(folder: Folder, as_json: Json = False) -> None:
@@ -12,7 +12,7 @@ def verify_command(folder: Folder, as_json: Json = False) -> None:
 
     Example: moeq verify Mixtral-8x7B-2.5bit
     """
-    summary = verify_whole(folder)
+    summary = check_checkpoint(folder)
     if as_json:
         show.emit({**vars(summary), "total_bytes": summary.total_bytes})
     else:

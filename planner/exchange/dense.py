@@ -14,6 +14,7 @@ from planner.common.progress import Progress
 from planner.model.architectures import Architecture, find_architecture
 from planner.model.hub import companions
 from planner.model.tensors import fuse
+from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
 from vllm_moeq.format import ExpertMatrix, MoeqConfig, ShardSet, expert_matrices, linear_values, load_config, read_json
 from vllm_moeq.format.linears import LINEAR_SUFFIXES, SCALES, WORDS
@@ -36,6 +37,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     Raises:
         MoeqError: a damaged checkpoint, an output that exists, a full disk.
     """
+    check_checkpoint(folder, values=False)
     config = load_config(folder)
     source = read_json(folder / "config.json")
     name = str(dtype).removeprefix("torch.")

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from planner.model.architectures import find_architecture
+from planner.model.companions import check_companions
 from planner.model.layout import COUNTS, Layout, architecture_of, read_layout
 from planner.model.quantized import is_moeq
 from planner.model.skeleton import CONFIG, ConfigModel, SkeletonTensors
 from planner.model.source import SourceModel
 from planner.model.tensors import SourceTensors
 from vllm_moeq.completeness import check_top_k, compare, expected_tensors, no_class, verify_whole
-from vllm_moeq.format import NESTED, read_json
+from vllm_moeq.format import NESTED, Summary, read_json
 
 
 def check_folder(folder: Path) -> str | None:
@@ -26,11 +27,21 @@ def check_folder(folder: Path) -> str | None:
     """
     config = read_json(folder / CONFIG)
     if is_moeq(config):
-        return verify_whole(folder, values=False).only_experts
+        return check_checkpoint(folder, values=False).only_experts
     if not isinstance(config, dict) or find_architecture(config) is None:
         return None
     with SourceModel(folder) as model:
         return check_whole(model, read_layout(model))
+
+
+def check_checkpoint(folder: Path, *, values: bool = True) -> Summary:
+    """Check a moeq checkpoint as :func:`vllm_moeq.completeness.verify_whole` does, and the files beside its weights.
+
+    Raises:
+        MoeqError: naming the file, and the tensor if it is one.
+    """
+    check_companions(folder)
+    return verify_whole(folder, values=values)
 
 
 def check_whole(model: SourceModel, layout: Layout) -> str | None:
@@ -40,10 +51,11 @@ def check_whole(model: SourceModel, layout: Layout) -> str | None:
         The reason why there is no class, so that only experts were checked; None if everything was compared.
 
     Raises:
-        MoeqError: naming the first tensor that is missing, misshapen or too much.
+        MoeqError: naming the first tensor that is missing, misshapen or too much, or a damaged file beside them.
     """
     if isinstance(model, ConfigModel):
         return None
+    check_companions(model.folder)
     check_top_k(model.config, model.folder / CONFIG)
     reason = no_class(model.config)
     if reason is None:

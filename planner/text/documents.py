@@ -57,10 +57,9 @@ def document_of(row: Any, where: str) -> Document:
             return Document(where, messages=tuple(_message(item, where) for item in value))
         if field not in CHATS and isinstance(value, str):
             return Document(where, _whole(value, where))
-    raise UsageError(
-        f"{where}: expected a field text, or {' or '.join(CHATS)} with a conversation, "
-        f"found the fields {list(row)!r:.80}"
-    )
+    values = [f"{field}: {row[field]!r:.60}" for field in FIELDS if field in row]
+    found = values[0] if values else f"the fields {list(row)!r:.80}"
+    raise UsageError(f"{where}: expected a field text, or {' or '.join(CHATS)} with a conversation, found {found}")
 
 
 def digest(texts: Sequence[str]) -> str:

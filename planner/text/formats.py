@@ -153,8 +153,8 @@ def _read_lines(file: TextFile, _: int) -> Iterator[Document]:
         if not line.strip():
             continue
         value = _parsed(line)
-        if value is None:
-            raise UsageError(f"{where}: expected a JSON object with a field {FIELDS[0]}, found no JSON")
+        if value is None and line.strip() != "null":
+            raise UsageError(f"{where}: expected a JSON object with a field {FIELDS[0]} in one line, found no JSON")
         yield document_of(value, where)
 
 

@@ -16,9 +16,9 @@ from planner.exchange.autogptq.names import module_name
 from planner.model.hub import companions
 from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
+from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.unfinished import check_output
-from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     GRID,
@@ -54,7 +54,7 @@ def export_gptq(folder: Path, output: Path, version: Version, progress: Progress
             lacks, zero points that are not integers, or scales that float16 cannot hold; later a full disk.
     """
     check_output(output)
-    verify_whole(folder)
+    check_checkpoint(folder)
     config = load_config(folder)
     _refuse_widths(folder, config)
     with SourceModel(folder) as model:

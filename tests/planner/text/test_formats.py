@@ -125,13 +125,14 @@ def test_conversations(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[bytes, str]] = {
     "broken.jsonl": (
         b'{"text": "fine"}\nnot json\n',
-        "line 2: expected a JSON object with a field text, found no JSON",
+        "line 2: expected a JSON object with a field text in one line, found no JSON",
     ),
     "fields.jsonl": (b'{"content": "x"}\n', "line 1: expected a field text, or messages .* found the fields ..content"),
     "fields.txt": (b'{"content": "x"}\n{"content": "y"}\n', "line 1: expected a field text"),
+    "null.jsonl": (b"null\n", "line 1: expected an object with a field text .* found None"),
+    "without.jsonl": (b'{"text": null}\n', "line 1: expected a field text, .* found text: None"),
     "deep.jsonl": (b"[" * 100_000, "line 1: .*found no JSON"),
     "number.jsonl": (b"3\n", "line 1: expected an object with a field text"),
-    "null.jsonl": (b'{"text": null}\n', "line 1: expected a field text"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "half \\ud83d"}\n', r"line 2: .* half of a surrogate pair, \\ud83d"),
     "half.json": (b'[{"text":\n "half \\udc00"}]', r"line 1, item 1: .* half of a surrogate pair, \\udc00"),
     "half-chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
