@@ -58,6 +58,7 @@ def companions(folder: Path) -> list[str]:
         CheckpointError: one is no regular file of this folder or of the Hub's cache, or larger than
             :data:`MAX_COMPANION`.
     """
+    check_inside(folder / TEMPLATES, folder)
     templates = sorted(path.name for path in (folder / TEMPLATES).glob("*.jinja"))
     names = [*COMPANIONS, *(f"{TEMPLATES}/{name}" for name in templates)]
     found = sorted(name for name in names if (folder / name).exists() or (folder / name).is_symlink())

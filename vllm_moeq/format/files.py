@@ -136,6 +136,8 @@ def _is_deep(value: Any) -> bool:
 def check_inside(path: Path, root: Path | None = None) -> None:
     """Refuse a link that leads out of its folder, except in the Hub's cache, whose files are links to ``../../blobs``.
 
+    There, ``blobs`` must be a folder: if it is a link itself, any file of the user could stand for a blob.
+
     Args:
         path: the file.
         root: the model's folder, if the file is in a folder below it.
@@ -152,6 +154,6 @@ def check_inside(path: Path, root: Path | None = None) -> None:
         raise CheckpointError(f"{path}: expected a file, found a link to none") from None
     if target.is_relative_to(folder):
         return
-    if folder.parent.name == "snapshots" and target.parent == (folder.parents[1] / "blobs").resolve():
+    if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
         return
     raise CheckpointError(f"{path}: expected a file inside the folder, found a link to {target}")

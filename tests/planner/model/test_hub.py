@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm_moeq.format import CheckpointError
 
 Moeq = Callable[..., Any]
 
-EXTRA = {name: f"contents of {name}" for name in COMPANIONS if not (MIXTRAL / name).exists()}
+EXTRA = {name: json.dumps({"contents of": name}) for name in COMPANIONS if not (MIXTRAL / name).exists()}
 EXTRA |= {f"{TEMPLATES}/rag.jinja": "{{ messages }}", "chat_template.jinja": "{{ messages[0].content }}"}
 """Every companion that the shipped model does not have."""
 
@@ -73,6 +74,31 @@ def test_a_link_within_the_folder_is_followed(model: Path) -> None:
     (model / "merges.txt").unlink()
     (model / "merges.txt").symlink_to("vocab.txt")
     assert "merges.txt" in companions(model)
+
+
+def test_a_folder_of_templates_elsewhere_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "notes.jinja").write_text("secret")
+    shutil.rmtree(model / TEMPLATES, ignore_errors=True)
+    (model / TEMPLATES).symlink_to(tmp_path / "secrets")
+    with pytest.raises(CheckpointError, match=f"{TEMPLATES}: expected a file inside the folder, found a link to"):
+        companions(model)
+
+
+def test_blobs_of_the_hubs_cache_are_no_link(model: Path, tmp_path: Path) -> None:
+    """A folder that looks like a snapshot, whose ``blobs`` leads to the user's files."""
+    snapshot, secrets = tmp_path / "models--owner--name" / "snapshots" / "0123", tmp_path / "secrets"
+    shutil.copytree(model, snapshot)
+    secrets.mkdir()
+    (secrets / "key").write_text("secret")
+    (snapshot / "merges.txt").unlink(missing_ok=True)
+    (snapshot / "merges.txt").symlink_to("../../blobs/key")
+    (snapshot.parents[1] / "blobs").symlink_to(secrets)
+    with pytest.raises(CheckpointError, match=r"merges\.txt: expected a file inside the folder, found a link to"):
+        companions(snapshot)
+    (snapshot.parents[1] / "blobs").unlink()
+    secrets.rename(snapshot.parents[1] / "blobs")
+    assert "merges.txt" in companions(snapshot)
 
 
 def test_large_files_folders_and_dead_links_are_refused(model: Path) -> None:
