@@ -11,14 +11,12 @@ import torch
 
 from planner.model.hub import resolve_model
 from planner.model.layout import architecture_of
-from planner.model.source import SourceModel
+from planner.model.source import CONFIG, SourceModel, read_config
 from planner.model.tensors import SourceTensors
 from vllm_moeq.completeness import expected_tensors, no_class
-from vllm_moeq.format import CheckpointError, ConfigError, TensorInfo, UsageError, read_json
+from vllm_moeq.format import CheckpointError, TensorInfo, UsageError
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
 from vllm_moeq.format.tensors import Tensors
-
-CONFIG = "config.json"
 
 
 class SkeletonTensors(Tensors):
@@ -53,9 +51,7 @@ class ConfigModel(SourceModel):
     """
 
     def __init__(self, folder: Path) -> None:
-        config = read_json(folder / CONFIG)
-        if not isinstance(config, dict):
-            raise ConfigError(f"{folder / CONFIG}: expected an object, found {type(config).__name__}")
+        config = read_config(folder)
         self.folder = folder
         self.config = config
         self.shards = SkeletonTensors(folder, {})

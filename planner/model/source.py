@@ -9,25 +9,38 @@ from types import TracebackType
 from typing import Any
 
 from planner.model.tensors import SourceTensors
-from vllm_moeq.completeness import positive_integer
+from vllm_moeq.completeness import check_values, positive_integer
 from vllm_moeq.format import ConfigError, read_json
 from vllm_moeq.format.tensors import Tensors
+
+CONFIG = "config.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json.
+
+    Raises:
+        ConfigError: it is missing, damaged or no object, or has a value that no model has.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(config).__name__}")
+    check_values(config, path)
+    return config
 
 
 class SourceModel:
     """A Hugging Face folder: its config.json and its tensors. Tensors are loaded one at a time.
 
     Raises:
-        MoeqError: a missing or damaged config, index or shard.
+        MoeqError: a missing or damaged config, index or shard; a value in the config that no model has.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
-        self.config: dict[str, Any] = config
-        self.shards: Tensors = SourceTensors(folder, config)
+        self.config = read_config(folder)
+        self.shards: Tensors = SourceTensors(folder, self.config)
 
     def integer(self, *keys: str) -> int:
         """Return the first positive integer under one of ``keys`` in the config, else in its language model's config.
@@ -35,7 +48,7 @@ class SourceModel:
         Raises:
             ConfigError: no key has a positive integer of at most :data:`~vllm_moeq.completeness.MAX_INTEGER`.
         """
-        return positive_integer(self.config, keys, self.folder / "config.json")
+        return positive_integer(self.config, keys, self.folder / CONFIG)
 
     @property
     def stored_bytes(self) -> int:

@@ -9,10 +9,18 @@ from planner.model.architectures import find_architecture
 from planner.model.companions import check_companions
 from planner.model.layout import COUNTS, Layout, architecture_of, read_layout
 from planner.model.quantized import is_moeq
-from planner.model.skeleton import CONFIG, ConfigModel, SkeletonTensors
-from planner.model.source import SourceModel
+from planner.model.skeleton import ConfigModel, SkeletonTensors
+from planner.model.source import CONFIG, SourceModel
 from planner.model.tensors import SourceTensors
-from vllm_moeq.completeness import check_top_k, compare, expected_tensors, no_class, verify_whole
+from vllm_moeq.completeness import (
+    check_tied,
+    check_top_k,
+    compare,
+    expected_tensors,
+    no_class,
+    refuse_bytes,
+    verify_whole,
+)
 from vllm_moeq.format import NESTED, Summary, read_json
 
 
@@ -58,11 +66,14 @@ def check_whole(model: SourceModel, layout: Layout) -> str | None:
     check_companions(model.folder)
     check_top_k(model.config, model.folder / CONFIG)
     reason = no_class(model.config)
-    if reason is None:
+    if reason is not None:
+        refuse_bytes(model.shards, set(model.shards.tensors).difference(layout.left_out))
+    else:
         expected = expected_tensors(model.config, model.folder / CONFIG)
         decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
         whole = replace(expected, tensors=decoded.tensors)
         compare(model.shards, whole, model.shards.tensors, besides=frozenset(_announced(model, layout)))
+        check_tied(model.shards, whole)
     return reason
 
 

@@ -19,7 +19,7 @@ from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
 from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import CheckpointError
+from vllm_moeq.format.schemes.base import check_finite
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,12 @@ def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict
     """Return the tensors of a task that are not routed experts.
 
     Raises:
-        CheckpointError: a tensor that cannot be read, or holds NaN or infinity; the message names it.
+        CheckpointError: a tensor that cannot be read, or holds values that no model has; the message names it.
     """
     tensors = {name: model.shards.load(name) for name in task.kept}
     for name, tensor in tensors.items():
-        wide = tensor.dtype.itemsize > 1  # torch cannot ask eight bits
-        if wide and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{model.shards.place(name)}: expected finite weights, found NaN or infinity")
+        if tensor.is_floating_point():
+            check_finite(tensor, model.shards.place(name))
     for name in task.linears:
         packed = quantize_linear_rows(threads, model, name, task.settings.linear)
         base = name.removesuffix(".weight")

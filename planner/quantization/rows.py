@@ -17,6 +17,7 @@ import torch
 from planner.model.source import SourceModel
 from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
 from planner.quantization.quantizers import Quantizer, quantize_linear
+from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from vllm_moeq.format import CheckpointError, Linear
 from vllm_moeq.format.linears import SHAPE
@@ -54,6 +55,7 @@ class Threads:
         def part(begin: int) -> T:
             weight = model.shards.read_rows(name, begin, min(begin + step, rows)).to(self.device)
             try:
+                check_weights(weight)
                 return function(weight)
             except CheckpointError as error:
                 path = model.folder / model.shards.info(name).shard

@@ -160,6 +160,19 @@ def test_a_linear_without_scales_is_named(quantized_copy: Path, change_tensor: C
     assert f"tensor {ATTENTION}.weight_scale is missing" in refusal(quantized_copy)
 
 
+@pytest.mark.parametrize("shape", [[1, 1], [-1, 1 << 40], [True, True]])
+def test_a_linear_with_another_shape_is_named(quantized_copy: Path, change_tensor: Change, shape: list[int]) -> None:
+    shard = change_tensor(quantized_copy, f"{ATTENTION}.weight_shape", torch.tensor(shape))
+    expected = f"{shard}: tensor {ATTENTION}.weight_shape: expected the integers [64, 64], found"
+    assert expected in refusal(quantized_copy)
+
+
+def test_a_linear_with_scales_of_eight_bits_is_named(quantized_copy: Path, change_tensor: Change) -> None:
+    name = f"{ATTENTION}.weight_scale"
+    change_tensor(quantized_copy, name, lambda tensor: torch.full_like(tensor, float("nan")).to(torch.float8_e4m3fn))
+    assert f"tensor {name}: expected finite values" in refusal(quantized_copy)
+
+
 def test_a_linear_with_a_scale_that_is_not_finite_is_named(quantized_copy: Path, change_tensor: Change) -> None:
     name = f"{ATTENTION}.weight_scale"
     shard = change_tensor(quantized_copy, name, lambda tensor: torch.full_like(tensor, float("nan")))

@@ -3,7 +3,8 @@
 Building the class takes neither weights nor memory: its tensors are on torch's meta device.
 """
 
-from vllm_moeq.completeness.compare import compare
+from vllm_moeq.completeness.compare import check_tied, compare, refuse_bytes
+from vllm_moeq.completeness.config_values import check_values
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
 from vllm_moeq.completeness.sizes import MAX_INTEGER, check_top_k, positive_integer
 from vllm_moeq.completeness.verify import verify_whole
@@ -11,10 +12,13 @@ from vllm_moeq.completeness.verify import verify_whole
 __all__ = [
     "MAX_INTEGER",
     "Expected",
+    "check_tied",
     "check_top_k",
+    "check_values",
     "compare",
     "expected_tensors",
     "no_class",
     "positive_integer",
+    "refuse_bytes",
     "verify_whole",
 ]

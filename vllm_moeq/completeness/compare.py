@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
+
+import torch
 
 from vllm_moeq.completeness.expected import Expected, matches
 from vllm_moeq.format import CheckpointError, TensorInfo
@@ -30,6 +32,7 @@ def compare(
         CheckpointError: naming the first tensor that is missing, misshapen or too much.
     """
     owner = f"transformers' {expected.class_name}"
+    refuse_bytes(shards, [name for name in found if name not in besides and not matches(name, expected.ignored)])
     for name, info in expected.tensors.items():
         if name in found:
             _check_shape(shards, name, info.shape, found[name], owner)
@@ -50,6 +53,42 @@ def compare(
                 f"{shards.folder / info.shard}: tensor {name}: expected no such tensor, as {owner} has none, "
                 f"found {list(info.shape)}"
             )
+
+
+def check_tied(shards: Tensors, expected: Expected) -> None:
+    """Refuse two tensors with different values where the config says that they are one: a reader takes either.
+
+    Args:
+        shards: the checkpoint.
+        expected: its class's tensors.
+
+    Raises:
+        CheckpointError: naming the tensor that a reader would leave out.
+    """
+    for name, weight in expected.tied.items():
+        if name in shards.tensors and weight in shards.tensors:
+            one, other = shards.map(name), shards.map(weight)
+            if not torch.equal(one, other.to(one.dtype)):
+                raise CheckpointError(
+                    f"{shards.place(name)}: expected the values of {weight}, as config.json says that they are one "
+                    "tensor (tie_word_embeddings), found others"
+                )
+
+
+def refuse_bytes(shards: Tensors, names: Iterable[str]) -> None:
+    """Refuse floats of eight bits, whose scales no config describes.
+
+    Args:
+        shards: the checkpoint.
+        names: names of tensors; others than the checkpoint's are skipped.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name in names:
+        info = shards.tensors.get(name)
+        if info is not None and info.dtype.is_floating_point and info.dtype.itemsize == 1:
+            raise CheckpointError(f"{shards.place(name)}: expected floats of 16 bits or more, found {info.dtype}")
 
 
 def _check_shape(shards: Tensors, name: str, shape: tuple[int, ...], info: TensorInfo, owner: str) -> None:

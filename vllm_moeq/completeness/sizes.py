@@ -88,25 +88,6 @@ def check_top_k(config: Mapping[str, Any], path: Path) -> None:
                 raise ConfigError(f"{path}: {key}: expected 1 to {experts} experts per token, found {value!r:.40}")
 
 
-def check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a size that is there and is no positive integer, before anything is imported for it.
-
-    Args:
-        config: contents of config.json.
-        path: config.json, for messages.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    for found in _parts(config):
-        for key in (*SIZES, *EXPERT_COUNT):
-            value = found.get(key)
-            if isinstance(value, int | float | str) and not (type(value) is int and 0 < value <= MAX_INTEGER):
-                raise ConfigError(
-                    f"{path}: {key}: expected a positive integer {key} of at most {MAX_INTEGER}, found {value!r:.40}"
-                )
-
-
 LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth)$")
 """The keys of config.json that say how many layers a part of a model has."""
 

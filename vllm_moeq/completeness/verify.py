@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.completeness.compare import compare
+from vllm_moeq.completeness.compare import check_tied, compare
+from vllm_moeq.completeness.config_values import check_values
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
-from vllm_moeq.completeness.sizes import check_layer_counts, check_numbers, check_top_k
+from vllm_moeq.completeness.sizes import check_layer_counts, check_top_k
 from vllm_moeq.format import (
     LINEAR_SUFFIXES,
     CheckpointError,
@@ -46,7 +47,7 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
 
     Args:
         folder: the checkpoint.
-        values: whether to check the experts' values too; loaders do so while they load.
+        values: whether to check values too; loaders check the experts' while they load.
 
     Returns:
         Counts and sizes; ``only_experts`` is the reason if there is no class to compare with.
@@ -54,7 +55,10 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
     Raises:
         MoeqError: a check fails; the message names the file and the tensor.
     """
-    summary, path = verify(folder, values=values), folder / "config.json"
+    path = folder / "config.json"
+    if path.is_file() and isinstance(found := read_json(path), dict):
+        check_values(found, path)
+    summary = verify(folder, values=values)
     config: dict[str, Any] = read_json(path)
     parsed = load_config(folder)
     with ShardSet(folder) as shards:
@@ -62,7 +66,10 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
         found = _decoded(shards, parsed)
         summary.only_experts = no_class(config)
         if summary.only_experts is None:
-            _compare(shards, expected_tensors(config, path), found, parsed)
+            expected = expected_tensors(config, path)
+            _compare(shards, expected, found, parsed)
+            if values:
+                check_tied(shards, expected)
     return summary
 
 
@@ -72,7 +79,8 @@ def _check_config(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, 
     Raises:
         ConfigError: naming the key.
     """
-    check_numbers(config, path)
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{path}: model_type: expected the name of an architecture, found none")
     check_top_k(config, path)
     layers = _count_layers(shards)
     check_layer_counts(config, path, layers)

@@ -57,9 +57,11 @@ def check_linears(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None
                 f"{bits} bits and scales {list(scale.shape)} in groups of {group}"
             )
         size = shards.info(f"{base}.{SHAPE}")
-        if size.shape != (2,) or size.dtype.is_floating_point:
+        known_size = size.shape == (2,) and size.dtype in (torch.int32, torch.int64)
+        found = shards.load(f"{base}.{SHAPE}").tolist() if known_size else f"{size.dtype} {list(size.shape)}"
+        if found != [rows, columns]:
             raise CheckpointError(
-                f"{shards.place(f'{base}.{SHAPE}')}: expected two integers, found {size.dtype} {list(size.shape)}"
+                f"{shards.place(f'{base}.{SHAPE}')}: expected the integers {[rows, columns]}, found {found}"
             )
         # Unlike an expert's scale, this one is 0 where all weights of a group are 0.
         check_finite(shards.load(f"{base}.{SCALES}"), shards.place(f"{base}.{SCALES}"))

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.linears import check_linears
 from vllm_moeq.format.schema import MoeqConfig, parse_config
 from vllm_moeq.format.schemes import ExpertMatrix
+from vllm_moeq.format.schemes.base import check_finite
 from vllm_moeq.format.shards import ShardSet
 from vllm_moeq.format.strangers import refuse_files, refuse_keys
 from vllm_moeq.format.tensors import Tensors
@@ -73,7 +72,7 @@ def _check_model(part: dict[str, Any], config: MoeqConfig, path: Path) -> None:
     counts = [part[key] for key in EXPERT_COUNT if type(part.get(key)) is int]
     for prefix, widths in config.experts.items():
         if counts and len(widths) != counts[0]:
-            raise ConfigError(f"{path}: experts.{prefix}: expected {counts[0]} widths, found {len(widths)}")
+            raise ConfigError(f"{path}: experts.{prefix}: expected {counts[0]!r:.40} widths, found {len(widths)}")
 
 
 def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatrix]:
@@ -140,20 +139,14 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes
-                if values and info.dtype.is_floating_point and info.dtype.itemsize > 1:  # torch cannot ask eight bits
-                    _check_weights(shards, name)
+                if values and info.dtype.is_floating_point:
+                    check_finite(shards.map(name), shards.place(name))
     summary.average_bits = bit_sum / summary.expert_weights
     for widths in config.experts.values():
         summary.experts += len(widths)
         for bits in widths:
             summary.widths[bits] = summary.widths.get(bits, 0) + 1
     return summary
-
-
-def _check_weights(shards: ShardSet, name: str) -> None:
-    """Refuse a tensor outside the experts that holds NaN or infinity."""
-    if not bool(torch.isfinite(shards.map(name)).all()):
-        raise CheckpointError(f"{shards.place(name)}: expected finite values, found NaN or infinity")
 
 
 def _refuse_strays(shards: ShardSet, config: MoeqConfig, known: set[str]) -> None:

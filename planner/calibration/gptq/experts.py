@@ -13,6 +13,7 @@ from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
 from planner.quantization.quantizers import Quantized, QuantizedMatrix, quantizer_for
+from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.settings import QuantizeSettings
@@ -95,10 +96,11 @@ class ExpertQuantizer:
     def _load(self, expert: int, device: torch.device) -> ExpertWeights:
         found = load_expert(self.decoder.model, self.layer, expert, device, torch.float32)
         for projection, weight in zip(self.layer.projections.names(), found.matrices(), strict=True):
-            if not bool(torch.isfinite(weight).all()):
-                name = self.layer.weight(expert, projection)
-                path = self.decoder.model.folder / self.decoder.model.shards.info(name).shard
-                raise CheckpointError(f"{path}: tensor {name}: expected finite weights, found NaN or infinity")
+            try:
+                check_weights(weight)
+            except CheckpointError as error:
+                place = self.decoder.model.shards.place(self.layer.weight(expert, projection))
+                raise CheckpointError(f"{place}: {error}") from None
         return found
 
     def _inner(self, half: ExpertWeights, expert: int, device: torch.device) -> Iterator[torch.Tensor]:

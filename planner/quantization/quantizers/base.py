@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -80,6 +81,26 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError("expected finite weights, found NaN or infinity")
     return weight.float().reshape(weight.shape[0], -1, size)
+
+
+MAX_WEIGHT = 16384.0
+"""The largest weight that can be quantized: weights of models are far below. A scale is at most four times as large, so
+that every checkpoint that is written can be loaded (:data:`~vllm_moeq.format.schemes.base.MAX_MAGNITUDE`)."""
+
+
+def check_weights(weight: torch.Tensor) -> None:
+    """Refuse weights that are not finite, or larger than :data:`MAX_WEIGHT`.
+
+    Raises:
+        CheckpointError: without the tensor's name, which the caller adds.
+    """
+    if not weight.numel():
+        return
+    largest = max(abs(float(bound)) for bound in torch.aminmax(weight))
+    if not math.isfinite(largest):
+        raise CheckpointError("expected finite weights, found NaN or infinity")
+    if largest > MAX_WEIGHT:
+        raise CheckpointError(f"expected weights up to {MAX_WEIGHT:g}, found {largest:g}")
 
 
 def group_range(groups: torch.Tensor, zero_points: ZeroPoints) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,9 @@ from vllm_moeq.format import CheckpointError, MoeqError
 
 Moeq = Callable[..., Any]
 
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
 PLAIN = [name for name, tiny in TINY.items() if tiny.convert is None]
 
 
@@ -126,9 +129,15 @@ def test_a_config_of_another_model_is_refused(moeq: Moeq, tmp_path: Path, change
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("model.norm.weight", torch.full((64,), float("nan"), dtype=torch.bfloat16), "expected finite weights"),
+        ("model.norm.weight", torch.full((64,), float("nan"), dtype=torch.bfloat16), "expected finite values"),
+        ("model.norm.weight", torch.full((64,), 1e300, dtype=torch.float64), "expected values up to 65504"),
+        ("model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn), "expected floats of 16 bits or more"),
+        (Q_PROJ, torch.ones(64, 64).to(torch.float8_e4m3fn), "expected floats of 16 bits or more"),
+        (Q_PROJ, torch.full((64, 64), 3e38), "expected weights up to 16384, found 3e+38"),
+        (EXPERT, torch.ones(128, 64).to(torch.float8_e4m3fn), "expected floats of 16 bits or more"),
+        (EXPERT, torch.full((128, 64), 1e6), "expected weights up to 16384, found 1e+06"),
         ("model.norm.weight", torch.ones(64, dtype=torch.int64), "expected floats"),
-        ("lm_head.weight", torch.full((256, 64), float("inf"), dtype=torch.bfloat16), "expected finite weights"),
+        ("lm_head.weight", torch.full((256, 64), float("inf"), dtype=torch.bfloat16), "expected finite values"),
     ],
 )
 def test_weights_that_are_no_numbers_are_refused(

@@ -51,7 +51,7 @@ def test_parts_are_those_of_the_whole_matrix(
 
 
 def test_rows_that_need_bfloat16_give_all_rows_bfloat16(tmp_path: Path, weight: torch.Tensor) -> None:
-    weight[-1] *= 2.0**30
+    weight[-1] *= 2.0**-30
     function = quantizer_for(3, "rtn", "sign")
     with model_of(tmp_path, weight) as model, open_threads(2) as threads:
         found = quantize_rows(threads, model, "w", function, 3, 128)

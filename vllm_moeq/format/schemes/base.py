@@ -231,11 +231,11 @@ class ExpertMatrix:
 
 
 MAX_MAGNITUDE = 65504.0
-"""The largest scale or zero, float16's largest number: weights of models are far below, and larger ones overflow."""
+"""The largest float of a checkpoint, float16's largest number: a model's are far below, and larger ones overflow."""
 
 
 def check_finite(values: torch.Tensor, place: str) -> None:
-    """Refuse scales and zeros that are not finite, or so large that a model's activations overflow.
+    """Refuse values that are not finite, or so large that a model's activations overflow.
 
     Args:
         values: any float dtype and shape.
@@ -246,7 +246,8 @@ def check_finite(values: torch.Tensor, place: str) -> None:
     """
     if not values.numel():
         return
-    largest = float(values.abs().max())
+    wide = values if values.dtype.itemsize > 1 else values.float()  # torch cannot ask eight bits
+    largest = max(abs(float(bound)) for bound in torch.aminmax(wide))
     if not math.isfinite(largest):
         raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")
     if largest > MAX_MAGNITUDE:
