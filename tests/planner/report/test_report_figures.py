@@ -28,7 +28,7 @@ def cells(html: str) -> list[dict[str, int]]:
 def test_a_page_of_any_size(layers: int, experts: int) -> None:
     facts, grids = synthetic(layers, experts)
     html = render(facts, grids)
-    assert len(html.encode()) < 3_000_000
+    assert len(html.encode()) < 2_000_000
     maps = cells(html)
     assert [sum(found.values()) for found in maps] == [layers * experts] * 6
     widths = [int(width) for width in re.findall(r'<svg class="cells" width="(\d+)"', html)]

@@ -157,6 +157,19 @@ def test_every_text_has_contrast(page: Page, report: Path, scheme: str, width: i
     assert [pair for pair in found if pair[0] < AA] == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_systems_own_colours_have_contrast(page: Page, report: Path, scheme: str) -> None:
+    """Where a system forces its colours, the page's texts take them, and the chosen cell can be seen."""
+    page.open(report, scheme)
+    features = {"prefers-color-scheme": scheme, "forced-colors": "active"}
+    page.call("Emulation.setEmulatedMedia", features=[{"name": name, "value": features[name]} for name in features])
+    found = probe(page, PALE)
+    assert isinstance(found, list)
+    assert [pair for pair in found if pair[0] < AA] == []
+    page.press("Tab")
+    assert page.run("getComputedStyle(document.getElementById('cursor')).outlineStyle") == "solid"
+
+
 @pytest.mark.parametrize(("touch", "least"), [(True, TAP), (False, POINT)])
 def test_what_is_pressed_is_large_enough(page: Page, large_report: Path, touch: bool, least: int) -> None:
     page.open(large_report, "light", 360, touch=touch)
