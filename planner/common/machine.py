@@ -35,7 +35,8 @@ INSTRUCTIONS = (
 )  # fmt: skip
 """Linux's names of the instructions that the native kernel and vLLM's CPU kernels ask for."""
 
-PATH = re.compile(r"(?<![\w.])~?/[^\s'\",;:()]+")
+PATH = re.compile(r"""(?<=['"])~?/[^'"]+(?=['"])|(?:(?<![\w.])|(?<=-[IL]))~?/[^\s'",;:()]+""")
+"""A path from the root or a home: between quotes, as a word of its own, or behind a compiler's flag."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 PROCESSORS = Path("/proc/cpuinfo")

@@ -114,6 +114,8 @@ def test_nothing_names_the_machine_or_its_user(moeq: Moeq, monkeypatch: pytest.M
     [
         ("[Errno 30] Read-only file system: '/root/.cache/torch'", "[Errno 30] Read-only file system: 'PATH'"),
         ("~/cache is full", "PATH is full"),
+        ("open '/home/some body/x y.so': no", "open 'PATH': no"),
+        ("c++ -I/home/somebody/include -L/opt/lib --to=/srv/x", "c++ -IPATH -LPATH --to=PATH"),
         ("CUDA/HIP 12.4, 3/4 of it", "CUDA/HIP 12.4, 3/4 of it"),
     ],
 )
