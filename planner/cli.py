@@ -85,6 +85,11 @@ COMMANDS = {
         "Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.",
         settings={"allow_extra_args": True, "ignore_unknown_options": True},
     ),
+    "env": Row(
+        "env",
+        "env_command",
+        "Print versions, processor, memory, GPUs and the kernel that runs on them, for a report of a fault.",
+    ),
 }
 """Name → module, function and summary, in the order of ``moeq --help``."""
 

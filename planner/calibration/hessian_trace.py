@@ -8,17 +8,15 @@ package, the traces need the whole model in memory, in float32, with its gradien
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.rounded import rounded
-from planner.common.memory import explained_if_out_of_memory, out_of_memory
+from planner.common.memory import available_bytes, explained_if_out_of_memory, out_of_memory
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of
 from planner.model.source import SourceModel
@@ -206,18 +204,6 @@ def check_memory(model: SourceModel, layout: Layout, device: torch.device) -> No
             f"{model.folder}: the Hessian's traces need the whole model in float32 and three copies of its experts, "
             f"{needed / 2**30:.1f} GiB, and room for activations; {device.type} has {available / 2**30:.1f} GiB"
         )
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the memory that this process can still take on a device, within its container's limit if it has one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if meminfo.is_file():
-        found = int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) << 10
-    limit = container.read_text().strip() if container.is_file() else "max"
-    return min(found, int(limit)) if limit.isdigit() else found
 
 
 def perturbations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,18 @@ def return_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that this process can still take on a device, within its container's limit if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if meminfo.is_file():
+        found = int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) << 10
+    limit = container.read_text().strip() if container.is_file() else "max"
+    return min(found, int(limit)) if limit.isdigit() else found
 
 
 def peak_bytes() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from planner.calibration.hessian_trace import available_bytes
+from planner.common.memory import available_bytes
 from planner.common.units import GIB, size
 from planner.model.hub import has_tokenizer, resolve_model
 from planner.text.tokenizer import open_tokenizer

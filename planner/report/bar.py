@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from planner.common.units import size
 from planner.report.facts import Facts, Part
+from planner.report.geometry import AMPLE, AMPLE_ROOM, NARROW_ROOM
 
 WIDTH = 1096
 HEIGHT = 34
-LABEL_FITS = 58
+LABEL_FITS = 44
 """Minimum width in pixels of a segment that shows its percentage."""
 
 
@@ -20,26 +21,25 @@ def part_class(parts: tuple[Part, ...], index: int) -> str:
 
 
 def size_bar(facts: Facts) -> str:
-    """Return both bars as inline SVG."""
+    """Return both bars as inline SVG, as wide as the page: lengths are percentages, text keeps its size."""
     sizes = facts.sizes
-    unit = WIDTH / max(sizes.before, sizes.total)
+    unit = 100 / max(sizes.before, sizes.total)
     before = f"source, {size(sizes.before)}" if sizes.source else f"the same tensors in 16 bits, {size(sizes.before)}"
+    after = f"this checkpoint, {size(sizes.total)}"
     drawn = [f'<text class="name" x="0" y="12">{before}</text>']
-    drawn.append(f'<rect class="whole" x="0.5" y="20.5" width="{sizes.before * unit - 1:.1f}" height="{HEIGHT - 1}"/>')
+    drawn.append(f'<rect class="whole" x="0" y="20.5" width="{sizes.before * unit:.4g}%" height="{HEIGHT - 1}"/>')
     top, x = 20 + HEIGHT + 34, 0.0
-    drawn.append(f'<text class="name" x="0" y="{top - 8}">this checkpoint, {size(sizes.total)}</text>')
+    drawn.append(f'<text class="name" x="0" y="{top - 8}">{after}</text>')
     for index, part in enumerate(sizes.parts):
         width, fill = part.bytes * unit, part_class(sizes.parts, index)
-        drawn.append(
-            f'<rect class="{fill}" x="{x:.2f}" y="{top}" width="{max(0.0, width - 1):.2f}" height="{HEIGHT}">'
-            f"<title>{part.title}: {size(part.bytes)}</title></rect>"
-        )
-        if width >= LABEL_FITS:
-            share = f"{part.bytes / sizes.total:.0%}"
-            drawn.append(f'<text class="{fill}-ink" x="{x + 8:.2f}" y="{top + HEIGHT / 2 + 4:.0f}">{share}</text>')
+        drawn.append(f'<rect class="part {fill}" x="{x:.4g}%" y="{top}" width="{width:.4g}%" height="{HEIGHT}"/>')
+        if width * AMPLE_ROOM / 100 >= LABEL_FITS:
+            where = "" if width * NARROW_ROOM / 100 >= LABEL_FITS else AMPLE
+            y, share = top + HEIGHT / 2 + 4, f"{part.bytes / sizes.total:.0%}"
+            drawn.append(f'<text class="{fill}-ink {where}" x="{x:.4g}%" dx="8" y="{y:.0f}">{share}</text>')
         x += width
-    height = top + HEIGHT + 2
+    label = f"Bars to scale: {before}; {after}, by the parts of the table below"
     return (
-        f'<svg class="bar" role="img" aria-label="Sizes before and after" width="{WIDTH}" height="{height}" '
-        f'viewBox="0 0 {WIDTH} {height}">{"".join(drawn)}</svg>'
+        f'<svg class="bar" role="img" aria-label="{label}" width="{WIDTH}" height="{top + HEIGHT + 2}">'
+        f"{''.join(drawn)}</svg>"
     )

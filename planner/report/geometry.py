@@ -9,6 +9,12 @@ FONT_WIDTH = 6.6
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+AMPLE = "ample"
+"""CSS class of what has no room in windows under 900 pixels: there, it is hidden."""
+
+AMPLE_ROOM, NARROW_ROOM = 850, 288
+"""Width of the content in pixels in the narrowest window of each kind: 900 pixels, and a phone's 320."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -56,24 +62,35 @@ class Geometry:
         return cls(columns, len(labels), width, height, left, titled)
 
     @property
-    def right(self) -> int:
-        """Right end of the cells in pixels."""
-        return self.left + self.columns * self.width
+    def across(self) -> int:
+        """Width of all cells in pixels, where there is room for it."""
+        return self.columns * self.width
 
     @property
-    def bottom(self) -> int:
-        """Lower end of the cells in pixels."""
-        return self.TOP + self.rows * self.height
+    def down(self) -> int:
+        """Height of all cells in pixels."""
+        return self.rows * self.height
+
+    def shrunk(self, room: int) -> float:
+        """Return the width of a cell in pixels, where the map has ``room`` pixels: cells get narrower, never lower."""
+        return min(self.width, (room - self.left) / self.columns)
+
+    def where(self, least: float) -> str | None:
+        """Return where cells are at least so wide: the CSS class of the windows, empty for all, None for none."""
+        if self.shrunk(NARROW_ROOM) >= least:
+            return ""
+        return AMPLE if self.shrunk(AMPLE_ROOM) >= least else None
 
     @property
     def lined(self) -> bool:
         """Whether the cells are large enough for lines between them."""
         return min(self.width, self.height) >= 7
 
-    def column_ticks(self) -> range:
-        """Return the experts to label. Their numbers do not touch."""
-        wide = len(str(self.columns - 1)) * FONT_WIDTH + 6
-        return range(0, self.columns, _step(self.columns, wide / self.width))
+    def column_ticks(self) -> dict[int, str]:
+        """Return expert → CSS class for the experts to label. Their numbers do not touch in any window."""
+        label = len(str(self.columns - 1)) * FONT_WIDTH + 6
+        ample, narrow = (_step(self.columns, label / self.shrunk(room)) for room in (AMPLE_ROOM, NARROW_ROOM))
+        return {expert: AMPLE if expert % narrow else "" for expert in range(0, self.columns, ample)}
 
     def row_ticks(self) -> range:
         """Return the layers to label."""

@@ -1,4 +1,8 @@
-"""Draw maps with one cell per expert as inline SVG. There is one path per colour, so 15 000 cells stay small."""
+"""Draw maps with one cell per expert as inline SVG. There is one path per colour, so 15 000 cells stay small.
+
+Cells are drawn in units of cells, and text stands at percentages: in a narrow window a map gets narrower, and its text
+keeps its size. What then has no room has the class of :data:`~planner.report.geometry.AMPLE`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,13 @@ Cell = tuple[int, int]
 NUMBER_FITS = (9, 12)
 """Minimum width and height in pixels of a cell with a digit."""
 
-VALUE_FITS = (38, 15)
+VALUE_FITS = (33, 15)
 """Minimum width and height in pixels of a cell with a number of :data:`LETTERS` characters."""
 
 LETTERS = 5
+
+LINE_FITS = 5
+"""Minimum width in pixels of a cell with a line beside it."""
 
 
 def width_map(facts: Facts, room: int) -> str:
@@ -31,12 +38,11 @@ def width_map(facts: Facts, room: int) -> str:
     for row, layer in enumerate(layers):
         for column, bits in enumerate(layer.widths):
             cells[bits].append((column, row))
-    parts = [_cells(shape, ((f"b{bits}", found) for bits, found in sorted(cells.items())))]
-    if shape.width >= NUMBER_FITS[0] and shape.height >= NUMBER_FITS[1]:
-        texts = ((cell, f"b{bits}", str(bits)) for bits, found in sorted(cells.items()) for cell in found)
-        parts.append(_texts(shape, texts, min(14, shape.height - 2, round(shape.width * 1.3))))
-    parts += [_marks(shape, layers, promoted=True), _marks(shape, layers, promoted=False)]
-    return _svg(shape, layers, "".join(parts), "Bits per expert: experts from left to right, layers downwards")
+    drawn = _paths((f"b{bits}", found) for bits, found in sorted(cells.items()))
+    drawn += _lines(shape) + _marks(shape, layers, promoted=True) + _marks(shape, layers, promoted=False)
+    texts = [(cell, f"b{bits}", str(bits)) for bits, found in sorted(cells.items()) for cell in found]
+    numbers = _numbers(shape, texts, min(14, shape.height - 2, round(shape.width * 1.3)), NUMBER_FITS)
+    return _map(shape, layers, drawn, numbers, "Bits per expert")
 
 
 def value_map(facts: Facts, grid: ValueMap, room: int) -> str:
@@ -53,12 +59,10 @@ def value_map(facts: Facts, grid: ValueMap, room: int) -> str:
                 step = scale.step(value)
                 cells[step].append((x, y))
                 texts.append(((x, y), f"s{step}", _short(value / 10.0**power)))
-    parts = [_cells(shape, ((f"s{step}", found) for step, found in sorted(cells.items())))]
-    fits = shape.width >= VALUE_FITS[0] and shape.height >= VALUE_FITS[1]
-    if fits and all(len(text) <= LETTERS for _, _, text in texts):
-        parts.append(_texts(shape, texts, 10))
-    drawn = _svg(shape, layers, "".join(parts), f"{grid.title}: experts from left to right, layers downwards")
-    return drawn + _legend(scale, grid.unit, power)
+    drawn = _paths((f"s{step}", found) for step, found in sorted(cells.items())) + _lines(shape)
+    short = all(len(text) <= LETTERS for _, _, text in texts)
+    numbers = _numbers(shape, texts, 10, VALUE_FITS) if short else ""
+    return _map(shape, layers, drawn, numbers, grid.title) + _legend(scale, grid.unit, power)
 
 
 def _short(value: float) -> str:
@@ -68,16 +72,20 @@ def _short(value: float) -> str:
     return next((text for text in texts if len(text) <= LETTERS), texts[-1])
 
 
-def _cells(shape: Geometry, classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
+def _paths(classes: Iterable[tuple[str, Sequence[Cell]]]) -> str:
     """Return one path per class, in units of cells. Neighbours in a row form one rectangle."""
-    paths = "".join(f'<path class="{name}" d="{_runs(cells)}"/>' for name, cells in classes)
-    place = f"translate({shape.left} {shape.TOP}) scale({shape.width} {shape.height})"
-    lines = ""
-    if shape.lined:
-        down = "".join(f"M{x} 0v{shape.rows}" for x in range(1, shape.columns))
-        along = "".join(f"M0 {y}h{shape.columns}" for y in range(1, shape.rows))
-        lines = f'<path class="lines" d="{down}{along}"/>'
-    return f'<g class="cells" transform="{place}">{paths}{lines}</g>'
+    return "".join(f'<path class="{name}" d="{_runs(cells)}"/>' for name, cells in classes)
+
+
+def _lines(shape: Geometry) -> str:
+    """Return lines between large cells; in narrow windows, lines between narrow cells would hide them."""
+    if not shape.lined:
+        return ""
+    down = "".join(f"M{x} 0v{shape.rows}" for x in range(1, shape.columns))
+    along = "".join(f"M0 {y}h{shape.columns}" for y in range(1, shape.rows))
+    where = shape.where(LINE_FITS)
+    upright = "" if where is None else f'<path class="lines {where}" d="{down}"/>'
+    return f'{upright}<path class="lines" d="{along}"/>'
 
 
 def _runs(cells: Sequence[Cell]) -> str:
@@ -91,57 +99,69 @@ def _runs(cells: Sequence[Cell]) -> str:
     return "".join(f"M{x} {y}h{length}v1H{x}z" for x, y, length in runs)
 
 
-def _texts(shape: Geometry, texts: Iterable[tuple[Cell, str, str]], size: int) -> str:
-    middle = shape.TOP + shape.height / 2 + 0.36 * size
+def _numbers(shape: Geometry, texts: Iterable[tuple[Cell, str, str]], size: int, fits: tuple[int, int]) -> str:
+    """Return the numbers in cells, for windows in which cells have at least the width and height of ``fits``."""
+    where = shape.where(fits[0])
+    if where is None or shape.height < fits[1]:
+        return ""
+    middle = shape.height / 2 + 0.36 * size
     drawn = "".join(
-        f'<text class="{fill}-ink" x="{shape.left + (x + 0.5) * shape.width:g}" '
-        f'y="{middle + y * shape.height:.4g}">{text}</text>'
+        f'<text class="{fill}-ink" x="{_percent(shape, x)}" y="{middle + y * shape.height:.4g}">{text}</text>'
         for (x, y), fill, text in texts
     )
-    return f'<g class="numbers" font-size="{size}">{drawn}</g>'
+    return f'<svg class="numbers {where}" height="{shape.down}" font-size="{size}">{drawn}</svg>'
+
+
+def _percent(shape: Geometry, column: int) -> str:
+    """Return the middle of a column as a part of the map's width."""
+    return f"{100 * (column + 0.5) / shape.columns:.4g}%"
 
 
 def _marks(shape: Geometry, layers: Sequence[LayerFacts], promoted: bool) -> str:
     """Return triangles in the upper left corner of promoted experts, or squares in the lower right of fallbacks."""
-    side = round(max(3.0, min(8.0, 0.42 * min(shape.width, shape.height))), 1)
+    side = max(3.0, min(8.0, 0.42 * min(shape.width, shape.height))) * (1.0 if promoted else 0.7)
+    across, down = round(side / shape.width, 3), round(side / shape.height, 3)
     edge = 1 if shape.lined else 0
+    right, below = edge / shape.width, edge / shape.height
     paths: dict[int, str] = defaultdict(str)
     for row, layer in enumerate(layers):
         for expert in sorted(layer.promoted if promoted else layer.fallbacks):
             if expert >= len(layer.widths):
                 continue
-            x, y = shape.left + expert * shape.width, shape.TOP + row * shape.height
             if promoted:
-                paths[layer.widths[expert]] += f"M{x + edge} {y + edge}h{side}l-{side} {side}z"
+                path = f"M{expert + right:.6g} {row + below:.6g}h{across}l-{across} {down}z"
             else:
-                half = round(side * 0.7, 1)
-                x, y = x + shape.width - edge, y + shape.height - edge
-                paths[layer.widths[expert]] += f"M{x} {y}h-{half}v-{half}h{half}z"
+                path = f"M{expert + 1 - right:.6g} {row + 1 - below:.6g}h-{across}v-{down}h{across}z"
+            paths[layer.widths[expert]] += path
     drawn = "".join(f'<path class="b{bits}-ink" d="{path}"/>' for bits, path in sorted(paths.items()))
     return f'<g class="{"promoted" if promoted else "fallback"}">{drawn}</g>'
 
 
-def _svg(shape: Geometry, layers: Sequence[LayerFacts], inside: str, label: str) -> str:
-    """Return the figure with its axes. The page's script finds cells by the ``data-`` attributes."""
-    ticks = "".join(
-        f'<text text-anchor="middle" x="{shape.left + (x + 0.5) * shape.width:g}" y="{shape.TOP - 5}">{x}</text>'
-        for x in shape.column_ticks()
+def _map(shape: Geometry, layers: Sequence[LayerFacts], drawn: str, numbers: str, title: str) -> str:
+    """Return the figure with its axes. The page's script finds a cell by its place in ``.cells``."""
+    width, height = shape.across, shape.down
+    along = "".join(
+        f'<text class="{where}" text-anchor="middle" x="{_percent(shape, x)}" y="{shape.TOP - 5}">{x}</text>'
+        for x, where in shape.column_ticks().items()
     )
-    ticks += "".join(
+    down = "".join(
         f'<text text-anchor="end" x="{shape.left - 6}" '
         f'y="{shape.TOP + (y + 0.5) * shape.height + 4:g}">{escape(layers[y].label)}</text>'
         for y in shape.row_ticks()
     )
-    width, height = shape.right + 1, shape.bottom + 1
+    name = ""
     if shape.titled:
-        middle, along = (shape.left + shape.right) // 2, (shape.TOP + shape.bottom) // 2
-        ticks += f'<text text-anchor="middle" x="{middle}" y="{shape.bottom + 15}">expert</text>'
-        ticks += f'<text text-anchor="middle" transform="translate(11 {along}) rotate(-90)">layer</text>'
-        height += shape.TITLE
+        middle = shape.TOP + height // 2
+        down += f'<text text-anchor="middle" transform="translate(11 {middle}) rotate(-90)">layer</text>'
+        text = '<text text-anchor="middle" x="50%" y="15">expert</text>'
+        name = f'<svg class="axis" width="{width}" height="{shape.TITLE}">{text}</svg>'
+    label = f"{title}: {shape.rows} layers from top to bottom, {shape.columns} experts from left to right"
     return (
-        f'<div class="scroll"><svg class="map" role="img" aria-label="{escape(label)}" width="{width}" '
-        f'height="{height}" viewBox="0 0 {width} {height}" data-left="{shape.left}" data-top="{shape.TOP}" '
-        f'data-width="{shape.width}" data-height="{shape.height}"><g class="axis">{ticks}</g>{inside}</svg></div>'
+        f'<div class="map" role="img" aria-label="{escape(label)}">'
+        f'<svg class="axis" aria-hidden="true" width="{shape.left}" height="{shape.TOP + height}">{down}</svg>'
+        f'<div class="plot" aria-hidden="true"><svg class="axis" width="{width}" height="{shape.TOP}">{along}</svg>'
+        f'<div class="grid"><svg class="cells" width="{width}" height="{height}" preserveAspectRatio="none" '
+        f'viewBox="0 0 {shape.columns} {shape.rows}">{drawn}</svg>{numbers}</div>{name}</div></div>'
     )
 
 

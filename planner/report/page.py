@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -38,6 +38,24 @@ COLUMNS = ((16, "three", 338), (120, "two", 528), (1 << 30, "one", ROOM))
 NUMBER = re.compile(r"^\d+ ")
 """Count of an expert's tokens at the begin of a fallback's reason. It is removed to group equal reasons."""
 
+STEPS = (("ArrowLeft", "←", "previous expert"), ("ArrowRight", "→", "next expert"),
+         ("ArrowUp", "↑", "previous layer"), ("ArrowDown", "↓", "next layer"))  # fmt: skip
+"""(key that does the same, sign, name) of the buttons with which a finger goes from cell to cell."""
+
+TIP = (
+    '<div id="tip" hidden><div id="what"></div><div class="steps">'
+    + "".join(
+        f'<button type="button" data-key="{key}" aria-label="{name}">{sign}</button>' for key, sign, name in STEPS
+    )
+    + '</div></div><div id="said" class="unseen" role="status"></div>'
+)
+"""What is known of an expert, and the text that a screen reader says; the page's script fills both."""
+
+HINT = (
+    '<p class="note" id="hint" hidden>Point at a cell or tap it to see what is known of its expert. With the keyboard: '
+    "Tab goes to a map, arrow keys from cell to cell, Escape hides the text.</p>"
+)
+
 LAYERS_OPEN = 16
 """Maximum number of layers for which the table of layers is unfolded."""
 
@@ -45,7 +63,7 @@ LAYERS_OPEN = 16
 def render(facts: Facts, grids: ValueMaps) -> str:
     """Return the page's HTML. All text from the checkpoint is escaped."""
     css = _style()
-    script = _asset("tooltip.js")
+    script = _asset("copy.js") + _asset("tooltip.js")
     policy = (
         f"default-src 'none'; style-src '{_digest(css)}'; script-src '{_digest(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -57,7 +75,7 @@ def render(facts: Facts, grids: ValueMaps) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title(facts))}</title><style>{css}</style></head>\n<body><main>{body}</main>"
-        '<div id="tip" role="status" hidden></div>'
+        f"{TIP}"
         f'<script type="application/json" id="values">{_values(facts, grids)}</script>'
         f"<script>{script}</script></body></html>\n"
     )
@@ -131,7 +149,7 @@ def _widths(facts: Facts) -> str:
         f"<li>{swatch}{text} <span>{count:,} ({count / total:.1%})</span></li>" for swatch, text, count in keys if count
     )
     figure = f'<figure class="widths">{width_map(facts, ROOM)}</figure>'
-    return _section("Widths", f'<ul class="key">{items}</ul>{figure}', _reasons(facts))
+    return _section("Widths", f'<ul class="key">{items}</ul>{figure}', HINT, _reasons(facts))
 
 
 def _reasons(facts: Facts) -> str:
@@ -184,15 +202,21 @@ def _commands(facts: Facts) -> str:
     serving = serve_commands(facts, folder)
     why = "" if serving else f'<p class="note">vLLM cannot serve it: {escape(unserved(facts) or "")}.</p>'
     load = f"import vllm_moeq.hf\nmodel = {auto_class(facts)}.from_pretrained({json.dumps(folder)})"
-    parts: Iterable[tuple[str, str]] = (
-        ("Made with", quantize_line(facts, folder)),
-        ("Serve", "\n".join(serving)),
-        ("Load in transformers", load),
-        ("Evaluate", "\n".join(evaluate_commands(facts, folder))),
-        ("Check every tensor", shlex.join(["moeq", "verify", folder])),
+    parts: Iterable[tuple[str, Sequence[str]]] = (
+        ("Made with", [quantize_line(facts, folder)]),
+        ("Serve", serving),
+        ("Load in transformers", [load]),
+        ("Evaluate", evaluate_commands(facts, folder)),
+        ("Check every tensor", [shlex.join(["moeq", "verify", folder])]),
     )
-    blocks = "".join(f"<h3>{name}</h3><pre>{escape(text)}</pre>" for name, text in parts if text)
+    blocks = "".join(f"<h3>{name}</h3>{''.join(map(_command, texts))}" for name, texts in parts if texts)
     return _section("Commands", "<br>", blocks, why)
+
+
+def _command(text: str) -> str:
+    """Return a command, beside which the page's script puts a button that copies it. Lines break between words only."""
+    lines = (" ".join(f"<span>{escape(word)}</span>" for word in line.split(" ")) for line in text.split("\n"))
+    return '<div class="command"><pre>' + "\n".join(lines) + "</pre></div>"
 
 
 def _values(facts: Facts, grids: ValueMaps) -> str:

@@ -28,13 +28,15 @@ class Table:
 
     def html(self, lead: Callable[[int], str] = lambda _row: "") -> str:
         """Return the table as escaped HTML. ``lead`` gives the HTML before the text of a row's first cell."""
-        head = "".join(f"<th>{escape(text)}</th>" for text in self.header)
+        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header)
         body = []
         for index, (first, *others) in enumerate(self.rows):
-            rest = "".join(f"<td>{escape(text)}</td>" for text in others)
-            kind = ' class="total"' if first == TOTAL else ""
-            body.append(f'<tr{kind}><td class="wide">{lead(index)}{escape(first)}</td>{rest}</tr>')
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+            rest = "".join(map(_cell, self.header[1:], others))
+            kind, label = ' class="total"' if first == TOTAL else "", escape(self.header[0])
+            row = f'<th scope="row" data-label="{label}">{lead(index)}{escape(first)}</th>{rest}'
+            body.append(f"<tr{kind}>{row}</tr>")
+        kind = ' class="many"' if len(self.header) > FEW else ""
+        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
     def markdown(self) -> str:
         """Return the table as escaped Markdown."""
@@ -46,6 +48,18 @@ class Table:
 
 
 TOTAL = "all tensors"
+
+FEW = 3
+"""Maximum number of columns that a phone shows side by side; it shows the rows of other tables as paragraphs."""
+
+LONG = 24
+"""Maximum number of characters of a cell that stays on one line."""
+
+
+def _cell(header: str, text: str) -> str:
+    """Return a cell of a table's body. A phone shows the header before the text."""
+    kind = ' class="wide"' if len(text) > LONG else ""
+    return f'<td{kind} data-label="{escape(header)}">{escape(text)}</td>'
 
 
 def markdown(text: str) -> str:

@@ -184,20 +184,33 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
             raise UsageError(f"{VARIABLE}={row.name}: {problem}")
         _require_schemes(row, packed)
         return Choice(row.name, f"{VARIABLE} asks for it")
+
+    def obstacle(row: Backend) -> str:
+        if unknown := _unknown_schemes(row, packed):
+            return f"the {row.name} kernel does not take {unknown}"
+        if dtype is not None and not row.takes(dtype):
+            return f"the {row.name} kernel does not take {dtype}"
+        return row.problem(device)
+
+    return choose_automatically(device, obstacle)
+
+
+def choose_automatically(device: torch.device, obstacle: Callable[[Backend], str]) -> Choice:
+    """Choose as ``auto`` does: the first backend for a kind of device that nothing stands in the way of.
+
+    Args:
+        device: the device that runs the layer.
+        obstacle: a function that returns why a backend cannot be chosen, or an empty string if it can.
+    """
     reason = f"no kernel runs on {device.type}"
     for row in TABLE:
         if row.automatic is None:
             return Choice(row.name, reason)
         if device.type not in row.automatic:
             continue
-        if unknown := _unknown_schemes(row, packed):
-            reason = f"the {row.name} kernel does not take {unknown}"
-        elif dtype is not None and not row.takes(dtype):
-            reason = f"the {row.name} kernel does not take {dtype}"
-        elif problem := row.problem(device):
-            reason = problem
-        else:
+        if not (found := obstacle(row)):
             return Choice(row.name, f"the layer is on a {'CPU' if device.type == 'cpu' else 'GPU'}")
+        reason = found
     raise AssertionError("the last row runs everywhere")
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from websockets.sync.client import ClientConnection, connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -33,6 +34,18 @@ FLAGS = (
 def find_browser() -> str | None:
     """Return a browser's program, if the machine has one."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+BROWSER = find_browser()
+NO_BROWSER = "no Chromium: make browser installs it where apt-get and root are"
+MARKS = [pytest.mark.browser, pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)]
+"""The marks of a file that looks at pages."""
+
+CODES = {
+    "Tab": 9, "Enter": 13, "Escape": 27, "PageUp": 33, "PageDown": 34, "End": 35, "Home": 36,
+    "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+}  # fmt: skip
+"""Windows' codes of keys, by which Chromium knows what a key does."""
 
 
 class Page:
@@ -74,19 +87,24 @@ class Page:
         elif name == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning", "assert"):
             self.problems.append(json.dumps(found["args"]))
 
-    def open(self, path: Path, scheme: str, width: int = 1280, height: int = 900) -> None:
-        """Load a file from disk in a window of a size, ``scheme`` light or dark."""
+    def open(self, path: Path, scheme: str, width: int = 1280, height: int = 900, touch: bool = False) -> None:
+        """Load a file from disk in a window of a size, ``scheme`` light or dark, to point at or to touch."""
         self.requests.clear()
         self.problems.clear()
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch
         )  # fmt: skip
+        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=path.absolute().as_uri())
+        self.wait_for("document.readyState + location.protocol === 'completefile:'")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + 60
-        while self.run("document.readyState + location.protocol") != "completefile:":
+        while not self.run(condition):
             if time.monotonic() > deadline:
-                raise TimeoutError(str(path))
+                raise TimeoutError(condition)
             time.sleep(0.05)
 
     def run(self, script: str) -> Any:
@@ -99,6 +117,33 @@ class Page:
     def move(self, x: float, y: float) -> None:
         """Put the pointer somewhere."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        """Press and release a key."""
+        code, text = CODES[key], {"text": "\r"} if key == "Enter" else {}
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def tap(self, x: float, y: float) -> None:
+        """Touch the screen for a moment."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def click(self, x: float, y: float) -> None:
+        """Press and release the pointer's first button."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def pasted(self) -> str:
+        """Return the text on the clipboard, by pasting it into a field of the page."""
+        self.run("document.body.append(Object.assign(document.createElement('textarea'), {id: 'pasted'}))")
+        self.run("document.getElementById('pasted').focus()")
+        key = {"key": "v", "code": "KeyV", "windowsVirtualKeyCode": 86, "modifiers": 2, "commands": ["paste"]}
+        self.call("Input.dispatchKeyEvent", type="rawKeyDown", **key)
+        text = self.run("document.getElementById('pasted').value")
+        self.run("document.getElementById('pasted').remove()")
+        return str(text)
 
     def screenshot(self) -> bytes:
         """Return the whole page as PNG."""

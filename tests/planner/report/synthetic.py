@@ -1,4 +1,4 @@
-"""A checkpoint's facts without its weights, of any number of layers and experts."""
+"""A checkpoint's facts without its weights, of any number of layers and experts; and results of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from planner.evaluation.record import Evaluations
+from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.plan import Plan
 from planner.quantization.record import Recorded
 from planner.report.facts import CheckpointSizes, Facts, LayerFacts, Part
@@ -15,6 +15,21 @@ from vllm_moeq.format import parse_config
 
 WIDTHS = (1, 2, 3, 4, 8)
 PREFIX = "model.layers.{}.mlp.experts"
+
+
+EVALUATIONS = Evaluations(
+    texts=[
+        TextResult(
+            data="held_out.txt", sha256="a" * 64, window=256, tokens=65536, perplexity=12.563, perplexity_error=0.171,
+            reference="stdlib-mixtral", reference_perplexity=12.228,
+            kl=Divergence(
+                mean=0.0298, error=0.0007, median=0.0113, p99=0.262, max=3.41, same_top=0.9312, same_top_error=0.001
+            ),
+        )
+    ],
+    tasks=[TaskResult(task="arc_easy", metric="acc", value=0.2612, stderr=0.009, samples=2376, backend="vllm")],
+)  # fmt: skip
+"""Results of a text with a reference, and of a task."""
 
 
 def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple[Facts, ValueMaps]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
+from planner.evaluation.record import Evaluations
 from planner.model.source import SourceModel
 from planner.report.facts import collect
 from planner.report.page import render
@@ -27,24 +27,12 @@ from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
 from tests.folders import contents
 from tests.paths import MIXTRAL
+from tests.planner.report.synthetic import EVALUATIONS
 from tests.planner.report.test_report_figures import cells
 from vllm_moeq.format import verify
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&</script><script>alert(2)</script>`$(rm -rf ~)` | ]]>\u202e"""
 Moeq = Callable[..., Outcome]
-
-EVALUATIONS = Evaluations(
-    texts=[
-        TextResult(
-            data="held_out.txt", sha256="a" * 64, window=256, tokens=65536, perplexity=12.563, perplexity_error=0.171,
-            reference="stdlib-mixtral", reference_perplexity=12.228,
-            kl=Divergence(
-                mean=0.0298, error=0.0007, median=0.0113, p99=0.262, max=3.41, same_top=0.9312, same_top_error=0.001
-            ),
-        )
-    ],
-    tasks=[TaskResult(task="arc_easy", metric="acc", value=0.2612, stderr=0.009, samples=2376, backend="vllm")],
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +58,7 @@ class Texts(HTMLParser):
         self.text = ""
         self.blocks: list[str] = []
         self._open = ""
+        self._block = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -77,14 +66,16 @@ class Texts(HTMLParser):
         self._open = tag
         if tag == "pre":
             self.blocks.append("")
+            self._block = True
 
-    def handle_endtag(self, _tag: str) -> None:
+    def handle_endtag(self, tag: str) -> None:
         self._open = ""
+        self._block = self._block and tag != "pre"
 
     def handle_data(self, data: str) -> None:
         if self._open not in ("style", "script"):
             self.text += f"{data}\n"
-        if self._open == "pre":
+        if self._block:
             self.blocks[-1] += data
 
 
@@ -104,8 +95,10 @@ def test_the_page_shows_every_width_and_promotion(moeq: Moeq, copy: Path) -> Non
 def test_numbers_stand_in_the_cells_of_the_plan(moeq: Moeq, copy: Path) -> None:
     moeq("report", copy)
     html = (copy / "report.html").read_text()
-    first = html[html.index('<g class="numbers"') :]
-    found = re.findall(r'<text class="b(\d)-ink" x="([\d.]+)" y="([\d.]+)">(\d)</text>', first[: first.index("</g>")])
+    first = html[html.index('<svg class="numbers') :]
+    found = re.findall(
+        r'<text class="b(\d)-ink" x="([\d.]+)%" y="([\d.]+)">(\d)</text>', first[: first.index("</svg>")]
+    )
     places = sorted((float(y), float(x), int(fill), int(text)) for fill, x, y, text in found)
     widths = [bits for layer in json.loads((copy / "plan.json").read_text())["experts"].values() for bits in layer]
     assert [(fill, text) for _, _, fill, text in places] == [(bits, bits) for bits in widths]
@@ -183,8 +176,8 @@ def test_the_command_knows_every_flag(moeq: Moeq, tmp_path: Path, flags: tuple[o
 
 
 def test_a_plan_by_hand_is_named_as_a_file(quantized_mixtral: Path) -> None:
-    html = render(collect(quantized_mixtral), collect_maps(collect(quantized_mixtral)))
-    assert "--plan mixtral/plan.json --quantizer hqq --group-size 32" in html
+    page = Texts(render(collect(quantized_mixtral), collect_maps(collect(quantized_mixtral))))
+    assert "--plan mixtral/plan.json --quantizer hqq --group-size 32" in page.blocks[0]
 
 
 def test_evaluations_are_shown(moeq: Moeq, copy: Path) -> None:
@@ -194,7 +187,7 @@ def test_evaluations_are_shown(moeq: Moeq, copy: Path) -> None:
     page = Texts((copy / "report.html").read_text())
     for shown in ("12.56 ± 0.17", "12.23", "0.02980 ± 0.00070", "93.12 ± 0.10 %", "arc_easy", "0.2612 ± 0.0090"):
         assert shown in page.text
-    assert page.blocks[3].splitlines() == [
+    assert page.blocks[4:6] == [
         "moeq eval mixtral-2.5bit --data held_out.txt --window 256 --reference stdlib-mixtral",
         "moeq eval mixtral-2.5bit --tasks arc_easy --backend vllm",
     ]
@@ -222,6 +215,17 @@ def test_the_page_loads_nothing_and_allows_its_own_script_only(moeq: Moeq, copy:
     assert policy.startswith("default-src 'none'; ")
     script = html[html.rindex("<script>") + 8 : html.rindex("</script>")]
     assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+def test_the_page_offers_nothing_that_needs_a_script_without_it(moeq: Moeq, copy: Path) -> None:
+    """Buttons that copy, and stops of the Tab key, are the script's; its own text and buttons are hidden."""
+    moeq("report", copy)
+    html = (copy / "report.html").read_text()
+    main, beside = html.split("</main>")
+    assert "<button" not in main
+    assert "tabindex" not in html
+    assert '<p class="note" id="hint" hidden>' in main
+    assert beside.startswith('<div id="tip" hidden>')
 
 
 def test_a_hostile_checkpoint_is_only_text(moeq: Moeq, copy: Path) -> None:

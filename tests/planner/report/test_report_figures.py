@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planner.report.geometry import AMPLE, Geometry
 from planner.report.heatmap import _short
 from planner.report.page import render
 from planner.report.palette import DARK, LIGHT, contrast, ink_on
@@ -18,7 +19,7 @@ from tests.planner.report.synthetic import synthetic
 
 def cells(html: str) -> list[dict[str, int]]:
     """Return class → cells of every map, from its paths."""
-    maps = re.findall(r'<g class="cells".*?</g>', html)
+    maps = re.findall(r'<svg class="cells".*?</svg>', html)
     paths = [re.findall(r'<path class="([bs]\d)" d="([^"]*)"', found) for found in maps]
     return [{name: sum(map(int, re.findall(r"h(\d+)v1", d))) for name, d in found} for found in paths]
 
@@ -27,16 +28,26 @@ def cells(html: str) -> list[dict[str, int]]:
 def test_a_page_of_any_size(layers: int, experts: int) -> None:
     facts, grids = synthetic(layers, experts)
     html = render(facts, grids)
-    assert len(html.encode()) < 3_000_000
+    assert len(html.encode()) < 2_000_000
     maps = cells(html)
     assert [sum(found.values()) for found in maps] == [layers * experts] * 6
-    widths = [int(width) for width in re.findall(r'<svg class="map"[^>]*? width="(\d+)"', html)]
-    assert max(widths) <= 1096
-    for ticks in re.findall(r'<g class="axis">(.*?)</g>', html):
-        along = [float(x) for x in re.findall(r'<text text-anchor="middle" x="([\d.]+)" y="11">', ticks)]
+    widths = [int(width) for width in re.findall(r'<svg class="cells" width="(\d+)"', html)]
+    labels = [int(width) for width in re.findall(r'<svg class="axis" aria-hidden="true" width="(\d+)"', html)]
+    assert max(map(sum, zip(widths, labels, strict=True))) <= 1096
+    for ticks in re.findall(r'<svg class="axis"[^>]*>(.*?)</svg>', html):
         down = [float(y) for y in re.findall(r'<text text-anchor="end" x="\d+" y="([\d.]+)">', ticks)]
-        assert all(b - a >= 7 * len(str(experts - 1)) for a, b in itertools.pairwise(along))
         assert all(b - a >= 12 for a, b in itertools.pairwise(down))
+
+
+@pytest.mark.parametrize("experts", [4, 8, 64, 100, 128, 256, 384, 4096])
+@pytest.mark.parametrize("room", [338, 528, 1096])
+def test_ticks_do_not_touch_in_any_window(experts: int, room: int) -> None:
+    shape = Geometry.fit(experts, ["0", "47"], room, (44, 30), 900)
+    ticks = shape.column_ticks()
+    for window, shown in ((850, list(ticks)), (288, [expert for expert, where in ticks.items() if where != AMPLE])):
+        assert shown[0] == 0
+        cell = shape.shrunk(window)
+        assert all((b - a) * cell >= 7 * len(str(experts - 1)) for a, b in itertools.pairwise(shown))
 
 
 MACHADO = {
