@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup browser demo docs check test test-all transformers lint fuzz audit bench paper compare clean
+.PHONY: setup browser demo docs cli check test test-all transformers lint fuzz audit bench paper compare clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ demo: setup
 # The API reference, from docstrings: build/docs/index.html.
 docs: setup
 	$(BIN)/pdoc --docformat google --output-directory build/docs planner vllm_moeq
+
+# docs/cli.md, from the commands; a test compares it.
+cli: setup
+	$(BIN)/python -m tests.docs.cli_reference
 
 lint: setup
 	$(BIN)/ruff check .

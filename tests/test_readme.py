@@ -1,77 +1,59 @@
-"""A newcomer's path: the fenced commands of README.md, in their order, on the shipped model."""
+"""A newcomer's path: the blocks of README.md that are marked as shell, as they stand, on the shipped model."""
 
 from __future__ import annotations
 
 import os
-import re
+import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from planner.evaluation.vllm_server import cpu_environment
+from tests.docs.documents import shell_blocks
 from tests.paths import ROOT
 
-HEALTH = "http://localhost:8000/health"
-SECONDS = 600
+SECONDS = 800
+OF_A_TEST = ("LD_PRELOAD", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE")
+"""Variables that tests and their machines set, and a newcomer has not."""
 
 
-def commands() -> list[str]:
-    """Return the commands of the blocks that are marked as shell."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+def environment() -> dict[str, str]:
+    """Return what `. .venv/bin/activate` leaves behind."""
+    found = {name: value for name, value in os.environ.items() if name not in OF_A_TEST}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
+    return {**found, "PATH": path, "VIRTUAL_ENV": sys.prefix}
 
 
-@contextmanager
-def served(command: str, environment: dict[str, str], folder: Path) -> Iterator[None]:
-    """Run a server until the block ends; it has answered by then."""
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command.split(), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+def paste(block: str, folder: Path) -> str:
+    """Run a block in a shell that stops at the first mistake; return what it prints.
+
+    What is left of it is killed: a server that the block did not come to stop.
+    """
+    process = subprocess.Popen(
+        ["bash", "-e", "-c", f"{block}\nwait"],
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + SECONDS
-        while True:
-            alive = process.poll() is None and time.monotonic() < deadline
-            assert alive, log.read_text()[-4000:]
-            try:
-                with urllib.request.urlopen(HEALTH, timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        yield
+        out, err = process.communicate(timeout=SECONDS)
+        log = folder / "server.log"
+        assert process.returncode == 0, f"{block}\n{err}\n{log.read_text()[-4000:] if log.exists() else ''}"
+        return out
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.server
 def test_first_steps(tmp_path: Path) -> None:
     for name in ("benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, **cpu_environment(), "PATH": path}
-    found = commands()
-    assert [line.split()[0] for line in found] == ["moeq"] * 6 + ["python"]
-    outputs = {}
-    *steps, serve, ask = found
-    assert serve.startswith("moeq serve ")
-    for step in steps:
-        done = subprocess.run(step, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{step}\n{done.stderr}"
-        outputs[step.split()[1]] = done.stdout
-    assert "8 " in outputs["inspect"]
-    assert "valid; 4 MoE layers, 32 experts" in outputs["verify"]
-    assert "KL divergence" in outputs["eval"]
+    make, serve = shell_blocks("README.md")
+    made = paste(make, tmp_path)
+    assert "KL divergence" in made
     assert "<svg" in (tmp_path / "stdlib-2.5bit" / "report.html").read_text()
-    with served(serve, environment, tmp_path):
-        done = subprocess.run(ask, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 20
+    answer = paste(serve, tmp_path)
+    assert len(answer.strip()) > 20
+    assert "Shutting down" in (tmp_path / "server.log").read_text()

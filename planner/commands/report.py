@@ -11,6 +11,7 @@ import typer
 
 from planner.commands import show
 from planner.commands.flags.common import Folder, Json
+from planner.common.install import install_line
 from planner.common.progress import Progress
 from planner.common.shown import say
 from planner.model.hub import resolve_model
@@ -24,7 +25,7 @@ from planner.report.png import draw
 from planner.report.value_maps import ValueMaps, collect_maps
 from vllm_moeq.format import UsageError
 
-NEEDS = "needs matplotlib, pip install 'vllm-moeq[report]'"
+NEEDS = f"needs matplotlib, {install_line('report')}"
 
 
 def report_command(

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from planner.common.install import CPU_INSTALL, install_line
 from planner.common.progress import Progress
 from planner.common.units import size
 from planner.evaluation.server_start import (
@@ -56,7 +57,7 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
     check_tokenizer(found, arguments)
     if find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
+        raise UsageError(f"vLLM is not installed: {install_line('gpu')}; for CPUs: {CPU_INSTALL} there")
     check_port(arguments)
     cache = cache_flags(found, arguments)
     if cache:

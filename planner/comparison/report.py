@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from planner.common.install import install_line
+from planner.common.progress import Progress
 from planner.common.shown import add_row
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
@@ -192,13 +194,22 @@ def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: s
         with atomic(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     write_json(output / "compare.json", json.loads(json.dumps(rows)))
+    write_plot(output / "compare.png", rows)
+
+
+def write_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Write the plot, or say in a line what it needs.
+
+    Raises:
+        CheckpointError: a full disk.
+    """
     try:
-        with atomic(output / "compare.png") as temporary:
+        with atomic(path) as temporary:
             drawn = temporary.with_suffix(".png")
             plot(rows, drawn)
             drawn.replace(temporary)
     except ModuleNotFoundError:
-        Console(stderr=True).print("no plot: it needs matplotlib, pip install 'vllm-moeq[bench]'")
+        Progress().line(f"no plot: it needs matplotlib, {install_line('report')}")
 
 
 def print_rows(rows: Sequence[Row]) -> None:

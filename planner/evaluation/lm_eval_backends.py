@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from planner.common.install import CPU_INSTALL, install_line
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
 from vllm_moeq.format import ConfigError, UsageError
@@ -66,7 +67,7 @@ def _in_vllm(
 ) -> Iterator[Any]:
     """See :attr:`TaskBackend.open`: in a server of its own, in the dtype of config.json."""
     if find_spec("vllm") is None:
-        raise UsageError("--backend vllm: vLLM is not installed: pip install 'vllm-moeq[gpu]' (README: for CPUs)")
+        raise UsageError(f"--backend vllm: vLLM is not installed: {install_line('gpu')}; for CPUs: {CPU_INSTALL} there")
     from planner.evaluation.lm_eval_server import ServedModel
 
     with tempfile.TemporaryDirectory() as temporary:

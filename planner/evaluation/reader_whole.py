@@ -12,6 +12,7 @@ import torch
 from planner.calibration.reading.decoder import ROWS, compute_dtype
 from planner.calibration.reading.hidden import file_tensor
 from planner.calibration.reading.routed import batches
+from planner.common.install import install_line
 from planner.common.progress import Progress
 from planner.output.files import sync, write_json
 from vllm_moeq.format import ConfigError, UsageError, read_json
@@ -133,7 +134,7 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
         import vllm_moeq.hf  # noqa: F401  (registers the method)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{folder}: needs {error.name}: pip install 'vllm-moeq[eval]'") from None
+        raise UsageError(f"{folder}: needs {error.name}: {install_line('eval')}") from None
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from planner.common.install import install_line
 from planner.model.hub import resolve_model
 from planner.model.layout import architecture_of
 from planner.model.source import CONFIG, SourceModel, read_config
@@ -58,7 +59,7 @@ class ConfigModel(SourceModel):
         architecture_of(self)
         reason = no_class(config)
         if reason is not None:
-            raise UsageError(f"sizes from config.json alone: {reason}: pip install 'vllm-moeq[eval]'")
+            raise UsageError(f"sizes from config.json alone: {reason}: {install_line('eval')}")
         self.expected = expected_tensors(config, folder / CONFIG)
         self.shards = SourceTensors(folder, config, SkeletonTensors(folder, self.expected.tensors))
 

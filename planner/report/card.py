@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from planner.common.install import CPU_INSTALL, WHERE, install_command
 from planner.common.units import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
@@ -107,13 +108,14 @@ def _introduction(facts: Facts) -> str:
 def _use(facts: Facts) -> str:
     serving = serve_commands(facts, DIR)
     kind = auto_class(facts)
-    lines = ["## Use", "", f"`{DIR}` is this folder."]
+    extra, otherwise = ("gpu", f"; for CPUs: `{CPU_INSTALL}` there") if serving else ("hf", "")
+    lines = ["## Use", "", f"`{DIR}` is this folder. To install: `{install_command(extra)}` {WHERE}{otherwise}."]
     if serving:
-        lines += ["", _block("pip install 'vllm-moeq[gpu]'\n" + serving[0])]
+        lines += ["", _block(serving[0])]
         lines += ["", "or, with the CUDA package of vLLM:", "", _block(serving[1])]
     else:
         lines += ["", f"vLLM cannot serve it: {unserved(facts)}. transformers loads it:"]
-    code = f"import vllm_moeq.hf  # pip install 'vllm-moeq[hf]'\nfrom transformers import {kind}\n\n"
+    code = f"import vllm_moeq.hf  # {install_command('hf')}\nfrom transformers import {kind}\n\n"
     lines += ["", _block(f'{code}model = {kind}.from_pretrained("{DIR}")', "python")]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from planner.common.install import install_line
 from planner.model.layout import Layout, architecture_of
 from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
@@ -74,7 +75,7 @@ class Decoder:
 
             from vllm_moeq.hf.contract import require_silu
         except ModuleNotFoundError as error:
-            raise UsageError(f"calibration needs {error.name}: pip install 'vllm-moeq[calibrate]'") from None
+            raise UsageError(f"calibration needs {error.name}: {install_line('calibrate')}") from None
         try:
             self.config = AutoConfig.from_pretrained(model.folder)
             with init_empty_weights(include_buffers=False):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from planner.common.install import install_line
 from planner.quantization.layer_task import Finished, LayerTask
 from planner.quantization.runners.base import CONTINUES, Failure, Work, attempt, checked
 from vllm_moeq.format import MoeqError, UsageError
@@ -77,7 +78,7 @@ def import_ray() -> Any:
         UsageError: Ray is not installed.
     """
     if find_spec("ray") is None:
-        raise UsageError("--ray: Ray is not installed: pip install 'vllm-moeq[ray]'")
+        raise UsageError(f"--ray: Ray is not installed: {install_line('ray')}")
     import ray
 
     return ray

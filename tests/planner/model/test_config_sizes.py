@@ -306,7 +306,7 @@ class TestCommand:
         self, moeq: Moeq, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        assert "pip install 'vllm-moeq[eval]'" in one_line(moeq("plan", folders["8x7b"], "--dry-run"))
+        assert "pip install '.[eval]'" in one_line(moeq("plan", folders["8x7b"], "--dry-run"))
 
     def test_writes_nothing(self, moeq: Moeq, folders: dict[str, Path]) -> None:
         assert moeq("plan", folders["8x7b"], "--dry-run").code == 0

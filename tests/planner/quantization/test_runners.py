@@ -84,7 +84,7 @@ def test_ray_writes_the_same_files(
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.quantization.runners.ray_cluster.find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r"--ray: Ray is not installed: pip install 'vllm-moeq\[ray\]'"):
+    with pytest.raises(UsageError, match=r"--ray: Ray is not installed: pip install '\.\[ray\]'"):
         choose_runner(ray=True)
 
 

@@ -52,6 +52,7 @@ def test_the_card_tells_plan_sizes_and_commands(quantized_mixtral: Path, tiny_mi
         "# mixtral, 3 bits per expert weight",
         "Method by hand: 3 bits on average requested, 3.0000 achieved. Codes: hqq, groups of 32",
         "| 2 | 4 | 25.0% |",
+        "To install: `pip install '.[gpu]'` in a clone of vllm-moeq; for CPUs: `make setup` there.",
         "moeq serve DIR",
         "vllm serve DIR",
         'AutoModelForCausalLM.from_pretrained("DIR")',

@@ -303,5 +303,5 @@ def test_without_matplotlib(moeq: Moeq, copy: Path, monkeypatch: pytest.MonkeyPa
     assert list(copy.glob("*.png")) == []
     refused = moeq("report", copy, "--png")
     assert (refused.code, refused.err.strip()) == (
-        2, "error: --png: needs matplotlib, pip install 'vllm-moeq[report]'",
+        2, "error: --png: needs matplotlib, pip install '.[report]' in a clone of vllm-moeq",
     )  # fmt: skip
