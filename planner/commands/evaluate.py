@@ -36,7 +36,7 @@ from planner.model.skeleton import open_folder
 from planner.model.whole import check_folder
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
-from planner.report.card import refresh_card
+from planner.reporting.card import refresh_card
 from vllm_moeq.format import UsageError, read_json
 
 WINDOW = 512

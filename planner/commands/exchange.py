@@ -22,7 +22,7 @@ from planner.exchange.autogptq.layout import Version
 from planner.exchange.dense import export_dense
 from planner.model.hub import resolve_model
 from planner.output.unfinished import check_output
-from planner.report.card import write_card
+from planner.reporting.card import write_card
 from vllm_moeq.format import UsageError
 
 

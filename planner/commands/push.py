@@ -15,7 +15,7 @@ from planner.commands.flags.common import Folder, Json
 from planner.common.progress import Progress
 from planner.common.shown import add_row, say
 from planner.common.units import size
-from planner.report.files import checkpoint_files, other_files
+from planner.reporting.files import checkpoint_files, other_files
 from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import UsageError
 

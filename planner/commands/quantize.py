@@ -34,7 +34,7 @@ from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
 from planner.output.unfinished import check_output
-from planner.plan import Plan, read_plan
+from planner.plan_file import Plan, read_plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
@@ -44,7 +44,7 @@ from planner.quantization.quantizers.table import QUANTIZERS, check_widths
 from planner.quantization.run import quantize
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from planner.report.card import write_card
+from planner.reporting.card import write_card
 from planner.text.tokenizer import open_tokenizer
 from vllm_moeq.format import MoeqError
 

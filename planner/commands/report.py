@@ -16,12 +16,12 @@ from planner.common.shown import say
 from planner.model.hub import resolve_model
 from planner.model.source import SourceModel
 from planner.output.files import atomic
-from planner.report.card import refresh_card
-from planner.report.facts import Facts, collect
-from planner.report.files import CARD, PAGE
-from planner.report.page import render
-from planner.report.png import draw
-from planner.report.value_maps import ValueMaps, collect_maps
+from planner.reporting.card import refresh_card
+from planner.reporting.facts import Facts, collect
+from planner.reporting.files import CARD, PAGE
+from planner.reporting.page import render
+from planner.reporting.png import draw
+from planner.reporting.value_maps import ValueMaps, collect_maps
 from vllm_moeq.format import UsageError
 
 NEEDS = "needs matplotlib, pip install 'vllm-moeq[report]'"

@@ -18,7 +18,7 @@ from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.planning.methods import METHODS, PAPER
 from planner.planning.request import PlanOptions
 from vllm_moeq.format import Summary

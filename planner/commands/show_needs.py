@@ -20,7 +20,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.quantization.settings import QuantizeSettings, check_sizes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.common.units import size
-from planner.report.facts import Facts, Part
+from planner.reporting.facts import Facts, Part
 
 WIDTH = 1096
 HEIGHT = 34

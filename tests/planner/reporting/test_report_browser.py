@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from planner.report.facts import collect
-from planner.report.page import render
+from planner.reporting.facts import collect
+from planner.reporting.page import render
 from tests.conftest import run_here
-from tests.planner.report.browser import Page, find_browser, open_browser
-from tests.planner.report.synthetic import synthetic
-from tests.planner.report.test_report import EVALUATIONS, MIXTRAL
+from tests.planner.reporting.browser import Page, find_browser, open_browser
+from tests.planner.reporting.synthetic import synthetic
+from tests.planner.reporting.test_report import EVALUATIONS, MIXTRAL
 
 BROWSER = find_browser()
 NO_BROWSER = "no Chromium: make browser installs it where apt-get and root are"

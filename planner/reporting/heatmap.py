@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from planner.report.facts import Facts, LayerFacts
-from planner.report.geometry import Geometry
-from planner.report.scale import STEPS, Scale, number, power_of_ten, superscript
-from planner.report.value_maps import ValueMap
+from planner.reporting.facts import Facts, LayerFacts
+from planner.reporting.geometry import Geometry
+from planner.reporting.scale import STEPS, Scale, number, power_of_ten, superscript
+from planner.reporting.value_maps import ValueMap
 
 Cell = tuple[int, int]
 """(column, row)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from planner.common.units import layer_number
 from planner.evaluation.record import Evaluations, read_evaluations
-from planner.plan import IMPORTED, Plan, read_plan
+from planner.plan_file import IMPORTED, Plan, read_plan
 from planner.quantization.record import Recorded, printable, read_recorded
 from vllm_moeq.format import (
     ConfigError,

@@ -11,8 +11,8 @@ from html import escape
 from planner.common.units import size
 from planner.evaluation.record import Evaluations, TextResult
 from planner.quantization.record import printable, without_folder
-from planner.report.facts import Facts
-from planner.report.scale import number
+from planner.reporting.facts import Facts
+from planner.reporting.scale import number
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 LIMIT = 160

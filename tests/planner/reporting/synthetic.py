@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.evaluation.record import Evaluations
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.quantization.record import Recorded
-from planner.report.facts import CheckpointSizes, Facts, LayerFacts, Part
-from planner.report.value_maps import ValueMap, ValueMaps
+from planner.reporting.facts import CheckpointSizes, Facts, LayerFacts, Part
+from planner.reporting.value_maps import ValueMap, ValueMaps
 from vllm_moeq.format import parse_config
 
 WIDTHS = (1, 2, 3, 4, 8)

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from planner.evaluation.record import Evaluations
-from planner.report.card import BEGIN, END, refresh_card
+from planner.reporting.card import BEGIN, END, refresh_card
 from tests.conftest import Outcome
-from tests.planner.report.test_report import EVALUATIONS, HOSTILE
+from tests.planner.reporting.test_report import EVALUATIONS, HOSTILE
 
 Moeq = Callable[..., Outcome]
 FLAGS = ("--group-size", 32, "--quantizer", "rtn")

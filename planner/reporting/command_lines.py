@@ -11,7 +11,7 @@ from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.record import printable, without_folder
 from planner.quantization.settings import QuantizeSettings
-from planner.report.facts import Facts
+from planner.reporting.facts import Facts
 
 UNNAMED = "SOURCE"
 """Placeholder for a source that is not recorded."""

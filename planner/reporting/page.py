@@ -13,8 +13,8 @@ from html import escape
 from importlib.resources import files
 
 from planner.common.units import size
-from planner.report.bar import part_class, size_bar
-from planner.report.command_lines import (
+from planner.reporting.bar import part_class, size_bar
+from planner.reporting.command_lines import (
     auto_class,
     evaluate_commands,
     method_in_words,
@@ -22,12 +22,12 @@ from planner.report.command_lines import (
     serve_commands,
     unserved,
 )
-from planner.report.facts import Facts
-from planner.report.heatmap import value_map, width_map
-from planner.report.palette import DARK, LIGHT, css_classes, css_variables
-from planner.report.scale import number
-from planner.report.tables import evaluation_tables, layer_table, named, size_table
-from planner.report.value_maps import ValueMaps
+from planner.reporting.facts import Facts
+from planner.reporting.heatmap import value_map, width_map
+from planner.reporting.palette import DARK, LIGHT, css_classes, css_variables
+from planner.reporting.scale import number
+from planner.reporting.tables import evaluation_tables, layer_table, named, size_table
+from planner.reporting.value_maps import ValueMaps
 
 ROOM = 1096
 """Width of the content in pixels, for a window of 1280 pixels with margins."""
@@ -69,7 +69,7 @@ def title(facts: Facts) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("planner.report").joinpath(name).read_text(encoding="utf-8")
+    return files("planner.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _style() -> str:

@@ -14,7 +14,7 @@ from planner.model.source import SourceModel
 from planner.planning.scores import METRICS, READERS
 from planner.quantization.record import ExpertRecord
 from planner.quantization.rows import open_threads
-from planner.report.facts import Facts
+from planner.reporting.facts import Facts
 from planner.sensitivity import router_norm
 from vllm_moeq.format import ShardSet, UsageError
 

@@ -10,10 +10,10 @@ from typing import Any
 from planner.common.units import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
-from planner.report.command_lines import auto_class, method_in_words, quantize_line, serve_commands, unserved
-from planner.report.facts import Facts, collect
-from planner.report.files import CARD
-from planner.report.tables import evaluation_tables, markdown, named, size_table, width_table
+from planner.reporting.command_lines import auto_class, method_in_words, quantize_line, serve_commands, unserved
+from planner.reporting.facts import Facts, collect
+from planner.reporting.files import CARD
+from planner.reporting.tables import evaluation_tables, markdown, named, size_table, width_table
 from vllm_moeq.format.files import read_bytes
 
 DIR = "DIR"

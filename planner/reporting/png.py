@@ -9,11 +9,11 @@ import numpy as np
 
 from planner.common.units import size
 from planner.output.files import atomic
-from planner.report.facts import Facts
-from planner.report.files import picture
-from planner.report.palette import LIGHT, ink_on
-from planner.report.scale import STEPS, Scale, number
-from planner.report.value_maps import ValueMap, ValueMaps
+from planner.reporting.facts import Facts
+from planner.reporting.files import picture
+from planner.reporting.palette import LIGHT, ink_on
+from planner.reporting.scale import STEPS, Scale, number
+from planner.reporting.value_maps import ValueMap, ValueMaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

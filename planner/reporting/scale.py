@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.report.palette import LIGHT
+from planner.reporting.palette import LIGHT
 
 STEPS = len(LIGHT.steps)
 LOGARITHMIC_ABOVE = 30.0

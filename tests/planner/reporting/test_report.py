@@ -18,16 +18,16 @@ import pytest
 
 from planner.evaluation.record import Divergence, Evaluations, TaskResult, TextResult
 from planner.model.source import SourceModel
-from planner.report.facts import collect
-from planner.report.page import render
-from planner.report.palette import LIGHT
-from planner.report.value_maps import collect_maps
+from planner.reporting.facts import collect
+from planner.reporting.page import render
+from planner.reporting.palette import LIGHT
+from planner.reporting.value_maps import collect_maps
 from planner.sensitivity import max_variance, router_norm
 from tests.architectures import TINY, build
 from tests.conftest import Outcome, run_here
 from tests.folders import contents
 from tests.paths import MIXTRAL
-from tests.planner.report.test_report_figures import cells
+from tests.planner.reporting.test_report_figures import cells
 from vllm_moeq.format import verify
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&</script><script>alert(2)</script>`$(rm -rf ~)` | ]]>\u202e"""

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.report.heatmap import _short
-from planner.report.page import render
-from planner.report.palette import DARK, LIGHT, contrast, ink_on
-from planner.report.scale import STEPS, Scale, number
-from tests.planner.report.synthetic import synthetic
+from planner.reporting.heatmap import _short
+from planner.reporting.page import render
+from planner.reporting.palette import DARK, LIGHT, contrast, ink_on
+from planner.reporting.scale import STEPS, Scale, number
+from tests.planner.reporting.synthetic import synthetic
 
 
 def cells(html: str) -> list[dict[str, int]]:
