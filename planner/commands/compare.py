@@ -164,7 +164,7 @@ def compare_command(
         return_large_blocks()
         rows = compare(
             source, layout, wanted, content, output, where, progress, run.resume,
-            lambda rows: write_report(output, rows, wanted, str(source.folder)), run.jobs,
+            lambda rows: write_report(output, rows, wanted, str(source.folder), progress), run.jobs,
         )  # fmt: skip
     if as_json:
         show.emit(rows)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from planner.common.progress import Progress
 from planner.common.shown import add_row
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
@@ -180,7 +181,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str) -> None:
+def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str, progress: Progress) -> None:
     """Write compare.md, compare.csv and compare.json into a new folder, and compare.png if matplotlib is installed.
 
     Raises:
@@ -198,7 +199,7 @@ def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: s
             plot(rows, drawn)
             drawn.replace(temporary)
     except ModuleNotFoundError:
-        Console(stderr=True).print("no plot: it needs matplotlib, pip install 'vllm-moeq[bench]'")
+        progress.line("no plot: it needs matplotlib, pip install 'vllm-moeq[bench]'")
 
 
 def print_rows(rows: Sequence[Row]) -> None:
