@@ -12,8 +12,8 @@ import pytest
 from tests.paths import ROOT
 
 PLANNER = (
-    "cli", "commands", "estimates", "comparison", "reporting", "evaluation", "exchange", "planning", "calibration",
-    "quantization", "plan_file", "model", "text", "output", "common", "sensitivity", "allocation",
+    "cli", "commands", "api", "estimates", "comparison", "reporting", "evaluation", "exchange", "planning",
+    "calibration", "quantization", "plan_file", "model", "text", "output", "common", "sensitivity", "allocation",
 )  # fmt: skip
 """From top to bottom: a room imports itself and those behind it."""
 

@@ -293,7 +293,7 @@ def test_without_matplotlib(moeq: Moeq, copy: Path, monkeypatch: pytest.MonkeyPa
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr("planner.commands.report.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr("planner.api.reporting.find_spec", lambda name: None if name == "matplotlib" else found(name))
     outcome = moeq("report", copy)
     assert (outcome.code, "no pictures: that needs matplotlib" in outcome.err) == (0, True)
     assert list(copy.glob("*.png")) == []

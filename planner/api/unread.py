@@ -1,4 +1,4 @@
-"""Flags that are read only where others ask for it: elsewhere they are refused, not ignored."""
+"""Arguments that are read only where others ask for it: elsewhere they are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.api.keywords.common import parts
 from planner.calibration.measures import MEASURES
-from planner.commands.given import given
+from planner.plan_file import Plan
 from planner.planning.method import Method
 from planner.planning.methods import METHODS
 from planner.planning.request import resolved_method
-from planner.quantization.quantizers.table import QUANTIZERS, default_quantizer
+from planner.quantization.quantizers.table import QUANTIZERS, calibrated_names, default_quantizer
 from vllm_moeq.format import UsageError
 
 Values = Mapping[str, Any]
-"""Parameter → value, of all parameters of a command; others are missing."""
+"""Parameter → value, of all parameters of a command, as a flag's text or a value of Python; others are missing."""
 
 
 @dataclass(frozen=True)
 class ReadOnlyWhere:
-    """These flags are read only where a condition holds.
+    """These parameters are read only where a condition holds.
 
     Attributes:
         flags: names of parameters.
@@ -37,29 +38,32 @@ class ReadOnlyWhere:
     commands: tuple[str, ...] = ()
 
 
-def refuse_unread(command: Any, ctx: Any) -> None:
-    """Refuse a flag that stands on the command line and would be ignored.
+def refuse_unread(command: str, given: Mapping[str, str], values: Values) -> None:
+    """Refuse an argument that is given and would be ignored.
+
+    Args:
+        command: the command.
+        given: name of each given parameter → its name for people.
+        values: all parameters of the command.
 
     Raises:
         UsageError: naming the flag, and what it needs.
     """
-    there = given(command, ctx)
-    values = {name: getattr(value, "value", value) for name, value in ctx.params.items()}
     for row in ROWS:
-        if row.commands and command.name not in row.commands:
+        if row.commands and command not in row.commands:
             continue
         for name in row.flags:
-            if name in there and not row.holds(values):
-                raise UsageError(f"{there[name]}: expected {row.needs} with it, found {row.found(values)}")
+            if name in given and not row.holds(values):
+                raise UsageError(f"{given[name]}: expected {row.needs} with it, found {row.found(values)}")
 
 
 def _methods(values: Values) -> list[str]:
     """Return the names of the methods that the command uses; unknown ones are left out."""
     if "methods" in values:
-        names = list(METHODS) if values["methods"] == "all" else str(values["methods"]).split(",")
+        names = tuple(METHODS) if values["methods"] == "all" else parts(values["methods"])
     else:
         known = values.get("stats") is not None or values.get("data") is not None
-        names = [resolved_method(str(values["method"]), known)]
+        names = (resolved_method(str(values["method"]), known),)
     return [name for name in names if name in METHODS]
 
 
@@ -95,7 +99,7 @@ def _text_is_read(values: Values) -> bool:
     """Tell whether the quantizer reads a text, or the method does: it does not where a plan or statistics are given."""
     if "one_bit" in values and _tuned(values):
         return True
-    if values.get("plan_file") is not None or values.get("stats") is not None:
+    if values.get("plan") is not None or values.get("stats") is not None:
         return False
     return _some_method(lambda method, _: method.calibrated or bool(method.only_compared))(values)
 
@@ -103,9 +107,13 @@ def _text_is_read(values: Values) -> bool:
 def _found_text(values: Values) -> str:
     """Return what the command has instead of something that reads a text."""
     quantizer = [f"--quantizer {_quantizer(values)}"] if "one_bit" in values else []
-    by = {"plan_file": "--plan", "stats": "--stats"}
-    others = [f"{flag} {values[name]}" for name, flag in by.items() if values.get(name) is not None]
+    others = [f"--{name} {_named(values[name])}" for name in ("plan", "stats") if values.get(name) is not None]
     return " and ".join([*(others or [_found_methods(values)]), *quantizer])
+
+
+def _named(value: object) -> str:
+    """Return a file's name, or what stands for a plan that is in no file."""
+    return f"by {value.method}" if isinstance(value, Plan) else str(value)
 
 
 def _counted(method: Method, values: Values) -> bool:
@@ -128,7 +136,7 @@ def _measured_widths(values: Values) -> bool:
 
 
 def _one_bit(values: Values) -> bool:
-    return values["bits"] is None or "1" in str(values["bits"]).split(",")
+    return values["bits"] is None or "1" in parts(values["bits"])
 
 
 def _is_given(name: str) -> Callable[[Values], bool]:
@@ -139,8 +147,7 @@ def _nothing(_: Values) -> str:
     return "none"
 
 
-CALIBRATED = [name for name, row in QUANTIZERS.items() if row.calibrated]
-QUANTIZER = f"--quantizer {' or '.join(CALIBRATED)}"
+QUANTIZER = f"--quantizer {' or '.join(calibrated_names())}"
 GPTQ = ("damping", "act_order", "static_groups", "symmetric", "scale_search", "compat")
 PLANNED = (
     "avg_bits", "budget_gib", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model", "stats",
@@ -149,8 +156,8 @@ PLANNED = (
 
 ROWS: Sequence[ReadOnlyWhere] = (
     ReadOnlyWhere(
-        PLANNED, lambda values: values.get("plan_file") is None, "no plan",
-        lambda values: f"--plan {values['plan_file']}", ("quantize",),
+        PLANNED, lambda values: values.get("plan") is None, "no plan",
+        lambda values: f"--plan {_named(values['plan'])}", ("quantize",),
     ),
     ReadOnlyWhere(
         ("zeta", "promotion"), _some_method(lambda method, _: method.promotes),
@@ -186,7 +193,7 @@ ROWS: Sequence[ReadOnlyWhere] = (
     ReadOnlyWhere(
         ("seed",),
         lambda values: values["data"] is not None
-        or (values.get("plan_file") is None and _some_method(lambda method, _: method.random)(values)),
+        or (values.get("plan") is None and _some_method(lambda method, _: method.random)(values)),
         "--data TEXT or --method random", _nothing, ("plan", "quantize"),
     ),
     ReadOnlyWhere(
@@ -196,7 +203,9 @@ ROWS: Sequence[ReadOnlyWhere] = (
         ("bits",), _measured_widths, "a method that measures widths",
         lambda values: f"--for {values['methods']}", ("calibrate",),
     ),
-    ReadOnlyWhere(("one_bit",), _one_bit, "--bits that have 1", lambda values: f"--bits {values['bits']}"),
+    ReadOnlyWhere(
+        ("one_bit",), _one_bit, "--bits that have 1", lambda values: f"--bits {','.join(parts(values['bits']))}"
+    ),
     ReadOnlyWhere(
         (*GPTQ, "min_tokens"), _tuned, QUANTIZER, lambda values: f"--quantizer {_quantizer(values)}",
     ),
