@@ -50,7 +50,7 @@ def read_average(given: Number) -> Fraction:
             return given if isinstance(given, Fraction) else Fraction(str(given))
     except ValueError:
         pass
-    found = repr(given) if isinstance(given, str) else str(given)
+    found = f"{given:g}" if isinstance(given, float | int) else repr(str(given))
     raise UsageError(f"--avg-bits: expected a number between {low} and {high}, found {found}")
 
 
