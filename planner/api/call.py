@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from planner.api.docstrings import with_arguments
 from planner.api.unread import refuse_unread
 from vllm_moeq.format import UsageError
 
@@ -34,11 +35,7 @@ def takes(
         def function(*values: Arguments.args, **named: Arguments.kwargs) -> Result:
             return run(read(arguments, command, values, named))
 
-        made: Any = function
-        made.__signature__ = _signature(arguments, run)
-        made.__annotations__ = {item.name: item.annotation for item in made.__signature__.parameters.values()}
-        made.__annotations__["return"] = made.__signature__.return_annotation
-        del made.__wrapped__
+        _describe(function, arguments, run)
         return function
 
     return decorate
@@ -101,9 +98,17 @@ def _problem(error: ValidationError) -> str:
     return f"{_shown(str(problem['loc'][0]))}: {text}, found {problem['input']!r:.200}"
 
 
-def _signature(arguments: Callable[..., Any], run: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature that people see: what is needed comes first, and types have no bounds."""
-    hints = get_type_hints(arguments)
-    shown = [item.replace(annotation=hints[item.name]) for item in inspect.signature(arguments).parameters.values()]
-    ordered = sorted(shown, key=lambda item: (item.kind, item.default is not inspect.Parameter.empty))
-    return inspect.Signature(ordered, return_annotation=get_type_hints(run)["return"])
+def _describe(function: Any, kind: Any, run: Callable[..., Any]) -> None:
+    """Give a function the signature and the docstring that people see, from the dataclass of its arguments.
+
+    What is needed comes first, then what only this function has; types have no bounds.
+    """
+    hints, result = get_type_hints(kind), get_type_hints(run)["return"]
+    shown = [item.replace(annotation=hints[item.name]) for item in inspect.signature(kind).parameters.values()]
+    own, needed = vars(kind)["__annotations__"], inspect.Parameter.empty
+    ordered = sorted(shown, key=lambda item: (item.kind, item.default is not needed, item.name not in own))
+    function.__signature__ = inspect.Signature(ordered, return_annotation=result)
+    function.__annotations__ = {**{item.name: item.annotation for item in ordered}, "return": result}
+    function.__doc__ = with_arguments(run.__doc__, kind, [item.name for item in ordered])
+    kind.__init__.__annotations__ |= hints  # those of the bases are texts, which mean something in their files only
+    del function.__wrapped__

@@ -86,8 +86,6 @@ class _Work:
 def compare(wanted: CompareKeywords) -> Compared:
     """Quantize a model by several methods and measure what each costs, as ``moeq compare`` does. Continue a killed run.
 
-    The arguments are those of :class:`planner.api.comparing.CompareKeywords`.
-
     Raises:
         MoeqError: arguments that cannot be met, a damaged model or text, a full disk; its message is one line.
     """

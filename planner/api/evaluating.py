@@ -89,8 +89,7 @@ class EvaluateKeywords(ProgressKeyword, ResumeKeyword, TaskKeywords):
 def evaluate(wanted: EvaluateKeywords) -> Evaluated:
     """Measure a model on a text and on tasks, as ``moeq eval`` does. Continue a killed run.
 
-    A text gives the perplexity, and with ``reference`` the KL divergence to it. The arguments are those of
-    :class:`planner.api.evaluating.EvaluateKeywords`.
+    A text gives the perplexity, and with ``reference`` the KL divergence to it.
 
     Raises:
         MoeqError: arguments that cannot be met, a damaged model or text, an unknown task; its message is one line.

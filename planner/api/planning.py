@@ -69,8 +69,6 @@ class _Work:
 def plan(wanted: PlanKeywords) -> Planned:
     """Choose a width for every expert, as ``moeq plan`` does; with ``output``, write it, and continue a killed run.
 
-    The arguments are those of :class:`planner.api.planning.PlanKeywords`.
-
     Raises:
         MoeqError: arguments that cannot be met, a damaged tensor, a full disk; its message is one line.
     """

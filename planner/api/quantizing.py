@@ -109,8 +109,6 @@ class _Work:
 def quantize(wanted: QuantizeKeywords) -> Quantized:
     """Plan, quantize and write a checkpoint, as ``moeq quantize`` does. Continue a killed run.
 
-    The arguments are those of :class:`planner.api.quantizing.QuantizeKeywords`.
-
     Raises:
         MoeqError: arguments that cannot be met, a damaged tensor, a full disk; its message is one line.
     """

@@ -47,8 +47,6 @@ class ReportKeywords(ProgressKeyword):
 def report(wanted: ReportKeywords) -> Reported:
     """Show a checkpoint on one page, and bring its README.md up to date, as ``moeq report`` does.
 
-    The arguments are those of :class:`planner.api.reporting.ReportKeywords`.
-
     Raises:
         MoeqError: a damaged checkpoint, a page that cannot be written, no matplotlib; its message is one line.
     """

@@ -31,7 +31,8 @@ class QuantizerKeyword:
     """The quantizer for two bits and more.
 
     Attributes:
-        quantizer: ``hqq``, ``rtn`` or ``gptq``; None is ``gptq`` with a text, else ``hqq``.
+        quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``; None is ``gptq`` with a
+            text, else ``hqq``.
     """
 
     quantizer: QuantizerName | None = None
@@ -70,7 +71,7 @@ class ComparedCodeKeywords(CodeKeywords):
     """The same for a comparison, where a text alone chooses no quantizer.
 
     Attributes:
-        quantizer: ``hqq``, ``rtn`` or ``gptq``.
+        quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``.
     """
 
     quantizer: QuantizerName = DEFAULT
@@ -118,12 +119,12 @@ class GptqKeywords:
     """The variants of GPTQ.
 
     Attributes:
-        damping: added to the Hessian, relative to its mean diagonal.
-        act_order: columns by importance, within a ``group`` or, with static groups, ``full``; or ``none``.
-        static_groups: take scales from the original weights.
-        symmetric: zero points in the middle of the codes.
-        scale_search: the least weighted error (``mse``), or the ``range``.
-        compat: the variant of the paper's published code; stands for all of the others.
+        damping: GPTQ: added to the Hessian, relative to its mean diagonal.
+        act_order: GPTQ: columns by importance, within a ``group`` or, with static groups, ``full``; or ``none``.
+        static_groups: GPTQ: take scales from the original weights.
+        symmetric: GPTQ: zero points in the middle of the codes.
+        scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
+        compat: GPTQ: the variant of the paper's published code; stands for all of the others.
     """
 
     damping: float = GptqSettings.damping

@@ -20,7 +20,7 @@ class CandidateKeywords:
     """The plans that are compared.
 
     Attributes:
-        methods: rows of :data:`planner.planning.methods.METHODS`, such as ``("kl", "pmq")``, or ``all``.
+        methods: names of methods, such as ``("kl", "pmq")``, or ``all``.
         avg_bits: average bits per expert weight, one or several.
         bits: widths to choose from, such as ``(1, 2, 3)``; None takes each method's own.
     """

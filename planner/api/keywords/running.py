@@ -27,7 +27,7 @@ class ResumeKeyword:
     """Whether a run continues an unfinished one.
 
     Attributes:
-        resume: continue it; otherwise it is deleted.
+        resume: continue an unfinished run; otherwise it is deleted.
     """
 
     resume: bool = True
@@ -38,7 +38,7 @@ class RunKeywords(ResumeKeyword):
     """The devices of a run.
 
     Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:0,cuda:1``.
+        device: devices to compute on: ``cpu``, ``cuda`` or ``cuda:0,cuda:1``.
     """
 
     device: str = "cpu"

@@ -13,9 +13,9 @@ class ServiceKeywords:
     """The load that the quantized model is to serve; only an estimate reads it.
 
     Attributes:
-        context: tokens of each request.
-        concurrency: requests at a time.
-        gpu_gib: memory of one GPU, GiB.
+        context: in an estimate, tokens of each request that is served.
+        concurrency: in an estimate, requests at a time.
+        gpu_gib: in an estimate, memory of one GPU, GiB.
     """
 
     context: Count = Service.context

@@ -18,10 +18,10 @@ class TextKeywords:
     """The text that a model reads for its calibration.
 
     Attributes:
-        data: a file of text, JSON, CSV or parquet; ``wikitext2`` or ``c4``; or a dataset of the Hub,
-            ``owner/name@commit`` or ``owner/name:config@commit``.
-        samples: number of sequences.
-        seq_len: tokens of each; None is 2048, or what the model can read.
+        data: text to calibrate on: a file of text, JSON, CSV or parquet; ``wikitext2`` or ``c4``; or a dataset of
+            the Hub, ``owner/name@commit`` or ``owner/name:config@commit``.
+        samples: number of calibration sequences.
+        seq_len: tokens of each calibration sequence; None is 2048, or what the model can read.
     """
 
     data: PathName | None = None
@@ -52,7 +52,7 @@ class ComparedTextKeywords(TextKeywords):
     """The same for a comparison, where each seed takes other sequences.
 
     Attributes:
-        seq_len: tokens of each sequence.
+        seq_len: tokens of each calibration sequence.
         seeds: number of random orders, and of choices of calibration sequences.
     """
 

@@ -74,7 +74,7 @@ class WidthKeywords:
         avg_bits: average bits per expert weight, exactly as its digits say; None is 2.5, or what the budget allows.
         budget_gib: instead of ``avg_bits``: GiB that all weights may take.
         bits: widths to choose from, such as ``(1, 2, 3)``; None takes the method's own.
-        method: ``auto`` or a row of :data:`planner.planning.methods.METHODS`.
+        method: ``auto``, or a method's name, such as ``kl`` or ``router-norm-maxvar``.
         zeta: promote an expert whose MaxVar is more than this times another's.
         promotion: order among several promoted experts.
         counts: experts per width: the paper's rule, or its code's.

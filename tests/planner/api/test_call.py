@@ -122,6 +122,6 @@ def test_every_name_is_there() -> None:
 
 def test_help_shows_what_is_needed_first() -> None:
     signature = inspect.signature(planner.quantize)
-    assert list(signature.parameters)[:3] == ["model", "output", "avg_bits"]
+    assert list(signature.parameters)[:3] == ["model", "output", "plan"]
     assert signature.return_annotation is planner.Quantized
     assert "Annotated" not in str(signature)
