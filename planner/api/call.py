@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from planner.api.docstrings import with_arguments
 from planner.api.unread import refuse_unread
+from planner.common.mistakes import named_mistakes
 from vllm_moeq.format import UsageError
 
 Asked = TypeVar("Asked")
@@ -33,7 +34,8 @@ def takes(
     def decorate(run: Callable[[Asked], Result]) -> Callable[Arguments, Result]:
         @wraps(run)
         def function(*values: Arguments.args, **named: Arguments.kwargs) -> Result:
-            return run(read(arguments, command, values, named))
+            with named_mistakes():
+                return run(read(arguments, command, values, named))
 
         _describe(function, arguments, run)
         return function

@@ -12,6 +12,7 @@ from planner.api.evaluating import EvaluateKeywords, estimate_evaluate, evaluate
 from planner.api.planning import PlanKeywords, estimate_plan, plan
 from planner.api.quantizing import QuantizeKeywords, estimate_quantize, quantize
 from planner.api.results import Estimate
+from planner.common.mistakes import named_mistakes
 from vllm_moeq.format import UsageError
 
 Arguments = ParamSpec("Arguments")
@@ -58,4 +59,5 @@ def estimate(function: Callable[Arguments, object], *values: Arguments.args, **n
     if row is None:
         known = ", ".join(known.__name__ for known in ESTIMATES)
         raise UsageError(f"estimate: expected one of the functions {known}, found {function!r}")
-    return row.needs(read(row.arguments, row.command, values, named, dry_run=True))
+    with named_mistakes():
+        return row.needs(read(row.arguments, row.command, values, named, dry_run=True))

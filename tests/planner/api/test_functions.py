@@ -170,6 +170,9 @@ def test_notes_and_progress_go_to_the_caller(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr().out.startswith("method auto: ")
 
 
+LONG = "x" * 300
+"""A name that no file can have."""
+
 MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (planner.plan, ("plan", MIXTRAL, "--avg-bits", 9), {"model": MIXTRAL, "avg_bits": "9"}),
     (planner.plan, ("plan", MIXTRAL, "--stats", "none"), {"model": MIXTRAL, "stats": "none"}),
@@ -193,6 +196,8 @@ MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
         {"model": MIXTRAL, "held_out": HELD_OUT, "output": "new", "methods": ("kl",)},
     ),
     (planner.report, ("report", "none"), {"folder": "none"}),
+    (planner.plan, ("plan", LONG), {"model": LONG}),
+    (planner.quantize, ("quantize", MIXTRAL, "-o", LONG), {"model": MIXTRAL, "output": LONG}),
 ]
 
 
