@@ -24,9 +24,11 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
-# The API reference, from docstrings: build/docs/index.html.
+# The API reference, from docstrings: build/docs/index.html. The packages are named, since pdoc takes of planner only
+# the names in __all__, its Python interface.
+PACKAGES = $(subst /,.,$(patsubst %/,%,$(dir $(wildcard planner/*/__init__.py))))
 docs: setup
-	$(BIN)/pdoc --docformat google --output-directory build/docs planner vllm_moeq
+	$(BIN)/pdoc --docformat google --output-directory build/docs planner planner.plan_file $(PACKAGES) vllm_moeq
 
 # docs/cli.md, from the commands; a test compares it.
 cli: setup

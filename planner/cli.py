@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -99,10 +98,6 @@ EXIT_CODES = (
 )
 
 
-OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
-"""Errors of the system that say what is wrong with a path that the user gave."""
-
-
 class Commands(TyperGroup):
     """All commands, none of which is imported before it is called."""
 
@@ -165,13 +160,13 @@ def _usage(error: Any) -> str:
 
 def _mistake(error: Exception) -> str | None:
     """Return a user's mistake, or a lack of memory, in one line; None for an error of ours."""
-    from planner.common.memory import out_of_memory
+    from planner.common.mistakes import named_mistakes
     from vllm_moeq.format import MoeqError
 
-    if isinstance(error, MoeqError):
-        return str(error)
-    if isinstance(error, MemoryError | RuntimeError | OSError) and out_of_memory(error):
-        return "not enough memory; what is finished is kept"
-    if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return None
+    try:
+        with named_mistakes():
+            raise error
+    except MoeqError as mistake:
+        return str(mistake)
+    except Exception:
+        return None

@@ -9,7 +9,7 @@ from typing import Any
 from planner.common.progress import Progress
 from planner.model.layout import MoeLayer, read_layout
 from planner.model.source import SourceModel
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
 

@@ -150,7 +150,7 @@ def all_widths_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quantized_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral by the plan with every width, group size 32; not to be changed."""
-    from planner.report.card import write_card
+    from planner.reporting.card import write_card
     from tests.by_hand import quantize_by_hand
 
     output = tmp_path_factory.mktemp("quantized") / "mixtral"

@@ -12,8 +12,8 @@ import pytest
 from tests.paths import ROOT
 
 PLANNER = (
-    "cli", "commands", "estimates", "comparison", "report", "evaluation", "exchange", "planning", "calibration",
-    "quantization", "plan", "model", "text", "output", "common", "sensitivity", "allocation",
+    "cli", "commands", "api", "estimates", "comparison", "reporting", "evaluation", "exchange", "planning",
+    "calibration", "quantization", "plan_file", "model", "text", "output", "common", "sensitivity", "allocation",
 )  # fmt: skip
 """From top to bottom: a room imports itself and those behind it."""
 
@@ -91,10 +91,10 @@ def test_every_room_is_in_the_list(package: str) -> None:
 
 
 def test_the_test_sees_an_upward_import() -> None:
-    source = "def late() -> None:\n    from planner.report import card\n"
+    source = "def late() -> None:\n    from planner.reporting import card\n"
     assert upward("planner.model.source", source, "planner", PLANNER) == [
-        "planner.model.source imports planner.report",
-        "planner.model.source imports planner.report.card",
+        "planner.model.source imports planner.reporting",
+        "planner.model.source imports planner.reporting.card",
     ]
     assert upward("planner.commands.report", source, "planner", PLANNER) == []
     assert upward("planner.calibration.reading.text", "import planner.calibration.kl", *list(STACKS.items())[1])

@@ -1,33 +1,24 @@
-"""How quality falls with size: quantize a model at several averages and measure each against the original.
+"""How quality falls with size: python compare_widths.py MODEL calibration.jsonl held_out.txt OUTPUT."""
 
-python compare_widths.py MODEL calibration.jsonl held_out.txt
-"""
-
-import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-
-def moeq(*arguments: object) -> dict:
-    """Run the command and return what it prints as JSON."""
-    command = ["moeq", *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+import planner
 
 
 def main() -> None:
-    """Print a Markdown table."""
-    model, data, held_out = sys.argv[1:4]
+    """Quantize a model at several averages, measure each against the original, and print a Markdown table."""
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
+    model, text, held_out, output = sys.argv[1:]
+    found = planner.compare(
+        model, methods="kl", avg_bits=(2, 2.5, 3), data=text, samples=16, held_out=held_out, max_tokens=8192,
+        quantizer="gptq", output=output, progress=print,
+    )  # fmt: skip
     print("| bits | MiB | perplexity | KL to the original, nats | same most likely token |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for bits in (2, 2.5, 3):
-            output = Path(folder) / f"{bits}bit"
-            made = moeq("quantize", model, "--avg-bits", bits, "--data", data, "--seq-len", 512, "-o", output)
-            found = moeq("eval", output, "--data", held_out, "--reference", model, "--max-tokens", 16384)
-            size, kl = made["sizes"]["total_bytes"] / 2**20, found["kl"]
-            print(f"| {bits} | {size:.2f} | {found['perplexity']:.3f} | {kl['mean']:.4f} | {kl['same_top']:.1%} |")
+    for row in found.rows:
+        size, same = f"{row['bytes'] / 2**20:.2f}", f"{row['same_top']:.1%}"
+        print(f"| {row['achieved']:g} | {size} | {row['perplexity']:.3f} | {row['kl']:.4f} | {same} |")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # several jobs are processes, which import this file again
     main()

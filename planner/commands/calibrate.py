@@ -10,6 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from planner.api import notes
+from planner.api.keywords.running import first_device
+from planner.api.keywords.text import TextKeywords
+from planner.api.keywords.widths import read_choices
+from planner.api.results import Estimate
 from planner.calibration.collect import StatisticsRequest, collect
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import calibration_facts
@@ -18,7 +23,6 @@ from planner.commands import show
 from planner.commands.completion import some_of
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Bits, DryRun, Json, Model, Seed
-from planner.commands.flags.planning import read_choices
 from planner.commands.flags.running import RunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.memory import return_large_blocks
@@ -61,18 +65,19 @@ def calibrate_command(
     measures = _measures(methods)
     own = sorted({width for name in methods.split(",") for width in METHODS[name].choices})
     wanted = StatisticsRequest(measures, tuple(own) if bits is None else read_choices(bits), seed)
-    where, progress = run.first_device(), Progress()
+    where, progress = first_device(run.device), Progress()
     if json_path(output) == output:
         raise UsageError(f"-o: {output}: expected a .safetensors file, found the name of its description")
     check_output(output)
     check_output(json_path(output))
     with open_model(model, dry_run) as source:
         layout = read_layout(source)
-        show.refuse_incomplete(source, layout, progress)
-        sequences = text.read(source, seed)
+        notes.refuse_incomplete(source, layout, progress)
+        sequences = TextKeywords(**vars(text)).read_text(source, seed, progress)
         facts, reading = calibration_facts(sequences, where), Reading(*sequences.tokens.shape)
         if dry_run:
-            report_needs("calibrating", calibrate_needs(source, layout, reading, measures, where), as_json)
+            needs = calibrate_needs(source, layout, reading, measures, where)
+            report_needs("calibrating", Estimate(needs), as_json)
             return
         return_large_blocks()
         dtype = compute_dtype(where)

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from planner.api.results import Estimate
 from planner.commands import show
 from planner.commands.flags.common import DryRun, Folder, Json, NewFolder
 from planner.commands.flatten import OneOf
@@ -22,7 +23,7 @@ from planner.exchange.autogptq.layout import Version
 from planner.exchange.dense import export_dense
 from planner.model.hub import resolve_model
 from planner.output.unfinished import check_output
-from planner.report.card import write_card
+from planner.reporting.card import write_card
 from vllm_moeq.format import UsageError
 
 
@@ -97,7 +98,7 @@ def export_command(
         names = " or ".join(name for name, row in FORMATS.items() if row.zero_points)
         raise UsageError(f"--zero-points: expected --format {names} with it, found --format {format_}")
     if dry_run:
-        report_needs("exporting", export_needs(folder, chosen.item_bytes), as_json)
+        report_needs("exporting", Estimate(export_needs(folder, chosen.item_bytes)), as_json)
         return
     chosen.write(folder, output, zero_points, Progress())
     _done(output, as_json)
@@ -115,7 +116,7 @@ def import_command(
     """
     check_output(output)
     if dry_run:
-        report_needs("importing", import_needs(resolve_model(model)), as_json)
+        report_needs("importing", Estimate(import_needs(resolve_model(model))), as_json)
         return
     import_gptq(resolve_model(model), output, Progress(), write_card)
     _done(output, as_json)

@@ -15,7 +15,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 PANELS = {
     "Output": ("output", "as_json", "save", "png", "private", "revision", "format_", "zero_points"),
-    "Plan": ("planning", "candidates", "plan_file", "methods", "bits", "seed", "quantizer"),
+    "Plan": ("planning", "candidates", "plan", "methods", "bits", "seed", "quantizer"),
     "Calibration": ("text",),
     "Quantizer": ("codes", "storage"),
     "GPTQ": ("gptq",),

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from planner.commands.given import USAGE_ERROR, raw_values, refuse_empty
+from planner.commands.given import USAGE_ERROR, given, raw_values, refuse_empty
 from planner.common.interrupts import interruptible
 from planner.common.light import without
 from planner.common.progress import Progress
@@ -103,8 +103,9 @@ class LateCommand(TyperCommand):
             self._complete(error, ctx, before)
             raise
         if not ctx.resilient_parsing:
-            from planner.commands.flags.unread import refuse_unread
+            from planner.api.unread import refuse_unread
 
             refuse_empty(self, ctx, before)
-            refuse_unread(self, ctx)
+            values = {name: getattr(value, "value", value) for name, value in ctx.params.items()}
+            refuse_unread(str(self.name), given(self, ctx), values)
         return rest

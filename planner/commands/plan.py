@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from planner.api.estimating import estimate
+from planner.api.planning import plan
 from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Json, Model
@@ -14,20 +16,9 @@ from planner.commands.flags.planning import PlanFlags
 from planner.commands.flags.quantizing import NAMES, StorageFlags
 from planner.commands.flags.running import RunFlags
 from planner.commands.flags.service import ServiceFlags
-from planner.commands.show_needs import report_plan_needs
+from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
-from planner.estimates import Reading
-from planner.estimates.parts import planning_parts
-from planner.estimates.quantizing import plan_needs
-from planner.model.layout import read_layout
-from planner.model.sizes import estimate
-from planner.model.skeleton import open_model
-from planner.planning.make import make_plan
-from planner.planning.request import check_options
-from planner.planning.statistics import discard_statistics, with_statistics
-from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT, default_quantizer
-from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import UsageError
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT
 
 
 def plan_command(
@@ -57,35 +48,13 @@ def plan_command(
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
-    progress, where, given = Progress(), run.first_device(), text.data is not None
-    if dry_run and output is not None:
-        raise UsageError("-o and --dry-run: expected one of them, found both")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: expected the folder {output.absolute().parent} to exist")
-    with open_model(model, dry_run) as source:
-        layout = read_layout(source)
-        show.refuse_incomplete(source, layout, progress)
-        show.note_limits(source, layout, progress)
-        linear, group_size = storage.linear(source, layout), storage.checked_group_size()
-        settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
-        options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
-        check_options(options)
-        found = text.read(source, planning.seed) if given else None
-        show.announce(options, progress)
-        if dry_run:
-            made = make_plan(source, layout, options, progress)
-            needs = plan_needs(source, layout, options, Reading.of(found), where)
-            report_plan_needs(source, layout, made, settings, needs, service.service(), as_json)
-            return
-        with progress.whole():
-            progress.expect(planning_parts(source, layout, options, Reading.of(found), where))
-            with with_statistics(source, layout, options, found, where, output, progress, run.resume) as known:
-                made = make_plan(source, layout, known, progress)
-        sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
-    if output is not None:
-        made.write(output)
-        discard_statistics(output)
+    keywords = {**vars(planning), **vars(text), **vars(run), **vars(storage), **vars(service), "quantizer": quantizer}
+    if dry_run:
+        needs = estimate(plan, model, output=output, progress=Progress(), **keywords)
+        report_needs("planning", needs, as_json)
+        return
+    made = plan(model, output=output, progress=Progress(), **keywords)
     if as_json:
-        show.emit({**made.model_dump(mode="json"), "sizes": sizes.as_dict()})
+        show.emit(made.as_dict())
     else:
-        show.print_plan(made, sizes)
+        show.print_plan(made)

@@ -16,7 +16,7 @@ from planner.common.progress import Progress
 from planner.common.shown import add_row, say
 from planner.common.units import size
 from planner.model.whole import check_checkpoint
-from planner.report.files import checkpoint_files, other_files
+from planner.reporting.files import checkpoint_files, other_files
 from vllm_moeq.format import UsageError
 
 REASONS = {

@@ -11,16 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.common.progress import Progress
+from planner.api.results import Planned
 from planner.common.shown import add_row, say
 from planner.common.units import layer_number, size
-from planner.model.layout import Layout, architecture_of
 from planner.model.sizes import Sizes
-from planner.model.source import SourceModel
-from planner.model.whole import check_whole
-from planner.plan import Plan
-from planner.planning.methods import METHODS, PAPER
-from planner.planning.request import PlanOptions
+from planner.planning.methods import METHODS
 from vllm_moeq.format import Summary
 
 COLOURS = {1: "white on red3", 2: "black on orange1", 3: "black on green3", 4: "white on blue3", 8: "white on purple4"}
@@ -31,38 +26,6 @@ MAX_EXPERTS_SHOWN = 64
 def emit(value: Any) -> None:
     """Print JSON."""
     print(json.dumps(value, indent=2))
-
-
-def announce(options: PlanOptions, progress: Progress) -> None:
-    """Name the method that ``--method auto`` chooses."""
-    if options.method != "auto":
-        return
-    if options.resolved_method == PAPER:
-        progress.line(f"method auto: no calibration given, so {PAPER}, the paper's rule; --data TEXT chooses better")
-    else:
-        progress.line(
-            f"method auto: calibration given, so {options.resolved_method}; the paper's rule is --method {PAPER}"
-        )
-
-
-def refuse_incomplete(source: SourceModel, layout: Layout, progress: Progress) -> None:
-    """Refuse a source that lacks tensors of its architecture; say so where there is no class to compare it with.
-
-    Raises:
-        MoeqError: see :func:`check_whole`.
-    """
-    unchecked = check_whole(source, layout)
-    if unchecked is not None:
-        progress.line(f"note: only experts and routers were checked for completeness: {unchecked}")
-
-
-def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
-    """Name the limits of the output before the work starts."""
-    reason = architecture_of(source).unserved
-    if reason is not None:
-        progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
-    if layout.left_out:
-        progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
 
 
 def print_inspection(facts: Mapping[str, Any]) -> None:
@@ -101,19 +64,19 @@ def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
         console.print(line, soft_wrap=True)
 
 
-def print_sizes(sizes: Mapping[str, int]) -> None:
+def print_sizes(sizes: Sizes) -> None:
     """Print source and output sizes."""
-    ratio = sizes["source_bytes"] / sizes["total_bytes"]
+    ratio = sizes.source_bytes / sizes.total_bytes
     Console().print(
-        f"size {size(sizes['source_bytes'])} → {size(sizes['total_bytes'])} ({ratio:.2f} times smaller): "
-        f"experts {size(sizes['expert_bytes'])}, linears {size(sizes['linear_bytes'])}, "
-        f"16-bit {size(sizes['kept_bytes'])}",
+        f"size {size(sizes.source_bytes)} → {size(sizes.total_bytes)} ({ratio:.2f} times smaller): "
+        f"experts {size(sizes.expert_bytes)}, linears {size(sizes.linear_bytes)}, 16-bit {size(sizes.kept_bytes)}",
         soft_wrap=True,
     )
 
 
-def print_plan(plan: Plan, sizes: Sizes) -> None:
+def print_plan(made: Planned) -> None:
     """Print a plan: widths, promotions, sizes."""
+    plan = made.plan
     print_widths(plan.experts)
     moved = sum(len(ids) for ids in plan.promoted.values())
     total = sum(len(widths) for widths in plan.experts.values())
@@ -126,7 +89,7 @@ def print_plan(plan: Plan, sizes: Sizes) -> None:
     if plan.near_ties:
         pairs = sum(len(ids) for ids in plan.near_ties.values())
         console.print(f"{pairs} pairs of neighbours are near-ties: their order is arbitrary")
-    print_sizes(sizes.as_dict())
+    print_sizes(made.sizes)
 
 
 def print_summary(summary: Summary) -> None:

@@ -1,10 +1,11 @@
-"""Progress of a whole command on stderr: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a whole run: a live display on a terminal, plain lines elsewhere, events for a program's own display."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
@@ -20,21 +21,44 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
-    """Shows the progress of a command; ``quiet`` shows nothing.
+@dataclass(frozen=True)
+class Event:
+    """One line about a run, for a program with a display of its own. Its ``str`` is the line, so ``print`` shows it.
 
-    Standard output stays free for results, so that ``--json`` can be piped.
+    Attributes:
+        text: a note, or how far the run is.
+        done: the share of the whole run that is done, from 0 to 1; None before and after it.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+    text: str
+    done: float | None = None
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return self.text
+
+
+class Progress:
+    """Shows the progress of a run on stderr; ``quiet`` shows nothing.
+
+    Standard output stays free for results, so that ``--json`` can be piped.
+
+    Args:
+        quiet: show nothing.
+        listener: gets every line as an :class:`Event`, and stderr gets none.
+    """
+
+    def __init__(self, quiet: bool = False, listener: Callable[[Event], object] | None = None) -> None:
+        self.console = Console(stderr=True, quiet=quiet or listener is not None, highlight=False)
+        self._listener = listener
         self._schedule: Schedule | None = None
         self._display: _Display | None = None
         self._said = time.monotonic()
 
     def line(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, or tell it to the listener."""
+        if self._listener is not None:
+            self._listener(Event(shown(text), None if self._schedule is None else self._schedule.fraction))
         self.console.print(shown(text), soft_wrap=True, markup=False, emoji=False)
         self._said = time.monotonic()
 
@@ -44,7 +68,7 @@ class Progress:
         self._said = time.monotonic()
         self._schedule = Schedule((), self._said)
         try:
-            if self.console.is_terminal and not self.quiet:
+            if self.console.is_terminal and not self.console.quiet:
                 self._display = _Display(self.console, self._schedule)
             self.expect(parts)
             yield

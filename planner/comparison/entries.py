@@ -16,7 +16,7 @@ from planner.calibration.statistics import json_path
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
 from planner.comparison.request import ComparisonRun
-from planner.plan import Plan, read_plan
+from planner.plan_file import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options

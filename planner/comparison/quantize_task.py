@@ -13,7 +13,7 @@ from planner.calibration.reading.text import CalibrationText, calibration_facts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
 

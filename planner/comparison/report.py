@@ -182,7 +182,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str) -> None:
+def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: str, progress: Progress) -> None:
     """Write compare.md, compare.csv and compare.json into a new folder, and compare.png if matplotlib is installed.
 
     Raises:
@@ -194,10 +194,10 @@ def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: s
         with atomic(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     write_json(output / "compare.json", json.loads(json.dumps(rows)))
-    write_plot(output / "compare.png", rows)
+    write_plot(output / "compare.png", rows, progress)
 
 
-def write_plot(path: Path, rows: Sequence[Row]) -> None:
+def write_plot(path: Path, rows: Sequence[Row], progress: Progress) -> None:
     """Write the plot, or say in a line what it needs.
 
     Raises:
@@ -209,7 +209,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
             plot(rows, drawn)
             drawn.replace(temporary)
     except ModuleNotFoundError:
-        Progress().line(f"no plot: it needs matplotlib, {install_line('report')}")
+        progress.line(f"no plot: it needs matplotlib, {install_line('report')}")
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from planner.model.source import SourceModel
 from planner.output.files import validated, write_json
 from planner.output.unfinished import PLANNED, PLANNED_FROM_TEXT, partial_folder, refuse_other
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.planning.request import PlanOptions
 from vllm_moeq.format import CheckpointError, ConfigError, ShardSet, read_json
 

@@ -12,7 +12,7 @@ from planner.common.memory import peak_bytes, reset_peak
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.plan import Plan, PlanSettings
+from planner.plan_file import Plan, PlanSettings
 from planner.planning.assign import (
     ExpertId,
     Widths,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from planner.model.layout import Layout
 from planner.planning.methods import METHODS, OURS, PAPER
@@ -97,16 +98,30 @@ def read_overrides(path: Path, layout: Layout, choices: Sequence[int]) -> dict[s
     """Read ``{"<experts prefix>.<expert>": width}``.
 
     Raises:
-        ConfigError: an expert is unknown, or a width is not among the choices.
+        ConfigError: see :func:`check_overrides`.
     """
-    data = read_json(path)
+    return check_overrides(read_json(path), str(path), layout, choices)
+
+
+def check_overrides(data: Any, where: str, layout: Layout, choices: Sequence[int]) -> dict[str, int]:
+    """Return fixed widths of a model's experts.
+
+    Args:
+        data: expert name → width, if it is right.
+        where: its name in messages.
+        layout: the model's layers.
+        choices: the widths to choose from.
+
+    Raises:
+        ConfigError: no object, an expert is unknown, or a width is not among the choices.
+    """
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected an object of expert name → width, found {type(data).__name__}")
+        raise ConfigError(f"{where}: expected an object of expert name → width, found {type(data).__name__}")
     known = {f"{layer.prefix}.{expert}" for layer in layout.layers for expert in range(layer.num_experts)}
     for name, bits in data.items():
         if name not in known:
             example = f"{layout.layers[0].prefix}.0"
-            raise ConfigError(f"{path}: {name}: the model has no such expert (names look like {example})")
+            raise ConfigError(f"{where}: {name}: the model has no such expert (names look like {example})")
         if type(bits) is not int or bits not in choices:
-            raise ConfigError(f"{path}: {name}: expected a width among --bits {sorted(choices)}, found {bits!r}")
+            raise ConfigError(f"{where}: {name}: expected a width among --bits {sorted(choices)}, found {bits!r}")
     return data

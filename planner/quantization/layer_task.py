@@ -14,7 +14,7 @@ from planner.common.memory import peak_bytes
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from planner.output.files import write_json, write_tensors
-from planner.plan import Plan
+from planner.plan_file import Plan
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.rows import Threads, open_threads, quantize_linear_rows, quantize_rows

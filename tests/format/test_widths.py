@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import vllm_moeq
 from planner.commands.show import COLOURS
-from planner.report.palette import DARK, LIGHT
+from planner.reporting.palette import DARK, LIGHT
 from tests.matches import first_match
 from vllm_moeq.format import BIT_WIDTHS, pack, parse_config, unpack
 from vllm_moeq.format.errors import ConfigError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["vllm_moeq.format", "planner.plan", "planner.text", "json"]):
+with atheris.instrument_imports(include=["vllm_moeq.format", "planner.plan_file", "planner.text", "json"]):
     from tests.fuzz import mutators, targets
 
 

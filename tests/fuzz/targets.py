@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save
 
-from planner.plan import Plan
-from planner.report.card import BEGIN, END, refresh_card
+from planner.plan_file import Plan
+from planner.reporting.card import BEGIN, END, refresh_card
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer
 from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack

@@ -48,8 +48,9 @@ def _report(bench: Bench, rows: Sequence[Row], averages: tuple[Fraction, ...]) -
     """Write what ``moeq compare`` writes; an earlier run of the part may have left it."""
     folder = bench.output / "table1"
     shutil.rmtree(folder, ignore_errors=True)
-    wanted = replace(bench.run().wanted, methods=tuple(METHODS), averages=averages, seeds=bench.asked.seeds)
-    write_report(folder, rows, wanted, str(bench.folder))
+    run = bench.run()
+    wanted = replace(run.wanted, methods=tuple(METHODS), averages=averages, seeds=bench.asked.seeds)
+    write_report(folder, rows, wanted, str(bench.folder), run.progress)
 
 
 def _table1_lines(rows: Sequence[Row]) -> list[list[str]]:

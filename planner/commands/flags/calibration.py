@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from planner.calibration.reading.text import SEQUENCE, CalibrationText, calibration_text, longest_text, shortage
-from planner.common.progress import Progress
-from planner.model.source import SourceModel
+from planner.api.keywords.text import TextKeywords
+from planner.calibration.reading.text import SEQUENCE
 from planner.text.sources import DATASETS
-from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,8 @@ class TextFlags:
             "Hub, owner/name@commit or owner/name:config@commit.",
         ),
     ] = None
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = TextKeywords.samples
     seq_len: Annotated[
         int | None,
         typer.Option("--seq-len", min=16, help=f"Tokens of each sequence [{SEQUENCE}, or what the model can read]."),
-    ] = None
-
-    def read(self, model: SourceModel, seed: int) -> CalibrationText:
-        """Return the text.
-
-        Raises:
-            MoeqError: no data, sequences longer than the model can read, too little text.
-        """
-        if self.data is None:
-            raise UsageError("--data: calibration needs a text, found none; for example --data wikitext2")
-        longest = longest_text(model)
-        if self.seq_len is not None and self.seq_len > longest:
-            raise UsageError(f"--seq-len: expected at most {longest}, the model's longest text, found {self.seq_len}")
-        found = calibration_text(model.folder, self.data, self.samples, self.seq_len or min(SEQUENCE, longest), seed)
-        note = shortage(found, self.samples)
-        if note is not None:
-            Progress().line(note)
-        return found
+    ] = TextKeywords.seq_len

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.estimates import Service
+from planner.api.keywords.service import ServiceKeywords
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class ServiceFlags:
 
     context: Annotated[
         int, typer.Option("--context", min=1, help="Dry run: tokens of each request that is served.")
-    ] = 8192
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Dry run: requests served at a time.")] = 16
-    gpu_gib: Annotated[float, typer.Option("--gpu-gib", help="Dry run: memory of one GPU, GiB.")] = 80.0
-
-    def service(self) -> Service:
-        """Return the load, for estimates."""
-        return Service(self.context, self.concurrency, self.gpu_gib)
+    ] = ServiceKeywords.context
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Dry run: requests served at a time.")] = (
+        ServiceKeywords.concurrency
+    )
+    gpu_gib: Annotated[float, typer.Option("--gpu-gib", help="Dry run: memory of one GPU, GiB.")] = (
+        ServiceKeywords.gpu_gib
+    )

@@ -61,6 +61,11 @@ def one_bit_names() -> list[str]:
     return [name for name, row in QUANTIZERS.items() if 1 in row.widths and not row.calibrated]
 
 
+def calibrated_names() -> list[str]:
+    """Return the names of the quantizers that read a calibration text."""
+    return [name for name, row in QUANTIZERS.items() if row.calibrated]
+
+
 def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float") -> Quantizer:
     """Return the function that quantizes to a width from the weights alone.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner.plan import read_plan
+from planner.plan_file import read_plan
 from vllm_moeq import __version__
 
 LAYERS = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import typer
 
+from planner.api.keywords.tasks import SUITES
 from planner.cli import app
-from planner.commands.evaluate import SUITES
 from planner.commands.exchange import FORMATS
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.table import one_bit_names, quantizer_names

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 
+from planner.api.unread import ROWS, refuse_unread
 from planner.cli import app
-from planner.commands.flags.unread import ROWS, refuse_unread
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.table import QUANTIZERS
 from tests.conftest import Outcome, one_line
@@ -105,8 +104,7 @@ def test_conditions_hold_or_not_for_all_rows_of_the_tables(method: str, quantize
         values = {str(parameter.name): parameter.default for parameter in command.params}
         values |= {key: method for key in ("method", "methods") if key in values}
         values |= {"quantizer": quantizer} if "quantizer" in values else {}
-        everything = SimpleNamespace(params=values, get_parameter_source=lambda _: SimpleNamespace(name="DEFAULT"))
-        refuse_unread(command, everything)
+        refuse_unread(name, {}, values)
         for row in ROWS:
             if set(row.flags) <= set(values) and (not row.commands or name in row.commands):
                 assert row.holds(values) in (True, False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from planner.common.install import install_command, install_line
+from planner.common.progress import Progress
 from planner.comparison.report import write_plot
 from tests.paths import ROOT
 
@@ -43,6 +44,6 @@ def test_a_plot_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    write_plot(tmp_path / "compare.png", [])
+    write_plot(tmp_path / "compare.png", [], Progress())
     assert capsys.readouterr().err == f"no plot: it needs matplotlib, {install_line('report')}\n"
     assert list(tmp_path.iterdir()) == []

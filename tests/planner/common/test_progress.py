@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from planner.common.progress import Progress
+from planner.common.progress import Event, Progress
 
 
 class Clock:
@@ -90,6 +90,19 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str], clock: Clock) -
     with progress.whole([("reading", 100.0)]):
         for _ in progress.track([1, 2], "reading"):
             clock.now += 50
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_listener_gets_every_line_and_stderr_none(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    heard: list[Event] = []
+    progress = Progress(listener=heard.append)
+    progress.line("note: said\nbefore")
+    with progress.whole([("reading", 20.0), ("writing", 20.0)]):
+        for _ in progress.track([1, 2], "reading"):
+            clock.now += 10
+    lines = ["note: said before", "reading, writing: about 40 s in all", "reading 1/2, 10 s, about 30 s left"]
+    assert [str(event) for event in heard] == lines
+    assert [event.done for event in heard] == [None, 0.0, 0.25]
     assert capsys.readouterr() == ("", "")
 
 

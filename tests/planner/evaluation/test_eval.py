@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from planner.commands.evaluate import TaskFlags
+from planner.api.keywords.tasks import TaskKeywords
 from planner.common.progress import Progress
 from planner.evaluation.lm_eval_tasks import PAPER_SUITE
 from planner.evaluation.record import read_evaluations
@@ -264,5 +264,5 @@ class TestRefused:
 
 
 def test_the_papers_suite() -> None:
-    assert TaskFlags(suite="paper").names() == PAPER_SUITE
+    assert TaskKeywords(suite="paper").task_names() == PAPER_SUITE
     assert len(PAPER_SUITE) == 8

@@ -66,7 +66,7 @@ def forbid_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(*_arguments: Any, **_options: Any) -> Any:
         raise AssertionError("expected the plan that was made before")
 
-    for name in ("planner.planning.statistics.collect", "planner.commands.quantize.make_plan"):
+    for name in ("planner.planning.statistics.collect", "planner.api.quantizing.make_plan"):
         monkeypatch.setattr(name, planned)
 
 
@@ -135,7 +135,7 @@ class TestInterrupted:
 
     def test_before_the_plan(self, clean: str, moeq: Moeq, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("planner.commands.quantize.make_plan", interrupt)
+            patch.setattr("planner.api.quantizing.make_plan", interrupt)
             line = self.last_line(moeq, clean)
         if clean == "weights":
             assert line == "interrupted; nothing is kept"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from planner.calibration.measures import MEASURES
 from planner.calibration.reading.text import calibration_text
-from planner.plan import read_plan
+from planner.plan_file import read_plan
 from planner.planning.methods import METHODS
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL

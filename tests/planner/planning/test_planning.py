@@ -14,7 +14,7 @@ from planner.allocation import rank_experts
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.plan import Plan, read_plan
+from planner.plan_file import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, read_overrides
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqError, UsageError

@@ -18,7 +18,7 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter, check_space
-from planner.plan import read_plan
+from planner.plan_file import read_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions
 from planner.quantization.quantizers import QUANTIZERS, quantize_linear, quantizer_for

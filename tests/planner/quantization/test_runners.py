@@ -18,14 +18,14 @@ import torch
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.plan import read_plan
+from planner.plan_file import read_plan
 from planner.quantization.layer_task import LayerTask, plan_tasks, run_task
 from planner.quantization.run import quantize
 from planner.quantization.runners import InlineRunner, ProcessRunner, Runner, Work, choose_runner
 from planner.quantization.runners.choose import read_devices
 from planner.quantization.runners.ray_cluster import RayRunner
 from planner.quantization.settings import QuantizeSettings
-from planner.report.card import write_card
+from planner.reporting.card import write_card
 from tests.conftest import one_line
 from tests.folders import contents
 from vllm_moeq.format import Linear, MoeqError, UsageError, verify

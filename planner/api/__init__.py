@@ -1,0 +1,1 @@
+"""The planner for Python programs: a function per command, its keyword arguments, and what it returns."""

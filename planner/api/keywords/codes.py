@@ -1,0 +1,152 @@
+"""The keyword arguments that say how codes are found and stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from planner.api.keywords.common import Count, one_of
+from planner.model.layout import Layout
+from planner.model.source import SourceModel
+from planner.quantization.quantizers.base import ZeroPoints
+from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.quantization.quantizers.hessian import ActOrder
+from planner.quantization.quantizers.table import (
+    DEFAULT,
+    DEFAULT_ONE_BIT,
+    QUANTIZERS,
+    default_quantizer,
+    one_bit_names,
+    quantizer_names,
+)
+from planner.quantization.settings import QuantizeSettings, default_linear
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError
+
+QuantizerName = Annotated[str, one_of(quantizer_names())]
+OneBitName = Annotated[str, one_of(one_bit_names())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerKeyword:
+    """The quantizer for two bits and more.
+
+    Attributes:
+        quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``; None is ``gptq`` with a
+            text, else ``hqq``.
+    """
+
+    quantizer: QuantizerName | None = None
+
+    def resolved_quantizer(self, text: bool) -> str:
+        """Return the quantizer for two bits and more, by whether there is a text where no keyword names one."""
+        return default_quantizer(text) if self.quantizer is None else self.quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeKeywords(QuantizerKeyword):
+    """The quantizers.
+
+    Attributes:
+        one_bit: quantizer for one bit, without calibration: ``sign``, ``hqq`` or ``rtn``.
+        min_tokens: tokens below which an expert is quantized without calibration.
+    """
+
+    one_bit: OneBitName = DEFAULT_ONE_BIT
+    min_tokens: Count = QuantizeSettings.min_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenCodeKeywords(CodeKeywords):
+    """The same for a checkpoint that is written.
+
+    Attributes:
+        zero_points: kind of zero points of experts; other formats need ``integer``.
+    """
+
+    zero_points: ZeroPoints = QuantizeSettings.zero_points
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedCodeKeywords(CodeKeywords):
+    """The same for a comparison, where a text alone chooses no quantizer.
+
+    Attributes:
+        quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``.
+    """
+
+    quantizer: QuantizerName = DEFAULT
+
+    def gptq_settings(self) -> GptqSettings | None:
+        """Return the settings of GPTQ, if it is the quantizer."""
+        return GptqSettings() if QUANTIZERS[self.quantizer].calibrated else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageKeywords:
+    """The scales of experts, and the format of other linears.
+
+    Attributes:
+        group_size: expert weights per scale, a multiple of 32; -1 for whole rows.
+        linear_bits: width of attention and other linears: 4, 8 (GPU only) or 16.
+        linear_group_size: weights of linears per scale; None is 128, or what a quarter of the input dimension allows.
+    """
+
+    group_size: int = QuantizeSettings.group_size
+    linear_bits: int = 4
+    linear_group_size: int | None = None
+
+    def checked_group_size(self) -> int:
+        """Return the group size; raise UsageError for one that the format does not have."""
+        size = self.group_size
+        if size != WHOLE_ROW and (size < CODES_PER_BLOCK or size % CODES_PER_BLOCK):
+            raise UsageError(f"--group-size: expected a multiple of {CODES_PER_BLOCK}, or -1, found {size}")
+        return size
+
+    def linear(self, model: SourceModel, layout: Layout) -> Linear:
+        """Return the format of the linears that are not experts; raise UsageError for an impossible one."""
+        bits, group = self.linear_bits, self.linear_group_size
+        if bits not in (4, 8, 16):
+            raise UsageError(f"--linear-bits: expected 4, 8 or 16, the widths that vLLM's kernels serve, found {bits}")
+        if group is None:
+            return default_linear(model, layout, bits)
+        if group < CODES_PER_BLOCK or group % CODES_PER_BLOCK:
+            raise UsageError(f"--linear-group-size: expected a multiple of {CODES_PER_BLOCK}, found {group}")
+        return Linear.model_validate({"bits": bits, "group_size": group})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqKeywords:
+    """The variants of GPTQ.
+
+    Attributes:
+        damping: GPTQ: added to the Hessian, relative to its mean diagonal.
+        act_order: GPTQ: columns by importance, within a ``group`` or, with static groups, ``full``; or ``none``.
+        static_groups: GPTQ: take scales from the original weights.
+        symmetric: GPTQ: zero points in the middle of the codes.
+        scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
+        compat: GPTQ: the variant of the paper's published code; stands for all of the others.
+    """
+
+    damping: float = GptqSettings.damping
+    act_order: ActOrder = GptqSettings.act_order
+    static_groups: bool = GptqSettings.static_groups
+    symmetric: bool = GptqSettings.symmetric
+    scale_search: Literal["mse", "range"] = "mse"
+    compat: bool = False
+
+    def gptq_settings(self) -> GptqSettings:
+        """Return the settings.
+
+        Raises:
+            UsageError: keywords that exclude each other, or a damping that is no fraction.
+        """
+        if not 0 <= self.damping <= 1:
+            raise UsageError(f"--damping: expected a number between 0 and 1, found {self.damping:g}")
+        if self.act_order == "full" and not self.static_groups:
+            raise UsageError("--act-order full: expected --static-groups too, or groups would have no fixed columns")
+        made = GptqSettings(self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search)
+        if not self.compat:
+            return made
+        if made != GptqSettings():
+            raise UsageError("--compat: expected no other GPTQ flags, it stands for all of them")
+        return PUBLISHED

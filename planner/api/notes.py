@@ -1,0 +1,42 @@
+"""What a run says before it works: the method that it chooses, and the limits of its output."""
+
+from __future__ import annotations
+
+from planner.common.progress import Progress
+from planner.model.layout import Layout, architecture_of
+from planner.model.source import SourceModel
+from planner.model.whole import check_whole
+from planner.planning.methods import PAPER
+from planner.planning.request import PlanOptions
+
+
+def announce(options: PlanOptions, progress: Progress) -> None:
+    """Name the method that ``auto`` chooses."""
+    if options.method != "auto":
+        return
+    if options.resolved_method == PAPER:
+        progress.line(f"method auto: no calibration given, so {PAPER}, the paper's rule; --data TEXT chooses better")
+    else:
+        progress.line(
+            f"method auto: calibration given, so {options.resolved_method}; the paper's rule is --method {PAPER}"
+        )
+
+
+def refuse_incomplete(source: SourceModel, layout: Layout, progress: Progress) -> None:
+    """Refuse a source that lacks tensors of its architecture; say so where there is no class to compare it with.
+
+    Raises:
+        MoeqError: see :func:`check_whole`.
+    """
+    unchecked = check_whole(source, layout)
+    if unchecked is not None:
+        progress.line(f"note: only experts and routers were checked for completeness: {unchecked}")
+
+
+def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
+    """Name the limits of the output before the work starts."""
+    reason = architecture_of(source).unserved
+    if reason is not None:
+        progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
+    if layout.left_out:
+        progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")

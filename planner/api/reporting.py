@@ -1,0 +1,84 @@
+"""``planner.report``: the page, the pictures, and the card brought up to date."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from planner.api.call import takes
+from planner.api.keywords.common import PathName, ProgressKeyword
+from planner.api.results import Reported
+from planner.common.install import install_line
+from planner.common.progress import Progress
+from planner.model.hub import resolve_model
+from planner.model.source import SourceModel
+from planner.output.files import atomic
+from planner.reporting.card import refresh_card
+from planner.reporting.facts import Facts, collect
+from planner.reporting.files import CARD, PAGE
+from planner.reporting.page import render
+from planner.reporting.png import draw
+from planner.reporting.value_maps import ValueMaps, collect_maps
+from vllm_moeq.format import UsageError
+
+NEEDS = f"needs matplotlib, {install_line('report')}"
+
+
+@dataclass(frozen=True)
+class ReportKeywords(ProgressKeyword):
+    """The arguments of :func:`report`.
+
+    Attributes:
+        folder: a checkpoint that :func:`planner.quantize` wrote.
+        output: the page; None is report.html in the folder.
+        model: the source model, to compute MaxVar if need be.
+        png: pictures too; None is where matplotlib is installed.
+    """
+
+    folder: PathName
+    _: KW_ONLY
+    output: PathName | None = None
+    model: PathName | None = None
+    png: bool | None = None
+
+
+@takes(ReportKeywords, "report")
+def report(wanted: ReportKeywords) -> Reported:
+    """Show a checkpoint on one page, and bring its README.md up to date, as ``moeq report`` does.
+
+    Raises:
+        MoeqError: a damaged checkpoint, a page that cannot be written, no matplotlib; its message is one line.
+    """
+    progress, folder, drawable = wanted.display(), Path(wanted.folder), find_spec("matplotlib") is not None
+    if wanted.png and not drawable:
+        raise UsageError(f"--png: {NEEDS}")
+    facts = collect(folder)
+    page = folder / PAGE if wanted.output is None else Path(wanted.output)
+    if not page.absolute().parent.is_dir():
+        raise UsageError(f"{page}: expected the folder {page.absolute().parent} to exist")
+    if page.is_dir():
+        raise UsageError(f"{page}: expected a file to write, found a folder")
+    grids = _grids(facts, wanted.model)
+    with atomic(page) as temporary:
+        temporary.write_text(render(facts, grids), encoding="utf-8")
+    pictures = draw(facts, grids, page) if drawable and wanted.png is not False else []
+    if not drawable and wanted.png is None:
+        progress.line(f"no pictures: that {NEEDS}")
+    _refresh(folder, progress)
+    return Reported(page, pictures, facts, grids)
+
+
+def _grids(facts: Facts, model: PathName | None) -> ValueMaps:
+    if model is None:
+        return collect_maps(facts)
+    with SourceModel(resolve_model(str(model))) as source:
+        return collect_maps(facts, source)
+
+
+def _refresh(folder: Path, progress: Progress) -> None:
+    if not os.access(folder, os.W_OK):
+        progress.line(f"note: {folder / CARD} is as it was: the folder cannot be written")
+    elif not refresh_card(folder):
+        progress.line(f"note: {folder / CARD} is as it was: it has no evaluation section of ours")
