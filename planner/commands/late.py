@@ -87,7 +87,9 @@ class LateCommand(TyperCommand):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse; refuse empty values, and flags that would be ignored. A wrong value is named in the parser's errors.
+        """Parse; refuse empty values, flags that would be ignored, and what lacks its packages.
+
+        The parser's errors name a wrong value.
 
         Raises:
             UsageError: naming the flag.
@@ -100,7 +102,9 @@ class LateCommand(TyperCommand):
             raise
         if not ctx.resilient_parsing:
             from planner.commands.flags.unread import refuse_unread
+            from planner.commands.packages import require_packages
 
             refuse_empty(self, ctx, before)
             refuse_unread(self, ctx)
+            require_packages(self, ctx)
         return rest

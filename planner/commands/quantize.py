@@ -21,6 +21,7 @@ from planner.commands.flags.quantizing import GptqFlags, StorageFlags, WrittenQu
 from planner.commands.flags.running import QuantizeRunFlags
 from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_quantize_needs
+from planner.common.install import missing
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
@@ -240,7 +241,8 @@ def _serve_command(source: SourceModel, output: Path, progress: Progress) -> str
         return None
     if has_tokenizer(source.folder):
         try:
-            open_tokenizer(source.folder)
+            if not missing(("transformers",)):
+                open_tokenizer(source.folder)
         except MoeqError as error:
             progress.line(f"note: the output has the source's tokenizer, which cannot be used: {error}")
         return f"moeq serve {output}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from planner.commands import show
 from planner.commands.flags.common import Folder, Json
+from planner.common.install import install_line, missing
 from planner.common.progress import Progress
 from planner.common.shown import say
 from planner.model.hub import resolve_model
@@ -23,8 +23,6 @@ from planner.report.page import render
 from planner.report.png import draw
 from planner.report.value_maps import ValueMaps, collect_maps
 from vllm_moeq.format import UsageError
-
-NEEDS = "needs matplotlib, pip install 'vllm-moeq[report]'"
 
 
 def report_command(
@@ -46,9 +44,7 @@ def report_command(
     Example: moeq report Mixtral-8x7B-2.5bit
     """
     progress = Progress()
-    drawable = find_spec("matplotlib") is not None
-    if png and not drawable:
-        raise UsageError(f"--png: {NEEDS}")
+    drawable = not missing(("matplotlib",))
     facts = collect(folder)
     page = output or folder / PAGE
     if not page.absolute().parent.is_dir():
@@ -60,7 +56,7 @@ def report_command(
         temporary.write_text(render(facts, grids), encoding="utf-8")
     pictures = draw(facts, grids, page) if drawable and png is not False else []
     if not drawable and png is None:
-        progress.line(f"no pictures: that {NEEDS}")
+        progress.line(f"no pictures: they need matplotlib, {install_line('report')}")
     _refresh(folder, progress)
     if as_json:
         show.emit(_as_json(facts, grids, page, pictures))

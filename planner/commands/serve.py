@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -55,8 +54,6 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     if summary.only_experts is not None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
     check_tokenizer(found, arguments)
-    if find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
     check_port(arguments)
     cache = cache_flags(found, arguments)
     if cache:

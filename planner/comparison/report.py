@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from planner.common.install import install_line
+from planner.common.progress import Progress
 from planner.common.shown import add_row
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
@@ -198,7 +200,7 @@ def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: s
             plot(rows, drawn)
             drawn.replace(temporary)
     except ModuleNotFoundError:
-        Console(stderr=True).print("no plot: it needs matplotlib, pip install 'vllm-moeq[bench]'")
+        Progress().line(f"no plot: it needs matplotlib, {install_line('report')}")
 
 
 def print_rows(rows: Sequence[Row]) -> None:

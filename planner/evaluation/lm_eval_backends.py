@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from planner.common.install import require
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
-from vllm_moeq.format import ConfigError, UsageError
+from vllm_moeq.format import ConfigError
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def _in_vllm(
     folder: Path, devices: Sequence[str], batch_size: int, store: Path | None, progress: Progress | None
 ) -> Iterator[Any]:
     """See :attr:`TaskBackend.open`: in a server of its own, in the dtype of config.json."""
-    if find_spec("vllm") is None:
-        raise UsageError("--backend vllm: vLLM is not installed: pip install 'vllm-moeq[gpu]' (README: for CPUs)")
+    require("--backend vllm", ("vllm",), "gpu")
     from planner.evaluation.lm_eval_server import ServedModel
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from planner.common.install import require
 from planner.model.hub import resolve_model
 from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
@@ -60,9 +61,10 @@ class ConfigModel(SourceModel):
         self.config = config
         self.shards = SkeletonTensors(folder, {})
         architecture_of(self)
+        require("sizes from config.json alone", ("transformers",), "hf")
         reason = no_class(config)
         if reason is not None:
-            raise UsageError(f"sizes from config.json alone: {reason}: pip install 'vllm-moeq[eval]'")
+            raise UsageError(f"sizes from config.json alone: {reason}")
         self.expected = expected_tensors(config, folder / CONFIG)
         self.shards = SourceTensors(folder, config, SkeletonTensors(folder, self.expected.tensors))
 

@@ -166,7 +166,7 @@ class TestRefused:
 
     def test_no_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-        with pytest.raises(UsageError, match=r"expected the package lm-eval, .*pip install 'vllm-moeq\[eval\]'"):
+        with pytest.raises(UsageError, match=r"tasks: expected the package lm-eval, .*pip install '\.\[eval\]'"):
             run_tasks(MIXTRAL, ["piqa"])
 
     @pytest.mark.parametrize(("tasks", "device"), [([], "cpu"), (["piqa"], "tpu"), (["piqa"], "cpu,cpu")])
