@@ -11,6 +11,7 @@ from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Json, Model
 from planner.commands.flags.planning import PlanFlags
+from planner.commands.flags.presets import with_preset
 from planner.commands.flags.quantizing import NAMES, StorageFlags
 from planner.commands.flags.running import RunFlags
 from planner.commands.flags.service import ServiceFlags
@@ -68,6 +69,7 @@ def plan_command(
         show.note_limits(source, layout, progress)
         linear, group_size = storage.linear(source, layout), storage.checked_group_size()
         settings = QuantizeSettings(quantizer or default_quantizer(given), group_size=group_size, linear=linear)
+        planning, load = with_preset(planning, service, source, layout, settings, text=given, progress=progress)
         options = planning.options(source, layout, settings, text=given, ranked=not dry_run)
         check_options(options)
         found = text.read(source, planning.seed) if given else None
@@ -75,7 +77,7 @@ def plan_command(
         if dry_run:
             made = make_plan(source, layout, options, progress)
             needs = plan_needs(source, layout, options, Reading.of(found), where)
-            report_plan_needs(source, layout, made, settings, needs, service.service(), as_json)
+            report_plan_needs(source, layout, made, settings, needs, load, as_json)
             return
         with progress.whole():
             progress.expect(planning_parts(source, layout, options, Reading.of(found), where))

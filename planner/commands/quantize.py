@@ -17,6 +17,7 @@ from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Json, Model, NewFolder
 from planner.commands.flags.planning import PlanFlags
+from planner.commands.flags.presets import with_preset
 from planner.commands.flags.quantizing import GptqFlags, StorageFlags, WrittenQuantizerFlags
 from planner.commands.flags.running import QuantizeRunFlags
 from planner.commands.flags.service import ServiceFlags
@@ -94,7 +95,8 @@ def quantize_command(
 
     Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o Mixtral-8x7B-2.5bit
     """
-    progress, quantizer = Progress(), codes.resolved(text.data is not None)
+    progress, given = Progress(), text.data is not None
+    quantizer = codes.resolved(given)
     calibrated, tuned = QUANTIZERS[quantizer].calibrated, gptq.settings()
     runner = None if calibrated else run.runner()
     with open_model(model, dry_run) as source:
@@ -108,7 +110,8 @@ def quantize_command(
         check_output(output)
         check_sizes(source, layout, settings)
         devices = run.expert_devices() if calibrated else (run.first_device(),)
-        found = text.read(source, planning.seed) if calibrated or text.data is not None else None
+        found = text.read(source, planning.seed) if calibrated or given else None
+        planning, load = with_preset(planning, service, source, layout, settings, text=given, progress=progress)
         work = _Work(source, layout, settings, found, devices, progress)
         made = None if plan_file is None else _given_plan(work, plan_file, model)
         if dry_run:
@@ -118,7 +121,7 @@ def quantize_command(
         sizes = estimate(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
         if dry_run:
             needs = _needs(work, made, sizes, run, planned=plan_file is None)
-            serving = serving_needs(source.config, layout, sizes, service.service())
+            serving = serving_needs(source.config, layout, sizes, load)
             report_quantize_needs(made.achieved_avg_bits, sizes, needs, serving, as_json)
             return
         serve = _serve_command(source, output, progress)

@@ -86,7 +86,7 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
         if int(text.get("num_attention_heads") or ranks) % ranks:
             break
         weights = _weights_per_rank(sizes, ranks)
-        cache = service.concurrency * _cache_per_request(text, layout, service.context, ranks)
+        cache = service.concurrency * cache_per_request(text, layout, service.context, ranks)
         taken = weights + cache + FIXED_BYTES
         fits = taken <= available
         found = ServingNeeds(ranks if fits else None, weights, cache, taken, **vars(service))
@@ -94,6 +94,18 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
             break
     assert found is not None  # one rank divides every number of heads
     return found
+
+
+def weight_room(config: Mapping[str, Any], layout: Layout, service: Service) -> int:
+    """Return the bytes that one GPU has for weights beside the cache; negative where the cache alone does not fit.
+
+    Args:
+        config: contents of the source's config.json.
+        layout: the source's layout.
+        service: the load to serve.
+    """
+    cache = service.concurrency * cache_per_request(text_config(config), layout, service.context)
+    return int(MEMORY_SHARE * service.gpu_gib * GIB) - FIXED_BYTES - cache
 
 
 def _weights_per_rank(sizes: Sizes, ranks: int) -> int:
@@ -110,16 +122,32 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) and "num_hidden_layers" in inner else config
 
 
-def _cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ranks: int) -> int:
-    """Return the bytes of one request's keys and values on one rank."""
-    kinds = text.get("layer_types")
-    layers = kinds if isinstance(kinds, list) and kinds else ["full_attention"] * layout.num_layers
+def cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ranks: int = 1) -> int:
+    """Return the bytes of one request's keys and values on one rank.
+
+    Args:
+        text: the part of config.json that describes the language model.
+        layout: the model's layout.
+        context: tokens of the request.
+        ranks: number of ranks of tensor parallelism.
+    """
+    layers = _attention_kinds(text, layout.num_layers)
     window = text.get("sliding_window")
     seen = {
         "linear_attention": 0,  # its state has a fixed size, small compared with a long context
         "sliding_attention": min(context, window) if isinstance(window, int) and window > 0 else context,
     }
     return CACHE_BYTES * _values_per_token(text, ranks) * sum(seen.get(kind, context) for kind in layers)
+
+
+def _attention_kinds(text: Mapping[str, Any], count: int) -> list[str]:
+    """Return the kind of each layer's attention: config.json lists them, or says that every n-th is a full one."""
+    kinds, interval = text.get("layer_types"), text.get("full_attention_interval")
+    if isinstance(kinds, list) and kinds:
+        return kinds
+    if isinstance(interval, int) and interval > 0:
+        return ["linear_attention" if number % interval else "full_attention" for number in range(1, count + 1)]
+    return ["full_attention"] * count
 
 
 def _values_per_token(text: Mapping[str, Any], ranks: int) -> int:

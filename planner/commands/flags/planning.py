@@ -14,6 +14,8 @@ from planner.allocation.order import Promotion
 from planner.calibration.statistics import described_widths
 from planner.commands.completion import one_of
 from planner.commands.flags.common import Bits, Seed
+from planner.commands.flatten import OneOf
+from planner.estimates.presets import PRESETS
 from planner.model.layout import Layout
 from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
@@ -91,6 +93,15 @@ class PlanFlags:
         float | None,
         typer.Option("--budget-gib", metavar="GIB", help="Instead of --avg-bits: GiB that all weights may take."),
     ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help=f"Flags for a number of bits, or for what one GPU holds beside the cache: {', '.join(PRESETS)}.",
+        ),
+        OneOf(PRESETS),
+    ] = None
     bits: Bits = None
     method: Annotated[
         str,
@@ -145,7 +156,7 @@ class PlanFlags:
         """
         if self.stats is not None:
             _check_file(self.stats)
-        choices = self._own_choices(text) if self.bits is None else read_choices(self.bits)
+        choices = self.choices(text)
         average = self._average(model, layout, settings, choices)
         if self.initial_model is not None and not self.initial_model.is_dir():
             raise UsageError(f"--initial-model: {self.initial_model}: expected a folder, found none")
@@ -168,6 +179,17 @@ class PlanFlags:
         )
         _check(made, layout)
         return made
+
+    def choices(self, text: bool) -> tuple[int, ...]:
+        """Return the widths to choose from.
+
+        Args:
+            text: whether a calibration text is given.
+
+        Raises:
+            UsageError: not a list of widths, or one that the format does not have.
+        """
+        return self._own_choices(text) if self.bits is None else read_choices(self.bits)
 
     def _own_choices(self, text: bool) -> tuple[int, ...]:
         """Return the widths that the method chooses from, or those that its statistics have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
@@ -15,11 +15,29 @@ class ServiceFlags:
     """The load that the quantized model is to serve."""
 
     context: Annotated[
-        int, typer.Option("--context", min=1, help="Dry run: tokens of each request that is served.")
-    ] = 8192
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Dry run: requests served at a time.")] = 16
-    gpu_gib: Annotated[float, typer.Option("--gpu-gib", help="Dry run: memory of one GPU, GiB.")] = 80.0
+        int | None,
+        typer.Option("--context", min=1, help=f"Dry run, preset: tokens of each request [{Service.context}]."),
+    ] = None
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency",
+            min=1,
+            help=f"Dry run, preset: requests at a time [{Service.concurrency}, or the preset's].",
+        ),
+    ] = None
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-gib", help=f"Dry run, preset: memory of one GPU, GiB [{Service.gpu_gib:g}, or the preset's]."
+        ),
+    ] = None
 
-    def service(self) -> Service:
-        """Return the load, for estimates."""
-        return Service(self.context, self.concurrency, self.gpu_gib)
+    def service(self, usual: Service | None = None) -> Service:
+        """Return the load, for estimates.
+
+        Args:
+            usual: what counts where a flag is left out; None is the load of a dry run without a preset.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(usual or Service(), **given)

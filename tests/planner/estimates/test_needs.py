@@ -151,6 +151,13 @@ def test_windows_and_linear_attention_hold_less(layout: Layout) -> None:
     assert found.cache_bytes == (1000 + 2 * 128) * (2 * 8 * 128) * 2
 
 
+def test_every_other_layer_may_be_a_full_one_without_a_list(layout: Layout) -> None:
+    """Published configs of Qwen3-Next say so by an interval."""
+    config = {**MIXTRAL_8X7B, "full_attention_interval": 2}
+    found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
+    assert found.cache_bytes == 2 * 1000 * (2 * 8 * 128) * 2
+
+
 @pytest.mark.parametrize(("gib", "gpus"), [(80, 1), (24, 2), (16, 4), (2, None)])
 def test_as_few_gpus_as_hold_it(layout: Layout, gib: float, gpus: int | None) -> None:
     found = serving_needs(MIXTRAL_8X7B, layout, SIZES, Service(context=8192, concurrency=1, gpu_gib=gib))
