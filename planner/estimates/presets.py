@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.common.units import GIB, size
-from planner.estimates.serving import FIXED_BYTES, MEMORY_SHARE, RANKS, Service, serving_needs, weight_room
+from planner.estimates.serving import (
+    FIXED_BYTES,
+    MEMORY_SHARE,
+    RANKS,
+    Service,
+    growth_on_gpu,
+    serving_needs,
+    weight_room,
+)
 from planner.model.layout import Layout
-from planner.model.sizes import estimate
+from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
@@ -54,13 +62,12 @@ def budget_for(
     Raises:
         UsageError: even the smallest width takes more; the message says what it would take.
     """
-    room = weight_room(model.config, layout, service)
-    budget = math.floor(max(0, room) / GIB * 100) / 100
     low = min(choices)
     least = estimate(
         model, layout, {layer.prefix: [low] * layer.num_experts for layer in layout.layers},
         settings.group_size, settings.linear, settings.scheme,
     )  # fmt: skip
+    budget = _on_disk(weight_room(model.config, layout, service), layout, least)
     if least.total_bytes <= budget * GIB:
         return budget
     needs = serving_needs(model.config, layout, least, service)
@@ -73,3 +80,10 @@ def budget_for(
         f"{MEMORY_SHARE:.0%} of {service.gpu_gib:g} GiB, less {size(FIXED_BYTES)} reserved and the cache of "
         f"{service.concurrency} requests of {service.context} tokens; {would}"
     )
+
+
+def _on_disk(room: int, layout: Layout, sizes: Sizes) -> float:
+    """Return the GiB of a checkpoint, in hundredths, whose weights fill some bytes of a GPU, where experts grow."""
+    others = sizes.linear_bytes + sizes.kept_bytes
+    size_on_disk = others + (room - others) / growth_on_gpu(layout) if room > others else max(0, room)
+    return math.floor(size_on_disk / GIB * 100) / 100
