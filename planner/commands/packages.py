@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.commands.flags.unread import Values
-from planner.common.install import require
+from planner.common.install import install_line, missing, require
+from planner.common.progress import Progress
 from planner.text.sources import is_dataset
 from planner.text.tables import PARQUET
 
@@ -25,24 +26,30 @@ class PackagesFor:
         reason: returns the flag that needs the packages, for a message; None where nothing does.
         packages: names of modules.
         extra: the extra that brings them.
+        without: what the command does where they are missing; None where it cannot go on.
     """
 
     commands: tuple[str, ...]
     reason: Callable[[Values], str | None]
     packages: tuple[str, ...]
     extra: str
+    without: str | None = None
 
 
 def require_packages(command: Any, ctx: Any) -> None:
-    """Require the packages that a parsed command line needs.
+    """Require the packages that a parsed command line needs, and say what is left out for want of others.
 
     Raises:
         UsageError: some are not installed; the message says which flag needs them, and how to install them.
     """
     for row in ROWS:
         reason = row.reason(ctx.params) if command.name in row.commands else None
-        if reason is not None:
+        if reason is None:
+            continue
+        if row.without is None:
             require(reason, row.packages, row.extra)
+        elif absent := missing(row.packages):
+            Progress().line(f"note: {row.without}: {' and '.join(absent)} is not installed: {install_line(row.extra)}")
 
 
 def _named_dataset(values: Values) -> str | None:
@@ -98,5 +105,6 @@ ROWS: Sequence[PackagesFor] = (
     PackagesFor(("serve",), _always("moeq serve"), ("vllm",), "gpu"),
     PackagesFor(("quantize",), _given("--ray", "ray"), ("ray",), "ray"),
     PackagesFor(("report",), _given("--png", "png"), ("matplotlib",), "report"),
+    PackagesFor(("compare",), _always("moeq compare"), ("matplotlib",), "report", without="there will be no plot"),
 )
 """The rows, in the order in which they are asked."""

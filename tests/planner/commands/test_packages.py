@@ -76,6 +76,15 @@ def test_parquet_needs_its_reader(moeq: Moeq, monkeypatch: pytest.MonkeyPatch, t
     assert one_line(moeq(*command.split(), path)).startswith(f"error: {path}: expected the package pyarrow, found none")
 
 
+def test_what_a_command_can_do_without_is_noted_before_the_work(
+    moeq: Moeq, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = moeq("compare", tmp_path / "none", "--held-out", HELD_OUT, "-o", tmp_path / "out")
+    note = "note: there will be no plot: matplotlib is not installed: pip install '.[report]'"
+    assert [line for line in outcome.err.splitlines() if "plot" in line] == [note]
+
+
 def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("transformers", "accelerate"):
         monkeypatch.setitem(sys.modules, name, None)
