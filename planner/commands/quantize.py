@@ -110,8 +110,8 @@ def quantize_command(
         check_output(output)
         check_sizes(source, layout, settings)
         devices = run.expert_devices() if calibrated else (run.first_device(),)
-        found = text.read(source, planning.seed) if calibrated or given else None
         planning, load = with_preset(planning, service, source, layout, settings, text=given, progress=progress)
+        found = text.read(source, planning.seed) if calibrated or given else None
         work = _Work(source, layout, settings, found, devices, progress)
         made = None if plan_file is None else _given_plan(work, plan_file, model)
         if dry_run:
