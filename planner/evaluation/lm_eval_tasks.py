@@ -110,6 +110,11 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 def _require_lm_eval() -> None:
     require("tasks", ("lm_eval", "transformers", "accelerate"), "eval")
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ModuleNotFoundError as error:  # lm-eval without all that it needs
+        require("tasks", (str(error.name),), "eval")
+        raise
 
 
 @contextmanager
