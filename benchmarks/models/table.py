@@ -44,7 +44,8 @@ quantized or served any of these models yet.
 - Sizes are exact: all tensors of the checkpoint, experts at the average that stands above, other linears at 4 bits.
 - The cache is one request of 8192 tokens in bfloat16.
 - GPUs are the smallest set, out of 1, 2, 4 or 8 of 24, 48, 80 or 141 GB, that holds 2.5 bits and four such requests
-  with tensor parallelism: 90% of the memory, less 2 GiB for CUDA and activations, an assumption. A GB counts as a GiB.
+  with tensor parallelism: 90% of the memory, less 2 GiB for CUDA and activations, an assumption. A GB counts as a GiB,
+  which is more than an L4, A10 or L40S has.
 - Models that cannot be calibrated get no `--data`. `--preset 24gb` or `80gb` spends the memory of one GPU instead.
 
 | model | parameters, 10⁹ | bfloat16, GiB | 3 bits | 2.5 bits | 2 bits | cache, GiB | GPUs | command |
