@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from planner.api.docstrings import with_arguments
+from planner.api.packages import require_packages
 from planner.api.unread import refuse_unread
 from planner.common.mistakes import named_mistakes
 from vllm_moeq.format import UsageError
@@ -61,7 +62,7 @@ def read(
 
     Raises:
         TypeError: an unknown argument, or a missing one.
-        UsageError: an impossible value, or an argument that would be ignored.
+        UsageError: an impossible value, an argument that would be ignored, or packages that are missing.
     """
     try:
         given = inspect.signature(kind).bind(*values, **named).arguments
@@ -77,7 +78,9 @@ def read(
     settings: Any = asked
     defaults = {field.name: field.default for field in fields(settings)}
     changed = {name: _shown(name) for name, value in given.items() if value != defaults[name]}
-    refuse_unread(command, changed, {**vars(settings), "dry_run": dry_run})
+    found = {**vars(settings), "dry_run": dry_run}
+    refuse_unread(command, changed, found)
+    require_packages(command, found)
     return asked
 
 

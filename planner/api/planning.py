@@ -12,16 +12,15 @@ from typing import Any
 from planner.api import notes
 from planner.api.call import takes
 from planner.api.keywords.codes import QuantizerKeyword, StorageKeywords
-from planner.api.keywords.common import PathName, ProgressKeyword
+from planner.api.keywords.common import PathName
 from planner.api.keywords.running import RunKeywords
-from planner.api.keywords.service import ServiceKeywords
 from planner.api.keywords.text import TextKeywords
-from planner.api.keywords.widths import WidthKeywords
+from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Planned
 from planner.calibration.reading.text import CalibrationText
 from planner.common.progress import Progress
 from planner.common.units import GIB
-from planner.estimates import Reading, serving_needs
+from planner.estimates import Reading, Service, serving_needs
 from planner.estimates.paper_formula import ConfigSizes, config_sizes
 from planner.estimates.parts import planning_parts
 from planner.estimates.quantizing import plan_needs
@@ -38,9 +37,7 @@ from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
-class PlanKeywords(
-    ProgressKeyword, ServiceKeywords, RunKeywords, StorageKeywords, TextKeywords, QuantizerKeyword, WidthKeywords
-):
+class PlanKeywords(PresetKeywords, RunKeywords, StorageKeywords, TextKeywords, QuantizerKeyword):
     """The arguments of :func:`plan`.
 
     Attributes:
@@ -62,6 +59,7 @@ class _Work:
     settings: QuantizeSettings
     options: PlanOptions
     text: CalibrationText | None
+    load: Service
     progress: Progress
 
 
@@ -107,7 +105,7 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
         check_sizes(source, layout, settings)
         found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
-        serving = serving_needs(source.config, layout, found.ours, wanted.service())
+        serving = serving_needs(source.config, layout, found.ours, work.load)
         return Estimate(needs, made.achieved_avg_bits, found.ours, serving, _formula(work, made, found))
 
 
@@ -125,11 +123,12 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
         notes.note_limits(source, layout, progress)
         linear, group_size = wanted.linear(source, layout), wanted.checked_group_size()
         settings = QuantizeSettings(wanted.resolved_quantizer(given), group_size=group_size, linear=linear)
+        wanted = with_preset(wanted, source, layout, settings, given)
         options = wanted.plan_options(source, layout, settings, text=given, ranked=not dry_run)
         check_options(options)
         text = wanted.read_text(source, wanted.seed, progress) if given else None
         notes.announce(options, progress)
-        yield _Work(source, layout, settings, options, text, progress)
+        yield _Work(source, layout, settings, options, text, wanted.service(), progress)
 
 
 def _sizes(work: _Work, made: Plan) -> Sizes:

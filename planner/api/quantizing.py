@@ -12,15 +12,15 @@ import torch
 from planner.api import notes
 from planner.api.call import takes
 from planner.api.keywords.codes import GptqKeywords, StorageKeywords, WrittenCodeKeywords
-from planner.api.keywords.common import PathName, ProgressKeyword
+from planner.api.keywords.common import PathName
 from planner.api.keywords.running import QuantizeRunKeywords
-from planner.api.keywords.service import ServiceKeywords
 from planner.api.keywords.text import TextKeywords
-from planner.api.keywords.widths import WidthKeywords
+from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Quantized
 from planner.calibration.gptq.runner import GptqRunner
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
+from planner.common.install import missing
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
@@ -50,14 +50,12 @@ from vllm_moeq.format import MoeqError
 
 @dataclass(frozen=True)
 class QuantizeKeywords(
-    ProgressKeyword,
-    ServiceKeywords,
+    PresetKeywords,
     QuantizeRunKeywords,
     GptqKeywords,
     TextKeywords,
     StorageKeywords,
     WrittenCodeKeywords,
-    WidthKeywords,
 ):
     """The arguments of :func:`quantize`.
 
@@ -126,7 +124,7 @@ def estimate_quantize(wanted: QuantizeKeywords) -> Estimate:
     with _opened(wanted, dry_run=True) as work:
         made = work.plan or make_plan(work.source, work.layout, _options(work, ranked=False), work.progress)
         sizes = _sizes(work, made)
-        serving = serving_needs(work.source.config, work.layout, sizes, wanted.service())
+        serving = serving_needs(work.source.config, work.layout, sizes, work.wanted.service())
         return Estimate(_needs(work, made, sizes), made.achieved_avg_bits, sizes, serving)
 
 
@@ -151,6 +149,7 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
         check_output(Path(wanted.output))
         check_sizes(source, layout, settings)
         devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
+        wanted = with_preset(wanted, source, layout, settings, wanted.data is not None)
         read = calibrated or wanted.data is not None
         text = wanted.read_text(source, wanted.seed, progress) if read else None
         plan = None if wanted.plan is None else _given_plan(wanted, wanted.plan, source, layout, settings)
@@ -283,7 +282,8 @@ def _serve_command(work: _Work) -> str | None:
         return None
     if has_tokenizer(source.folder):
         try:
-            open_tokenizer(source.folder)
+            if not missing(("transformers",)):
+                open_tokenizer(source.folder)
         except MoeqError as error:
             progress.line(f"note: the output has the source's tokenizer, which cannot be used: {error}")
         return f"moeq serve {output}"

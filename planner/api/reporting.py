@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import KW_ONLY, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from planner.api.call import takes
 from planner.api.keywords.common import PathName, ProgressKeyword
 from planner.api.results import Reported
-from planner.common.install import install_line
+from planner.common.install import install_line, missing
 from planner.common.progress import Progress
 from planner.model.hub import resolve_model
 from planner.model.source import SourceModel
@@ -22,8 +21,6 @@ from planner.reporting.page import render
 from planner.reporting.png import draw
 from planner.reporting.value_maps import ValueMaps, collect_maps
 from vllm_moeq.format import UsageError
-
-NEEDS = f"needs matplotlib, {install_line('report')}"
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,7 @@ def report(wanted: ReportKeywords) -> Reported:
     Raises:
         MoeqError: a damaged checkpoint, a page that cannot be written, no matplotlib; its message is one line.
     """
-    progress, folder, drawable = wanted.display(), Path(wanted.folder), find_spec("matplotlib") is not None
-    if wanted.png and not drawable:
-        raise UsageError(f"--png: {NEEDS}")
+    progress, folder, drawable = wanted.display(), Path(wanted.folder), not missing(("matplotlib",))
     facts = collect(folder)
     page = folder / PAGE if wanted.output is None else Path(wanted.output)
     if not page.absolute().parent.is_dir():
@@ -65,7 +60,7 @@ def report(wanted: ReportKeywords) -> Reported:
         temporary.write_text(render(facts, grids), encoding="utf-8")
     pictures = draw(facts, grids, page) if drawable and wanted.png is not False else []
     if not drawable and wanted.png is None:
-        progress.line(f"no pictures: that {NEEDS}")
+        progress.line(f"no pictures: they need matplotlib, {install_line('report')}")
     _refresh(folder, progress)
     return Reported(page, pictures, facts, grids)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from planner.api.keywords.common import parts
 from planner.calibration.measures import MEASURES
+from planner.estimates.presets import PRESETS
 from planner.plan_file import Plan
 from planner.planning.method import Method
 from planner.planning.methods import METHODS
@@ -143,6 +144,11 @@ def _is_given(name: str) -> Callable[[Values], bool]:
     return lambda values: bool(values.get(name))
 
 
+def _for_a_gpu(values: Values) -> bool:
+    """Tell whether a preset of the command depends on a GPU."""
+    return values["preset"] is not None and PRESETS[values["preset"]].service is not None
+
+
 def _nothing(_: Values) -> str:
     return "none"
 
@@ -150,8 +156,8 @@ def _nothing(_: Values) -> str:
 QUANTIZER = f"--quantizer {' or '.join(calibrated_names())}"
 GPTQ = ("damping", "act_order", "static_groups", "symmetric", "scale_search", "compat")
 PLANNED = (
-    "avg_bits", "budget_gib", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model", "stats",
-    "overrides",
+    "avg_bits", "budget_gib", "preset", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model",
+    "stats", "overrides",
 )  # fmt: skip
 
 ROWS: Sequence[ReadOnlyWhere] = (
@@ -217,7 +223,10 @@ ROWS: Sequence[ReadOnlyWhere] = (
         ("linear_group_size",), lambda values: values["linear_bits"] != 16, "--linear-bits 4 or 8",
         lambda values: f"--linear-bits {values['linear_bits']}",
     ),
-    ReadOnlyWhere(("context", "concurrency", "gpu_gib"), _is_given("dry_run"), "--dry-run", _nothing),
+    ReadOnlyWhere(
+        ("context", "concurrency", "gpu_gib"), lambda values: values["dry_run"] or _for_a_gpu(values),
+        f"--dry-run, or --preset {' or '.join(name for name, row in PRESETS.items() if row.service)},", _nothing,
+    ),
     ReadOnlyWhere(("reference", "window", "max_tokens"), _is_given("data"), "--data FILE", _nothing, ("eval",)),
     ReadOnlyWhere(
         ("limit", "backend"), lambda values: bool(values["tasks"] or values.get("suite")), "tasks", _nothing

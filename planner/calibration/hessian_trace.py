@@ -16,7 +16,7 @@ import torch
 
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.rounded import rounded
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.common.memory import available_bytes, explained_if_out_of_memory, out_of_memory
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of
@@ -152,11 +152,10 @@ def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
     Raises:
         MoeqError: transformers is missing or does not load the whole model.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ModuleNotFoundError as error:
-        raise UsageError(f"Hessian traces need {error.name}: {install_line('calibrate')}") from None
+    require("Hessian traces", ("transformers",), "calibrate")
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     # Fused attention has no second derivative. The experts' plain loop has one everywhere; the default has one only in
     # some versions of torch, with the same values.

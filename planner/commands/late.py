@@ -91,7 +91,9 @@ class LateCommand(TyperCommand):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse; refuse empty values, and flags that would be ignored. A wrong value is named in the parser's errors.
+        """Parse; refuse empty values, flags that would be ignored, and what lacks its packages.
+
+        The parser's errors name a wrong value.
 
         Raises:
             UsageError: naming the flag.
@@ -103,9 +105,11 @@ class LateCommand(TyperCommand):
             self._complete(error, ctx, before)
             raise
         if not ctx.resilient_parsing:
+            from planner.api.packages import require_packages
             from planner.api.unread import refuse_unread
 
             refuse_empty(self, ctx, before)
             values = {name: getattr(value, "value", value) for name, value in ctx.params.items()}
             refuse_unread(str(self.name), given(self, ctx), values)
+            require_packages(str(self.name), values, Progress().line)
         return rest

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from planner.common.install import CPU_INSTALL, install_line
 from planner.common.progress import Progress
 from planner.common.units import size
 from planner.evaluation.server_start import (
@@ -56,8 +54,6 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     if summary.only_experts is not None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
     check_tokenizer(found, arguments)
-    if find_spec("vllm") is None:
-        raise UsageError(f"vLLM is not installed: {install_line('gpu')}; for CPUs: {CPU_INSTALL} there")
     check_port(arguments)
     cache = cache_flags(found, arguments)
     if cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from planner.common.units import GIB
@@ -17,6 +18,9 @@ MEMORY_SHARE = 0.9
 
 FIXED_BYTES = 2 * GIB
 """Bytes for CUDA, CUDA graphs and the activations of a prefill step. This is an assumption, not a measurement."""
+
+INPUT_BLOCK, ROW_TILE = 256, 64
+"""The fused kernel keeps a matrix in blocks of inputs and tiles of output neurons; zeros fill the last ones."""
 
 RANKS = (1, 2, 4, 8, 16)
 CACHE_BYTES = 2
@@ -85,8 +89,8 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
     for ranks in RANKS:
         if int(text.get("num_attention_heads") or ranks) % ranks:
             break
-        weights = _weights_per_rank(sizes, ranks)
-        cache = service.concurrency * _cache_per_request(text, layout, service.context, ranks)
+        weights = _weights_per_rank(layout, sizes, ranks)
+        cache = service.concurrency * cache_per_request(text, layout, service.context, ranks)
         taken = weights + cache + FIXED_BYTES
         fits = taken <= available
         found = ServingNeeds(ranks if fits else None, weights, cache, taken, **vars(service))
@@ -96,12 +100,49 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
     return found
 
 
-def _weights_per_rank(sizes: Sizes, ranks: int) -> int:
+def weight_room(config: Mapping[str, Any], layout: Layout, service: Service) -> int:
+    """Return the bytes that one GPU has for weights beside the cache; negative where the cache alone does not fit.
+
+    Args:
+        config: contents of the source's config.json.
+        layout: the source's layout.
+        service: the load to serve.
+    """
+    cache = service.concurrency * cache_per_request(text_config(config), layout, service.context)
+    return int(MEMORY_SHARE * service.gpu_gib * GIB) - FIXED_BYTES - cache
+
+
+def _weights_per_rank(layout: Layout, sizes: Sizes, ranks: int) -> int:
     """Return the bytes of weights per rank.
 
     Ranks split experts, linears and embeddings. Routers and norms are not split but small, so they count as split.
     """
-    return math.ceil(sizes.total_bytes / ranks)
+    experts = math.ceil(sizes.expert_bytes * growth_on_gpu(layout, ranks))
+    return math.ceil((experts + sizes.linear_bytes + sizes.kept_bytes) / ranks)
+
+
+def growth_on_gpu(layout: Layout, ranks: int = 1) -> Fraction:
+    """Return the bytes of all experts on GPUs, with what fills blocks and tiles, over those in the checkpoint.
+
+    Args:
+        layout: the source's layout.
+        ranks: number of ranks of tensor parallelism; each has a slice of the rows of gate and up, and of down's inputs.
+    """
+    plain = padded = 0
+    for layer in layout.layers:
+        for name, (rows, columns) in layer.shapes.items():
+            plain += layer.num_experts * rows * columns
+            if name == layer.projections.down:
+                own = _filled(rows, ROW_TILE) * _filled(math.ceil(columns / ranks), INPUT_BLOCK)
+            else:  # a tile has as many rows of gate as of up
+                own = _filled(math.ceil(rows / ranks), ROW_TILE // 2) * _filled(columns, INPUT_BLOCK)
+            padded += layer.num_experts * ranks * own
+    return Fraction(padded, plain)
+
+
+def _filled(count: int, unit: int) -> int:
+    """Return the next multiple of a unit."""
+    return -(-count // unit) * unit
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -110,16 +151,32 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) and "num_hidden_layers" in inner else config
 
 
-def _cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ranks: int) -> int:
-    """Return the bytes of one request's keys and values on one rank."""
-    kinds = text.get("layer_types")
-    layers = kinds if isinstance(kinds, list) and kinds else ["full_attention"] * layout.num_layers
+def cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ranks: int = 1) -> int:
+    """Return the bytes of one request's keys and values on one rank.
+
+    Args:
+        text: the part of config.json that describes the language model.
+        layout: the model's layout.
+        context: tokens of the request.
+        ranks: number of ranks of tensor parallelism.
+    """
+    layers = _attention_kinds(text, layout.num_layers)
     window = text.get("sliding_window")
     seen = {
         "linear_attention": 0,  # its state has a fixed size, small compared with a long context
         "sliding_attention": min(context, window) if isinstance(window, int) and window > 0 else context,
     }
     return CACHE_BYTES * _values_per_token(text, ranks) * sum(seen.get(kind, context) for kind in layers)
+
+
+def _attention_kinds(text: Mapping[str, Any], count: int) -> list[str]:
+    """Return the kind of each layer's attention: config.json lists them, or says that every n-th is a full one."""
+    kinds, interval = text.get("layer_types"), text.get("full_attention_interval")
+    if isinstance(kinds, list) and kinds:
+        return kinds
+    if isinstance(interval, int) and interval > 0:
+        return ["linear_attention" if number % interval else "full_attention" for number in range(1, count + 1)]
+    return ["full_attention"] * count
 
 
 def _values_per_token(text: Mapping[str, Any], ranks: int) -> int:

@@ -8,16 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from planner.common.install import CPU_INSTALL, install_line
+from planner.common.install import require
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
-from vllm_moeq.format import ConfigError, UsageError
+from vllm_moeq.format import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def _in_vllm(
     folder: Path, devices: Sequence[str], batch_size: int, store: Path | None, progress: Progress | None
 ) -> Iterator[Any]:
     """See :attr:`TaskBackend.open`: in a server of its own, in the dtype of config.json."""
-    if find_spec("vllm") is None:
-        raise UsageError(f"--backend vllm: vLLM is not installed: {install_line('gpu')}; for CPUs: {CPU_INSTALL} there")
+    require("--backend vllm", ("vllm",), "gpu")
     from planner.evaluation.lm_eval_server import ServedModel
 
     with tempfile.TemporaryDirectory() as temporary:

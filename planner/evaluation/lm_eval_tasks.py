@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.common.progress import Progress
 from planner.evaluation.lm_eval_backends import DEFAULT_TASK_BACKEND, TASK_BACKENDS
 from planner.evaluation.lm_eval_task_files import known_tasks, load_tasks, reason_of
@@ -109,12 +109,12 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def _require_lm_eval() -> None:
+    require("tasks", ("lm_eval", "transformers", "accelerate"), "eval")
     try:
         import lm_eval.models.huggingface  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"tasks: expected the package lm-eval, found no module {error.name}: {install_line('eval')}"
-        ) from None
+    except ModuleNotFoundError as error:  # lm-eval without all that it needs
+        require("tasks", (str(error.name),), "eval")
+        raise
 
 
 @contextmanager

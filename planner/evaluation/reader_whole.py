@@ -12,10 +12,10 @@ import torch
 from planner.calibration.reading.decoder import ROWS, compute_dtype
 from planner.calibration.reading.hidden import file_tensor
 from planner.calibration.reading.routed import batches
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.common.progress import Progress
 from planner.output.files import sync, write_json
-from vllm_moeq.format import ConfigError, UsageError, read_json
+from vllm_moeq.format import ConfigError, read_json
 
 
 class _Output:
@@ -51,6 +51,7 @@ class WholeReader:
     """
 
     def __init__(self, folder: Path, device: torch.device, batch: int | None = None) -> None:
+        require(str(folder), ("transformers",), "eval")
         from transformers import AutoConfig
 
         self.folder = folder
@@ -128,13 +129,12 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     Raises:
         MoeqError: a damaged checkpoint, a model that transformers cannot load, missing packages.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+    require(str(folder), ("transformers", "accelerate"), "eval")
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-        import vllm_moeq.hf  # noqa: F401  (registers the method)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{folder}: needs {error.name}: {install_line('eval')}") from None
+    import vllm_moeq.hf  # noqa: F401  (registers the method)
+
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()

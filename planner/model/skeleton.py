@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.model.hub import resolve_model
 from planner.model.layout import architecture_of
 from planner.model.source import CONFIG, SourceModel, read_config
@@ -57,9 +57,10 @@ class ConfigModel(SourceModel):
         self.config = config
         self.shards = SkeletonTensors(folder, {})
         architecture_of(self)
+        require("sizes from config.json alone", ("transformers",), "hf")
         reason = no_class(config)
         if reason is not None:
-            raise UsageError(f"sizes from config.json alone: {reason}: {install_line('eval')}")
+            raise UsageError(f"sizes from config.json alone: {reason}")
         self.expected = expected_tensors(config, folder / CONFIG)
         self.shards = SourceTensors(folder, config, SkeletonTensors(folder, self.expected.tensors))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from planner.common.install import require
 from planner.text.documents import Document, document_of
 from planner.text.formats import read_documents
 from vllm_moeq.format import UsageError
@@ -47,22 +48,30 @@ def documents(data: str, characters: int) -> Iterator[Document]:
     path = Path(data)
     if data and (path.exists() or path.is_symlink()):
         return read_documents(path, characters)
-    if data in DATASETS:
-        return _read(DATASETS[data])
-    named = NAMED.fullmatch(data)
-    if named is not None:
-        return _read(Dataset(named[1], named[2], "train", named[3]))
+    dataset = _dataset(data)
+    if dataset is not None:
+        return _read(dataset)
     raise UsageError(
         f"--data: expected a text file, one of {', '.join(DATASETS)}, or owner/name[:config]@<40-digit commit>, "
         f"found {data!r:.200}"
     )
 
 
+def is_dataset(data: str) -> bool:
+    """Tell whether a text is read from the Hub: no file has its name, and a dataset does."""
+    return not Path(data).exists() and _dataset(data) is not None
+
+
+def _dataset(data: str) -> Dataset | None:
+    """Return the dataset of a name, or None."""
+    named = NAMED.fullmatch(data)
+    return DATASETS.get(data) if named is None else Dataset(named[1], named[2], "train", named[3])
+
+
 def _read(dataset: Dataset) -> Iterator[Document]:
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UsageError("--data: a named dataset needs the package datasets: pip install datasets") from None
+    require(f"--data {dataset.path}", ("datasets",), "calibrate")
+    import datasets
+
     name = f"--data {dataset.path}@{dataset.revision[:8]}"
     try:
         rows = datasets.load_dataset(

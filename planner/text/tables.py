@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
+from planner.common.install import require
 from planner.text.documents import CHATS, FIELDS, Document, document_of
 from planner.text.files import TextFile
 from vllm_moeq.format import UsageError
@@ -29,11 +30,10 @@ def read_parquet(file: TextFile, _: int) -> Iterator[Document]:
     Raises:
         UsageError: pyarrow is missing, a damaged file, or no column of texts or conversations.
     """
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{file.path}: parquet needs {error.name}: pip install datasets") from None
+    require(str(file.path), ("pyarrow",), "calibrate")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(file.stream)
         column = _column(table.schema_arrow.names, file)

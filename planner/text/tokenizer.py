@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from planner.common.install import require
 from planner.text.documents import Document
 from vllm_moeq.format import NESTED, ConfigError, MoeqError, UsageError, read_json
 from vllm_moeq.format.files import read_bytes
@@ -23,8 +24,9 @@ def open_tokenizer(folder: Path) -> Any:
     """Return a model's tokenizer, if transformers can load it.
 
     Raises:
-        MoeqError: it cannot.
+        MoeqError: it cannot, or is not installed.
     """
+    require(f"{folder}: its tokenizer", ("transformers",), "hf")
     from transformers import AutoTokenizer
 
     _refuse_large_numbers(folder / "tokenizer.json")

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 from planner.allocation.levels import Counts
 from planner.allocation.order import Promotion
-from planner.api.keywords.common import PathName, parts
+from planner.api.keywords.common import PathName, one_of, parts
 from planner.calibration.statistics import described_widths
+from planner.estimates.presets import PRESETS
 from planner.model.layout import Layout
 from planner.model.sizes import average_for_budget
 from planner.model.source import SourceModel
@@ -73,6 +75,7 @@ class WidthKeywords:
     Attributes:
         avg_bits: average bits per expert weight, exactly as its digits say; None is 2.5, or what the budget allows.
         budget_gib: instead of ``avg_bits``: GiB that all weights may take.
+        preset: arguments for a size or a GPU: ``2bit``, ``2.5bit``, ``3bit``, ``24gb``, ``80gb``.
         bits: widths to choose from, such as ``(1, 2, 3)``; None takes the method's own.
         method: ``auto``, or a method's name, such as ``kl`` or ``router-norm-maxvar``.
         zeta: promote an expert whose MaxVar is more than this times another's.
@@ -87,6 +90,7 @@ class WidthKeywords:
 
     avg_bits: Number | None = None
     budget_gib: float | None = None
+    preset: Annotated[str, one_of(PRESETS)] | None = None
     bits: WidthList | None = None
     method: str = PlanOptions.method
     zeta: float = PlanOptions.zeta
@@ -114,7 +118,7 @@ class WidthKeywords:
             MoeqError: a keyword that is no number, names no file, excludes another, or lacks what its method needs.
         """
         stats = None if self.stats is None else _statistics(Path(self.stats))
-        choices = self._own_choices(stats, text) if self.bits is None else read_choices(self.bits)
+        choices = self.choices(text)
         average = self._average(model, layout, settings, choices)
         initial = None if self.initial_model is None else Path(self.initial_model)
         if initial is not None and not initial.is_dir():
@@ -138,6 +142,19 @@ class WidthKeywords:
         )
         _check(made, layout)
         return made
+
+    def choices(self, text: bool) -> tuple[int, ...]:
+        """Return the widths to choose from.
+
+        Args:
+            text: whether a calibration text is given.
+
+        Raises:
+            UsageError: not a list of widths, or one that the format does not have.
+        """
+        if self.bits is not None:
+            return read_choices(self.bits)
+        return self._own_choices(None if self.stats is None else _statistics(Path(self.stats)), text)
 
     def _own_choices(self, stats: Path | None, text: bool) -> tuple[int, ...]:
         """Return the widths that the method chooses from, or those that its statistics have."""

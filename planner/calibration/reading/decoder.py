@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.model.layout import Layout, architecture_of
 from planner.model.source import SourceModel
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
@@ -69,13 +69,12 @@ class Decoder:
                 f"{model.folder}: {layout.model_type} cannot be calibrated: {self.row.uncalibrated}; "
                 "expected a method and a quantizer that read no text, such as router-norm-maxvar and hqq"
             )
-        try:
-            from accelerate import init_empty_weights
-            from transformers import AutoConfig, AutoModelForCausalLM
+        require("a model that reads a text", ("transformers", "accelerate"), "calibrate")
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-            from vllm_moeq.hf.contract import require_silu
-        except ModuleNotFoundError as error:
-            raise UsageError(f"calibration needs {error.name}: {install_line('calibrate')}") from None
+        from vllm_moeq.hf.contract import require_silu
+
         try:
             self.config = AutoConfig.from_pretrained(model.folder)
             with init_empty_weights(include_buffers=False):

@@ -13,6 +13,8 @@ from planner.allocation.order import Promotion
 from planner.api.keywords.widths import AVERAGE, WidthKeywords
 from planner.commands.completion import one_of
 from planner.commands.flags.common import Bits, Seed
+from planner.commands.flatten import OneOf
+from planner.estimates.presets import PRESETS
 from planner.planning.method import Scope
 from planner.planning.methods import METHODS, OURS, PAPER
 
@@ -27,6 +29,15 @@ class PlanFlags:
     budget_gib: Annotated[
         float | None,
         typer.Option("--budget-gib", metavar="GIB", help="Instead of --avg-bits: GiB that all weights may take."),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help=f"Flags for a number of bits, or for what one GPU holds beside the cache: {', '.join(PRESETS)}.",
+        ),
+        OneOf(PRESETS),
     ] = None
     bits: Bits = None
     method: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.api.keywords.service import ServiceKeywords
+from planner.estimates import Service
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,20 @@ class ServiceFlags:
     """The load that the quantized model is to serve."""
 
     context: Annotated[
-        int, typer.Option("--context", min=1, help="Dry run: tokens of each request that is served.")
-    ] = ServiceKeywords.context
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Dry run: requests served at a time.")] = (
-        ServiceKeywords.concurrency
-    )
-    gpu_gib: Annotated[float, typer.Option("--gpu-gib", help="Dry run: memory of one GPU, GiB.")] = (
-        ServiceKeywords.gpu_gib
-    )
+        int | None,
+        typer.Option("--context", min=1, help=f"Dry run, preset: tokens of each request [{Service.context}]."),
+    ] = None
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency",
+            min=1,
+            help=f"Dry run, preset: requests at a time [{Service.concurrency}, or the preset's].",
+        ),
+    ] = None
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-gib", help=f"Dry run, preset: memory of one GPU, GiB [{Service.gpu_gib:g}, or the preset's]."
+        ),
+    ] = None

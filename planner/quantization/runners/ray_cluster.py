@@ -6,10 +6,9 @@ import os
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from planner.common.install import install_line
+from planner.common.install import require
 from planner.quantization.layer_task import Finished, LayerTask
 from planner.quantization.runners.base import CONTINUES, Failure, Work, attempt, checked
 from vllm_moeq.format import MoeqError, UsageError
@@ -77,8 +76,7 @@ def import_ray() -> Any:
     Raises:
         UsageError: Ray is not installed.
     """
-    if find_spec("ray") is None:
-        raise UsageError(f"--ray: Ray is not installed: {install_line('ray')}")
+    require("--ray", ("ray",), "ray")
     import ray
 
     return ray

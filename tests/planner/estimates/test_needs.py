@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import pytest
 
 from planner.common.units import GIB
 from planner.estimates import Service, serving_needs
-from planner.estimates.serving import FIXED_BYTES
+from planner.estimates.serving import FIXED_BYTES, INPUT_BLOCK, ROW_TILE, growth_on_gpu
 from planner.model.layout import Layout, read_layout
 from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
+from tests.kernels.layers import random_matrices
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ, QWEN
 from tests.tiers import thorough
 from vllm_moeq.format import UsageError
+from vllm_moeq.kernels.triton.repack import repack
 
 pytestmark = pytest.mark.slow
 
@@ -122,8 +126,32 @@ def test_comparing_takes_what_was_announced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def layout() -> Layout:
+    """Four layers whose experts fill the blocks of the fused kernel."""
     with SourceModel(MIXTRAL) as model:
-        return read_layout(model)
+        found = read_layout(model)
+    return with_shapes(found, {"w1": (4096, 4096), "w3": (4096, 4096), "w2": (4096, 4096)})
+
+
+def with_shapes(layout: Layout, shapes: dict[str, tuple[int, int]]) -> Layout:
+    return replace(layout, layers=tuple(replace(layer, shapes=shapes) for layer in layout.layers))
+
+
+def test_experts_grow_on_gpus_to_whole_blocks(layout: Layout) -> None:
+    """Qwen3-30B-A3B: down has 768 inputs, 192 on each of four ranks, which take a block of 256."""
+    assert growth_on_gpu(layout) == growth_on_gpu(layout, 4) == 1
+    wide = with_shapes(layout, {"w1": (768, 2048), "w3": (768, 2048), "w2": (2048, 768)})
+    assert growth_on_gpu(wide) == 1
+    assert growth_on_gpu(wide, 4) == Fraction(2 * 3 + 4, 9)
+    odd = with_shapes(layout, {"w1": (1408, 2048), "w3": (1408, 2048), "w2": (2048, 1408)})
+    assert growth_on_gpu(odd) == Fraction(2 * 1408 + 1536, 3 * 1408)
+    needs = serving_needs(MIXTRAL_8X7B, odd, SIZES, Service(context=1, concurrency=1))
+    assert needs.weight_bytes == math.ceil(30 * GIB * growth_on_gpu(odd)) + 2 * GIB
+
+
+def test_blocks_are_those_of_the_fused_kernel() -> None:
+    """A gate and an up of 48 rows fill a tile of 64 twice over, 320 inputs two blocks."""
+    words = repack(random_matrices([2], 2 * 48, 320, 32), gated=True).words
+    assert words.numel() * 16 == 2 * (2 * ROW_TILE) * (2 * INPUT_BLOCK)
 
 
 MIXTRAL_8X7B = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
@@ -149,6 +177,13 @@ def test_windows_and_linear_attention_hold_less(layout: Layout) -> None:
     config = {**MIXTRAL_8X7B, "layer_types": kinds, "sliding_window": 128}
     found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
     assert found.cache_bytes == (1000 + 2 * 128) * (2 * 8 * 128) * 2
+
+
+def test_every_other_layer_may_be_a_full_one_without_a_list(layout: Layout) -> None:
+    """Published configs of Qwen3-Next say so by an interval."""
+    config = {**MIXTRAL_8X7B, "full_attention_interval": 2}
+    found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
+    assert found.cache_bytes == 2 * 1000 * (2 * 8 * 128) * 2
 
 
 @pytest.mark.parametrize(("gib", "gpus"), [(80, 1), (24, 2), (16, 4), (2, None)])

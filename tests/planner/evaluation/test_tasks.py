@@ -166,7 +166,15 @@ class TestRefused:
 
     def test_no_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-        with pytest.raises(UsageError, match=r"expected the package lm-eval, .*pip install '\.\[eval\]'"):
+        with pytest.raises(UsageError, match=r"tasks: expected the package lm-eval, .*pip install '\.\[eval\]'"):
+            run_tasks(MIXTRAL, ["piqa"])
+
+    def test_half_of_lm_eval(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An installation without dependencies lacks what lm-eval imports."""
+        for name in [name for name in sys.modules if name.startswith("lm_eval")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+        with pytest.raises(UsageError, match=r"tasks: expected the package jinja2, .*pip install '\.\[eval\]'"):
             run_tasks(MIXTRAL, ["piqa"])
 
     @pytest.mark.parametrize(("tasks", "device"), [([], "cpu"), (["piqa"], "tpu"), (["piqa"], "cpu,cpu")])

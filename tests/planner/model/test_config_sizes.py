@@ -306,7 +306,9 @@ class TestCommand:
         self, moeq: Moeq, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        assert "pip install '.[eval]'" in one_line(moeq("plan", folders["8x7b"], "--dry-run"))
+        assert "expected the package transformers, found none installed: pip install '.[hf]'" in one_line(
+            moeq("plan", folders["8x7b"], "--dry-run")
+        )
 
     def test_writes_nothing(self, moeq: Moeq, folders: dict[str, Path]) -> None:
         assert moeq("plan", folders["8x7b"], "--dry-run").code == 0

@@ -194,7 +194,7 @@ class TestWhatIsNoFile:
 def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"a\.parquet: parquet needs pyarrow: pip install datasets"):
+    with pytest.raises(UsageError, match=r"a\.parquet: expected the package pyarrow, .*pip install '\.\[calibrate\]'"):
         read(tmp_path / "a.parquet")
 
 
