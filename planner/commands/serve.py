@@ -16,6 +16,7 @@ from planner.common.units import size
 from planner.evaluation.server_start import (
     CACHE_VARIABLE,
     cache_flags,
+    chat_note,
     check_port,
     check_tokenizer,
     find_checkpoint,
@@ -54,7 +55,9 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     summary = verify_whole(found, values=False)
     if summary.only_experts is not None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
-    check_tokenizer(found, arguments)
+    chat = chat_note(found, check_tokenizer(found, arguments), arguments)
+    if chat is not None:
+        Progress().line(chat)
     if find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: pip install 'vllm-moeq[gpu]' (or follow the README for CPUs)")
     check_port(arguments)
