@@ -15,6 +15,9 @@ from planner.commands.late import LateCommand, Row
 from planner.common.shown import shown
 from vllm_moeq import __version__
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of a command that hands flags on to another program."""
+
 COMMANDS = {
     "inspect": Row(
         "inspect",
@@ -77,11 +80,17 @@ COMMANDS = {
         "Measure perplexity on a text, KL divergence to a reference, and accuracy on tasks. Continues a killed run.",
         long=True,
     ),
+    "lm-eval": Row(
+        "harness",
+        "lm_eval_command",
+        "Run lm-eval's own command, which then reads checkpoints of moeq; all arguments go to lm-eval.",
+        settings={**PASSED_ON, "allow_interspersed_args": False},  # a --help behind a word is its
+    ),
     "serve": Row(
         "serve",
         "serve_command",
         "Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.",
-        settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        settings=PASSED_ON,
     ),
 }
 """Name → module, function and summary, in the order of ``moeq --help``."""
