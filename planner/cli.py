@@ -92,6 +92,11 @@ COMMANDS = {
         "Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.",
         settings=PASSED_ON,
     ),
+    "bench": Row(
+        "bench",
+        "bench_command",
+        "Serve a checkpoint with vLLM, send requests, print tokens per second and waiting times. Compares two models.",
+    ),
 }
 """Name → module, function and summary, in the order of ``moeq --help``."""
 

@@ -20,6 +20,9 @@ from vllm_moeq.format import MoeqError
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
+NAME = "model"
+"""The name of the served model."""
+
 
 def _end_with_parent() -> None:
     """Make Linux end the server when this process is killed, so that the server frees its memory."""
@@ -83,7 +86,7 @@ class Server:
 
     def __enter__(self) -> Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
-        command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -136,12 +139,11 @@ class Server:
         self.stop()
 
 
+def quiet_environment() -> dict[str, str]:
+    """Return settings that keep vLLM from telling anybody that it runs, and tokenizers from warning of its forks."""
+    return {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def cpu_environment() -> dict[str, str]:
     """Return settings that make vLLM's CPU backend start on a small machine without a network."""
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **quiet_environment()}
