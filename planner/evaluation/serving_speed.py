@@ -10,9 +10,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from planner.evaluation.vllm_server import ServerError, quiet_environment
 from vllm_moeq.format import UsageError
@@ -24,6 +24,9 @@ BENCHMARK = (  # what `vllm bench serve` runs; that command does not start where
 )
 SECONDS = 10
 """Timeout of the question which model a server has."""
+
+MAX_ANSWER = 1 << 20
+"""Bytes of the answer to it that are read."""
 
 KEY = "OPENAI_API_KEY"
 """The variable from which vLLM's benchmark, too, takes the key of a server that wants one."""
@@ -102,15 +105,14 @@ def find_endpoint(url: str) -> Endpoint:
     Raises:
         UsageError: no address, nobody answers there, or the answer is none of an OpenAI server.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UsageError(f"--url: expected an address such as http://localhost:8000, found {url!r}")
     base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise UsageError(f"--url: expected an address such as http://localhost:8000, found {url!r}")
     headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if KEY in os.environ else {}
     try:
         question = urllib.request.Request(f"{base}/v1/models", headers=headers)
         with urllib.request.urlopen(question, timeout=SECONDS) as answer:
-            first = json.load(answer)["data"][0]
+            first = json.loads(answer.read(MAX_ANSWER))["data"][0]
         longest = first.get("max_model_len")
         return Endpoint(base, str(first["id"]), longest if type(longest) is int else None)
     except urllib.error.HTTPError as error:
@@ -119,8 +121,8 @@ def find_endpoint(url: str) -> Endpoint:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise UsageError(f"--url: expected a running server, found none at {url} ({reason})") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UsageError(f"--url: expected an OpenAI server, found something else at {url}") from None
+    except (HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"--url: expected an OpenAI server, found none at {url}") from None
 
 
 def check_lengths(load: Load, longest: int, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,14 +83,37 @@ def test_without_vllm(moeq: Moeq, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (404, "", "expected an OpenAI server, found status 404 from http"),
         (401, "", "found status 401 from http.*; OPENAI_API_KEY holds its key"),
-        (200, "<html>", "expected an OpenAI server, found something else at http"),
-        (200, "[]", "expected an OpenAI server, found something else"),
-        (200, '{"data": []}', "expected an OpenAI server, found something else"),
+        (200, "<html>", "expected an OpenAI server, found none at http"),
+        (200, "[]", "expected an OpenAI server, found none"),
+        (200, "[" * 100_000, "expected an OpenAI server, found none"),
+        (200, '{"data": []}', "expected an OpenAI server, found none"),
     ],
 )
 def test_another_server(status: int, body: str, message: str) -> None:
     with answering(status, body) as url, pytest.raises(UsageError, match=message):
         find_endpoint(url)
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://host:port", "http://a b", f"http://{'a' * 80}.b"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UsageError, match="--url: expected "):
+        find_endpoint(url)
+
+
+@pytest.mark.parametrize("reply", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
+def test_a_program_that_does_not_speak_http(reply: bytes) -> None:
+    def talk(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=talk, args=(listening,))
+        thread.start()
+        with pytest.raises(UsageError, match=r"--url: expected .* server, found none at http://127"):
+            find_endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
 
 
 def test_an_address_with_and_without_version() -> None:
