@@ -32,7 +32,7 @@ QUANTIZATION = "quantization_config"
 
 NOT_ALONE = {
     "transformers_weights": "this checkpoint needs `import vllm_moeq.hf` before from_pretrained, or the command "
-    "`moeq lm-eval` (pip install 'vllm-moeq[hf]')"
+    "`moeq lm-eval` (package vllm-moeq)"
 }
 """The one value that each of these keys may have, at the top of config.json: the name of no file.
 
