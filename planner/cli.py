@@ -14,6 +14,9 @@ from planner.commands.late import LateCommand, Row
 from planner.common.shown import shown
 from vllm_moeq import __version__
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of a command that hands flags on to another program."""
+
 COMMANDS = {
     "inspect": Row(
         "inspect",
@@ -78,11 +81,23 @@ COMMANDS = {
         long=True,
         tasks=True,
     ),
+    "lm-eval": Row(
+        "harness",
+        "lm_eval_command",
+        "Run lm-eval's own command, which then reads checkpoints of moeq; all arguments go to lm-eval.",
+        tasks=True,
+        settings={**PASSED_ON, "allow_interspersed_args": False},  # a --help behind a word is its
+    ),
     "serve": Row(
         "serve",
         "serve_command",
         "Check a checkpoint's headers, then serve it with vLLM's OpenAI server; further flags go to vLLM.",
-        settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        settings=PASSED_ON,
+    ),
+    "bench": Row(
+        "bench",
+        "bench_command",
+        "Serve a checkpoint with vLLM, send requests, print tokens per second and waiting times. Compares two models.",
     ),
     "env": Row(
         "env",

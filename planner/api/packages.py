@@ -106,6 +106,8 @@ ROWS: Sequence[PackagesFor] = (
     PackagesFor(("compare", "eval"), _tasks, ("lm_eval", *MODEL), "eval"),
     PackagesFor(("eval",), _served_tasks, ("vllm",), "gpu"),
     PackagesFor(("serve",), _always("moeq serve"), ("vllm",), "gpu"),
+    PackagesFor(("bench",), _always("moeq bench"), ("vllm",), "gpu"),
+    PackagesFor(("lm-eval",), _always("moeq lm-eval"), ("lm_eval", *MODEL), "eval"),
     PackagesFor(("quantize",), _given("--ray", "ray"), ("ray",), "ray"),
     PackagesFor(("report",), _given("--png", "png"), ("matplotlib",), "report"),
     PackagesFor(("compare",), _always("moeq compare"), ("matplotlib",), "report", without="there will be no plot"),

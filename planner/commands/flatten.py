@@ -21,6 +21,7 @@ PANELS = {
     "GPTQ": ("gptq",),
     "Evaluation": ("predicted", "measured", "held_out"),
     "Tasks": ("asked",),
+    "Requests": ("requests", "url"),
     "Source": ("model",),
     "Machine": ("run", "device", "resume"),
     "Dry run": ("dry_run", "service"),

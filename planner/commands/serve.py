@@ -15,6 +15,7 @@ from planner.common.units import size
 from planner.evaluation.server_start import (
     CACHE_VARIABLE,
     cache_flags,
+    chat_note,
     check_port,
     check_tokenizer,
     find_checkpoint,
@@ -53,7 +54,9 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     summary = check_checkpoint(found, values=False)
     if summary.only_experts is not None:
         Progress().line(f"note: only experts were checked for completeness: {summary.only_experts}")
-    check_tokenizer(found, arguments)
+    chat = chat_note(found, check_tokenizer(found, arguments), arguments)
+    if chat is not None:
+        Progress().line(chat)
     check_port(arguments)
     cache = cache_flags(found, arguments)
     if cache:

@@ -73,7 +73,7 @@ def run_tasks(
         raise UsageError(f"expected at least one task and one device, found {len(tasks)} and {device!r}")
     devices = read_devices(device)
     read_json(folder / "config.json")
-    _require_lm_eval()
+    require_lm_eval()
     results: list[TaskResult] = []
     with _quiet(), ExitStack() as stack:
         loaded, model = load_tasks(list(dict.fromkeys(tasks)), include), None
@@ -103,17 +103,25 @@ def check_tasks(tasks: Sequence[str]) -> None:
     Raises:
         UsageError: an unknown task, no such file, lm-eval is not installed.
     """
-    _require_lm_eval()
+    require_lm_eval()
     with _quiet():
         known_tasks(list(tasks), None)
 
 
-def _require_lm_eval() -> None:
-    require("tasks", ("lm_eval", "transformers", "accelerate"), "eval")
+def require_lm_eval(what: str = "tasks") -> None:
+    """Require lm-eval, and what it needs to ask transformers' models.
+
+    Args:
+        what: what needs it, for the message.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
+    require(what, ("lm_eval", "transformers", "accelerate"), "eval")
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ModuleNotFoundError as error:  # lm-eval without all that it needs
-        require("tasks", (str(error.name),), "eval")
+        require(what, (str(error.name),), "eval")
         raise
 
 

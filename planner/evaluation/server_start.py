@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from errno import EADDRINUSE
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,9 @@ PORT = 8000
 
 CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""A processor's template, which vLLM prefers to the tokenizer's."""
 
 BESIDE = 3 * GIB
 """What vLLM's processes take beside weights and cache."""
@@ -57,20 +61,41 @@ def find_checkpoint(model: str, arguments: Sequence[str]) -> Path:
     return resolve_model(model, revision=value_of(arguments, "--revision"), cache=value_of(arguments, "--download-dir"))
 
 
-def check_tokenizer(folder: Path, arguments: Sequence[str]) -> None:
-    """Require a tokenizer in the folder, unless a flag names another one or none.
+def check_tokenizer(folder: Path, arguments: Sequence[str]) -> Any:
+    """Require a tokenizer in the folder, unless a flag names another one or none; return it, or None.
 
     Raises:
         MoeqError: there is none, or it cannot be loaded.
     """
     if value_of(arguments, "--tokenizer", "--skip-tokenizer-init") is not None:
-        return
+        return None
     if not has_tokenizer(folder):
         raise UsageError(
             f"{folder}: expected a tokenizer, such as tokenizer.json, found none; copy the source's, "
             "or name a folder with --tokenizer"
         )
-    open_tokenizer(folder)
+    return open_tokenizer(folder)
+
+
+def chat_note(folder: Path, tokenizer: Any, arguments: Sequence[str]) -> str | None:
+    """Return a note for a model that nobody can chat with; None where vLLM has a template, or finds one elsewhere.
+
+    Args:
+        folder: the checkpoint.
+        tokenizer: its tokenizer; None where vLLM gets another one.
+        arguments: the user's flags for vLLM.
+    """
+    elsewhere = value_of(arguments, "--chat-template", "--tokenizer-mode") is not None
+    if tokenizer is None or elsewhere or (folder / PROCESSOR_TEMPLATE).exists():
+        return None
+    try:
+        tokenizer.get_chat_template()
+    except ValueError:  # there is none, or several and none of them is the default
+        return (
+            f"note: {folder} has no chat template: /v1/completions answers, /v1/chat/completions will refuse; "
+            "--chat-template FILE gives one"
+        )
+    return None
 
 
 def check_port(arguments: Sequence[str]) -> None:

@@ -20,6 +20,13 @@ from vllm_moeq.format import MoeqError
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
+LAST_LINES = 25
+WRONG_FLAG = 2
+"""The exit status of Python's parser of flags, which prints every flag that there is, and then what is wrong."""
+
+NAME = "model"
+"""The name of the served model."""
+
 
 def _end_with_parent() -> None:
     """Make Linux end the server when this process is killed, so that the server frees its memory."""
@@ -83,7 +90,7 @@ class Server:
 
     def __enter__(self) -> Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
-        command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -104,16 +111,17 @@ class Server:
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if self._process is not None and self._process.poll() is not None:
-                raise ServerError(f"the server exited with status {self._process.returncode}:\n{self._tail()}")
+                status = self._process.returncode
+                raise ServerError(f"the server exited with status {status}:\n{end_of(self._log(), status)}")
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise ServerError(f"the server was not healthy after {self.timeout:.0f} s:\n{self._tail()}")
+        raise ServerError(f"the server was not healthy after {self.timeout:.0f} s:\n{end_of(self._log())}")
 
-    def _tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+    def _log(self) -> str:
+        return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
         """Ask the server and its workers to end; kill them after 20 s."""
@@ -136,12 +144,21 @@ class Server:
         self.stop()
 
 
+def end_of(log: str, status: int | None = None) -> str:
+    """Return the part of a server's log that says why it ended: of a wrong flag the last line, without all the others.
+
+    Args:
+        log: the whole log.
+        status: the server's exit status, if it has ended.
+    """
+    return "\n".join(log.splitlines()[-1 if status == WRONG_FLAG else -LAST_LINES :])
+
+
+def quiet_environment() -> dict[str, str]:
+    """Return settings that keep vLLM from telling anybody that it runs, and tokenizers from warning of its forks."""
+    return {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def cpu_environment() -> dict[str, str]:
     """Return settings that make vLLM's CPU backend start on a small machine without a network."""
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **quiet_environment()}

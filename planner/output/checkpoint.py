@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from planner.output.files import atomic, reason, rename_new, sync, write_json, write_tensors
 from planner.output.unfinished import PLANNED, PartialRun
-from vllm_moeq.format import CheckpointError
-from vllm_moeq.format.strangers import without_strangers
+from vllm_moeq.format import QUANT_METHOD, CheckpointError
+from vllm_moeq.format.strangers import NOT_ALONE, QUANTIZATION, without_strangers
 
 
 class CheckpointWriter:
@@ -87,7 +87,7 @@ class CheckpointWriter:
         for name, value in extra.items():
             write_json(self.partial / name, value)
         write_json(self.partial / "model.safetensors.index.json", index)
-        write_json(self.partial / "config.json", without_strangers(config))
+        write_json(self.partial / "config.json", _readable(config))
         if describe is not None:
             describe(self.partial)
         try:
@@ -109,6 +109,12 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """Keep whole shards for a later run, and remove everything else; call this after an error."""
         self._run.abandon()
+
+
+def _readable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json that leads no reader astray; transformers refuses packed experts if it is alone."""
+    packed = config.get(QUANTIZATION, {}).get("quant_method") == QUANT_METHOD
+    return {**without_strangers(config), **(NOT_ALONE if packed else {})}
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_moeq.format import CheckpointError, MoeqError, ShardSet, verify
-from vllm_moeq.format.strangers import FILES, KEYS, refuse_files, refuse_keys, without_strangers
+from vllm_moeq.format.strangers import FILES, KEYS, NOT_ALONE, refuse_files, refuse_keys, without_strangers
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "mistral", "fastsafetensors")
 NAMES = (
@@ -101,6 +101,16 @@ def test_keys_are_refused_anywhere_and_left_out_by_the_writer(key: str, parts: t
     refuse_keys(clean, Path("config.json"))
     assert clean["quantization_config"] == config["quantization_config"]
     assert not parts or clean[parts[0]]["kept"] == 1
+
+
+def test_the_name_of_no_weights_is_taken_at_the_top_alone() -> None:
+    refuse_keys(dict(NOT_ALONE), Path("config.json"))
+    for key, value in NOT_ALONE.items():
+        assert not value.endswith((".safetensors", ".json", ".bin"))
+        for config in ({"text_config": {key: value}}, {key: f"{value} "}, {key: None}):
+            with pytest.raises(MoeqError, match=f"{key}: expected no such key"):
+                refuse_keys(config, Path("config.json"))
+    assert without_strangers(NOT_ALONE) == {}
 
 
 def test_a_second_quantization_is_refused() -> None:

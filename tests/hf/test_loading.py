@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from vllm_moeq.format import (
     load_config,
     verify,
 )
+from vllm_moeq.format.strangers import NOT_ALONE
 from vllm_moeq.hf import MoeqQuantizationConfig, RoutedExperts
 from vllm_moeq.kernels import VARIABLE
 from vllm_moeq.kernels.cpu import build
@@ -41,6 +44,21 @@ def load(folder: Path, dtype: torch.dtype | str = torch.float32, **more: Any) ->
 
 def experts(model: Any) -> list[RoutedExperts]:
     return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+def test_transformers_alone_refuses(quantized_mixtral: Path) -> None:
+    """It gave the experts random weights, and only warned."""
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, quantized_mixtral], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert NOT_ALONE["transformers_weights"] in done.stderr.splitlines()[-1]
+    assert "import vllm_moeq.hf" in done.stderr.splitlines()[-1]
+
+
+def test_a_checkpoint_that_does_not_say_so_is_read_too(quantized_copy: Path, change_config: Change) -> None:
+    assert not vars(load(quantized_copy).config).keys() & NOT_ALONE.keys()
+    change_config(quantized_copy, lambda config: config.pop("transformers_weights"))
+    assert experts(load(quantized_copy))
 
 
 @pytest.mark.parametrize("suffix", [PACKED, SCALE, ZERO])

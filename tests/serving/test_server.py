@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.serving.throughput import ask as ask_server
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
 from planner.exchange.dense import export_dense
-from tests.conftest import bound_to_cores
+from tests.conftest import Outcome, bound_to_cores, one_line
 from tests.paths import MIXTRAL
 from tests.serving.conftest import Pair, losses
 
@@ -104,6 +105,20 @@ def test_the_server_says_what_it_serves(served: Server) -> None:
 def test_served_perplexity_equals_the_offline_one(served: Server, mixtral: Pair) -> None:
     served_loss, offline_loss = losses(served, prompts(mixtral.source))
     assert served_loss == pytest.approx(offline_loss, rel=0.02)
+
+
+@pytest.mark.server
+def test_a_running_server_is_measured(moeq: Callable[..., Outcome], served: Server, mixtral: Pair) -> None:
+    asked = ("--requests", 6, "--concurrency", 2, "--input-tokens", 32, "--output-tokens", 16)
+    outcome = moeq("bench", mixtral.quantized, "--url", served.url, *asked, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    (measured,) = found["models"]
+    assert 6 * 16 / measured["seconds"] == pytest.approx(measured["tokens_per_second"], rel=1e-3)
+    assert 0 < measured["tpot_median_ms"] <= measured["tpot_p99_ms"]
+    assert 0 < measured["ttft_median_ms"] <= measured["ttft_p99_ms"]
+    too_long = moeq("bench", mixtral.quantized, "--url", served.url, "--input-tokens", 500)
+    assert "expected at most 512 together, the longest text of model, found 564" in one_line(too_long)
 
 
 @pytest.mark.server

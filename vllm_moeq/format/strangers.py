@@ -30,6 +30,16 @@ KEYS = (
 
 QUANTIZATION = "quantization_config"
 
+NOT_ALONE = {
+    "transformers_weights": "this checkpoint needs `import vllm_moeq.hf` before from_pretrained, or the command "
+    "`moeq lm-eval` (package vllm-moeq)"
+}
+"""The one value that each of these keys may have, at the top of config.json: the name of no file.
+
+Transformers only warns of a method that it does not know, and gives the experts random weights. With this name of the
+weights it stops, and shows it. Our quantizer takes the key away.
+"""
+
 
 def refuse_files(folder: Path, ours: Collection[str]) -> None:
     """Refuse files that a reader might take instead of the shards or of config.json.
@@ -59,12 +69,14 @@ def refuse_keys(config: Mapping[str, Any], path: Path) -> None:
         ConfigError: naming the first such key.
     """
     for place, key, value in _keys(config):
+        if place in NOT_ALONE and value == NOT_ALONE[place]:
+            continue
         if key in KEYS or (key == QUANTIZATION and place != QUANTIZATION):
             raise ConfigError(f"{path}: {place}: expected no such key in a checkpoint, found {value!r:.80}")
 
 
 def without_strangers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without the keys that :func:`refuse_keys` refuses."""
+    """Return a config.json without the keys of :data:`KEYS`."""
     return {key: _clean(value) for key, value in config.items() if key not in KEYS}
 
 

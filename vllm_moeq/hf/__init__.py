@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(folder)
 
 The import registers the quantization method ``moeq``. Transformers has no entry point for methods, so the user has to
-import this package. Without the import, transformers warns of an unknown quantization type and gives the experts random
-weights. The package needs transformers, but not vLLM.
+import this package. Without the import, transformers stops: config.json names no weights for it, but this package. The
+package needs transformers, but not vLLM.
 """
 
 from transformers.quantizers.auto import (

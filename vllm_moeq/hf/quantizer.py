@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import LINEAR_SUFFIXES, CheckpointError, MoeqConfig, ShardSet, UsageError
+from vllm_moeq.format.strangers import NOT_ALONE
 from vllm_moeq.hf.config import MoeqQuantizationConfig
 from vllm_moeq.hf.experts import RoutedExperts, packed_experts
 from vllm_moeq.hf.layout import StoredLayer, read_layers
@@ -51,13 +52,16 @@ class MoeqHfQuantizer(HfQuantizer):
         """Check a folder's headers, before transformers reads the index and the shards.
 
         Of the hooks that know the folder, this is the only one that every supported version of transformers calls
-        before it opens a shard. Nothing is done to the attention.
+        before it opens a shard. Nothing is done to the attention. Transformers is not alone here, so the keys that
+        tell it so are taken away.
 
         Raises:
             MoeqError: the checkpoint is damaged.
         """
         if config.name_or_path and Path(config.name_or_path).is_dir():
             self._check(Path(config.name_or_path))
+        for key in NOT_ALONE.keys() & vars(config).keys():
+            delattr(config, key)
         return super().update_attn_implementation(config)
 
     def _check(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from planner.cli import EXIT_CODES, app
 GROUP: Any = typer.main.get_command(app)
 COMMANDS = GROUP.commands
 
-WITHOUT_JSON = ("serve",)  # prints vLLM's log, and no result
+WITHOUT_JSON = ("lm-eval", "serve")  # print another program's results or log
 LONG = ("plan", "quantize", "calibrate", "compare", "eval", "export", "import", "push")
 FRAME = re.compile(r"[│╭╮╰╯─]")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ import torch
 from planner.commands.serve import IMPOSSIBLE, check_flags
 from planner.common.units import GIB
 from planner.evaluation import server_start
-from planner.evaluation.server_start import cache_flags, check_port, check_tokenizer, find_checkpoint
+from planner.evaluation.server_start import cache_flags, chat_note, check_port, check_tokenizer, find_checkpoint
 from tests.conftest import Outcome, one_line
+from tests.paths import MIXTRAL
 from vllm_moeq.format import UsageError
 
 
@@ -105,6 +109,41 @@ def test_a_checkpoint_without_a_tokenizer(moeq: Callable[..., Outcome], quantize
     assert "expected a tokenizer, such as tokenizer.json, found none" in one_line(moeq("serve", quantized_mixtral))
     check_tokenizer(quantized_mixtral, ["--tokenizer", "elsewhere"])
     check_tokenizer(quantized_mixtral, ["--skip-tokenizer-init"])
+
+
+def tokenizer_with(template: str | None, folder: Path) -> Any:
+    """Return the shipped model's tokenizer from a folder, with a chat template of its own or none."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MIXTRAL / name, folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return check_tokenizer(folder, [])
+
+
+def test_a_model_without_a_chat_template_is_named_at_the_start(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(None, tmp_path)
+    note = chat_note(tmp_path, tokenizer, ["--port", "8001"])
+    assert note is not None
+    assert note.startswith(f"note: {tmp_path} has no chat template")
+    assert "--chat-template FILE" in note
+    for flags in (["--chat-template", "mine.jinja"], ["--chat_template=mine.jinja"], ["--tokenizer-mode", "mistral"]):
+        assert chat_note(tmp_path, tokenizer, flags) is None
+    assert chat_note(tmp_path, None, []) is None
+    (tmp_path / "chat_template.json").write_text("{}")
+    assert chat_note(tmp_path, tokenizer, []) is None
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_note_comes_before_the_server(moeq: Callable[..., Outcome], quantized_copy: Path) -> None:
+    tokenizer_with(None, quantized_copy)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        outcome = moeq("serve", quantized_copy, "--port", listening.getsockname()[1])
+    assert "expected a free port" in one_line(outcome, "note: ")
+    assert " has no chat template: " in outcome.err
+
+
+def test_a_model_with_a_chat_template_needs_no_note(tmp_path: Path) -> None:
+    assert chat_note(tmp_path, tokenizer_with("{{ messages }}", tmp_path), []) is None
 
 
 def test_a_checkpoint_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

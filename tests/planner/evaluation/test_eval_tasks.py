@@ -117,6 +117,21 @@ def test_every_kind_of_task(moeq: Moeq, quantized: Path, dense: Path, tmp_path: 
     assert {(it.backend, it.limit) for it in kept.values()} == {(backend, 25)}
 
 
+def test_lm_evals_own_command(moeq_process: Moeq, quantized: Path, dense: Path, tmp_path: Path) -> None:
+    documents = code_documents(10, 60)
+    task = write_task(tmp_path / "tasks", documents)
+    model = f"pretrained={quantized},dtype=float32,softmax_dtype=float32"
+    flags = ("--tasks", task, "--device", "cpu", "--output_path", tmp_path / "results.json")
+    outcome = moeq_process("lm-eval", "--model", "hf", "--model_args", model, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "|next_line|" in outcome.out
+    (written,) = tmp_path.glob("results_*.json")
+    found = json.loads(written.read_text())["results"]["next_line"]
+    expected = accuracies(dense, documents)
+    assert found["acc,none"] == pytest.approx(expected["acc"])
+    assert found["acc_norm,none"] == pytest.approx(expected["acc_norm"])
+
+
 def test_text_and_tasks_together(moeq: Moeq, quantized: Path, tmp_path: Path) -> None:
     path = write_task(tmp_path / "tasks", code_documents(6, 40))
     data = ("--data", MIXTRAL / "held_out.txt", "--max-tokens", 200)
