@@ -63,10 +63,7 @@ def read(
         TypeError: an unknown argument, or a missing one.
         UsageError: an impossible value, or an argument that would be ignored.
     """
-    try:
-        given = inspect.signature(kind).bind(*values, **named).arguments
-    except TypeError as error:
-        raise TypeError(f"{command}: {error}") from None
+    given = inspect.signature(kind).bind(*values, **named).arguments
     for name, value in given.items():
         if isinstance(value, str) and not value:
             raise UsageError(f"{_shown(name)}: expected a value, found an empty one")
@@ -74,10 +71,9 @@ def read(
         asked: Asked = _adapter(kind).validate_python(given)
     except ValidationError as error:
         raise UsageError(_problem(error)) from None
-    settings: Any = asked
-    defaults = {field.name: field.default for field in fields(settings)}
-    changed = {name: _shown(name) for name, value in given.items() if value != defaults[name]}
-    refuse_unread(command, changed, {**vars(settings), "dry_run": dry_run})
+    known: Any = asked
+    changed = {it.name: _shown(it.name) for it in fields(known) if getattr(known, it.name) != it.default}
+    refuse_unread(command, changed, {**vars(known), "dry_run": dry_run})
     return asked
 
 

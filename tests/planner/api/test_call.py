@@ -51,8 +51,8 @@ def test_an_argument_with_its_default_is_as_good_as_none() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"avg_bit": 2.5}, "plan: got an unexpected keyword argument 'avg_bit'"),
-        ({"dry_run": True}, "plan: got an unexpected keyword argument 'dry_run'"),
+        ({"avg_bit": 2.5}, "got an unexpected keyword argument 'avg_bit'"),
+        ({"dry_run": True}, "got an unexpected keyword argument 'dry_run'"),
     ],
 )
 def test_an_unknown_argument_is_a_type_error(arguments: dict[str, Any], message: str) -> None:
@@ -61,7 +61,7 @@ def test_an_unknown_argument_is_a_type_error(arguments: dict[str, Any], message:
 
 
 def test_a_missing_argument_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="quantize: missing a required argument: 'output'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'output'"):
         planner.quantize("/none/such")  # type: ignore[call-arg]
 
 

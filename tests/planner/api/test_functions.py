@@ -79,7 +79,9 @@ def test_a_plan_is_the_commands(moeq: Moeq, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("silent")
 def test_a_checkpoint(written: planner.Quantized, tmp_path: Path) -> None:
-    made = planner.quantize(str(MIXTRAL), plan=written.plan, output=str(tmp_path / "again"))
+    made = planner.quantize(
+        str(MIXTRAL), plan=planner.Planned(written.plan, written.sizes), output=str(tmp_path / "again")
+    )
     assert verify(made.output).experts == 32
     assert made.output == tmp_path / "again"
     assert made.achieved_avg_bits == 2.0
@@ -224,6 +226,14 @@ def test_fixed_widths_are_checked() -> None:
 def test_a_plan_of_another_model_is_refused(written: planner.Quantized, tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     with pytest.raises(planner.ConfigError, match=r"^--plan: model.layers.0.mlp.experts: expected 4 widths, found 0"):
         planner.quantize(tiny_qwen3_moe, plan=written.plan, group_size=64, output=tmp_path / "out")
+
+
+def test_a_plan_in_no_file_has_a_name_in_messages(written: planner.Quantized, tmp_path: Path) -> None:
+    for plan in (written.plan, planner.Planned(written.plan, written.sizes)):
+        with pytest.raises(
+            planner.UsageError, match=r"^--bits: expected no plan .* found --plan by router-norm-maxvar$"
+        ):
+            planner.quantize(MIXTRAL, plan=plan, bits=(1, 2), output=tmp_path / "out")
 
 
 def test_a_plan_is_no_folder(tmp_path: Path) -> None:
