@@ -64,10 +64,7 @@ def read(
         TypeError: an unknown argument, or a missing one.
         UsageError: an impossible value, an argument that would be ignored, or packages that are missing.
     """
-    try:
-        given = inspect.signature(kind).bind(*values, **named).arguments
-    except TypeError as error:
-        raise TypeError(f"{command}: {error}") from None
+    given = inspect.signature(kind).bind(*values, **named).arguments
     for name, value in given.items():
         if isinstance(value, str) and not value:
             raise UsageError(f"{_shown(name)}: expected a value, found an empty one")
@@ -75,10 +72,9 @@ def read(
         asked: Asked = _adapter(kind).validate_python(given)
     except ValidationError as error:
         raise UsageError(_problem(error)) from None
-    settings: Any = asked
-    defaults = {field.name: field.default for field in fields(settings)}
-    changed = {name: _shown(name) for name, value in given.items() if value != defaults[name]}
-    found = {**vars(settings), "dry_run": dry_run}
+    known: Any = asked
+    changed = {it.name: _shown(it.name) for it in fields(known) if getattr(known, it.name) != it.default}
+    found = {**vars(known), "dry_run": dry_run}
     refuse_unread(command, changed, found)
     require_packages(command, found)
     return asked

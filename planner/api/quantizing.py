@@ -16,7 +16,7 @@ from planner.api.keywords.common import PathName
 from planner.api.keywords.running import QuantizeRunKeywords
 from planner.api.keywords.text import TextKeywords
 from planner.api.presets import PresetKeywords, with_preset
-from planner.api.results import Estimate, Quantized
+from planner.api.results import Estimate, Planned, Quantized
 from planner.calibration.gptq.runner import GptqRunner
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
@@ -62,13 +62,13 @@ class QuantizeKeywords(
     Attributes:
         model: folder or Hub name (owner/name).
         output: folder to create.
-        plan: take this plan, or the plan.json at this path, instead of making one.
+        plan: take what :func:`planner.plan` made, or the plan.json at this path, instead of making a plan.
     """
 
     model: PathName
     _: KW_ONLY
     output: PathName
-    plan: Plan | PathName | None = None
+    plan: Planned | Plan | PathName | None = None
 
 
 @dataclass(frozen=True)
@@ -242,13 +242,18 @@ def _write(work: _Work, made: Plan, keep: Callable[[Path], None] | None) -> None
 
 
 def _given_plan(
-    wanted: QuantizeKeywords, given: Plan | PathName, source: SourceModel, layout: Layout, settings: QuantizeSettings
+    wanted: QuantizeKeywords,
+    given: Planned | Plan | PathName,
+    source: SourceModel,
+    layout: Layout,
+    settings: QuantizeSettings,
 ) -> Plan:
     """Return the plan that is given; say so where it was made for something else.
 
     Raises:
         MoeqError: no such file, no plan, the plan of another model, or widths that the quantizer does not offer.
     """
+    given = given.plan if isinstance(given, Planned) else given
     made, where = (given, "--plan") if isinstance(given, Plan) else (read_plan(Path(given)), str(given))
     progress, fingerprint = wanted.display(), source.fingerprint()
     made.check_against(layout, where)

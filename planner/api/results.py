@@ -109,7 +109,8 @@ class Compared:
 
     Attributes:
         output: the folder with the tables, as Markdown, CSV and JSON, and the plot.
-        rows: the original, then a row for each method, average and seed: name of a measurement → its value.
+        rows: the original, then a row for each method, average and seed, with ``perplexity``, ``kl``, ``same_top``,
+            ``bytes`` and others.
     """
 
     output: Path

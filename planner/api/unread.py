@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.api.keywords.common import parts
+from planner.api.results import Planned
 from planner.calibration.measures import MEASURES
 from planner.estimates.presets import PRESETS
 from planner.plan_file import Plan
@@ -114,7 +115,8 @@ def _found_text(values: Values) -> str:
 
 def _named(value: object) -> str:
     """Return a file's name, or what stands for a plan that is in no file."""
-    return f"by {value.method}" if isinstance(value, Plan) else str(value)
+    plan = value.plan if isinstance(value, Planned) else value
+    return f"by {plan.method}" if isinstance(plan, Plan) else str(plan)
 
 
 def _counted(method: Method, values: Values) -> bool:

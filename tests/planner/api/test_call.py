@@ -26,7 +26,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (planner.plan, {"progress": 3}, "--progress: expected"),
     (planner.plan, {"samples": 4}, "--samples: expected --data TEXT with it, found none"),
     (planner.plan, {"method": "kl", "zeta": 4}, "reads it (router-norm-maxvar) with it, found --method kl"),
-    (planner.plan, {"context": 3}, "--context: expected --dry-run with it, found none"),
+    (planner.plan, {"context": 3}, "--context: expected --dry-run, or --preset 24gb or 80gb, with it, found none"),
     (planner.quantize, {"output": "o", "plan": "p", "bits": (1, 2)}, "--bits: expected no plan with it, found --plan"),
     (planner.quantize, {"output": "o", "bits": (2, 3), "one_bit": "rtn"}, "that have 1 with it, found --bits 2,3"),
     (planner.quantize, {"output": "o", "compat": True}, "--compat: expected --quantizer gptq with it, found"),
@@ -51,8 +51,8 @@ def test_an_argument_with_its_default_is_as_good_as_none() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"avg_bit": 2.5}, "plan: got an unexpected keyword argument 'avg_bit'"),
-        ({"dry_run": True}, "plan: got an unexpected keyword argument 'dry_run'"),
+        ({"avg_bit": 2.5}, "got an unexpected keyword argument 'avg_bit'"),
+        ({"dry_run": True}, "got an unexpected keyword argument 'dry_run'"),
     ],
 )
 def test_an_unknown_argument_is_a_type_error(arguments: dict[str, Any], message: str) -> None:
@@ -61,7 +61,7 @@ def test_an_unknown_argument_is_a_type_error(arguments: dict[str, Any], message:
 
 
 def test_a_missing_argument_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="quantize: missing a required argument: 'output'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'output'"):
         planner.quantize("/none/such")  # type: ignore[call-arg]
 
 

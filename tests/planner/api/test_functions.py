@@ -53,9 +53,26 @@ def without_measurements(found: Any) -> Any:
     return [without_measurements(value) for value in found] if isinstance(found, list) else found
 
 
-def same(found: Any, outcome: Outcome) -> None:
-    """Compare a result with what a command has printed as JSON."""
+SIZES = "achieved_avg_bits sizes"
+KEYS = {
+    "plan": "version method bit_choices avg_bits achieved_avg_bits experts order scores promoted near_ties settings "
+    "source cost sizes",
+    "quantize": f"{SIZES} output experts",
+    "eval": "model data sha256 window tokens perplexity perplexity_error",
+    "report": "report pictures source average_bits widths promoted fallbacks bytes total_bytes half_precision_bytes "
+    "source_bytes grids missing evaluation",
+    "dry plan": f"{SIZES} needs serving",
+    "dry quantize": f"{SIZES} needs serving",
+    "dry eval": "needs",
+    "dry compare": "needs",
+}
+"""Command → the keys of what it prints as JSON, which scripts rely on."""
+
+
+def same(found: Any, outcome: Outcome, keys: str) -> None:
+    """Compare a result with what a command has printed as JSON, and its keys with those that scripts know."""
     assert outcome.code == 0, outcome.err
+    assert list(json.loads(outcome.out)) == KEYS[keys].split()
     assert without_measurements(json.loads(json.dumps(found))) == without_measurements(json.loads(outcome.out))
 
 
@@ -74,12 +91,14 @@ def test_a_plan_is_the_commands(moeq: Moeq, tmp_path: Path) -> None:
     (tmp_path / "fixed.json").write_text(json.dumps({EXPERT: 3}))
     flags = ("--method", "uniform", "--avg-bits", 3, "--bits", "2,3", "--overrides", tmp_path / "fixed.json")
     made = planner.plan(MIXTRAL, method="uniform", avg_bits=3, bits=(2, 3), overrides={EXPERT: 3})
-    same(made.as_dict(), moeq("plan", MIXTRAL, *flags, "--json"))
+    same(made.as_dict(), moeq("plan", MIXTRAL, *flags, "--json"), "plan")
 
 
 @pytest.mark.usefixtures("silent")
 def test_a_checkpoint(written: planner.Quantized, tmp_path: Path) -> None:
-    made = planner.quantize(str(MIXTRAL), plan=written.plan, output=str(tmp_path / "again"))
+    made = planner.quantize(
+        str(MIXTRAL), plan=planner.Planned(written.plan, written.sizes), output=str(tmp_path / "again")
+    )
     assert verify(made.output).experts == 32
     assert made.output == tmp_path / "again"
     assert made.achieved_avg_bits == 2.0
@@ -90,7 +109,7 @@ def test_a_checkpoint(written: planner.Quantized, tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_the_commands(moeq: Moeq, written: planner.Quantized, tmp_path: Path) -> None:
     outcome = moeq("quantize", MIXTRAL, "--avg-bits", 2, "-o", tmp_path / "2bit", "--json")
-    same({**written.as_dict(), "output": str(tmp_path / "2bit")}, outcome)
+    same({**written.as_dict(), "output": str(tmp_path / "2bit")}, outcome, "quantize")
     of_function, of_command = contents(written.output), contents(tmp_path / "2bit")
     assert {name for name in of_function if of_function[name] != of_command.get(name)} <= {"plan.json"}
 
@@ -108,7 +127,7 @@ def test_an_evaluation(checkpoint: Path) -> None:
 def test_an_evaluation_is_the_commands(moeq: Moeq, checkpoint: Path) -> None:
     found = planner.evaluate(str(checkpoint), data=str(HELD_OUT), window=64, max_tokens=256, save=False)
     flags = ("--data", HELD_OUT, "--window", 64, "--max-tokens", 256, "--no-save", "--json")
-    same(found.as_dict(), moeq("eval", checkpoint, *flags))
+    same(found.as_dict(), moeq("eval", checkpoint, *flags), "eval")
     assert "evaluation.json" not in contents(checkpoint)
 
 
@@ -133,7 +152,7 @@ def test_a_report(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_is_the_commands(moeq: Moeq, checkpoint: Path) -> None:
-    same(planner.report(checkpoint, png=False).as_dict(), moeq("report", checkpoint, "--no-png", "--json"))
+    same(planner.report(checkpoint, png=False).as_dict(), moeq("report", checkpoint, "--no-png", "--json"), "report")
 
 
 @pytest.mark.usefixtures("silent")
@@ -147,15 +166,15 @@ def test_an_estimate_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_estimates_are_the_commands(moeq: Moeq, tmp_path: Path) -> None:
-    same(planner.estimate(planner.plan, MIXTRAL).as_dict(), moeq("plan", MIXTRAL, "--dry-run", "--json"))
+    same(planner.estimate(planner.plan, MIXTRAL).as_dict(), moeq("plan", MIXTRAL, "--dry-run", "--json"), "dry plan")
     out, text = tmp_path / "out", ("--data", HELD_OUT, "--max-tokens", 256)
     found = planner.estimate(planner.quantize, MIXTRAL, output=out)
-    same(found.as_dict(), moeq("quantize", MIXTRAL, "-o", out, "--dry-run", "--json"))
+    same(found.as_dict(), moeq("quantize", MIXTRAL, "-o", out, "--dry-run", "--json"), "dry quantize")
     found = planner.estimate(planner.evaluate, MIXTRAL, data=HELD_OUT, max_tokens=256)
-    same(found.as_dict(), moeq("eval", MIXTRAL, *text, "--dry-run", "--json"))
+    same(found.as_dict(), moeq("eval", MIXTRAL, *text, "--dry-run", "--json"), "dry eval")
     found = planner.estimate(planner.compare, MIXTRAL, methods=["uniform"], avg_bits=2, held_out=HELD_OUT, output=out)
     flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", HELD_OUT, "-o", out)
-    same(found.as_dict(), moeq("compare", MIXTRAL, *flags, "--dry-run", "--json"))
+    same(found.as_dict(), moeq("compare", MIXTRAL, *flags, "--dry-run", "--json"), "dry compare")
 
 
 def test_notes_and_progress_go_to_the_caller(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +184,9 @@ def test_notes_and_progress_go_to_the_caller(tmp_path: Path, capfd: pytest.Captu
     shares = [0.0 if event.done is None else event.done for event in heard]
     assert shares == sorted(shares)
     assert 0 < shares[-1] <= 1
+    assert capfd.readouterr() == ("", "")
+    planner.estimate(planner.plan, MIXTRAL, **{**TEXT, "data": HELD_OUT, "samples": 4000}, progress=heard.append)
+    assert str(heard[-2]).startswith("note: held_out.txt holds ")
     assert capfd.readouterr() == ("", "")
     planner.plan(MIXTRAL, progress=print)
     assert capfd.readouterr().out.startswith("method auto: ")
@@ -224,6 +246,14 @@ def test_fixed_widths_are_checked() -> None:
 def test_a_plan_of_another_model_is_refused(written: planner.Quantized, tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     with pytest.raises(planner.ConfigError, match=r"^--plan: model.layers.0.mlp.experts: expected 4 widths, found 0"):
         planner.quantize(tiny_qwen3_moe, plan=written.plan, group_size=64, output=tmp_path / "out")
+
+
+def test_a_plan_in_no_file_has_a_name_in_messages(written: planner.Quantized, tmp_path: Path) -> None:
+    for plan in (written.plan, planner.Planned(written.plan, written.sizes)):
+        with pytest.raises(
+            planner.UsageError, match=r"^--bits: expected no plan .* found --plan by router-norm-maxvar$"
+        ):
+            planner.quantize(MIXTRAL, plan=plan, bits=(1, 2), output=tmp_path / "out")
 
 
 def test_a_plan_is_no_folder(tmp_path: Path) -> None:
