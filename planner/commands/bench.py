@@ -33,12 +33,12 @@ from planner.evaluation.vllm_server import NAME, Server, quiet_environment
 from planner.model.quantized import is_moeq
 from planner.model.source import SourceModel
 from planner.model.whole import check_folder
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import QUANT_METHOD, UsageError
 
 START_SECONDS = 3600
 """Timeout of a server's start: large models load for many minutes."""
 
-OWN = ("--host", "--port", "--uds", "--served-model-name", "--api-key", "--skip-tokenizer-init")
+OWN = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key", "--skip-tokenizer-init")
 """Flags of vLLM that the benchmark chooses, or cannot do with."""
 
 
@@ -136,6 +136,8 @@ def _checked(names: Sequence[str], flags: Sequence[str], load: Load) -> list[Ser
             packed, longest = is_moeq(model.config), longest_text(model)
         if packed:
             check_flags(flags)
+        elif value_of(flags, "--quantization", "-q") == QUANT_METHOD:
+            raise UsageError(f"--quantization: {name} is no checkpoint of {QUANT_METHOD}; expected it left out")
         check_folder(folder)
         check_tokenizer(folder, flags)
         allowed = value_of(flags, "--max-model-len") or ""

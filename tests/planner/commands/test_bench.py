@@ -56,6 +56,8 @@ def answering(status: int, body: str) -> Iterator[str]:
         ("{model} none/such/folder", "none/such/folder: expected a model folder or a Hub name"),
         ("{model} -- --port 8000", "--port: moeq bench starts its own server and asks it; expected it left out"),
         ("{model} -- --served_model_name=x", "--served-model-name: moeq bench starts its own"),
+        ("{model} -- --model x", "--model: moeq bench starts its own server"),
+        ("{model} -- --quantization=moeq", "--quantization: {model} is no checkpoint of moeq; expected it left out"),
         ("{model} --input-tokens 5000", "expected at most 1024 together, the longest text of {model}, found 5064"),
         ("{model} -- --max-model-len 100", "expected at most 100 together, the longest text of {model}, found 192"),
         ("{model} --url localhost:8000", "--url: expected an address such as http://localhost:8000, found"),
