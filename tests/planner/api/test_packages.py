@@ -81,7 +81,7 @@ def test_what_a_command_can_do_without_is_noted_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = moeq("compare", tmp_path / "none", "--held-out", HELD_OUT, "-o", tmp_path / "out")
-    note = "note: there will be no plot: matplotlib is not installed: pip install '.[report]'"
+    note = f"note: there will be no plot: matplotlib is not installed: {install_line('report')}"
     assert [line for line in outcome.err.splitlines() if "plot" in line] == [note]
 
 
@@ -91,7 +91,7 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError) as caught:
         require("--data", ("transformers", "torch", "accelerate"), "hf")
     assert str(caught.value) == (
-        "--data: expected the packages transformers and accelerate, found none of them installed: pip install '.[hf]'"
+        f"--data: expected the packages transformers and accelerate, found none of them installed: {install_line('hf')}"
     )
 
 

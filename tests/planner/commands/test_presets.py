@@ -106,5 +106,5 @@ def test_it_makes_the_plan_of_its_flags(moeq: Moeq, tmp_path: Path) -> None:
 
 
 def test_the_readme_names_every_preset() -> None:
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--preset "))
-    assert [name for name in PRESETS if f"`{name}`" not in row] == []
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in PRESETS if f"`{name}`" not in text] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.api.packages import ROWS
 from planner.common.install import install_command, install_line
 from planner.common.progress import Progress
 from planner.comparison.report import write_plot
@@ -32,6 +33,7 @@ def test_nothing_is_installed_from_an_index() -> None:
 
 def test_every_extra_that_is_named_exists() -> None:
     named = {extra for text in texts().values() for pair in NAMED.findall(text) for extra in "".join(pair).split(",")}
+    named |= {row.extra for row in ROWS}
     assert {"gpu", "hf", "eval", "calibrate", "ray", "report"} <= named <= set(EXTRAS)
 
 
