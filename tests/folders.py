@@ -24,3 +24,15 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Give a model a tokenizer of one token per byte, of which the first ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=letters[0]).save_pretrained(folder)

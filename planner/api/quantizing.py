@@ -44,7 +44,7 @@ from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.reporting.card import write_card
-from planner.text.tokenizer import open_tokenizer
+from planner.text.tokenizer import load_tokenizer
 from vllm_moeq.format import MoeqError
 
 
@@ -288,7 +288,7 @@ def _serve_command(work: _Work) -> str | None:
     if has_tokenizer(source.folder):
         try:
             if not missing(("transformers",)):
-                open_tokenizer(source.folder)
+                load_tokenizer(source.folder)
         except MoeqError as error:
             progress.line(f"note: the output has the source's tokenizer, which cannot be used: {error}")
         return f"moeq serve {output}"

@@ -15,7 +15,7 @@ import torch
 from planner.common.memory import available_bytes
 from planner.common.units import GIB, size
 from planner.model.hub import has_tokenizer, resolve_model
-from planner.text.tokenizer import open_tokenizer
+from planner.text.tokenizer import load_tokenizer
 from vllm_moeq.format import UsageError
 
 PORT = 8000
@@ -65,7 +65,7 @@ def check_tokenizer(folder: Path, arguments: Sequence[str]) -> Any:
     """Require a tokenizer in the folder, unless a flag names another one or none; return it, or None.
 
     Raises:
-        MoeqError: there is none, or it cannot be loaded.
+        MoeqError: there is none, it cannot be loaded, or it has tokens without an embedding.
     """
     if value_of(arguments, "--tokenizer", "--skip-tokenizer-init") is not None:
         return None
@@ -74,7 +74,7 @@ def check_tokenizer(folder: Path, arguments: Sequence[str]) -> Any:
             f"{folder}: expected a tokenizer, such as tokenizer.json, found none; copy the source's, "
             "or name a folder with --tokenizer"
         )
-    return open_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 def chat_note(folder: Path, tokenizer: Any, arguments: Sequence[str]) -> str | None:

@@ -20,7 +20,7 @@ MAX_TOKENS = 1 << 24
 """The largest number of a token. Vocabularies have up to a few hundred thousand."""
 
 
-def open_tokenizer(folder: Path) -> Any:
+def _open(folder: Path) -> Any:
     """Return a model's tokenizer, if transformers can load it.
 
     Raises:
@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         MoeqError: transformers cannot load one, or it has tokens for which the model has no embedding.
     """
-    tokenizer = open_tokenizer(folder)
+    tokenizer = _open(folder)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     rows = _vocabulary_size(folder)
     token, number = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))

@@ -151,12 +151,22 @@ def test_classes_that_others_register_do_not_count(quantized_mixtral: Path) -> N
         AutoConfig.register("mixtral", MixtralConfig, exist_ok=True)
 
 
-@pytest.mark.parametrize("named", [None, [], ["GPT2LMHeadModel"], ["NoSuchModel"]])
-def test_architectures_that_name_no_class_of_the_config(named: Any, quantized_mixtral: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [None, [], ["MixtralForCausalLM"], ["MIXTRALFORCAUSALLM"]])
+def test_architectures_of_the_config(named: Any, quantized_mixtral: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(quantized_mixtral, folder)
     configure(folder, architectures=named)
     assert verify_whole(folder, values=False).only_experts is None
+
+
+@pytest.mark.parametrize("named", ["GPT2LMHeadModel", "NoSuchModel", "PhiMoEForCausalLM", "Qwen3MoeForCausalLM"])
+def test_architectures_of_another_model(named: str, quantized_mixtral: Path, tmp_path: Path) -> None:
+    """vLLM builds the class that is named, whatever model_type says, and knows more names than transformers."""
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized_mixtral, folder)
+    configure(folder, architectures=["MixtralForCausalLM", named])
+    with pytest.raises(MoeqError, match=r"config\.json: architectures: expected a class of model_type mixtral"):
+        verify_whole(folder, values=False)
 
 
 class TestConfig:

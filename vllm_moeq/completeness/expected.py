@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,11 +118,27 @@ def _build(config: Mapping[str, Any], path: Path) -> Any:
     classes = find_classes(config)
     if classes is None:
         raise ConfigError(f"{path}: expected a model that transformers knows, found {config.get('model_type')!r:.80}")
+    _check_architectures(config, classes[1], path)
     parsed = classes[0].from_dict(_plain(config))
     check_sizes(config, parsed, path)
     dtype = parsed.dtype if isinstance(parsed.dtype, torch.dtype) else torch.bfloat16
     with torch.device("meta"):
         return classes[1]._from_config(parsed, dtype=dtype)
+
+
+def _check_architectures(config: Mapping[str, Any], model: Any, path: Path) -> None:
+    """Refuse the name of a class that is not of the config's ``model_type``: vLLM builds what is named.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    known = {name.lower() for name in sys.modules[model.__module__].__all__}  # published names differ in capitals
+    for name in config.get("architectures") or ():
+        if str(name).lower() not in known:
+            raise ConfigError(
+                f"{path}: architectures: expected a class of model_type {config.get('model_type')}, "
+                f"such as {model.__name__}, found {name!r:.80}"
+            )
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from planner.plan_file import read_plan
+from tests.folders import save_byte_tokenizer
 from vllm_moeq import __version__
 
 LAYERS = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(2)]
@@ -33,15 +34,8 @@ Change = Callable[..., Any]
 @pytest.fixture(scope="module")
 def speaking_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral with a tokenizer of one token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = Path(shutil.copytree(tiny_mixtral, tmp_path_factory.mktemp("speaking") / "model"))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    save_byte_tokenizer(folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from planner.common.units import GIB
 from planner.evaluation import server_start
 from planner.evaluation.server_start import cache_flags, chat_note, check_port, check_tokenizer, find_checkpoint
 from tests.conftest import Outcome, one_line
+from tests.folders import save_byte_tokenizer
 from tests.paths import MIXTRAL
 from vllm_moeq.format import UsageError
 
@@ -104,6 +105,12 @@ def test_too_little_memory_is_found_before_the_start(
         cache_flags(tmp_path, own)
 
 
+@pytest.mark.slow
+def test_a_token_without_an_embedding(moeq: Callable[..., Outcome], quantized_copy: Path) -> None:
+    shutil.copy(MIXTRAL / "tokenizer.json", quantized_copy)  # 2048 tokens for 256 embeddings
+    assert "tokenizer: expected numbers below 256, the model's vocab_size" in one_line(moeq("serve", quantized_copy))
+
+
 def test_a_checkpoint_without_a_tokenizer(moeq: Callable[..., Outcome], quantized_mixtral: Path) -> None:
     assert not (quantized_mixtral / "tokenizer.json").exists()
     assert "expected a tokenizer, such as tokenizer.json, found none" in one_line(moeq("serve", quantized_mixtral))
@@ -135,7 +142,7 @@ def test_a_model_without_a_chat_template_is_named_at_the_start(tmp_path: Path) -
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_note_comes_before_the_server(moeq: Callable[..., Outcome], quantized_copy: Path) -> None:
-    tokenizer_with(None, quantized_copy)
+    save_byte_tokenizer(quantized_copy)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         outcome = moeq("serve", quantized_copy, "--port", listening.getsockname()[1])
     assert "expected a free port" in one_line(outcome, "note: ")

@@ -17,6 +17,7 @@ from planner.evaluation.lm_eval_tasks import PAPER_SUITE, run_tasks
 from planner.evaluation.record import TaskResult
 from planner.exchange.dense import export_dense
 from tests.conftest import Outcome
+from tests.folders import save_byte_tokenizer
 from tests.paths import MIXTRAL
 from tests.tasks import write_task
 from vllm_moeq.format import ConfigError, UsageError
@@ -90,14 +91,7 @@ def documents() -> list[dict[str, Any]]:
 @pytest.fixture
 def speaking_copy(quantized_copy: Path) -> Path:
     """The quantized tiny Mixtral with a tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0]).save_pretrained(quantized_copy)
+    save_byte_tokenizer(quantized_copy)
     return quantized_copy
 
 
