@@ -75,7 +75,9 @@ def test_type_checkers_know_the_arguments() -> None:
 
 
 def test_estimates_know_their_functions(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected one of the functions plan, quantize, compare, evaluate, found"):
+    with pytest.raises(
+        UsageError, match="expected one of the functions plan, quantize, calibrate, compare, evaluate, found"
+    ):
         planner.estimate(planner.report, tmp_path)
     with pytest.raises(UsageError, match="none/such: expected a model folder"):
         planner.estimate(planner.plan, "/none/such", context=3)

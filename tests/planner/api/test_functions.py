@@ -58,6 +58,7 @@ KEYS = {
     "plan": "version method bit_choices avg_bits achieved_avg_bits experts order scores promoted near_ties settings "
     "source cost sizes",
     "quantize": f"{SIZES} output experts",
+    "calibrate": "output calibration tokens",
     "eval": "model data sha256 window tokens perplexity perplexity_error",
     "report": "report pictures source average_bits widths promoted fallbacks bytes total_bytes half_precision_bytes "
     "source_bytes grids missing evaluation",
@@ -92,6 +93,23 @@ def test_a_plan_is_the_commands(moeq: Moeq, tmp_path: Path) -> None:
     flags = ("--method", "uniform", "--avg-bits", 3, "--bits", "2,3", "--overrides", tmp_path / "fixed.json")
     made = planner.plan(MIXTRAL, method="uniform", avg_bits=3, bits=(2, 3), overrides={EXPERT: 3})
     same(made.as_dict(), moeq("plan", MIXTRAL, *flags, "--json"), "plan")
+
+
+@pytest.mark.usefixtures("silent")
+def test_statistics(tmp_path: Path) -> None:
+    made = planner.calibrate(MIXTRAL, methods=("frequency",), output=tmp_path / "stats.safetensors", **TEXT)
+    assert {len(counts) for counts in made.tokens.values()} == {8}
+    planned = planner.plan(MIXTRAL, method="frequency", stats=made.output)
+    assert planned.plan.settings.stats is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.json", "stats.safetensors"]
+
+
+def test_statistics_are_the_commands(moeq: Moeq, tmp_path: Path) -> None:
+    made = planner.calibrate(MIXTRAL, methods="frequency", output=tmp_path / "one.safetensors", **TEXT)
+    text = ("--data", TEXT["data"], "--samples", TEXT["samples"], "--seq-len", TEXT["seq_len"])
+    outcome = moeq("calibrate", MIXTRAL, "--for", "frequency", *text, "-o", tmp_path / "two.safetensors", "--json")
+    same({**made.as_dict(), "output": str(tmp_path / "two.safetensors")}, outcome, "calibrate")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
 @pytest.mark.usefixtures("silent")
@@ -209,6 +227,11 @@ MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
         planner.quantize,
         ("quantize", MIXTRAL, "-o", "new", "--quantizer", "gptq"),
         {"model": MIXTRAL, "output": "new", "quantizer": "gptq"},
+    ),
+    (
+        planner.calibrate,
+        ("calibrate", MIXTRAL, "-o", "new", "--for", "uniform", "--data", HELD_OUT),
+        {"model": MIXTRAL, "output": "new", "methods": ["uniform"], "data": HELD_OUT},
     ),
     (planner.evaluate, ("eval", MIXTRAL), {"model": MIXTRAL}),
     (planner.evaluate, ("eval", "none", "--data", HELD_OUT), {"model": "none", "data": HELD_OUT}),
