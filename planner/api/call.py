@@ -71,10 +71,9 @@ def read(
         asked: Asked = _adapter(kind).validate_python(given)
     except ValidationError as error:
         raise UsageError(_problem(error)) from None
-    settings: Any = asked
-    defaults = {field.name: field.default for field in fields(settings)}
-    changed = {name: _shown(name) for name, value in given.items() if value != defaults[name]}
-    refuse_unread(command, changed, {**vars(settings), "dry_run": dry_run})
+    known: Any = asked
+    changed = {it.name: _shown(it.name) for it in fields(known) if getattr(known, it.name) != it.default}
+    refuse_unread(command, changed, {**vars(known), "dry_run": dry_run})
     return asked
 
 
