@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,15 @@ def test_a_mistake_is_told_as_the_command_tells_it(
     assert one_line(moeq(*line)) == f"error: {refused.value}"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_jobs_do_not_run_the_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import planner\nprint(planner.quantize({str(MIXTRAL)!r}, avg_bits=2, jobs=2, output='out').serve)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "moeq serve out\n", "")
 
 
 def test_fixed_widths_are_checked() -> None:
