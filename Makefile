@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict planner vllm_moeq
-	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy tests benchmarks docs/examples
 
 # What looks at the report; installed where it is missing and can be, otherwise those tests are skipped and say so.
 browser:

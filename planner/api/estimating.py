@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
+from planner.api.calibrating import CalibrateKeywords, calibrate, estimate_calibrate
 from planner.api.call import read
 from planner.api.comparing import CompareKeywords, compare, estimate_compare
 from planner.api.evaluating import EvaluateKeywords, estimate_evaluate, evaluate
@@ -36,6 +37,7 @@ class _Row:
 ESTIMATES: dict[Callable[..., Any], _Row] = {
     plan: _Row(PlanKeywords, "plan", estimate_plan),
     quantize: _Row(QuantizeKeywords, "quantize", estimate_quantize),
+    calibrate: _Row(CalibrateKeywords, "calibrate", estimate_calibrate),
     compare: _Row(CompareKeywords, "compare", estimate_compare),
     evaluate: _Row(EvaluateKeywords, "eval", estimate_evaluate),
 }
@@ -48,7 +50,7 @@ def estimate(function: Callable[Arguments, object], *values: Arguments.args, **n
     Example: ``planner.estimate(planner.quantize, "owner/name", avg_bits=2.5, output="quantized")``
 
     Args:
-        function: ``planner.plan``, ``quantize``, ``compare`` or ``evaluate``.
+        function: ``planner.plan``, ``quantize``, ``calibrate``, ``compare`` or ``evaluate``.
         values: its positional arguments.
         named: its keyword arguments.
 

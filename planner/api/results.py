@@ -68,6 +68,25 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """Statistics that were written.
+
+    Attributes:
+        output: the file, which :func:`planner.plan` and :func:`planner.quantize` take as ``stats``.
+        calibration: the facts about the text.
+        tokens: experts prefix → the tokens that each expert saw.
+    """
+
+    output: Path
+    calibration: Mapping[str, Any]
+    tokens: Mapping[str, Sequence[int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the file, the text and the tokens as JSON values."""
+        return {"output": str(self.output), "calibration": self.calibration, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The measurements on a model.
 

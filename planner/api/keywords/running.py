@@ -64,8 +64,7 @@ class QuantizeRunKeywords(RunKeywords):
     """The same for quantizing.
 
     Attributes:
-        jobs: layers at a time, a process each; None is one per device. Processes import the calling script, which must
-            guard its work by ``if __name__ == "__main__"``.
+        jobs: layers at a time, a process each; None is one per device.
         ray: layers on a Ray cluster (``RAY_ADDRESS``) with a shared file system.
     """
 

@@ -83,7 +83,7 @@ class WidthKeywords:
         counts: experts per width: the paper's rule, or its code's.
         ranking: whether experts compete within each layer or over all; None is what the method does.
         initial_model: folder of the model before training: rank by the change of router norm.
-        stats: what ``moeq calibrate`` wrote, instead of a text.
+        stats: what :func:`planner.calibrate` wrote, instead of a text.
         overrides: fixed widths, ``{"<experts prefix>.3": 3}``, or a JSON file of them.
         seed: seed of random orders and of the choice of calibration sequences.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class ProcessRunner:
         waiting = deque(tasks)
         workers: list[_Worker] = []
         try:
-            with _without_interrupts():
+            with _without_interrupts(), _without_main():
                 workers += [_Worker(self, device) for device in self.devices[: len(waiting)]]
             for worker in workers:
                 worker.give(waiting.popleft())
@@ -125,6 +127,20 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep processes that start meanwhile from running the program's script: they need none of it.
+
+    A script that calls a function of ours would call it again in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(pipe: Connection, threads: int, device: str) -> None:

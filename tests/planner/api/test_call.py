@@ -1,5 +1,7 @@
 """Arguments that cannot be are refused before any work, in one line that names them."""
 
+# mypy: warn-unused-ignores
+
 from __future__ import annotations
 
 import inspect
@@ -60,13 +62,22 @@ def test_an_unknown_argument_is_a_type_error(arguments: dict[str, Any], message:
         planner.plan("/none/such", **arguments)
 
 
-def test_a_missing_argument_is_a_type_error() -> None:
+def test_type_checkers_know_the_arguments() -> None:
+    """The comments would be errors if mypy, which ``make lint`` runs, took these calls."""
     with pytest.raises(TypeError, match="missing a required argument: 'output'"):
         planner.quantize("/none/such")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'avg_bit'"):
+        planner.quantize("/none/such", output="o", avg_bit=2.5)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="--promotion: expected 'official' or 'stable', found 'paper'"):
+        planner.plan("/none/such", promotion="paper")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="missing a required argument: 'output'"):
+        planner.estimate(planner.compare, "/none/such", held_out="h")  # type: ignore[call-arg]
 
 
 def test_estimates_know_their_functions(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected one of the functions plan, quantize, compare, evaluate, found"):
+    with pytest.raises(
+        UsageError, match="expected one of the functions plan, quantize, calibrate, compare, evaluate, found"
+    ):
         planner.estimate(planner.report, tmp_path)
     with pytest.raises(UsageError, match="none/such: expected a model folder"):
         planner.estimate(planner.plan, "/none/such", context=3)

@@ -13,7 +13,7 @@ import pytest
 import planner
 from planner.api.docstrings import with_arguments
 
-FUNCTIONS = (planner.plan, planner.quantize, planner.compare, planner.evaluate, planner.report)
+FUNCTIONS = (planner.plan, planner.quantize, planner.calibrate, planner.compare, planner.evaluate, planner.report)
 
 
 @dataclass

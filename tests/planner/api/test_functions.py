@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ KEYS = {
     "plan": "version method bit_choices avg_bits achieved_avg_bits experts order scores promoted near_ties settings "
     "source cost sizes",
     "quantize": f"{SIZES} output experts",
+    "calibrate": "output calibration tokens",
     "eval": "model data sha256 window tokens perplexity perplexity_error",
     "report": "report pictures source average_bits widths promoted fallbacks bytes total_bytes half_precision_bytes "
     "source_bytes grids missing evaluation",
@@ -92,6 +95,23 @@ def test_a_plan_is_the_commands(moeq: Moeq, tmp_path: Path) -> None:
     flags = ("--method", "uniform", "--avg-bits", 3, "--bits", "2,3", "--overrides", tmp_path / "fixed.json")
     made = planner.plan(MIXTRAL, method="uniform", avg_bits=3, bits=(2, 3), overrides={EXPERT: 3})
     same(made.as_dict(), moeq("plan", MIXTRAL, *flags, "--json"), "plan")
+
+
+@pytest.mark.usefixtures("silent")
+def test_statistics(tmp_path: Path) -> None:
+    made = planner.calibrate(MIXTRAL, methods=("frequency",), output=tmp_path / "stats.safetensors", **TEXT)
+    assert {len(counts) for counts in made.tokens.values()} == {8}
+    planned = planner.plan(MIXTRAL, method="frequency", stats=made.output)
+    assert planned.plan.settings.stats is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.json", "stats.safetensors"]
+
+
+def test_statistics_are_the_commands(moeq: Moeq, tmp_path: Path) -> None:
+    made = planner.calibrate(MIXTRAL, methods="frequency", output=tmp_path / "one.safetensors", **TEXT)
+    text = ("--data", TEXT["data"], "--samples", TEXT["samples"], "--seq-len", TEXT["seq_len"])
+    outcome = moeq("calibrate", MIXTRAL, "--for", "frequency", *text, "-o", tmp_path / "two.safetensors", "--json")
+    same({**made.as_dict(), "output": str(tmp_path / "two.safetensors")}, outcome, "calibrate")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
 @pytest.mark.usefixtures("silent")
@@ -210,6 +230,11 @@ MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
         ("quantize", MIXTRAL, "-o", "new", "--quantizer", "gptq"),
         {"model": MIXTRAL, "output": "new", "quantizer": "gptq"},
     ),
+    (
+        planner.calibrate,
+        ("calibrate", MIXTRAL, "-o", "new", "--for", "uniform", "--data", HELD_OUT),
+        {"model": MIXTRAL, "output": "new", "methods": ["uniform"], "data": HELD_OUT},
+    ),
     (planner.evaluate, ("eval", MIXTRAL), {"model": MIXTRAL}),
     (planner.evaluate, ("eval", "none", "--data", HELD_OUT), {"model": "none", "data": HELD_OUT}),
     (
@@ -234,6 +259,15 @@ def test_a_mistake_is_told_as_the_command_tells_it(
     assert one_line(moeq(*line)) == f"error: {refused.value}"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_jobs_do_not_run_the_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import planner\nprint(planner.quantize({str(MIXTRAL)!r}, avg_bits=2, jobs=2, output='out').serve)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "moeq serve out\n", "")
 
 
 def test_fixed_widths_are_checked() -> None:

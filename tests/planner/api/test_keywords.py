@@ -9,6 +9,7 @@ import pytest
 import typer
 
 import planner
+from planner.api.calibrating import CalibrateKeywords
 from planner.api.comparing import CompareKeywords
 from planner.api.evaluating import EvaluateKeywords
 from planner.api.keywords.common import parts
@@ -22,12 +23,16 @@ from vllm_moeq.format import UsageError
 FUNCTIONS: dict[str, tuple[Any, Any]] = {
     "plan": (planner.plan, PlanKeywords),
     "quantize": (planner.quantize, QuantizeKeywords),
+    "calibrate": (planner.calibrate, CalibrateKeywords),
     "compare": (planner.compare, CompareKeywords),
     "eval": (planner.evaluate, EvaluateKeywords),
     "report": (planner.report, ReportKeywords),
 }
 ELSEWHERE = {"dry_run": "planner.estimate", "as_json": "as_dict() of the result"}
 """Flags that are no arguments, and what takes their place."""
+
+RENAMED = {("calibrate", "methods"): "--for"}
+"""Flags whose name Python keeps for itself."""
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -50,7 +55,7 @@ def test_every_flag_is_an_argument_and_no_other_is(command: str) -> None:
 def test_names_and_defaults_are_the_same(command: str, name: str) -> None:
     flag, argument = flags(command)[name], inspect.signature(FUNCTIONS[command][0]).parameters[name]
     if flag.param_type_name == "option":
-        assert f"--{name.replace('_', '-')}" in flag.opts
+        assert RENAMED.get((command, name), f"--{name.replace('_', '-')}") in flag.opts
     assert flag.required == (argument.default is inspect.Parameter.empty)
     if flag.required:
         return
@@ -80,6 +85,7 @@ def test_bounds_are_the_same(command: str, name: str) -> None:
 VALID: dict[str, dict[str, Any]] = {
     "plan": {"model": "m"},
     "quantize": {"model": "m", "output": "o"},
+    "calibrate": {"model": "m", "output": "o"},
     "compare": {"model": "m", "output": "o", "held_out": "h"},
     "eval": {"model": "m"},
     "report": {"folder": "m"},
