@@ -8,6 +8,7 @@ from pathlib import Path
 from planner.common.memory import resident_bytes
 from planner.estimates.needs import Needs
 from planner.model.hub import companion_bytes
+from planner.model.whole import check_checkpoint
 from planner.output.files import SHARD_COPIES
 from vllm_moeq.format import ShardSet, expert_matrices, load_config
 from vllm_moeq.format.linears import WORDS
@@ -22,6 +23,7 @@ def export_needs(folder: Path, item_bytes: int | None) -> Needs:
     Raises:
         MoeqError: a damaged checkpoint.
     """
+    check_checkpoint(folder, values=False)  # also because what it imports stays in memory
     config = load_config(folder)
     with ShardSet(folder) as shards:
         dense = {matrix.names()[0]: matrix for matrix in expert_matrices(shards, config)}

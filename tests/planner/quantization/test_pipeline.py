@@ -27,6 +27,7 @@ from planner.quantization.settings import QuantizeSettings
 from tests.folders import contents
 from tests.paths import MIXTRAL, MOEQ
 from vllm_moeq.format import GRID, CheckpointError, Linear, MoeqError, ShardSet, UsageError, load_config, verify
+from vllm_moeq.format.strangers import NOT_ALONE
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +118,8 @@ def test_the_config_says_what_was_done(quantized_mixtral: Path, all_widths_plan:
 def test_the_rest_of_the_config_is_the_models(tiny_mixtral: Path, quantized_mixtral: Path) -> None:
     config = json.loads((quantized_mixtral / "config.json").read_text())
     del config["quantization_config"]
+    for key, value in NOT_ALONE.items():
+        assert config.pop(key) == value
     assert config == json.loads((tiny_mixtral / "config.json").read_text())
 
 
