@@ -242,8 +242,9 @@ class TestRefused:
         assert message in refused(MIXTRAL, *flags)
 
     def test_too_little_text(self, refused: Callable[..., str], tmp_path: Path) -> None:
-        (tmp_path / "empty.txt").write_text("")
-        assert "--data: expected a text of at least two tokens" in refused(MIXTRAL, "--data", tmp_path / "empty.txt")
+        (tmp_path / "short.txt").write_text("def")
+        message = refused(MIXTRAL, "--data", tmp_path / "short.txt")
+        assert "--data short.txt: expected a text of at least two tokens, found 1" in message
 
     def test_a_reference_with_more_tokens(self, refused: Callable[..., str], tiny_mixtral: Path) -> None:
         message = refused(MIXTRAL, *READ, "--reference", tiny_mixtral)
