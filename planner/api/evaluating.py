@@ -128,7 +128,7 @@ def estimate_evaluate(wanted: EvaluateKeywords) -> Estimate:
     if text is None or asked.tasks:
         raise UsageError("--dry-run: expected --data alone, whose size is known, found tasks")
     folders = [asked.folder] if text.reference is None else [asked.folder, text.reference]
-    tokens = len(read_tokens(asked.folder, text.content, text.max_tokens, "--data"))
+    tokens = len(read_tokens(asked.folder, text.content, text.max_tokens, f"--data {text.name}"))
     return Estimate(eval_needs(folders, tokens, text.window, device))
 
 

@@ -54,7 +54,7 @@ def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: Sequence[str]
     store = first_hidden(decoder, tokens, run.folder)
     first, exact = store.load(0), read_layers(decoder, store, run.progress, "reading", {}, keep=(0,))
     if _known(run, ORIGINAL) is None:
-        original = score(decoder, exact, exact[None], targets)[0].as_dict()
+        original = score(decoder, exact, exact[None], targets, [run.model.folder])[0].as_dict()
         _remember(run, ORIGINAL, original | _tasks(run, run.model.folder))
     distinct = {key_of(run, entry): entry for entry in found}
     missing = [(key, entry) for key, entry in distinct.items() if _known(run, key) is None]
@@ -65,7 +65,8 @@ def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: Sequence[str]
         _quantize_all(run, [entry for _, entry in group])
         candidates = [Candidate(key, _weights(run, decoder, entry), entry.odp) for key, entry in group]
         states = read_text(decoder, first, candidates, run.wanted.settings.linear, store, run.progress)
-        for (key, entry), value in zip(group, score(decoder, exact, states, targets), strict=True):
+        names = [_label(entry) for _, entry in group]
+        for (key, entry), value in zip(group, score(decoder, exact, states, targets, names), strict=True):
             folder = _folder(run, entry)
             more = _tasks(run, folder) if (folder / "config.json").is_file() else {}
             _remember(run, key, value.as_dict() | more)
@@ -91,7 +92,7 @@ def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
     for entry in found:
         folder = _folder(run, entry)
         if entry.plan is not None and not folder.exists():
-            label = f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}: {settings.quantizer}"
+            label = f"{_label(entry)}: {settings.quantizer}"
             text = run.text(entry.seed) if settings.calibrated else None
             tasks[folder] = QuantizeTask(label, run.model.folder, entry.plan, folder, settings, text)
     threads = torch.get_num_threads()
@@ -107,6 +108,10 @@ def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
             seconds = time.monotonic() - began
             left = duration(seconds / count * (len(tasks) - count))
             run.progress.line(f"quantized {count} of {len(tasks)}, {seconds:.0f} s, about {left} left")
+
+
+def _label(entry: Entry) -> str:
+    return f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}"
 
 
 def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:

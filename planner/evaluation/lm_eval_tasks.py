@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from planner.evaluation.lm_eval_task_files import known_tasks, load_tasks, reaso
 from planner.evaluation.record import TaskResult
 from planner.output.files import write_json
 from planner.quantization.runners.choose import read_devices
-from vllm_moeq.format import UsageError, read_json
+from vllm_moeq.format import CheckpointError, UsageError, read_json
 
 PAPER_SUITE: tuple[str, ...] = (
     "piqa",
@@ -85,7 +86,7 @@ def run_tasks(
             if progress is not None:
                 progress.line(f"task {number} of {len(loaded)}: {name}")
             model = model or stack.enter_context(runs.open(folder, devices, size, store, progress))
-            scores = _scores(_evaluate(model, name, task, limit, seed), name)
+            scores = _finite(_scores(_evaluate(model, name, task, limit, seed), name), folder)
             found = [TaskResult(**values, limit=limit, backend=backend) for values in scores]
             if path is not None:
                 write_json(path, [result.model_dump() for result in found])
@@ -168,6 +169,21 @@ def _scores(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     return [_score(name, result, key) for key in metrics]
 
 
+def _finite(scores: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Return scores; refuse infinite ones and no numbers, which say nothing of a model.
+
+    Raises:
+        CheckpointError: naming the model and the task.
+    """
+    for score in scores:
+        if not math.isfinite(score["value"]):
+            raise CheckpointError(
+                f"{folder}: task {score['task']}: expected a finite {score['metric']}, found {score['value']:g}: the "
+                "model's outputs are not finite"
+            )
+    return scores
+
+
 def _score(name: str, result: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return the score under a key such as ``acc,none``. A filter of answers becomes part of the metric's name."""
     metric, filtered_by = key.split(",", 1)
@@ -176,6 +192,6 @@ def _score(name: str, result: Mapping[str, Any], key: str) -> dict[str, Any]:
         "task": name,
         "metric": metric if filtered_by == "none" else key,
         "value": float(result[key]),
-        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+        "stderr": float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
         "samples": int(result.get("sample_count", {}).get(key, result["sample_len"])),
     }

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from planner.calibration.kl.gradients import head_rows
 from planner.common.progress import Progress
 from planner.evaluation.reader import Reader
-from planner.evaluation.scores import Score, perplexity_of, summarize, token_distances, token_losses
+from planner.evaluation.scores import Score, perplexity_of, refuse_not_finite, summarize, token_distances, token_losses
 from planner.output.files import write_tensors
+from vllm_moeq.format import CheckpointError
 
 STATES = 1 << 30
 """Maximum bytes of a model's hidden states between two layers. A pass takes five times as much disk space."""
@@ -59,7 +60,7 @@ def evaluate_text(
         progress: shows the progress.
 
     Raises:
-        MoeqError: a damaged tensor, a full disk.
+        MoeqError: a damaged tensor, outputs that are not finite, a full disk.
     """
     largest = max(reader.state_bytes for reader in (model, reference) if reader is not None)
     size = max(1, STATES // (largest * tokens.shape[1]))
@@ -71,13 +72,26 @@ def evaluate_text(
     with progress.whole([(f"{reader}{of}", None) for of in left for reader in readers]):
         for (inputs, wanted), path, of in zip(parts, paths, names, strict=True):
             if not path.is_file():
-                write_tensors(path, _read_pass(model, reference, inputs, wanted, folder / path.stem, progress, of))
+                values = _read_pass(model, reference, inputs, wanted, folder / path.stem, progress, of)
+                try:
+                    _check(model, reference, values, wanted >= 0)
+                except CheckpointError:
+                    shutil.rmtree(folder / path.stem, ignore_errors=True)  # no later run can use it
+                    raise
+                write_tensors(path, values)
             shutil.rmtree(folder / path.stem, ignore_errors=True)
     passes = [load_file(path) for path in paths]
     found = {name: torch.cat([values[name] for values in passes]) for name in passes[0]}
     known = targets >= 0
     score = summarize(found["loss"], found["divergence"], found["same"], known)
     return TextScore(score, None if reference is None else perplexity_of(found["reference"], known))
+
+
+def _check(model: Reader, reference: Reader | None, values: dict[str, torch.Tensor], known: torch.Tensor) -> None:
+    """Refuse outputs that are not finite, first the reference's: they would make the distance from it wrong, too."""
+    if reference is not None:
+        refuse_not_finite(reference.folder, values["reference"][known])
+    refuse_not_finite(model.folder, values["loss"][known], values["divergence"][known])
 
 
 def _read_pass(

@@ -28,7 +28,8 @@ def read_texts(path: Path, folder: Path) -> tuple[str, ...]:
         folder: the model's folder.
 
     Raises:
-        MoeqError: no such file, damaged contents, or more than :data:`MAX_CHARACTERS`; a damaged tokenizer.
+        MoeqError: no such file, damaged contents, nothing but blanks, or more than :data:`MAX_CHARACTERS`; a damaged
+            tokenizer.
     """
     found: list[str] = []
     tokenizer, left = None, MAX_CHARACTERS
@@ -41,6 +42,8 @@ def read_texts(path: Path, folder: Path) -> tuple[str, ...]:
             found.append(text)
         if left < 0:
             raise UsageError(f"{path}: expected at most {MAX_CHARACTERS >> 20} Mi characters, found more")
+    if not found:
+        raise UsageError(f"{path}: expected a text, found none: the file is empty, or has blanks alone")
     return tuple(found)
 
 

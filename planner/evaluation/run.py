@@ -136,7 +136,7 @@ def finish(partial: PartialRun) -> None:
 
 
 def _read(wanted: EvaluationRequest, text: Text, folder: Path, progress: Progress) -> TextResult:
-    ids = read_tokens(wanted.folder, text.content, text.max_tokens, "--data")
+    ids = read_tokens(wanted.folder, text.content, text.max_tokens, f"--data {text.name}")
     device = torch.device(read_devices(wanted.device)[0])
     with ExitStack() as stack:
         model = stack.enter_context(closing(open_reader(wanted.folder, device, wanted.batch_size)))

@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_moeq.format import CheckpointError
+
 RESAMPLES = 1000
 """Number of bootstrap samples of sequences for a standard error."""
+
+LARGEST_LOSS = 500.0
+"""Nats per token. A guess among a million tokens costs 14; exp of more than 709 is no number."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,30 @@ def token_distances(reference: torch.Tensor, likely: torch.Tensor) -> tuple[torc
     """
     divergence = (reference.exp() * (reference - likely)).sum(dim=-1)
     return divergence.cpu(), (likely.argmax(dim=-1) == reference.argmax(dim=-1)).cpu()
+
+
+def refuse_not_finite(who: object, loss: torch.Tensor, divergence: torch.Tensor | None = None) -> None:
+    """Refuse a model whose outputs are infinite or no numbers: its perplexity would mean nothing.
+
+    Args:
+        who: the model, for the message.
+        loss: negative log-likelihoods of known tokens.
+        divergence: their KL divergences from a reference whose outputs are finite, if there is one.
+
+    Raises:
+        CheckpointError: naming the model.
+    """
+    mean = float(loss.double().mean())
+    if not mean <= LARGEST_LOSS:
+        raise CheckpointError(
+            f"{who}: its outputs on the text are not finite: expected a loss of at most {LARGEST_LOSS:g} nats per "
+            f"token, found {mean:g}"
+        )
+    if divergence is not None and not bool(torch.isfinite(divergence).all()):
+        found = float(divergence[~torch.isfinite(divergence)][0])
+        raise CheckpointError(
+            f"{who}: its outputs on the text are not finite: expected a KL divergence to the reference, found {found:g}"
+        )
 
 
 def summarize(loss: torch.Tensor, divergence: torch.Tensor, same: torch.Tensor, known: torch.Tensor) -> Score:

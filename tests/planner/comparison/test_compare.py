@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,15 @@ def test_mistakes(moeq: Moeq, tmp_path: Path, flags: tuple[object, ...], message
     assert len(lines) == 1, found.err
     assert message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_not_finite(moeq: Moeq, tmp_path: Path, change_tensor: Callable[..., Path]) -> None:
+    folder = Path(shutil.copytree(MIXTRAL, tmp_path / "overflows"))
+    change_tensor(folder, "model.norm.weight", lambda weight: weight.fill_(3e38))
+    flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", HELD_OUT, "--max-tokens", 600)
+    message = one_line(moeq("compare", folder, *flags, "-o", tmp_path / "out"))
+    assert f"error: {folder}: its outputs on the text are not finite: expected a loss of at most 500" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_exists_is_refused(moeq: Moeq, tmp_path: Path) -> None:

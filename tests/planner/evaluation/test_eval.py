@@ -242,8 +242,24 @@ class TestRefused:
         assert message in refused(MIXTRAL, *flags)
 
     def test_too_little_text(self, refused: Callable[..., str], tmp_path: Path) -> None:
-        (tmp_path / "empty.txt").write_text("")
-        assert "--data: expected a text of at least two tokens" in refused(MIXTRAL, "--data", tmp_path / "empty.txt")
+        (tmp_path / "short.txt").write_text("def")
+        message = refused(MIXTRAL, "--data", tmp_path / "short.txt")
+        assert "--data short.txt: expected a text of at least two tokens, found 1" in message
+
+    @pytest.mark.parametrize("norm", [3e38, 1e30])
+    @pytest.mark.parametrize("which", ["model", "reference"])
+    def test_outputs_that_are_not_finite(
+        self, refused: Callable[..., str], tmp_path: Path, change_tensor: Callable[..., Path], which: str, norm: float
+    ) -> None:
+        """By finite weights: the products overflow, or the loss is so large that its exp does."""
+        folder = Path(shutil.copytree(MIXTRAL, tmp_path / "overflows"))
+        change_tensor(folder, "model.norm.weight", lambda weight: weight.fill_(norm))
+        models = (folder,) if which == "model" else (MIXTRAL, "--reference", folder)
+        message = refused(*models, "--data", HELD_OUT, "--max-tokens", 64, "--window", 32)
+        expected = (
+            f"error: {folder}: its outputs on the text are not finite: expected a loss of at most 500 nats per token"
+        )
+        assert message.startswith(expected)
 
     def test_a_reference_with_more_tokens(self, refused: Callable[..., str], tiny_mixtral: Path) -> None:
         message = refused(MIXTRAL, *READ, "--reference", tiny_mixtral)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ def continuations(folder: Path, texts: list[str]) -> list[str]:
         written = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         found.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return found
+
+
+def test_a_score_that_is_not_finite(
+    moeq: Moeq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change_tensor: Callable[..., Path]
+) -> None:
+    folder = Path(shutil.copytree(MIXTRAL, tmp_path / "overflows"))
+    change_tensor(folder, "model.norm.weight", lambda weight: weight.fill_(3e38))
+    task = write_task(tmp_path / "tasks", code_documents(2, 60), "rolling", ROLLING)
+    monkeypatch.chdir(tmp_path)
+    outcome = moeq("eval", folder, "--tasks", task)
+    message = outcome.err.splitlines()[-1]  # behind lm-eval's progress
+    assert outcome.code == 2
+    expected = "expected a finite bits_per_byte, found nan: the model's outputs are not finite"
+    assert message == f"error: {folder}: task rolling: {expected}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["overflows", "tasks"]
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.server)])

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,15 @@ SAME: dict[str, bytes | Callable[[], bytes]] = {
     "array.json": json.dumps(ROWS).encode(),
     "array.JSON": json.dumps(ROWS, indent=1).encode(),
     "array.txt": json.dumps(ROWS, indent=4).encode(),
+    "array.jsonl": json.dumps(ROWS).encode(),
+    "array.ndjson": json.dumps(ROWS, indent=2).encode(),
+    "arrays.json": b"".join(json.dumps([row]).encode() + b"\n" for row in ROWS) + b"[ ]\n",
+    "arrays.txt": b"\n\n" + b" ".join(json.dumps([row], indent=1).encode() for row in ROWS),
+    "objects.json": b"".join(json.dumps(row, indent=2).encode() + b"\n" for row in ROWS),
+    "objects.jsonl": b"\n" + b"".join(json.dumps(row, indent=2).encode() + b"\n" for row in ROWS),
+    "objects": b"".join(json.dumps(row, indent=2).encode() for row in ROWS),
+    "objects in a line.jsonl": b" ".join(json.dumps(row).encode() for row in ROWS),
+    "arrays of strings": b"\n".join(json.dumps([text]).encode() for text in TEXTS),
     "strings.json": json.dumps(TEXTS).encode(),
     "strings.txt": json.dumps(TEXTS).encode(),
     "string lines.txt": "".join(json.dumps(text) + "\n" for text in TEXTS).encode(),
@@ -79,6 +89,31 @@ def test_the_same_documents(name: str, tmp_path: Path) -> None:
     assert read(path) == TEXTS
 
 
+@pytest.mark.parametrize("name", ["object.json", "object.jsonl", "object.txt", "object"])
+@pytest.mark.parametrize("text", ["a text", "line\n" * 40_000])
+def test_an_object_of_several_lines_is_one_document(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps({"id": 1, "text": text}, indent=2))
+    assert read(tmp_path / name) == [text]
+
+
+LARGE: dict[str, Callable[[], str]] = {
+    "items": lambda: json.dumps([{"text": "word " * 120}] * 12_000, indent=2),
+    "objects": lambda: (json.dumps({"text": "word " * 120}, indent=2) + "\n") * 12_000,
+    "blanks": lambda: "[" + " " * (32 << 20) + "]",
+    "blank lines": lambda: "\n" * (4 << 20),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_many_values_take_time_in_proportion(name: str, tmp_path: Path) -> None:
+    """A tenth of the limit is plenty; what counts a file's lines anew for every value takes several times as long."""
+    path = tmp_path / "large.json"
+    path.write_text(LARGE[name]())
+    began = time.process_time()
+    assert len(read(path)) == (0 if "blank" in name else 12_000)
+    assert time.process_time() - began < 5
+
+
 PLAIN = {
     "a note in brackets.txt": "[see below] and { braces }\nmore\n",
     "python.txt": "{'a': 1}\n[{'b': 2}]\n",
@@ -88,6 +123,8 @@ PLAIN = {
     "names.py": '["a", "b"]\nprint()\n',
     "commas.txt": "one, two\nthree, four, five\n",
     "code.py": '{"a": 1,\n "b": 2}\n',
+    "list of lists.txt": '["a"]\n[1]\n',
+    "unfinished.py": '{\n "text": f(x),\n}\n' + "more\n" * 20_000,
     "text": "text\nmore text\n",
     "empty": "",
 }
@@ -125,7 +162,7 @@ def test_conversations(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[bytes, str]] = {
     "broken.jsonl": (
         b'{"text": "fine"}\nnot json\n',
-        "line 2: expected a JSON object with a field text in one line, found no JSON",
+        "line 2: expected a JSON object with a field text, found no JSON: 'not json'",
     ),
     "fields.jsonl": (b'{"content": "x"}\n', "line 1: expected a field text, or messages .* found the fields ..content"),
     "fields.txt": (b'{"content": "x"}\n{"content": "y"}\n', "line 1: expected a field text"),
@@ -137,9 +174,27 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "half.json": (b'[{"text":\n "half \\udc00"}]', r"line 1, item 1: .* half of a surrogate pair, \\udc00"),
     "half-chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
     "roles.jsonl": (b'{"messages": [{"content": "x"}]}', "line 1: expected messages with role and content"),
-    "object.json": (b'{\n "text": "x"\n}', "line 1: expected a JSON object"),
-    "comma.json": (b'[{"text": "a"}\n{"text": "b"}]', "line 1: expected a comma or the end of the array behind item 1"),
-    "cut.json": (b'[{"text": "a"},', "line 1: expected an array of JSON objects, found no JSON"),
+    "first.jsonl": (
+        b"a line that is longer than what is shown of it\n",
+        "line 1: expected a JSON object with a field text, found no JSON: 'a line that is longer than what is shown'$",
+    ),
+    "first-of-many.jsonl": (b"no JSON\n" + b'{"text": "fine"}\n' * (1 << 22), "line 1: .*found no JSON: 'no JSON'"),
+    "object.json": (b'\n{\n "text": "x",\n}', "line 4: expected a JSON object .* found no JSON: '}'"),
+    "object.txt": (b'{\n "text": "x"\n}\n{\n "txt": "x"\n}', "line 4: expected a field text"),
+    "object-and-more": (b'{\n "text": "x"\n}\n prose', "line 4: .* found no JSON: 'prose'"),
+    "cut-object.json": (b'{\n "text": "x"\n', "line 3: .* found no JSON: the file's end"),
+    "comma.json": (
+        b'[{"text": "a"}\n{"text": "b"}]',
+        'line 2: expected a comma or the end of the array behind item 1, found \'{"text": "b"}]\'',
+    ),
+    "cut.json": (b'[{"text": "a"},', "line 1: .* found no JSON: the file's end"),
+    "cut-array.json": (b'[{"text": "a"}\n', "line 2: expected a comma or the end .*, found the file's end"),
+    "last-comma.json": (b'[{"text": "a"},]', "line 1: .* found no JSON: ']'"),
+    "behind.json": (b'[{"text": "a"}]\nthis is no JSON {{{', "line 2: .* found no JSON: 'this is no JSON {{{'"),
+    "behind": (b'[{"text": "a"}] [{"txt": "b"}]', "line 1, item 1: expected a field text"),
+    "empty-line.jsonl": ("\N{IDEOGRAPHIC SPACE}\n".encode(), "line 1: .* found no JSON: "),
+    "large.json": (b"[" + b" " * (1 << 26), "expected at most 64 MiB of JSON whose values take several lines"),
+    "long-line.jsonl": (LINES + b'{"text": "' + b"x" * (1 << 24) + b'"}', "line 4: expected at most 16777216 bytes"),
     "utf16.txt": ("text".encode("utf-16"), "found UTF-16"),
     "latin1.txt": (b"caf\xe9 au lait", "found no UTF-8"),
     "latin1.jsonl": (b'{"text": "caf\xe9"}', "found no UTF-8"),

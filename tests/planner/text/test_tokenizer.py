@@ -135,6 +135,21 @@ class TestTokens:
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.json"])
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_no_text_at_all(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=rf"^{tmp_path / name}: expected a text, found none: the file is empty"):
+        read_texts(tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '[{"text": " "}]', '{"text": ""}\n'])
+def test_documents_without_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "blank.json").write_text(content)
+    with pytest.raises(UsageError, match=r"blank\.json: expected a text, found none: .* blanks alone"):
+        read_texts(tmp_path / "blank.json", tmp_path)
+
+
 COMMANDS: dict[str, tuple[object, ...]] = {
     "quantize": ("--avg-bits", 3, "--method", "uniform", "--samples", 4, "--seq-len", 32, "-o", "out"),
     "calibrate": ("--samples", 4, "--seq-len", 32, "-o", "stats.safetensors"),
