@@ -33,14 +33,16 @@ from planner.estimates.parts import statistics_parts
 from planner.estimates.quantizing import calibrate_needs
 from planner.model.layout import read_layout
 from planner.model.skeleton import open_model
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.planning.methods import METHODS, OURS
 from vllm_moeq.format import UsageError
 
 
 def calibrate_command(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write, .safetensors.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write, a new .safetensors.")
+    ],
     *,
     text: TextFlags,
     methods: Annotated[

@@ -12,6 +12,7 @@ from typing import Any
 
 from planner.common.interrupts import note_kept
 from planner.output.files import TEMPORARY, reason, write_json
+from planner.output.paths import check_output
 from vllm_moeq.format import UsageError, read_json
 
 PLANNED, PLANNED_FROM_TEXT = "planned-from-*.json", "planned-from-text.json"
@@ -133,18 +134,3 @@ def _refuse_links(folder: Path) -> None:
     link = next((entry for entry in sorted(folder.rglob("*")) if entry.is_symlink()), None)
     if link is not None:
         raise UsageError(f"{link}: expected no link in an unfinished run, found one; delete the folder")
-
-
-def check_output(output: Path) -> None:
-    """Check that an output folder can be created.
-
-    Raises:
-        UsageError: it exists already, or its parent is missing or cannot be written.
-    """
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"{output}: the output exists already; choose another or delete it")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{output}: expected the parent folder {parent} to exist")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{output}: the folder {parent} cannot be written")
