@@ -16,10 +16,11 @@ from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from planner.output.checkpoint import CheckpointWriter
 from planner.output.files import atomic, make_new, write_json
 from tests.conftest import Outcome, one_line
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
-from vllm_moeq.format import CheckpointError, UsageError
+from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 MEANWHILE = "somebody made it while this run went on; move it away and run the same command again"
 
@@ -84,6 +85,21 @@ def test_a_new_file_replaces_nothing(kind: str, flagged: bool, tmp_path: Path, m
         overtaken(path, APPEARING[kind], new=True)
     assert path.is_symlink() or not path.is_file() or path.read_text() == "theirs"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (Path("/proc/self/mem"), "cannot read .Input/output error."),  # the first page of memory is never there
+        (Path("none"), "cannot read .No such file or directory."),
+    ],
+)
+def test_an_error_of_reading_names_what_is_copied(file: Path, message: str, tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", {"a": 1})
+    with pytest.raises(ConfigError, match=f"^{file}: {message}"):
+        writer.copy(file.parent, [file.name])
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_appeared_is_not_filled(tmp_path: Path) -> None:
