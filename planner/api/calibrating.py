@@ -29,7 +29,7 @@ from planner.estimates.quantizing import calibrate_needs
 from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.planning.methods import METHODS, OURS
 from vllm_moeq.format import UsageError
 

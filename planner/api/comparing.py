@@ -29,7 +29,7 @@ from planner.evaluation.perplexity import read_texts, read_tokens
 from planner.model.layout import Layout, read_layout
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError

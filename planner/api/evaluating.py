@@ -162,7 +162,7 @@ def _first_device(wanted: EvaluationRequest) -> torch.device:
 def _keep(result: Evaluated, output: Path | None, kept: Path | None) -> None:
     """Write the result to a file, and add it to the results that a checkpoint keeps, if any."""
     if output is not None:
-        write_json(output, result.as_dict())
+        write_json(output, result.as_dict(), new=True)
     if kept is not None:
         texts = [] if result.text is None else [result.text]
         read_evaluations(kept).merged(texts, list(result.tasks)).write(kept)

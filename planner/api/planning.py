@@ -28,6 +28,7 @@ from planner.model.layout import Layout, read_layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import ConfigModel, open_model
 from planner.model.source import SourceModel
+from planner.output.paths import check_file
 from planner.plan_file import Plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
@@ -71,10 +72,8 @@ def plan(wanted: PlanKeywords) -> Planned:
         MoeqError: arguments that cannot be met, a damaged tensor, a full disk; its message is one line.
     """
     where, output = wanted.first_device(), None if wanted.output is None else Path(wanted.output)
-    if output is not None and output.is_dir():
-        raise UsageError(f"{output}: expected a file to write, found a folder")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: expected the folder {output.absolute().parent} to exist")
+    if output is not None:
+        check_file(output)
     with _opened(wanted, dry_run=False) as work:
         source, layout, progress = work.source, work.layout, work.progress
         with progress.whole():

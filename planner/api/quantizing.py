@@ -32,7 +32,7 @@ from planner.model.layout import Layout, architecture_of, read_layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.plan_file import Plan, read_plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan

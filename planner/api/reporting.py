@@ -14,13 +14,13 @@ from planner.common.progress import Progress
 from planner.model.hub import resolve_model
 from planner.model.source import SourceModel
 from planner.output.files import atomic
+from planner.output.paths import check_file
 from planner.reporting.card import refresh_card
 from planner.reporting.facts import Facts, collect
-from planner.reporting.files import CARD, PAGE
+from planner.reporting.files import CARD, PAGE, PICTURES, picture
 from planner.reporting.page import render
 from planner.reporting.png import draw
 from planner.reporting.value_maps import ValueMaps, collect_maps
-from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def report(wanted: ReportKeywords) -> Reported:
     progress, folder, drawable = wanted.display(), Path(wanted.folder), not missing(("matplotlib",))
     facts = collect(folder)
     page = folder / PAGE if wanted.output is None else Path(wanted.output)
-    if not page.absolute().parent.is_dir():
-        raise UsageError(f"{page}: expected the folder {page.absolute().parent} to exist")
-    if page.is_dir():
-        raise UsageError(f"{page}: expected a file to write, found a folder")
+    pictured = drawable and wanted.png is not False
+    for path in (page, *(picture(page, name) for name in PICTURES if pictured)):
+        check_file(path, links=wanted.output is None)
     grids = _grids(facts, wanted.model)
+    text = render(facts, grids)
     with atomic(page) as temporary:
-        temporary.write_text(render(facts, grids), encoding="utf-8")
-    pictures = draw(facts, grids, page) if drawable and wanted.png is not False else []
+        temporary.write_text(text, encoding="utf-8")
+    pictures = draw(facts, grids, page) if pictured else []
     if not drawable and wanted.png is None:
         progress.line(f"no pictures: they need matplotlib, {install_line('report')}")
     _refresh(folder, progress)

@@ -23,7 +23,8 @@ from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.output.files import write_tensors
-from planner.output.unfinished import PartialRun, check_output
+from planner.output.paths import check_output
+from planner.output.unfinished import PartialRun
 from vllm_moeq.format import CheckpointError
 
 

@@ -114,10 +114,18 @@ def observe(
 
 
 def write_statistics(path: Path, layers: dict[str, LayerStatistics], facts: dict[str, Any]) -> None:
-    """Write ``path`` (tensors ``<experts prefix>.<name>``) and the JSON file beside it, each atomically."""
+    """Write ``path`` (tensors ``<experts prefix>.<name>``) and the JSON file beside it, both new, each atomically.
+
+    Raises:
+        CheckpointError: a full disk, or somebody made one of them meanwhile; neither is written.
+    """
     tensors = {f"{prefix}.{name}": value for prefix, layer in layers.items() for name, value in layer.tensors().items()}
-    write_json(json_path(path), {"version": VERSION, **facts})
-    write_tensors(path, tensors)
+    write_json(json_path(path), {"version": VERSION, **facts}, new=True)
+    try:
+        write_tensors(path, tensors, new=True)
+    except BaseException:
+        json_path(path).unlink(missing_ok=True)
+        raise
 
 
 def json_path(path: Path) -> Path:

@@ -27,7 +27,9 @@ from planner.planning.methods import METHODS, OURS
 
 def calibrate_command(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write, .safetensors.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write, a new .safetensors.")
+    ],
     *,
     text: TextFlags,
     methods: Annotated[

@@ -74,7 +74,7 @@ def eval_command(
         typer.Option("--device", help="Device of the model: cpu, cuda or one GPU such as cuda:1; for vLLM a list."),
     ] = EvaluateKeywords.device,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the result, as JSON.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="New file for the result, as JSON.")
     ] = None,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help=f"Keep the result in the {FILE} of a checkpoint of moeq.")

@@ -22,7 +22,7 @@ from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import Version
 from planner.exchange.dense import export_dense
 from planner.model.hub import resolve_model
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.reporting.card import write_card
 from vllm_moeq.format import UsageError
 

@@ -23,7 +23,9 @@ from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT
 
 def plan_command(
     model: Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the plan.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="File for the plan; an older one is replaced.")
+    ] = None,
     *,
     planning: PlanFlags,
     quantizer: Annotated[

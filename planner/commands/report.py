@@ -19,7 +19,7 @@ def report_command(
     folder: Folder,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help=f"The page [DIR/{PAGE}]."),
+        typer.Option("-o", "--output", metavar="FILE", help=f"The page [DIR/{PAGE}]; an older one is replaced."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="SOURCE", help="The source model, to compute MaxVar if need be.")

@@ -19,7 +19,7 @@ from planner.common.shown import add_row
 from planner.comparison.compare import Row
 from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.request import Comparison
-from planner.output.files import atomic, write_json
+from planner.output.files import atomic, make_new, write_json
 from planner.planning.methods import METHODS, OURS
 
 Value = tuple[float, float]
@@ -186,9 +186,9 @@ def write_report(output: Path, rows: Sequence[Row], wanted: Comparison, model: s
     """Write compare.md, compare.csv and compare.json into a new folder, and compare.png if matplotlib is installed.
 
     Raises:
-        CheckpointError: a full disk.
+        CheckpointError: a full disk, or somebody made the folder meanwhile.
     """
-    output.mkdir()
+    make_new(output)
     texts = {"compare.md": markdown(rows, wanted, model), "compare.csv": as_csv(rows)}
     for name, text in texts.items():
         with atomic(output / name) as temporary:

@@ -7,15 +7,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from planner.output.files import atomic, reason, rename_new, sync, write_json, write_tensors
 from planner.output.unfinished import PLANNED, PartialRun
-from vllm_moeq.format import QUANT_METHOD, CheckpointError
+from vllm_moeq.format import QUANT_METHOD, CheckpointError, ConfigError
+from vllm_moeq.format.files import open_regular
 from vllm_moeq.format.strangers import NOT_ALONE, QUANTIZATION, without_strangers
+
+COPIED_AT_ONCE = 1 << 20
+"""Bytes of a file that are read and written at a time."""
 
 
 class CheckpointWriter:
@@ -64,11 +68,15 @@ class CheckpointWriter:
         self._bytes[shard] = (self.partial / shard).stat().st_size
 
     def copy(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files of another folder, given by their names relative to it."""
+        """Copy files of another folder, given by their names relative to it.
+
+        Raises:
+            ConfigError: a file that is no regular one any more, or cannot be read.
+            CheckpointError: a full disk.
+        """
         for name in names:
             (self.partial / name).parent.mkdir(exist_ok=True)
-            with atomic(self.partial / name) as temporary:
-                shutil.copyfile(folder / name, temporary)
+            _copy(folder / name, self.partial / name)
 
     def finish(
         self, config: Mapping[str, Any], extra: Mapping[str, Any], describe: Callable[[Path], None] | None = None
@@ -109,6 +117,20 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """Keep whole shards for a later run, and remove everything else; call this after an error."""
         self._run.abandon()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file atomically; an error names the file that it is about."""
+    with open_regular(source) as file, atomic(target) as temporary, temporary.open("wb") as written:
+        for part in iter(lambda: _read_part(file, source), b""):
+            written.write(part)
+
+
+def _read_part(file: BinaryIO, source: Path) -> bytes:
+    try:
+        return file.read(COPIED_AT_ONCE)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot read ({reason(error)})") from None
 
 
 def _readable(config: Mapping[str, Any]) -> dict[str, Any]:

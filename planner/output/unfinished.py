@@ -6,12 +6,14 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from planner.common.interrupts import note_kept
 from planner.output.files import TEMPORARY, reason, write_json
+from planner.output.paths import check_output
 from vllm_moeq.format import UsageError, read_json
 
 PLANNED, PLANNED_FROM_TEXT = "planned-from-*.json", "planned-from-text.json"
@@ -21,6 +23,9 @@ WORTH_KEEPING = (
     "*.safetensors", "*.partial", PLANNED_FROM_TEXT, "result-*.json", "pass-*/*/states.json", "pass-*/*/hidden/*.json",
 )  # fmt: skip
 """Globs of the files and folders that a later run can use. An unfinished run within another one is worth keeping."""
+
+SUFFIXES = (".bin", ".json", ".lock", ".safetensors")
+"""Endings of the names of files that runs keep; no folder of theirs has one."""
 
 
 class PartialRun:
@@ -42,7 +47,7 @@ class PartialRun:
         self._fingerprint = json.loads(json.dumps(fingerprint))
         try:
             self.folder.mkdir(exist_ok=True)
-            _refuse_links(self.folder)
+            _refuse_strangers(self.folder)
             self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot write ({reason(error)})") from None
@@ -89,7 +94,8 @@ class PartialRun:
 
     def _remove_temporary(self) -> None:
         for leftover in self.folder.glob(TEMPORARY):
-            leftover.unlink(missing_ok=True)
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
         if not any(found for pattern in WORTH_KEEPING for found in self.folder.glob(pattern)):
@@ -122,29 +128,29 @@ def refuse_other(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse an unfinished run with links, which we never make: writing through them would change other files.
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse an unfinished run with what we never make: writing through a link, for one, would change other files.
 
     Raises:
-        UsageError: naming the first link, or the folder if it is one or another user's.
+        UsageError: naming the first of them, or the folder if it is a link or another user's.
     """
     if folder.is_symlink() or os.lstat(folder).st_uid != os.geteuid():
         raise UsageError(f"{folder}: expected an unfinished run of yours, found a link or another user's folder")
-    link = next((entry for entry in sorted(folder.rglob("*")) if entry.is_symlink()), None)
-    if link is not None:
-        raise UsageError(f"{link}: expected no link in an unfinished run, found one; delete the folder")
+    for entry in sorted(folder.rglob("*")):
+        wrong = _stranger(entry)
+        if wrong is not None:
+            raise UsageError(f"{entry}: {wrong}; delete the folder")
 
 
-def check_output(output: Path) -> None:
-    """Check that an output folder can be created.
-
-    Raises:
-        UsageError: it exists already, or its parent is missing or cannot be written.
-    """
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"{output}: the output exists already; choose another or delete it")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{output}: expected the parent folder {parent} to exist")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{output}: the folder {parent} cannot be written")
+def _stranger(entry: Path) -> str | None:
+    """Return what is wrong with an entry of an unfinished run, or None."""
+    try:
+        mode = os.lstat(entry).st_mode
+    except FileNotFoundError:
+        return None  # another run is at work
+    if stat.S_ISLNK(mode):
+        return "expected no link in an unfinished run, found one"
+    if stat.S_ISDIR(mode):
+        named_as_file = entry.suffix in SUFFIXES or entry.match(TEMPORARY)
+        return "expected a file in an unfinished run, found a folder" if named_as_file else None
+    return None if stat.S_ISREG(mode) else "expected a file in an unfinished run, found a pipe or a device"

@@ -15,7 +15,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import Sizes, estimate
 from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter, check_space
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.plan_file import Plan
 from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
 from planner.quantization.quantizers import QUANTIZERS

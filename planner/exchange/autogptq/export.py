@@ -18,7 +18,7 @@ from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
 from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
     GRID,

@@ -15,7 +15,7 @@ from planner.exchange.autogptq.read import GptqCheckpoint, Module, read_gptq
 from planner.model.hub import companions
 from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter
-from planner.output.unfinished import check_output
+from planner.output.paths import check_output
 from planner.plan_file import IMPORTED
 from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
 

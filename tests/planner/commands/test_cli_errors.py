@@ -180,7 +180,7 @@ def test_an_existing_output(refused: Refused, tiny_mixtral: Path, out: Path) -> 
 
 def test_a_plan_file_in_a_folder_that_does_not_exist(refused: Refused, tiny_mixtral: Path, tmp_path: Path) -> None:
     path = tmp_path / "none" / "plan.json"
-    assert f"{path}: expected the folder {path.parent} to exist" in refused("plan", tiny_mixtral, "-o", path)
+    assert f"{path}: expected the parent folder {path.parent} to exist" in refused("plan", tiny_mixtral, "-o", path)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner.model.companions import check_companions
-from planner.model.hub import COMPANIONS, TOKENIZERS
+from planner.model.hub import COMPANIONS, TEMPLATES, TOKENIZERS
 from tests.conftest import one_line
 from vllm_moeq.format import ConfigError
 
@@ -35,6 +37,36 @@ def test_templates_are_text(tmp_path: Path, name: str) -> None:
         check_companions(tmp_path)
     (tmp_path / name).write_text("{{ bos }} é", encoding="utf-8")
     check_companions(tmp_path)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be nobody where this process is root's, who may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, *SETTINGS, *TEXTS, TEMPLATES])
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Before any work: copying comes last."""
+    monkeypatch.chdir(tmp_path)  # nobody need not see the folders above it
+    tmp_path.chmod(0o755)
+    if name == TEMPLATES:
+        Path(name).mkdir()
+    else:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    with unprivileged():
+        check_companions(Path())
+    Path(name).chmod(0)
+    with unprivileged(), pytest.raises(ConfigError, match=f"^{name}: cannot read .Permission denied.$"):
+        check_companions(Path())
+    Path(name).chmod(0o700)
 
 
 @pytest.mark.slow

@@ -76,6 +76,39 @@ def test_links_in_an_unfinished_run_are_refused(name: str, tmp_path: Path) -> No
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "name", [".x.tmp", ".tmpAbC123", "model-00001.safetensors", "model-00001.safetensors.json", "hidden/0.bin"]
+)
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_in_an_unfinished_run_is_refused(kind: str, name: str, tmp_path: Path) -> None:
+    write_json(killed(tmp_path) / "x.json", 1)
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(exist_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    found = {"folder": "a folder", "pipe": "a pipe or a device"}[kind]
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=f"{name}: expected a file in an unfinished run, found {found}; delete"):
+            CheckpointWriter(tmp_path / "out", {"a": 1}, resume)
+    assert path.exists()
+
+
+def test_a_folder_that_appears_as_a_temporary_file_changes_nothing(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", {"a": 1})
+    (writer.partial / ".x.tmp").mkdir()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def killed(folder: Path) -> Path:
+    """Leave an unfinished run, and return its folder."""
+    writer = CheckpointWriter(folder / "out", {"a": 1})
+    writer._run.release()  # the system takes a dead process's lock
+    return writer.partial
+
+
 def test_an_unfinished_run_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "fingerprint.json").write_text("{}")

@@ -185,9 +185,9 @@ def test_a_run_that_fails_at_its_end_can_be_continued(mixtral_copy: Path, tmp_pa
     output = tmp_path / "out"
     blocker = tmp_path / "out.partial" / "plan.json"
     interrupt(mixtral_copy, output)
-    blocker.mkdir()
-    with pytest.raises(CheckpointError, match=r"plan\.json: cannot write"):
-        run(mixtral_copy, output)
+    progress = Progress(listener=lambda _: blocker.mkdir(exist_ok=True))
+    with pytest.raises(UsageError, match=r"plan\.json: expected a file to write, found a folder"):
+        run(mixtral_copy, output, progress=progress)
     blocker.rmdir()
     assert verify(run(mixtral_copy, output)).experts == 16
 

@@ -62,4 +62,4 @@ def test_a_folder_that_is_no_checkpoint(moeq: Moeq, tmp_path: Path) -> None:
 
 def test_an_output_in_no_folder(moeq: Moeq, copy: Path, tmp_path: Path) -> None:
     message = one_line(moeq("report", copy, "-o", tmp_path / "none" / "page.html"))
-    assert f"expected the folder {tmp_path / 'none'} to exist" in message
+    assert f"expected the parent folder {tmp_path / 'none'} to exist" in message
