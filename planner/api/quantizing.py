@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -283,6 +284,7 @@ def _needs(work: _Work, made: Plan, sizes: Sizes) -> Needs:
 def _serve_command(work: _Work) -> str | None:
     """Return the command that serves the output, or None if vLLM cannot; say so if it needs a tokenizer."""
     source, output, progress = work.source, work.output, work.progress
+    serve = ["moeq", "serve", str(output)]
     if architecture_of(source).unserved is not None:
         return None
     if has_tokenizer(source.folder):
@@ -291,6 +293,6 @@ def _serve_command(work: _Work) -> str | None:
                 load_tokenizer(source.folder)
         except MoeqError as error:
             progress.line(f"note: the output has the source's tokenizer, which cannot be used: {error}")
-        return f"moeq serve {output}"
+        return shlex.join(serve)
     progress.line(f"note: {source.folder} has no tokenizer, nor has {output}: vLLM needs --tokenizer NAME")
-    return f"moeq serve {output} --tokenizer NAME"
+    return shlex.join([*serve, "--tokenizer", "NAME"])

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +209,14 @@ def test_a_router_of_another_layer_decides_nothing(
     before, after = (json.loads(moeq("plan", folder, "--json").out) for folder in (tiny_mixtral, mixtral_copy))
     assert before["experts"][LAYERS[1]] == after["experts"][LAYERS[1]]
     assert before["scores"][LAYERS[0]]["router_norm"] == after["scores"][LAYERS[0]]["router_norm"][::-1]
+
+
+@pytest.mark.slow
+def test_a_command_to_copy_is_quoted_for_the_shell(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) -> None:
+    output = tmp_path / """it's a; `b` $(c) "&" > [bold]d*"""
+    found = moeq("quantize", tiny_mixtral, "--avg-bits", 2, "--quantizer", "rtn", "--group-size", 32, "-o", output)
+    assert found.code == 0, found.err
+    command = found.out.rpartition("serve it with: ")[2]
+    assert shlex.split(command) == ["moeq", "serve", str(output), "--tokenizer", "NAME"]
+    words = subprocess.run(["sh", "-c", f"printf '%s|' {command}"], capture_output=True, text=True, check=True).stdout
+    assert words == f"moeq|serve|{output}|--tokenizer|NAME|"
