@@ -122,7 +122,7 @@ def row(listed: Listed) -> str:
 def command(listed: Listed, calibrated: bool, group_size: int) -> str:
     """Return the command that quantizes a model to 2.5 bits."""
     flags = [f"--preset {SERVED}bit"]
-    flags += ["--data wikitext2"] if calibrated else []
+    flags += ["--data wikitext2", "--device cuda"] if calibrated else ["--device cuda"]
     flags += [f"--group-size {group_size}"] if group_size != QuantizeSettings.group_size else []
     return f"moeq quantize {listed.name} {' '.join(flags)} -o {listed.short}-{SERVED}bit"
 

@@ -196,5 +196,5 @@ def print_speeds(rows: dict[str, dict[str, float]], better: dict[str, float] | N
     for name, values in rows.items():
         add_row(table, name, *(f"{values[metric]:,.2f}" for metric in METRICS))
     if better is not None:
-        add_row(table, "the first is better by", *(f"{value:.2f}×" for value in better.values()))
+        add_row(table, "the first, times as good as the second", *(f"{value:.2f}×" for value in better.values()))
     Console(highlight=False).print(table)

@@ -141,4 +141,4 @@ def test_the_table_compares_two(capsys: pytest.CaptureFixture[str], monkeypatch:
     print_speeds({"[red]mine": first, "other": second}, better)
     lines = capsys.readouterr().out.splitlines()
     assert any("[red]mine" in line and "20.00" in line for line in lines)
-    assert any("the first is better by" in line and "2.00×" in line and "0.50×" in line for line in lines)
+    assert any("times as good as the second" in line and "2.00×" in line and "0.50×" in line for line in lines)
