@@ -253,10 +253,15 @@ def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         read(tmp_path / "a.parquet")
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1), st.booleans())
-def test_any_texts_come_back_from_json(texts: list[str], array: bool) -> None:
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+    st.booleans(),
+    st.sampled_from([None, 0, 1, "\t"]),
+)
+def test_any_texts_come_back_from_json(texts: list[str], array: bool, indent: int | str | None) -> None:
     rows = [{"text": text} for text in texts]
-    content = json.dumps(rows) if array else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    values = [rows] if array else rows
+    content = "".join(json.dumps(value, ensure_ascii=False, indent=indent) + "\n" for value in values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts"
         path.write_text(content, encoding="utf-8", newline="")
