@@ -21,7 +21,7 @@ Scores = Annotated[list[float], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 class PlanSettings(Strict):
     """The flags that shaped the plan; a flag that the method does not use is null."""
 
-    zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    zeta: Annotated[float, Field(ge=1)] | None = None
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     ranking: Literal["layer", "global"] | None = None

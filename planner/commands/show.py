@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,17 @@ MAX_EXPERTS_SHOWN = 64
 
 
 def emit(value: Any) -> None:
-    """Print JSON."""
-    print(json.dumps(value, indent=2))
+    """Print JSON. A number that is infinite or none becomes null, since JSON has no word for it."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value without infinite numbers."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_inspection(facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.output.files import read_as, write_json
-from vllm_moeq.format.schema import Strict
+from vllm_moeq.format.schema import Count, Strict
 
 FILE = "evaluation.json"
 Text = Annotated[str, Field(max_length=4096)]
@@ -42,8 +42,8 @@ class TextResult(Strict):
 
     data: Text
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    window: int
-    tokens: int
+    window: Count
+    tokens: Count
     perplexity: float
     perplexity_error: float
     reference: Text | None = None
@@ -77,8 +77,8 @@ class TaskResult(Strict):
     metric: Text
     value: float
     stderr: float | None = None
-    samples: int
-    limit: int | None = None
+    samples: Count
+    limit: Count | None = None
     backend: Annotated[str, AfterValidator(_known_backend)]
 
 

@@ -12,7 +12,7 @@ from planner.model.source import SourceModel
 from planner.output.files import read_as
 from vllm_moeq.format import ConfigError
 from vllm_moeq.format.files import read_bytes
-from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS
+from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Count
 
 FILE = "quantization_report.json"
 README = "README.md"
@@ -35,9 +35,9 @@ Text = Annotated[str, Field(max_length=512), AfterValidator(printable)]
 
 
 class _Read(BaseModel):
-    """Base of the records. Unknown keys are ignored, since other versions may write more."""
+    """Base of the records, without infinite numbers. Unknown keys are ignored: other versions may write more."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class SourceRecord(_Read):
@@ -45,7 +45,7 @@ class SourceRecord(_Read):
 
     name: Text
     revision: Text | None = None
-    bytes: Annotated[int, Field(gt=0)]
+    bytes: Annotated[Count, Field(gt=0)]
     license: Text | None = None
     license_name: Text | None = None
     license_link: Text | None = None
@@ -56,8 +56,8 @@ class CalibrationRecord(_Read):
 
     data: Text
     seed: int = 0
-    sequences: int
-    seq_len: int
+    sequences: Count
+    seq_len: Count
 
 
 class GptqRecord(_Read):
@@ -74,7 +74,7 @@ class SettingsRecord(_Read):
     """The settings that neither the plan nor config.json contains; see ``QuantizeSettings``."""
 
     zero_points: Text = "float"
-    min_tokens: int = 64
+    min_tokens: Count = 64
     gptq: GptqRecord | None = None
 
 
@@ -84,7 +84,7 @@ class ExpertRecord(_Read):
     expert: Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
     relative_error: float | None = None
     fallback: Text | None = None
-    tokens: int | None = None
+    tokens: Count | None = None
     output_error: float | None = None
 
 

@@ -117,22 +117,21 @@ def _experts(facts: Facts, grids: ValueMaps) -> Figure:
 
 
 def _quantity(axes: Axes, facts: Facts, grid: ValueMap) -> None:
-    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+    from matplotlib.colors import BoundaryNorm, ListedColormap
 
     scale = Scale.of([value for row in grid.values for value in row if value is not None])
-    values = _array(facts, [[np.nan if value is None else value for value in row] for row in grid.values])
+    # Steps and not values: between the largest and the smallest float, matplotlib's own sums overflow.
+    steps = _array(facts, [[np.nan if value is None else scale.step(value) for value in row] for row in grid.values])
     colours = ListedColormap(list(LIGHT.steps))
-    bounds = scale.bounds()
-    norm = BoundaryNorm(bounds, STEPS) if len(bounds) > 1 else LogNorm(0.5, 2)
-    clipped = np.clip(values, bounds[0], bounds[-1])
-    drawn = axes.imshow(clipped, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    bounds, norm = scale.bounds(), BoundaryNorm(range(STEPS + 1), STEPS)
+    drawn = axes.imshow(steps, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     _axes(axes, facts)
     unit = f", {grid.unit}" if grid.unit and grid.unit not in grid.title else ""
     axes.set_title(f"{grid.title}{unit}", fontsize=10)
     if len(bounds) > 1:
-        ticks = [bounds[0], bounds[STEPS // 2], bounds[-1]]
+        ticks = [0, STEPS // 2, STEPS]
         bar = axes.figure.colorbar(drawn, ax=axes, ticks=ticks)
-        bar.ax.set_yticklabels([number(tick) for tick in ticks], fontsize=8)
+        bar.ax.set_yticklabels([number(bounds[tick]) for tick in ticks], fontsize=8)
 
 
 def _array(facts: Facts, rows: list[list[float]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,18 +41,22 @@ class Scale:
         """Return the step of a value, 0 to :data:`STEPS` − 1."""
         if value <= self.low or self.high == self.low:
             return 0
-        low, high, at = (map(math.log, (self.low, self.high, value)) if self.logarithmic
-                         else (self.low, self.high, value))  # fmt: skip
+        low, high, at = map(self._even, (self.low, self.high, value))
         return min(STEPS - 1, int(STEPS * (at - low) / (high - low)))
+
+    def _even(self, value: float) -> float:
+        """Return a number that grows evenly along the scale; differences of such numbers do not overflow."""
+        return math.log(value) if self.logarithmic else value / max(abs(self.low), abs(self.high))
 
     def bounds(self) -> list[float]:
         """Return the STEPS + 1 bounds of the steps; a single value if all values are equal."""
         if self.high == self.low:
             return [self.low]
-        parts = [part / STEPS for part in range(STEPS + 1)]
+        parts = [part / STEPS for part in range(1, STEPS)]
         if self.logarithmic:
-            return [self.low * (self.high / self.low) ** part for part in parts]
-        return [self.low + (self.high - self.low) * part for part in parts]
+            low, high = math.log(self.low), math.log(self.high)
+            return [self.low, *(math.exp(low + (high - low) * part) for part in parts), self.high]
+        return [self.low, *(self.low * (1 - part) + self.high * part for part in parts), self.high]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -63,8 +68,8 @@ def number(value: float, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(value)))
     if -4 <= exponent < 6:
         return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    mantissa = value / 10.0**exponent
-    return f"{mantissa:.{digits - 1}f}·10{superscript(exponent)}"
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa}·10{superscript(int(power))}"
 
 
 def superscript(number: int) -> str:
@@ -73,8 +78,11 @@ def superscript(number: int) -> str:
 
 
 def power_of_ten(largest: float) -> int:
-    """Return the power of ten to factor out of numbers up to ``largest``; 0 if ``largest`` is at least 0.01."""
-    return math.floor(math.log10(largest)) if 0 < largest < 0.01 else 0
+    """Return the power of ten to factor out of numbers up to ``largest``; 0 if ``largest`` is at least 0.01.
+
+    It is one that a float holds with all its digits: the smallest floats are smaller.
+    """
+    return max(sys.float_info.min_10_exp, math.floor(math.log10(largest))) if 0 < largest < 0.01 else 0
 
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

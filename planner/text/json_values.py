@@ -52,7 +52,8 @@ def is_json(file: TextFile) -> bool:
     if text.startswith("["):
         return _begins_array(text, file.whole)
     if text.startswith('"'):
-        return all(isinstance(_alone(line), str) for line in text.splitlines()[:2] if newline or file.whole)
+        lines = text.split("\n", 2)[:2] if newline or file.whole else []
+        return all(isinstance(_alone(line), str) for line in lines if line)
     if not text.startswith("{"):
         return False
     second = rest.lstrip().partition("\n")[0]

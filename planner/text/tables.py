@@ -50,11 +50,15 @@ def is_csv(file: TextFile) -> bool:
     """Tell whether a file is CSV: its name says so, or a header of several columns with one of texts, and a row."""
     if file.named(*CSV_NAMES):
         return True
-    lines = file.head.decode("utf-8-sig", errors="replace").splitlines()[:2]
-    if len(lines) < 2:
+    text = file.head.decode("utf-8-sig", errors="replace")
+    first = io.StringIO(text, newline="").readline()
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first))
+        header, row, more = (next(rows, []) for _ in range(3))
+    except csv.Error:
         return False
-    header, row = (next(csv.reader([line], delimiter=_delimiter(lines[0]))) for line in lines)
-    return len(header) == len(row) > 1 and any(field in header for field in FIELDS)
+    complete = len(row) == len(header) or bool(row and not more and not file.whole)  # a long text may be cut off
+    return complete and len(header) > 1 and any(field in header for field in FIELDS)
 
 
 def read_csv(file: TextFile, _: int) -> Iterator[Document]:

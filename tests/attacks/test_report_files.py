@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import planner
+from planner.evaluation.record import Divergence
 from tests.attacks.test_corpus import bounded
 from tests.conftest import one_line
+from tests.planner.reporting.synthetic import EVALUATIONS
 
 Moeq = Callable[..., Any]
 
@@ -66,26 +70,68 @@ def test_a_card_with_odd_contents(name: str, quantized_copy: Path, moeq: Moeq) -
         assert (quantized_copy / "README.md").read_bytes() == content
 
 
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
+PLACES: list[tuple[str, tuple[str | int, ...]]] = [
+    *(("evaluation.json", ("texts", 0, name)) for name in ("window", "tokens", "perplexity", "perplexity_error")),
+    *(("evaluation.json", ("texts", 0, f"reference_perplexity{end}")) for end in ("", "_error")),
+    *(("evaluation.json", ("texts", 0, "kl", name)) for name in Divergence.model_fields),
+    *(("evaluation.json", ("tasks", 0, name)) for name in ("value", "stderr", "samples", "limit")),
+    *(("quantization_report.json", ("source", name)) for name in ("bytes",)),
+    *(("quantization_report.json", ("layers", 0, "experts", 0, name)) for name in ("expert", "relative_error")),
+    *(("quantization_report.json", ("layers", 0, "experts", 0, name)) for name in ("tokens", "output_error")),
+    *(("plan.json", ("scores", EXPERTS, name, 0)) for name in ("router_norm", "max_var")),
+    *(("plan.json", (name,)) for name in ("avg_bits", "achieved_avg_bits")),
+    *(("plan.json", ("settings", name)) for name in ("zeta", "seed", "budget_gib")),
+    ("plan.json", ("cost", "calibration_seconds")),
+]
+"""Every number of a folder that a report shows, and some that it only reads."""
+
 DIGITS = "9" * 400
-NUMBERS: dict[str, str] = {
-    "evaluation.json": f'{{"version": 1, "texts": [], "tasks": [], "more": {DIGITS}}}',
-    "quantization_report.json": '{"layers": [{"prefix": "a", "experts": [{"expert": 0, "relative_error": '
-    f"{DIGITS}}}]}}]}}",
-    "plan.json": f'{{"version": 1, "avg_bits": {DIGITS}}}',
-}
+NUMBERS = ["5e-324", "-5e-324", "1e-310", "0", "-1", "1.7976931348623157e308", "-1.7976931348623157e308"]
+ENDLESS = [DIGITS, f"-{DIGITS}", "9" * 10_000, "1e999", "-1e999", "NaN", "Infinity", "-Infinity"]
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("number", [DIGITS, "1e999", "-1e999", "NaN", "9" * 10_000])
-def test_numbers_without_end(name: str, number: str, quantized_copy: Path, moeq: Moeq) -> None:
-    (quantized_copy / name).write_text(NUMBERS[name].replace(DIGITS, number))
-    with bounded():
-        outcome = moeq("report", quantized_copy, "--no-png")
-    assert outcome.code in (0, 2), outcome.err
-    if outcome.code == 2:
-        assert name in one_line(outcome)
-    page = quantized_copy / "report.html"
-    assert not page.exists() or DIGITS not in page.read_text()
+@pytest.fixture(scope="module")
+def numbered(quantized_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with all of the numbers; what a test changes it puts back."""
+    folder = Path(shutil.copytree(quantized_mixtral, tmp_path_factory.mktemp("numbers") / "mixtral"))
+    EVALUATIONS.write(folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["scores"] = {
+        prefix: {name: [0.25 * (place + 1) for place in range(len(widths))] for name in ("router_norm", "max_var")}
+        for prefix, widths in plan["experts"].items()
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+def refusal(folder: Path) -> str | None:
+    """Return why there is no report; None if there is one."""
+    try:
+        made = planner.report(folder, png=False)
+    except planner.MoeqError as error:
+        return str(error)
+    json.dumps(made.as_dict(), allow_nan=False)
+    return None
+
+
+@pytest.mark.parametrize(("name", "keys"), PLACES)
+def test_extreme_numbers(name: str, keys: tuple[str | int, ...], numbered: Path) -> None:
+    """They are shown, or one line names the file; what ``--json`` prints is JSON."""
+    content = (numbered / name).read_text()
+    for number in NUMBERS + ENDLESS:
+        value = place = json.loads(content)
+        for key in keys[:-1]:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else place[int(key)]
+        place[keys[-1]] = "@"
+        (numbered / name).write_text(json.dumps(value).replace('"@"', number))
+        message = refusal(numbered)
+        if message is None:
+            assert number in NUMBERS or keys[-1] == "seed", number  # a seed is copied as it is
+        else:
+            assert name in message
+            assert len(message.splitlines()) == 1
+    (numbered / name).write_text(content)
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "quantization_report.json", "plan.json"])

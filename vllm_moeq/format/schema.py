@@ -39,14 +39,16 @@ GroupSize = Annotated[
     Literal[-1] | Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)], Integer
 ]
 """Weights per scale along the input dimension; −1 means one group per row."""
-Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""A number of tokens, bytes or others. Python's integers have no end, and larger ones are no floats."""
+Threshold = Annotated[float, Field(ge=0, le=1)]
 """A share of a token's largest routing weight; experts with less are skipped. 0 skips none."""
 
 
 class Strict(BaseModel):
-    """A model with no unknown keys, no silent conversions and no changes after validation."""
+    """A model with no unknown keys, no silent conversions, no infinite numbers and no changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Projections(Strict):
@@ -97,7 +99,7 @@ class PlanSummary(Strict):
     avg_bits: Average
     achieved_avg_bits: Average
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
-    zeta: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    zeta: Annotated[float, Field(ge=1)] | None = None
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     quantizer: Annotated[str, Field(max_length=64)] | None = None

@@ -48,6 +48,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_json_has_no_numbers_that_are_none(
+    moeq: Moeq, mixtral_copy: Path, change_tensor: Change, weight: float
+) -> None:
+    change_tensor(mixtral_copy, "model.layers.1.block_sparse_moe.gate.weight", lambda gate: gate.fill_(weight))
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    found = json.loads(moeq("inspect", mixtral_copy, "--json").out, parse_constant=refuse)
+    assert found["layers"][1]["router_norm"] == [None] * 8
+    assert all(norm > 0 for norm in found["layers"][0]["router_norm"])
+
+
 @pytest.mark.parametrize(("average", "counts"), COUNTS.items())
 def test_plan_gives_every_layer_the_published_counts(
     moeq: Moeq, tiny_mixtral: Path, tmp_path: Path, average: str, counts: tuple[int, ...]

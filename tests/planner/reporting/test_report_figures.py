@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from planner.reporting.geometry import AMPLE, Geometry
 from planner.reporting.heatmap import _short
 from planner.reporting.page import render
 from planner.reporting.palette import DARK, LIGHT, contrast, ink_on
-from planner.reporting.scale import STEPS, Scale, number
+from planner.reporting.scale import STEPS, Scale, number, power_of_ten
 from tests.planner.reporting.synthetic import synthetic
 
 
@@ -98,6 +100,9 @@ def test_steps_move_away_from_the_page(scheme: Any) -> None:
         (4083, "4\u202f083"),
         (1.5e-7, "1.50·10⁻⁷"),
         (-2.5, "-2.50"),
+        (9.999e-5, "1.00·10⁻⁴"),
+        (5e-324, "4.94·10⁻³²⁴"),
+        (-1.7976931348623157e308, "-1.80·10³⁰⁸"),
     ],
 )
 def test_numbers(value: float, text: str) -> None:
@@ -119,3 +124,18 @@ def test_scales() -> None:
     assert factors.logarithmic
     assert [factors.step(value) for value in (0, 1, 5, 20, 1e7)] == [0, 0, 0, 1, STEPS - 1]
     assert Scale.of([3.0, 3.0]).step(3.0) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_scales_of_extreme_values(count: int) -> None:
+    """Nothing overflows, and what is shown of them divides by no zero."""
+    extremes = [-sys.float_info.max, -1e300, -1.0, -5e-324, 0.0, 5e-324, 1e-310, 1.0, 1e300, sys.float_info.max]
+    for values in itertools.combinations(extremes, count):
+        scale = Scale.of(values)
+        bounds, steps = scale.bounds(), [scale.step(value) for value in values]
+        assert bounds == sorted(bounds)
+        assert all(map(math.isfinite, bounds))
+        assert steps == sorted(steps)
+        assert set(steps) <= set(range(STEPS))
+        factor = 10.0 ** power_of_ten(scale.high)
+        assert all(number(bound / factor) for bound in bounds)

@@ -23,6 +23,7 @@ from vllm_moeq.format import UsageError
 TEXTS = ["def f(x):\n    return x\n", 'a "quoted", comma; and ümlaut', "third"]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+LINE = "a line\n"
 LONG = json.dumps({"url": "x", "text": "word " * 40_000}).encode() + b"\n"
 
 
@@ -76,6 +77,8 @@ SAME: dict[str, bytes | Callable[[], bytes]] = {
     "TABLE.CSV.gz": gzip.compress(csv_file()),
     "table.txt": csv_file(),
     "table.tsv": csv_file("\t"),
+    "table of texts": b"text,id\r\n" + b"".join(b'"%s",1\r\n' % text.replace('"', '""').encode() for text in TEXTS),
+    "table of a Mac": b"id,text\r" + b"".join(b'1,"%s"\r' % text.replace('"', '""').encode() for text in TEXTS),
     "table.parquet": parquet,
     "table": parquet,
 }
@@ -125,6 +128,7 @@ PLAIN = {
     "code.py": '{"a": 1,\n "b": 2}\n',
     "list of lists.txt": '["a"]\n[1]\n',
     "unfinished.py": '{\n "text": f(x),\n}\n' + "more\n" * 20_000,
+    "quotes": '"text", "said" he,\n"and more\n',
     "text": "text\nmore text\n",
     "empty": "",
 }
@@ -147,6 +151,21 @@ def test_rows_longer_than_what_is_looked_at_are_recognised(name: str, tmp_path: 
     assert read(tmp_path / name) == ["word " * 40_000] * 2
     (tmp_path / name).write_bytes(b"[" + LONG.strip() + b"," + LONG + b"]")
     assert read(tmp_path / name) == ["word " * 40_000] * 2
+
+
+@pytest.mark.parametrize("columns", ["text,id", "id,text"])
+def test_a_table_of_long_texts_is_recognised(columns: str, tmp_path: Path) -> None:
+    rows = [",".join(f'"{LINE * 20_000}"' if name == "text" else "1" for name in columns.split(","))] * 2
+    (tmp_path / "long").write_text("\n".join([columns, *rows]))
+    assert read(tmp_path / "long") == [LINE * 20_000] * 2
+
+
+@pytest.mark.parametrize("kind", ["lines", "table"])
+def test_only_line_feeds_end_lines(kind: str, tmp_path: Path) -> None:
+    text = "one\N{LINE SEPARATOR}two\N{NEXT LINE}\x0cthree"
+    content = {"lines": json.dumps(text, ensure_ascii=False) + "\n", "table": f"text,id\n{text},1\n"}
+    (tmp_path / kind).write_text(content[kind])
+    assert read(tmp_path / kind) == [text]
 
 
 def test_conversations(tmp_path: Path) -> None:
@@ -253,10 +272,15 @@ def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         read(tmp_path / "a.parquet")
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1), st.booleans())
-def test_any_texts_come_back_from_json(texts: list[str], array: bool) -> None:
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+    st.booleans(),
+    st.sampled_from([None, 0, 1, "\t"]),
+)
+def test_any_texts_come_back_from_json(texts: list[str], array: bool, indent: int | str | None) -> None:
     rows = [{"text": text} for text in texts]
-    content = json.dumps(rows) if array else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    values = [rows] if array else rows
+    content = "".join(json.dumps(value, ensure_ascii=False, indent=indent) + "\n" for value in values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts"
         path.write_text(content, encoding="utf-8", newline="")
