@@ -13,6 +13,7 @@ from planner.model.skeleton import ConfigModel, SkeletonTensors
 from planner.model.source import CONFIG, SourceModel
 from planner.model.tensors import SourceTensors
 from vllm_moeq.completeness import (
+    Expected,
     check_tied,
     check_top_k,
     compare,
@@ -69,12 +70,21 @@ def check_whole(model: SourceModel, layout: Layout) -> str | None:
     if reason is not None:
         refuse_bytes(model.shards, set(model.shards.tensors).difference(layout.left_out))
     else:
-        expected = expected_tensors(model.config, model.folder / CONFIG)
-        decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
-        whole = replace(expected, tensors=decoded.tensors)
+        whole = expected_source(model)
         compare(model.shards, whole, model.shards.tensors, besides=frozenset(_announced(model, layout)))
         check_tied(model.shards, whole)
     return reason
+
+
+def expected_source(model: SourceModel) -> Expected:
+    """Return what a source's class has, with one matrix per expert and projection, as :class:`SourceTensors` shows it.
+
+    Raises:
+        ConfigError: see :func:`vllm_moeq.completeness.expected_tensors`.
+    """
+    expected = expected_tensors(model.config, model.folder / CONFIG)
+    decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
+    return replace(expected, tensors=decoded.tensors)
 
 
 def _announced(model: SourceModel, layout: Layout) -> list[str]:

@@ -12,6 +12,7 @@ from planner.common.progress import Progress
 from planner.exchange.autogptq.assign import AssignedExperts, Linears, assign_experts, assign_linears
 from planner.exchange.autogptq.layout import QWEIGHT, SCALES, decode
 from planner.exchange.autogptq.read import GptqCheckpoint, Module, read_gptq
+from planner.exchange.autogptq.whole import check_tensors, check_values
 from planner.model.hub import companions
 from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter
@@ -34,6 +35,10 @@ def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callab
         checkpoint = read_gptq(model)
         experts = assign_experts(checkpoint)
         linears = assign_linears(checkpoint, experts)
+        unchecked = check_tensors(checkpoint)
+        check_values(checkpoint, linears.dequantized)
+        if unchecked is not None:
+            progress.line(f"note: only experts were checked for completeness: {unchecked}")
         _say(linears, progress)
         config = _config(checkpoint, experts, linears)
         writer = CheckpointWriter(output, {"source": model.fingerprint(), "settings": {"import": "gptq"}})
@@ -109,7 +114,7 @@ def _shard(
         elif name in linears.packed:
             tensors = _packed_linear(checkpoint, module)
         else:
-            tensors = {"weight": checkpoint.dequantize(module).to(_dtype(checkpoint))}
+            tensors = {"weight": checkpoint.dequantize(module).to(checkpoint.dtype)}
         result.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
     for name, source in checkpoint.others.items():
         if shards.info(source).shard == shard:
@@ -120,15 +125,9 @@ def _shard(
 def _packed_linear(checkpoint: GptqCheckpoint, module: Module) -> dict[str, torch.Tensor]:
     """Return a symmetric linear in compressed-tensors' format. Scales get the model's dtype if that is exact."""
     scales = checkpoint.load(module, SCALES).T.contiguous()
-    rounded = scales.to(_dtype(checkpoint))
+    rounded = scales.to(checkpoint.dtype)
     return {
         PACKED: checkpoint.load(module, QWEIGHT).T.contiguous(),
         SCALE: rounded if torch.equal(rounded.float(), scales.float()) else scales,
         "weight_shape": torch.tensor([module.rows, module.columns], dtype=torch.int64),
     }
-
-
-def _dtype(checkpoint: GptqCheckpoint) -> torch.dtype:
-    """Return the 16-bit dtype of the model's other tensors."""
-    config = checkpoint.model.config
-    return torch.float16 if config.get("dtype", config.get("torch_dtype")) == "float16" else torch.bfloat16

@@ -30,6 +30,7 @@ from planner.model.layout import architecture_of
 from planner.model.source import SourceModel
 from vllm_moeq.format import CODES_PER_BLOCK, CheckpointError, ConfigError, UsageError, read_json, unpack
 from vllm_moeq.format import dequantize as dequantize_codes
+from vllm_moeq.format.schemes import check_finite
 from vllm_moeq.format.tensors import Tensors
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
@@ -74,6 +75,12 @@ class GptqCheckpoint:
     whole_rows: bool
     modules: dict[str, Module]
     others: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit dtype of the model's other tensors."""
+        named = self.model.config.get("dtype", self.model.config.get("torch_dtype"))
+        return torch.float16 if named == "float16" else torch.bfloat16
 
     def load(self, module: Module, suffix: str) -> torch.Tensor:
         """Return one tensor of a linear."""
@@ -216,4 +223,5 @@ def _check_values(checkpoint: GptqCheckpoint, module: Module) -> None:
     scales = checkpoint.load(module, SCALES)
     if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
         _refuse(shards, module.name(SCALES), "finite scales that are not 0", "others")
+    check_finite(scales, shards.place(module.name(SCALES)))
     checkpoint.zeros(module)
