@@ -10,6 +10,7 @@ from planner.comparison.scores import score
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import MIXTRAL
+from vllm_moeq.format import CheckpointError
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
@@ -20,7 +21,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     targets[2, 5:] = -1
     with SourceModel(MIXTRAL) as model:
         decoder = Decoder(model, read_layout(model), torch.device("cpu"), torch.float32)
-        itself, changed = score(decoder, states, torch.stack((states, other)), targets)
+        itself, changed = score(decoder, states, torch.stack((states, other)), targets, ("itself", "changed"))
         with decoder.head() as logits, torch.no_grad():
             likely = [logits(value).double().log_softmax(dim=-1) for value in (states, other)]
     assert (itself.kl, itself.kl_max, itself.same_top, itself.tokens) == (0.0, 0.0, 1.0, 45)
@@ -33,3 +34,12 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     for found, values in ((itself, likely[0]), (changed, likely[1])):
         loss = -values.gather(2, targets.clamp_min(0)[:, :, None])[:, :, 0][known]
         assert found.perplexity == pytest.approx(float(loss.mean().exp()), rel=1e-4)
+
+
+def test_a_model_that_overflows_is_named() -> None:
+    states = torch.ones(2, 1, 4, 128)
+    states[1, 0, 2, 5] = torch.inf
+    with SourceModel(MIXTRAL) as model:
+        decoder = Decoder(model, read_layout(model), torch.device("cpu"), torch.float32)
+        with pytest.raises(CheckpointError, match=r"^kl, 2 bits: its outputs on the text are not finite: .* found nan"):
+            score(decoder, states[0], states, torch.ones(1, 4, dtype=torch.int64), ("original", "kl, 2 bits"))
