@@ -55,4 +55,5 @@ def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetr
 
 def _layers(config: MoeqConfig) -> int:
     """Return one more than the largest index of an MoE layer."""
-    return 1 + max(int(prefix.split(".")[2]) for prefix in config.experts)
+    numbers = (next(filter(str.isdecimal, prefix.split("."))) for prefix in config.experts)
+    return 1 + max(map(int, numbers))

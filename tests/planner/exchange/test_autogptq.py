@@ -14,8 +14,10 @@ import torch
 from planner.common.progress import Progress
 from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import decode_zeros, encode
+from tests.architectures import build
 from tests.conftest import one_line
 from tests.paths import MODELS, SHIPPED
+from vllm_moeq.completeness import verify_whole
 from vllm_moeq.format import ShardSet, load_config, pack, verify
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1"
@@ -57,6 +59,19 @@ def test_trained_models_come_back_bit_by_bit(
         assert getattr(before, key) == getattr(after, key)
     assert before.linear.bits == after.linear.bits
     verify(tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["llama4", "deepseek_v3", "ernie4_5_moe"])
+def test_architectures_with_other_names_come_back(
+    integer_checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """A language model inside another, dense layers before the experts, biases of routers."""
+    build(name, tmp_path / name)
+    source = integer_checkpoint(tmp_path / name, "rtn", 4, 32)
+    export_gptq(source, tmp_path / "gptq", "v2", QUIET)
+    import_gptq(tmp_path / "gptq", tmp_path / "back", QUIET)
+    assert_identical(source, tmp_path / "back")
+    assert verify_whole(tmp_path / "back").only_experts is None
 
 
 def test_several_shards_and_version_1_come_back(integer_copy: Path, change_tensor: Change, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ TENSORS: dict[str, tuple[str, Edit, str]] = {
         "model.norm.weight", lambda norm: norm * float("nan"), "model.norm.weight: expected finite values, found NaN"
     ),
     "a huge norm": (
-        "model.norm.weight", torch.full((64,), 1e300, dtype=torch.float64), "model.norm.weight: expected values up to 65504"
+        "model.norm.weight", torch.full((64,), 1e300, dtype=torch.float64),
+        "model.norm.weight: expected values up to 65504"
     ),
     "a norm in eight bits": (
         "model.norm.weight", torch.ones(64).to(torch.float8_e4m3fn), "expected floats of 16 bits or more"
