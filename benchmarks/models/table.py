@@ -37,7 +37,8 @@ HEADER = """\
 # Models
 
 Sizes and GPUs of models that people serve, computed by `python -m benchmarks.models.table` from the config.json files
-in [benchmarks/models/configs](../benchmarks/models/configs), as `moeq plan MODEL --dry-run` does. This project has not
+in [benchmarks/models/configs](../benchmarks/models/configs), as `moeq plan MODEL --dry-run
+--concurrency 4` does. This project has not
 quantized or served any of these models yet.
 
 - Parameters are all but those of layers for speculative decoding, which are left out.

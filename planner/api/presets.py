@@ -13,6 +13,7 @@ from planner.estimates.presets import PRESETS, budget_for
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +35,21 @@ def with_preset(wanted: Wanted, model: SourceModel, layout: Layout, settings: Qu
         text: whether a calibration text is given.
 
     Raises:
-        UsageError: a preset that cannot be met.
+        UsageError: a preset that cannot be met, or beside a number that it stands for.
     """
     name = wanted.preset
     if name is None:
         return wanted
+    for flag, value in (("--avg-bits", wanted.avg_bits), ("--budget-gib", wanted.budget_gib)):
+        if value is not None:
+            raise UsageError(f"--preset {name} and {flag}: expected one of them, found both")
     row = PRESETS[name]
     load = wanted.service(row.service or Service())
     wanted = replace(wanted, **vars(load))
-    if wanted.avg_bits is None and wanted.budget_gib is None:
-        if row.service is None:
-            wanted = replace(wanted, avg_bits=row.average)
-        else:
-            budget = budget_for(name, model, layout, settings, wanted.choices(text), load)
-            wanted = replace(wanted, budget_gib=budget)
+    if row.service is None:
+        wanted = replace(wanted, avg_bits=row.average)
+    else:
+        wanted = replace(wanted, budget_gib=budget_for(name, model, layout, settings, wanted.choices(text), load))
     wanted.display().line(f"preset {name}: {_flags(wanted, None if row.service is None else load)}")
     return wanted
 

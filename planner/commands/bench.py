@@ -107,7 +107,7 @@ def bench_command(
         if url is None:
             found = [bench_folder(served, load, Path(work), progress) for served in _checked(names, flags, load)]
         else:
-            found = [_bench_url(url, names, flags, load, Path(work), progress)]
+            names, found = _bench_url(url, names, flags, load, Path(work), progress)
     rows = dict(zip(names, found, strict=True))
     better = better_by(found[0], found[1]) if len(found) == 2 else None
     if as_json:
@@ -161,8 +161,8 @@ def bench_folder(served: Served, load: Load, work: Path, progress: Progress) -> 
 
 def _bench_url(
     url: str, names: Sequence[str], flags: Sequence[str], load: Load, work: Path, progress: Progress
-) -> dict[str, float]:
-    """Measure a running server.
+) -> tuple[list[str], list[dict[str, float]]]:
+    """Measure a running server; return the name of the model that it has, and the values.
 
     Raises:
         MoeqError: it does not answer, or there is more on the command line than it needs.
@@ -176,7 +176,7 @@ def _bench_url(
     endpoint = find_endpoint(url)
     if endpoint.longest is not None:
         check_lengths(load, endpoint.longest, endpoint.model)
-    return _measured(names[0], endpoint, str(folder), load, work, progress)
+    return [endpoint.model], [_measured(endpoint.model, endpoint, str(folder), load, work, progress)]
 
 
 def _measured(

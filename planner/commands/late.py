@@ -63,6 +63,7 @@ class LateCommand(TyperCommand):
         """Add to an error of the parser what it leaves out: the command, or the value that it found."""
         if error.ctx is None:
             error.ctx = ctx
+        error.message = error.message.removeprefix("Value error, ")
         parameter = getattr(error, "param", None)
         found = None if parameter is None else raw_values(self, ctx, args).get(parameter.name)
         if found is not None and repr(found) not in error.message:

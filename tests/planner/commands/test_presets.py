@@ -63,14 +63,19 @@ def test_one_gpu_holds_it_and_no_more(moeq: Moeq, mixtral: Path, flags: str) -> 
 @pytest.mark.parametrize(
     ("name", "flags", "line"),
     [
-        ("2bit", "--avg-bits 2.25", "--avg-bits 2.25"),
-        ("2bit", "--budget-gib 16", "--budget-gib 16"),
-        ("24gb", "--avg-bits 2", f"--avg-bits 2 {SERVICE} --gpu-gib 24"),
+        ("24gb", "--concurrency 4", "--budget-gib 15.59 --context 8192 --concurrency 4 --gpu-gib 24"),
         ("24gb", "--gpu-gib 48 --concurrency 8", "--budget-gib 33.19 --context 8192 --concurrency 8 --gpu-gib 48"),
     ],
 )
 def test_a_flag_that_is_given_counts_more(moeq: Moeq, mixtral: Path, name: str, flags: str, line: str) -> None:
     assert said(moeq("plan", mixtral, "--dry-run", "--preset", name, *flags.split())) == f"preset {name}: {line}"
+
+
+@pytest.mark.parametrize("name", ["2bit", "24gb"])
+@pytest.mark.parametrize("flags", ["--avg-bits 2.25", "--budget-gib 16"])
+def test_it_excludes_the_numbers_that_it_stands_for(moeq: Moeq, mixtral: Path, name: str, flags: str) -> None:
+    found = one_line(moeq("plan", mixtral, "--dry-run", "--preset", name, *flags.split()))
+    assert f"--preset {name} and {flags.split()[0]}: expected one of them, found both" in found
 
 
 @pytest.mark.parametrize(
