@@ -16,7 +16,7 @@ from planner.api.keywords.text import ComparedTextKeywords
 from planner.commands import show
 from planner.commands.completion import some_of
 from planner.commands.flags.calibration import TextFlags
-from planner.commands.flags.common import Bits, DryRun, Json, Limit, Model
+from planner.commands.flags.common import Bits, DryRun, Json, Limit, Model, keywords_of
 from planner.commands.flags.quantizing import ComparedQuantizerFlags, StorageFlags
 from planner.commands.flags.running import CompareRunFlags
 from planner.commands.show_needs import report_needs
@@ -92,8 +92,7 @@ def compare_command(
 
     Example: moeq compare MODEL --methods kl,pmq,router-norm-maxvar --data train.txt --held-out test.txt -o comparison
     """
-    groups = (candidates, codes, text, measured, storage, run)
-    keywords = {name: value for group in groups for name, value in vars(group).items()}
+    keywords = keywords_of(candidates, codes, text, measured, storage, run)
     if dry_run:
         needs = estimate(compare, model, held_out=held_out, output=output, progress=Progress(), **keywords)
         report_needs("comparing", needs, as_json)

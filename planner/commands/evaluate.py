@@ -15,7 +15,7 @@ from planner.api.evaluating import WINDOW, EvaluateKeywords, evaluate
 from planner.api.keywords.tasks import SUITES, TaskKeywords
 from planner.api.results import Evaluated
 from planner.commands import show
-from planner.commands.flags.common import DryRun, Json, Limit, Model, Resume
+from planner.commands.flags.common import DryRun, Json, Limit, Model, Resume, keywords_of
 from planner.commands.flatten import OneOf
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
@@ -87,7 +87,7 @@ def eval_command(
 
     Example: moeq eval Mixtral-8x7B-2.5bit --data wikitext.txt --reference mistralai/Mixtral-8x7B-v0.1
     """
-    keywords = {**vars(predicted), **vars(asked), "device": device, "save": save, "resume": resume}
+    keywords = {**keywords_of(predicted, asked), "device": device, "save": save, "resume": resume}
     if dry_run:
         needs = estimate(evaluate, model, output=output, progress=Progress(), **keywords)
         report_needs("evaluating", needs, as_json)

@@ -11,7 +11,7 @@ from planner.api.estimating import estimate
 from planner.api.planning import plan
 from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
-from planner.commands.flags.common import Json, Model
+from planner.commands.flags.common import Json, Model, keywords_of
 from planner.commands.flags.planning import PlanFlags
 from planner.commands.flags.quantizing import NAMES, StorageFlags
 from planner.commands.flags.running import RunFlags
@@ -50,7 +50,7 @@ def plan_command(
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
-    keywords = {**vars(planning), **vars(text), **vars(run), **vars(storage), **vars(service), "quantizer": quantizer}
+    keywords = {**keywords_of(planning, text, run, storage, service), "quantizer": quantizer}
     if dry_run:
         needs = estimate(plan, model, output=output, progress=Progress(), **keywords)
         report_needs("planning", needs, as_json)

@@ -11,7 +11,7 @@ from planner.api.estimating import estimate
 from planner.api.quantizing import quantize
 from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
-from planner.commands.flags.common import Json, Model, NewFolder
+from planner.commands.flags.common import Json, Model, NewFolder, keywords_of
 from planner.commands.flags.planning import PlanFlags
 from planner.commands.flags.quantizing import GptqFlags, StorageFlags, WrittenQuantizerFlags
 from planner.commands.flags.running import QuantizeRunFlags
@@ -44,8 +44,7 @@ def quantize_command(
 
     Example: moeq quantize mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o Mixtral-8x7B-2.5bit
     """
-    groups = (planning, codes, storage, text, gptq, run, service)
-    keywords = {name: value for group in groups for name, value in vars(group).items()}
+    keywords = keywords_of(planning, codes, storage, text, gptq, run, service)
     if dry_run:
         needs = estimate(quantize, model, output=output, plan=plan, progress=Progress(), **keywords)
         report_needs("quantizing", needs, as_json)

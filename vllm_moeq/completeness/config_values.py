@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.completeness.sizes import MAX_INTEGER, SIZES
+from vllm_moeq.completeness.sizes import MAX_INTEGER, SIZES, numbers, parts
 from vllm_moeq.format import EXPERT_COUNT, NESTED, ConfigError
 
 MAX_NUMBER = 1 << 53
@@ -97,10 +97,10 @@ def check_values(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for key, value in _numbers(config):
+    for key, value in numbers(config):
         if not abs(value) <= MAX_NUMBER and not (value == math.inf and key.rpartition(".")[2] in UNBOUNDED):
             raise ConfigError(f"{path}: {key}: expected a number up to 2^53, found {_short(value)}")
-    for part in _parts(config):
+    for part in _with_rotary(config):
         for key, value in part.items():
             kind = KINDS.get(key)
             if kind is None or value is None:
@@ -117,26 +117,12 @@ def _short(value: Any) -> str:
     return f"{value!r:.40}"
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _with_rotary(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield a config, its language model's part, and their settings of rotary embeddings."""
-    for part in (config, config.get(NESTED)):
-        if not isinstance(part, Mapping):
-            continue
+    for part in parts(config):
         yield part
         for key in ROTARY:
             rotary = part.get(key)
             if isinstance(rotary, Mapping):
                 yield rotary
                 yield from (inner for inner in rotary.values() if isinstance(inner, Mapping))
-
-
-def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield (dotted key, number) for all numbers, also within objects and lists."""
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _numbers(child, f"{place}.{key!s:.80}".removeprefix("."))
-    elif isinstance(value, list):
-        for child in value:
-            yield from _numbers(child, place)
-    elif isinstance(value, int | float):
-        yield place, value

@@ -25,7 +25,7 @@ SIZES = (
 """Sizes that config.json must name if transformers' config class has them: the class's defaults fit another model."""
 
 
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return a config, and the part of its language model if it has one."""
     return [part for part in (config, config.get(NESTED)) if isinstance(part, Mapping)]
 
@@ -41,7 +41,7 @@ def positive_integer(config: Mapping[str, Any], keys: tuple[str, ...], path: Pat
     Raises:
         ConfigError: no key has a positive integer of at most :data:`MAX_INTEGER`.
     """
-    for found in _parts(config):
+    for found in parts(config):
         for key in keys:
             value = found.get(key)
             if type(value) is int and 0 < value <= MAX_INTEGER:
@@ -81,7 +81,7 @@ def check_top_k(config: Mapping[str, Any], path: Path) -> None:
         ConfigError: naming the key.
     """
     experts = positive_integer(config, EXPERT_COUNT, path)
-    for found in _parts(config):
+    for found in parts(config):
         for key in TOP_K:
             value = found.get(key)
             if value is not None and not (type(value) is int and 0 < value <= experts):
@@ -103,15 +103,18 @@ def check_layer_counts(config: Mapping[str, Any], path: Path, most: int = MAX_LA
     Raises:
         ConfigError: naming the key.
     """
-    for key, value in _numbers(config):
+    for key, value in numbers(config):
         if LAYER_COUNT.search(key) and not 0 <= value <= most:
             raise ConfigError(f"{path}: {key}: expected 0 to {most} layers, found {value!r:.40}")
 
 
-def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (dotted key, number) for all numbers in objects within objects."""
+def numbers(value: Any, place: str = "") -> Iterator[tuple[str, int | float]]:
+    """Yield (dotted key, number) for all numbers, also within objects and lists."""
     if isinstance(value, Mapping):
         for key, child in value.items():
-            yield from _numbers(child, f"{place}.{key!s:.80}".removeprefix("."))
+            yield from numbers(child, f"{place}.{key!s:.80}".removeprefix("."))
+    elif isinstance(value, list):
+        for child in value:
+            yield from numbers(child, place)
     elif isinstance(value, int | float):
         yield place, value

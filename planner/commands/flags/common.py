@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,11 @@ from vllm_moeq.format import BIT_WIDTHS
 def listed(widths: tuple[int, ...], separator: str = ",") -> str:
     """Return widths as help texts and flags have them."""
     return separator.join(map(str, widths))
+
+
+def keywords_of(*groups: object) -> dict[str, Any]:
+    """Return the flags of some groups as keyword arguments of the command's function."""
+    return {name: value for group in groups for name, value in vars(group).items()}
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub name (owner/name).")]
