@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,16 @@ def quantize_expert(
     return pack_expert(layer, expert, bits, matrices, settings.without_text(bits))
 
 
-def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict[str, torch.Tensor]:
+def other_tensors(
+    task: LayerTask, model: SourceModel, threads: Threads, done: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a task that are not routed experts.
+
+    Args:
+        task: the task.
+        model: the source.
+        threads: threads that round linears.
+        done: linears that are quantized already, name → suffix → tensor.
 
     Raises:
         CheckpointError: a tensor that cannot be read, or holds values that no model has; the message names it.
@@ -159,7 +167,8 @@ def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict
         if tensor.is_floating_point():
             check_finite(tensor, model.shards.place(name))
     for name in task.linears:
-        packed = quantize_linear_rows(threads, model, name, task.settings.linear)
+        known = (done or {}).get(name)
+        packed = known or quantize_linear_rows(threads, model, name, task.settings.linear)
         base = name.removesuffix(".weight")
         tensors.update({f"{base}.{suffix}": value for suffix, value in packed.items()})
     return tensors
