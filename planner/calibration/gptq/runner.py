@@ -77,7 +77,7 @@ class GptqRunner:
         for name in task.linears:
             base = name.removesuffix(".weight")
             words, scales = tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"]
-            replaced[name] = linear_values(words, scales, task.settings.linear.bits)
+            replaced[name] = linear_values(words, scales, task.settings.linear.bits_of(name))
         hidden = store.load(index)
         reports: dict[int, ExpertReport] = {}
         outputs = None
