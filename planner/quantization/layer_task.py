@@ -83,9 +83,9 @@ def plan_tasks(
 ) -> list[LayerTask]:
     """Return one task per decoder layer, then one for the tensors outside any layer."""
     moe: dict[str | None, MoeLayer] = {layer.block: layer for layer in layout.layers}
-    quantized = settings.linear.bits != 16
-    linears = _by_block(layout, layout.linears if quantized else ())
-    kept = _by_block(layout, layout.kept if quantized else (*layout.linears, *layout.kept))
+    packed = {name: settings.linear.bits_of(name) != 16 for name in layout.linears}
+    linears = _by_block(layout, [name for name in layout.linears if packed[name]])
+    kept = _by_block(layout, [*(name for name in layout.linears if not packed[name]), *layout.kept])
     parts = [*(block for block in layout.blocks if block in {*moe, *linears, *kept}), None]
     tasks = []
     for number, block in enumerate(parts, start=1):
@@ -168,7 +168,7 @@ def other_tensors(
             check_finite(tensor, model.shards.place(name))
     for name in task.linears:
         known = (done or {}).get(name)
-        packed = known or quantize_linear_rows(threads, model, name, task.settings.linear)
+        packed = known or quantize_linear_rows(threads, model, name, task.settings.linear.alone(name))
         base = name.removesuffix(".weight")
         tensors.update({f"{base}.{suffix}": value for suffix, value in packed.items()})
     return tensors

@@ -99,8 +99,8 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
             step = settings.scheme.column_step
             _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
-    if settings.linear.bits != 16:
-        for name in layout.linears:
+    for name in layout.linears:
+        if settings.linear.bits_of(name) != 16:
             columns = model.shards.info(name).shape[1]
             group = settings.linear.group_size
             _check_columns(model, name, columns, CODES_PER_BLOCK, group, "--linear-group-size")

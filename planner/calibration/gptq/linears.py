@@ -77,7 +77,7 @@ def quantize_linears(
                     continue
                 result.tensors.update(packed)
                 for name, tensors in packed.items():
-                    values = linear_values(tensors[WORDS], tensors[SCALES], settings.linear.bits)
+                    values = linear_values(tensors[WORDS], tensors[SCALES], settings.linear.bits_of(name))
                     weights.add(stage.modules[name], values.to(decoder.device, decoder.dtype))
     return result
 
@@ -95,7 +95,7 @@ class _Weights:
     def use(self, quantized: bool) -> None:
         """Put the quantized or the exact weights into the modules."""
         for module, exact, rounded in self.known:
-            module.weight = rounded if quantized else exact  # type: ignore[assignment]
+            module.weight = rounded if quantized else exact
 
 
 def _inputs(
@@ -126,8 +126,8 @@ def _inputs(
 
 def _by_width(stage: Stage, spec: Linear) -> Iterator[list[str]]:
     """Yield the linears of a stage that share a width: they share the work on their moments."""
-    for bits in sorted({spec.bits for name in stage.modules}):
-        yield [name for name in stage.modules if spec.bits == bits]
+    for bits in sorted({spec.bits_of(name) for name in stage.modules}):
+        yield [name for name in stage.modules if spec.bits_of(name) == bits]
 
 
 def _quantize(
@@ -140,6 +140,6 @@ def _quantize(
             check_weights(weight)
         except CheckpointError as error:
             raise CheckpointError(f"{model.shards.place(name)}: {error}") from None
-    spec, tuned = settings.linear, settings.gptq or GptqSettings()
-    packed = quantize_linears_gptq(weights, moments.second, moments.shift, spec, spec.bits, tuned)
+    spec, tuned = settings.linear.alone(names[0]), settings.gptq or GptqSettings()
+    packed = quantize_linears_gptq(weights, moments.second, moments.shift, spec, tuned)
     return dict(zip(names, packed, strict=True))

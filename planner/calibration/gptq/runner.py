@@ -106,4 +106,4 @@ class GptqRunner:
 def _values(tensors: Mapping[str, torch.Tensor], name: str, settings: QuantizeSettings) -> torch.Tensor:
     """Return the dequantized weights of a linear."""
     base = name.removesuffix(".weight")
-    return linear_values(tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"], settings.linear.bits)
+    return linear_values(tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"], settings.linear.bits_of(name))

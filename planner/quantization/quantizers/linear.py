@@ -75,7 +75,6 @@ def quantize_linears_gptq(
     moments: torch.Tensor,
     shift: torch.Tensor | None,
     spec: Linear,
-    bits: int,
     settings: GptqSettings,
 ) -> list[dict[str, torch.Tensor]]:
     """Quantize linears that read the same inputs with GPTQ, to the format of :func:`quantize_linear`.
@@ -84,8 +83,7 @@ def quantize_linears_gptq(
         weights: float [N, K] each; N may differ.
         moments: mean of x·xᵀ over the inputs x, float32 [K, K].
         shift: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
-        spec: the group size.
-        bits: the width.
+        spec: the width and the group size.
         settings: settings of GPTQ; zero points are in the middle of the codes whatever they say.
 
     Raises:
@@ -96,13 +94,13 @@ def quantize_linears_gptq(
     dtypes = [_storage(weight) for weight in weights]
     together = torch.cat([weight.float() for weight in weights])
     found = quantize_gptq(
-        together[None], moments[None].clone(), bits, spec.group_size, tuned, shifts=shifts, storage=dtypes[0]
+        together[None], moments[None].clone(), spec.bits, spec.group_size, tuned, shifts=shifts, storage=dtypes[0]
     )[0]
     rows = [weight.shape[0] for weight in weights]
     parts = zip(weights, found.codes.split(rows), found.scales.split(rows), dtypes, strict=True)
     return [
         {
-            WORDS: pack(codes.contiguous(), bits).cpu(),
+            WORDS: pack(codes.contiguous(), spec.bits).cpu(),
             SCALES: scales.to(dtype).contiguous().cpu(),
             SHAPE: torch.tensor(weight.shape, dtype=torch.int64),
         }
