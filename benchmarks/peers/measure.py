@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 import planner
+from benchmarks.peers.asked import Asked
 from benchmarks.peers.environments import Environments, FailedError, quantize
 from benchmarks.peers.importance import write_importance
-from benchmarks.peers.processes.job import PLACES, Job
+from benchmarks.peers.ours import quantize_ours
+from benchmarks.peers.processes.job import Job
 from benchmarks.peers.rows import OURS, PEERS, Row
 from benchmarks.peers.storage import GROUP
 from benchmarks.peers.subject import write_experts, write_with
 from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
-from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from vllm_moeq.format import ShardSet, expert_matrices, load_config
 
 EXPERTS, TOKENS, IMPORTANCE = "experts.safetensors", "tokens.safetensors", "importance.safetensors"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The flags that decide results.
-
-    Attributes:
-        model: the model's folder.
-        data: calibration text.
-        samples: sequences of it.
-        length: tokens of each.
-        held_out: the text to predict.
-        max_tokens: number of its tokens, None for all.
-    """
-
-    model: Path
-    data: Path
-    samples: int
-    length: int
-    held_out: Path
-    max_tokens: int | None
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a result belongs to."""
-        with SourceModel(self.model) as model:
-            found = model.fingerprint()
-        texts = {"data": self.data.name, "held_out": self.held_out.name}
-        return {"model": self.model.name, "fingerprint": found, **texts, "samples": self.samples,
-                "length": self.length, "max_tokens": self.max_tokens}  # fmt: skip
 
 
 def prepare(asked: Asked, folder: Path, progress: Progress) -> None:
@@ -85,7 +52,10 @@ def measure(row: Row, asked: Asked, folder: Path, environments: Environments) ->
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work = Path(temporary)
         values = work / "values.safetensors"
-        facts = _ours(row, asked, values) if row.peer == OURS else _peer(row, asked, folder, values, environments)
+        if row.peer == OURS:
+            facts = quantize_ours(asked, row.options, folder, values)
+        else:
+            facts = _peer(row, asked, folder, values, environments)
         with SourceModel(asked.model) as model:
             write_with(model, values, work / "dense")
         found = planner.evaluate(
@@ -99,7 +69,7 @@ def measure(row: Row, asked: Asked, folder: Path, environments: Environments) ->
     return {"total_bits": row.storage.bits, **facts, **scores, "date": datetime.date.today().isoformat()}
 
 
-def _peer(row: Row, asked: Asked, folder: Path, values: Path, environments: Environments) -> Mapping[str, Any]:
+def _peer(row: Row, asked: Asked, folder: Path, values: Path, environments: Environments) -> dict[str, Any]:
     """Have a peer write dequantized matrices; return seconds and versions."""
     peer = PEERS[row.peer]
     python = environments.python(row.peer, peer.requirements)
@@ -110,24 +80,3 @@ def _peer(row: Row, asked: Asked, folder: Path, values: Path, environments: Envi
     quantize(python, peer.module, job, values.with_name("job.json"), folder / f"{row.name}.log")
     facts: dict[str, Any] = json.loads(job.facts().read_text(encoding="utf-8"))
     return facts
-
-
-def _ours(row: Row, asked: Asked, values: Path) -> Mapping[str, Any]:
-    """Write the dequantized matrices of a checkpoint of ours; return seconds and versions."""
-    began, output = time.perf_counter(), values.parent / "checkpoint"
-    planner.quantize(
-        asked.model, output=output, avg_bits=row.bits, data=str(asked.data), samples=asked.samples,
-        seq_len=asked.length, linear_bits=16, **row.options,
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    config = load_config(output)
-    places = dict(zip(config.projections.names(), PLACES, strict=True))
-    with SourceModel(asked.model) as model, ShardSet(output) as shards:
-        layers = {layer.prefix: layer.index for layer in read_layout(model).layers}
-        found = {
-            f"{layers[it.prefix]}.{it.expert}.{places[it.projection]}": it.dequantize(shards).float().contiguous()
-            for it in expert_matrices(shards, config)
-        }
-    save_file(found, values)
-    versions = {name: importlib.metadata.version(name) for name in ("vllm-moeq", "torch")}
-    return {"seconds": seconds, "versions": versions}

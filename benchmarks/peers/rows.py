@@ -32,7 +32,10 @@ PEERS = {
     "llama.cpp": Peer("by_llama", ("llama-cpp-python==0.3.36", "safetensors==0.8.0")),
 }
 OURS = "ours"
-"""The peer that quantizes in this environment. Ratios refer to its best row of a width."""
+"""The peer that quantizes in this environment."""
+
+PLAN = "ours, kl plan"
+"""The label of the rows that ratios refer to."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Row:
     Attributes:
         label: what the table calls it.
         peer: a name in :data:`PEERS`, or :data:`OURS`.
-        bits: width of the codes, for plans their average.
+        bits: width of the codes; that of the peers beside a plan.
         storage: what the format stores.
-        options: the peer's own; for ours the keywords of ``planner.quantize``.
+        options: what its process understands; for ours the keywords of ``planner.plan``.
     """
 
     label: str
@@ -56,7 +59,8 @@ class Row:
     @property
     def name(self) -> str:
         """Return the name of its files."""
-        words = "".join(letter if letter.isalnum() else "-" for letter in f"{self.label} {self.bits}".lower())
+        text = f"{self.label} {self.storage.bits:.4f}".lower()
+        words = "".join(letter if letter.isalnum() else "-" for letter in text)
         return "-".join(filter(None, words.split("-")))
 
 
@@ -77,16 +81,23 @@ the one that its README recommends for two bits."""
 
 
 def rows(bits: int) -> list[Row]:
-    """Return the rows of a width."""
-    return [
+    """Return the rows of a width: other packages, ours with equal widths, and a plan at the total bits of each."""
+    others = [
         Row("HQQ", "hqq", bits, hqq(bits)),
         Row("GPTQModel", "gptqmodel", bits, gptq(bits)),
         *(Row(f"AutoRound, {label}", "auto-round", bits, gptq(bits), options) for label, options in RECIPES.items()),
         *(Row(f"llama.cpp {name}, imatrix", "llama.cpp", bits, ggml(BLOCK, size), {"type": name, "bytes": size})
           for name, size in BLOCK_BYTES[bits].items()),
-        Row("ours, GPTQ, uniform", OURS, bits, ours(bits), {"method": "uniform", "bits": str(bits)}),
-        Row("ours, kl plan", OURS, bits, ours(bits), {"method": "kl"}),
+        Row("ours, GPTQ, uniform", OURS, bits, ours(bits),
+            {"avg_bits": bits, "method": "uniform", "bits": str(bits)}),
     ]  # fmt: skip
+    return others + [plan_row(bits, total) for total in sorted({row.storage.bits for row in others})]
+
+
+def plan_row(bits: int, total: float) -> Row:
+    """Return our plan with some total bits per weight."""
+    average = total - ours(0).bits
+    return Row(PLAN, OURS, bits, ours(average), {"avg_bits": average, "method": "kl"})
 
 
 def all_rows() -> list[Row]:

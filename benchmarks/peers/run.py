@@ -20,8 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # instead of the script's own folder, whose files would hide packages of their names
 
+from benchmarks.peers.asked import Asked  # noqa: E402
 from benchmarks.peers.environments import Environments, FailedError  # noqa: E402
-from benchmarks.peers.measure import Asked, measure, prepare  # noqa: E402
+from benchmarks.peers.measure import measure, prepare  # noqa: E402
 from benchmarks.peers.rows import OURS, PEERS, Row, all_rows  # noqa: E402
 from benchmarks.peers.table import table  # noqa: E402
 from planner.common.progress import Progress  # noqa: E402

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import run as peers
+from benchmarks.peers.asked import Asked
 from benchmarks.peers.environments import Environments, FailedError, quantize, reason
 from benchmarks.peers.importance import write_importance
 from benchmarks.peers.processes.job import Job, matrix_name
-from benchmarks.peers.rows import OURS, PEERS, all_rows, rows
+from benchmarks.peers.rows import OURS, PEERS, PLAN, all_rows, rows
 from benchmarks.peers.storage import GROUP, Storage, gptq, hqq, ours
 from benchmarks.peers.subject import expert_names, write_experts, write_with
-from benchmarks.peers.table import HEADER, best_of_ours, table
+from benchmarks.peers.table import HEADER, table
 from planner.exchange.autogptq.layout import encode
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantizer_for
@@ -208,31 +209,44 @@ def result(kl: float, **more: Any) -> dict[str, Any]:
             "versions": {"package": "1.2"}, **more}  # fmt: skip
 
 
-def test_a_table_goes_from_the_worst_to_the_best_and_ends_with_what_failed() -> None:
-    hqq_row, gptqmodel, *_, uniform, plan = rows(2)
+def cells(line: str) -> list[str]:
+    """Return the cells of a line of a table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_table_goes_by_bits_and_then_to_the_best() -> None:
+    by_label = {(row.label, row.storage.bits): row for row in rows(2)}
+    hqq_row, uniform = by_label["HQQ", 2.25], by_label["ours, GPTQ, uniform", 2.25]
+    plan, other, smaller = by_label[PLAN, 2.25], by_label[PLAN, 2.0625], by_label["GPTQModel", 2.140625]
     known = {
-        gptqmodel.name: {"failed": "no torch"}, plan.name: result(0.05), hqq_row.name: result(0.4),
-        uniform.name: result(0.1),
+        plan.name: result(0.05), hqq_row.name: result(0.4), uniform.name: result(0.1), other.name: result(0.07),
+        smaller.name: {"failed": "no torch"},
     }  # fmt: skip
-    head, _, *body = table(rows(2), known)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *body)]
-    assert cells[0] == list(HEADER)
-    assert cells[1] == ["HQQ", "2.25", "0.4000", "2.000", "3.60", "14.000", "1.500", "8.00", "3", "package 1.2"]
-    assert [line[0] for line in cells[1:]] == [hqq_row.label, uniform.label, plan.label, gptqmodel.label]
-    assert cells[4][2] == "not run: no torch"
-    assert {len(line) for line in cells} == {len(HEADER)}
+    head, _, *body = map(cells, table(rows(2), known))
+    assert head == list(HEADER)
+    assert [line[1] for line in body] == [PLAN, "GPTQModel", "HQQ", "ours, GPTQ, uniform", PLAN]
+    assert body[1] == ["2.14", "GPTQModel", "not run: no torch", *[""] * (len(HEADER) - 3)]
+    wanted = ["2.25", "HQQ", "0.4000", "2.000", "3.60", "14.000", "1.500", "8.00", "3", "package 1.2"]
+    assert body[2] == wanted
+    assert [line[7] for line in body[3:]] == ["2.00", "1.00"]
 
 
-def test_without_ours_there_is_no_ratio() -> None:
+def test_without_a_plan_there_is_no_ratio() -> None:
     (row, *_) = rows(3)
-    assert best_of_ours([row], {row.name: result(0.4)}) is None
-    assert "| 1.500 |  | 3 |" in table([row], {row.name: result(0.4)})[2]
+    assert cells(table([row], {row.name: result(0.4)})[2])[7] == ""
+
+
+def test_there_is_a_plan_at_the_bits_of_every_other_row() -> None:
+    for bits in WIDTHS:
+        plans = [row for row in rows(bits) if row.label == PLAN]
+        assert {row.storage.bits for row in plans} == {row.storage.bits for row in rows(bits)}
+        assert all(ours(row.options["avg_bits"]) == row.storage for row in plans)
 
 
 def finished(folder: Path) -> list[str]:
     """Make a folder with results of all rows of two bits, and return the command's flags."""
     flags = ["--output", str(folder), "--environments", str(folder / "none"), "--samples", "8"]
-    asked = peers.Asked(MIXTRAL, CALIBRATION_TEXT, 8, 512, MIXTRAL / "held_out.txt", peers.FIRST_TOKENS)
+    asked = Asked(MIXTRAL, CALIBRATION_TEXT, 8, 512, MIXTRAL / "held_out.txt", peers.FIRST_TOKENS)
     peers.check_folder(folder, asked.facts())
     (folder / "importance.safetensors").touch()
     for row in rows(2):
