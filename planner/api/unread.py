@@ -156,7 +156,7 @@ def _nothing(_: Values) -> str:
 
 
 QUANTIZER = f"--quantizer {' or '.join(calibrated_names())}"
-GPTQ = ("damping", "act_order", "static_groups", "symmetric", "scale_search", "compat")
+GPTQ = ("damping", "act_order", "static_groups", "symmetric", "scale_search", "calibration", "compat")
 PLANNED = (
     "avg_bits", "budget_gib", "preset", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model",
     "stats", "overrides",
@@ -222,7 +222,7 @@ ROWS: Sequence[ReadOnlyWhere] = (
         lambda values: f"--quantizer {_quantizer(values)}", ("compare",),
     ),
     ReadOnlyWhere(
-        ("linear_group_size",), lambda values: values["linear_bits"] != 16, "--linear-bits 4 or 8",
+        ("linear_group_size", "linear_quantizer"), lambda values: values["linear_bits"] != 16, "--linear-bits 4 or 8",
         lambda values: f"--linear-bits {values['linear_bits']}",
     ),
     ReadOnlyWhere(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def plan_tasks(
 ) -> list[LayerTask]:
     """Return one task per decoder layer, then one for the tensors outside any layer."""
     moe: dict[str | None, MoeLayer] = {layer.block: layer for layer in layout.layers}
-    quantized = settings.linear.bits != 16
-    linears = _by_block(layout, layout.linears if quantized else ())
-    kept = _by_block(layout, layout.kept if quantized else (*layout.linears, *layout.kept))
+    packed = {name: settings.linear.bits_of(name) != 16 for name in layout.linears}
+    linears = _by_block(layout, [name for name in layout.linears if packed[name]])
+    kept = _by_block(layout, [*(name for name in layout.linears if not packed[name]), *layout.kept])
     parts = [*(block for block in layout.blocks if block in {*moe, *linears, *kept}), None]
     tasks = []
     for number, block in enumerate(parts, start=1):
@@ -148,8 +148,16 @@ def quantize_expert(
     return pack_expert(layer, expert, bits, matrices, settings.without_text(bits))
 
 
-def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict[str, torch.Tensor]:
+def other_tensors(
+    task: LayerTask, model: SourceModel, threads: Threads, done: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a task that are not routed experts.
+
+    Args:
+        task: the task.
+        model: the source.
+        threads: threads that round linears.
+        done: linears that are quantized already, name → suffix → tensor.
 
     Raises:
         CheckpointError: a tensor that cannot be read, or holds values that no model has; the message names it.
@@ -159,7 +167,8 @@ def other_tensors(task: LayerTask, model: SourceModel, threads: Threads) -> dict
         if tensor.is_floating_point():
             check_finite(tensor, model.shards.place(name))
     for name in task.linears:
-        packed = quantize_linear_rows(threads, model, name, task.settings.linear)
+        known = (done or {}).get(name)
+        packed = known or quantize_linear_rows(threads, model, name, task.settings.linear.alone(name))
         base = name.removesuffix(".weight")
         tensors.update({f"{base}.{suffix}": value for suffix, value in packed.items()})
     return tensors

@@ -24,7 +24,7 @@ from planner.quantization.record import describe_source
 from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import without_speculation
-from vllm_moeq.format import FORMAT_VERSION, CheckpointError, MoeqConfig, UsageError, read_json
+from vllm_moeq.format import CheckpointError, MoeqConfig, UsageError, read_json, version_for
 
 QUANTIZING = "quantizing"
 """Name of this work in the progress."""
@@ -39,16 +39,17 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
     Raises:
         UsageError: a quantizer's results belong to another scheme than the format stores an expert by.
     """
+    linear = settings.linear.stored(layout.linears)
     first = [*layout.routers, *(name for name in layout.kept if name == "lm_head.weight")]
-    unquantized = [*first, *(layout.linears if settings.linear.bits == 16 else ())]
+    unquantized = [*first, *(name for name in layout.linears if settings.linear.bits_of(name) == 16)]
     unquantized += [name for name in layout.plain if name not in first]
     made = MoeqConfig(
         quant_method="moeq",
-        format_version=1,
+        format_version=version_for(linear),
         group_size=settings.group_size,
         projections=layout.layers[0].projections,
         experts=plan.experts,
-        linear=settings.linear,
+        linear=linear,
         unquantized=[name.removesuffix(".weight") for name in unquantized],
         plan=plan.summary(settings.quantizer),
     )
@@ -65,7 +66,7 @@ def _check_schemes(config: MoeqConfig, settings: QuantizeSettings) -> None:
                 if (own := QUANTIZERS[name].scheme) is not stored:
                     raise UsageError(
                         f"quantizer {name}: expected results of the scheme {stored.name}, which format version "
-                        f"{FORMAT_VERSION} stores for {prefix}.{expert}, found {own.name}"
+                        f"{config.format_version} stores for {prefix}.{expert}, found {own.name}"
                     )
 
 

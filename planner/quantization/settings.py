@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
+from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_QUANTIZERS
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT, check_zero_points
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme
+
+Calibration = Literal["asymmetric", "symmetric"]
+"""What a quantizer with calibration aims at. ``asymmetric`` is what the original layer gives for the original model's
+inputs, so that later layers make up for the errors of earlier ones. ``symmetric`` is what the original layer gives for
+the inputs that it gets behind quantized layers."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class QuantizeSettings:
         zero_points: kind of zero points of experts with two bits and more.
         gptq: settings of GPTQ, if it is the quantizer.
         min_tokens: minimum number of calibration tokens; an expert that saw fewer is quantized without calibration.
+        linear_quantizer: name of the quantizer of linears; one with calibration needs a quantizer with calibration.
+        calibration: see :data:`Calibration`; without meaning for a quantizer without calibration.
 
     The fingerprint of a run contains every field, so a new field needs no other change there.
 
@@ -39,6 +47,8 @@ class QuantizeSettings:
     zero_points: ZeroPoints = "float"
     gptq: GptqSettings | None = None
     min_tokens: int = 64
+    linear_quantizer: str = LINEAR_DEFAULT
+    calibration: Calibration = "asymmetric"
 
     def __post_init__(self) -> None:
         check_zero_points(self.quantizer, self.zero_points)
@@ -56,6 +66,16 @@ class QuantizeSettings:
     def calibrated(self) -> bool:
         """Whether the quantizer needs a calibration text."""
         return QUANTIZERS[self.quantizer].calibrated
+
+    @property
+    def linears_calibrated(self) -> bool:
+        """Whether the quantizer of linears needs a calibration text."""
+        return LINEAR_QUANTIZERS[self.linear_quantizer].calibrated
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether the calibration carries the original model's hidden states too."""
+        return self.calibration == "asymmetric"
 
     def without_text(self, bits: int) -> str:
         """Return the name of the quantizer for experts of this width that uses the weights alone."""
@@ -79,8 +99,8 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
             step = settings.scheme.column_step
             _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
-    if settings.linear.bits != 16:
-        for name in layout.linears:
+    for name in layout.linears:
+        if settings.linear.bits_of(name) != 16:
             columns = model.shards.info(name).shape[1]
             group = settings.linear.group_size
             _check_columns(model, name, columns, CODES_PER_BLOCK, group, "--linear-group-size")

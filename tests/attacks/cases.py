@@ -336,7 +336,7 @@ IN_CONFIG = [
            ("config.json", "surprise", "not permitted")),
     Attack("unknown key within", ours(lambda it: it["linear"].update(code="x")), ("config.json", "linear.code")),
     Attack("no object", ours(lambda _: [1]), ("config.json",), foreign=True),
-    Attack("another version", ours(lambda it: it.update(format_version=2)), ("config.json", "format_version")),
+    Attack("another version", ours(lambda it: it.update(format_version=3)), ("config.json", "format_version")),
     Attack("true for a number", ours(lambda it: it.update(group_size=True)), ("config.json", "group_size", "True")),
     Attack("endless group size", ours(lambda it: it.update(group_size=10**4000)), ("config.json", "group_size")),
     Attack("width of five bits", ours(lambda it: it["experts"][LAYER].__setitem__(3, 5)),

@@ -67,14 +67,14 @@ def test_other_group_sizes_are_refused(size: object) -> None:
     assert "group_size" in refusal(changed(size, "group_size"))
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 3, -1, "1", 1.0, True, None, [1]])
 def test_unknown_versions_are_refused(version: object) -> None:
-    assert "format_version must be 1" in refusal(changed(version, "format_version"))
+    assert "format_version must be 1 or 2" in refusal(changed(version, "format_version"))
 
 
 def test_a_missing_version_is_refused() -> None:
     config = {key: value for key, value in VALID.items() if key != "format_version"}
-    assert "format_version must be 1, found None" in refusal(config)
+    assert "format_version must be 1 or 2, found None" in refusal(config)
 
 
 @pytest.mark.parametrize("method", ["gptq", "MOEQ", "", None, 1, ["moeq"]])

@@ -134,10 +134,10 @@ def test_projections_that_do_not_fit_are_named(quantized_copy: Path, change_tens
     assert re.search(rf"{LAYER}: gate .* do not fit", refusal(quantized_copy))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", True])
+@pytest.mark.parametrize("version", [0, 3, "1", True])
 def test_an_unknown_version_is_refused(quantized_copy: Path, change_config: Change, version: object) -> None:
     change_config(quantized_copy, lambda config: config["quantization_config"].update(format_version=version))
-    assert f"{quantized_copy / 'config.json'}: format_version must be 1" in refusal(quantized_copy)
+    assert f"{quantized_copy / 'config.json'}: format_version must be 1 or 2" in refusal(quantized_copy)
 
 
 def test_a_model_that_is_not_quantized_is_refused(tiny_mixtral: Path) -> None:

@@ -10,7 +10,7 @@ from vllm_moeq.format.linears import LINEAR_SUFFIXES, linear_values
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     QUANT_METHOD,
     Linear,
     MoeqConfig,
@@ -18,6 +18,7 @@ from vllm_moeq.format.schema import (
     Projections,
     first_problem,
     parse_config,
+    version_for,
 )
 from vllm_moeq.format.schemes import GRID, SCHEMES, ExpertMatrix, Scheme, Span, TensorLayout
 from vllm_moeq.format.schemes.grid import PACKED, SCALE, ZERO, check_values
@@ -35,7 +36,7 @@ __all__ = [
     "BIT_WIDTHS",
     "CODES_PER_BLOCK",
     "EXPERT_COUNT",
-    "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
     "GRID",
     "LINEAR_SUFFIXES",
     "NESTED",
@@ -74,4 +75,5 @@ __all__ = [
     "read_json",
     "unpack",
     "verify",
+    "version_for",
 ]

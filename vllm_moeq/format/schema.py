@@ -1,20 +1,34 @@
-"""The ``quantization_config`` of a moeq checkpoint, format version 1 (docs/format.md)."""
+"""The ``quantization_config`` of a moeq checkpoint, format versions 1 and 2 (docs/format.md)."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
 from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""The versions that are read. The lowest one that can say what a checkpoint holds is written."""
+
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_NAMES = 100_000
+MAX_LINEARS = 16 * MAX_LAYERS
 
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
@@ -31,6 +45,8 @@ if TYPE_CHECKING:
     Bits = int
 else:
     Bits = Annotated[Literal[BIT_WIDTHS], Integer]
+LinearBits = Annotated[Literal[4, 8, 16], Integer]
+"""Width of a linear outside the experts; 16 stands for the source's own values."""
 Average = Annotated[float, Field(ge=min(BIT_WIDTHS), le=max(BIT_WIDTHS))]
 Widths = Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)]
 """One width per expert. Only the first mistake is reported, because a list of four million would fill the memory."""
@@ -68,10 +84,55 @@ class Linear(Strict):
 
     With 4 and 8 bits they have compressed-tensors' ``pack-quantized`` form, symmetric, with one scale per group; vLLM
     serves them with its own kernels. With 16 bits they are stored as in the source.
+
+    Attributes:
+        bits: the width of every linear that ``widths`` does not name.
+        group_size: weights per scale along the input dimension, for all widths.
+        widths: name of a linear, without ``.weight`` → its width. A checkpoint's config names only packed linears
+            whose width differs from ``bits``; settings may name any, with 16 bits too (:meth:`stored`).
     """
 
-    bits: Annotated[Literal[4, 8, 16], Integer]
+    bits: LinearBits
     group_size: Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)] = 128
+    widths: Annotated[dict[Name, LinearBits], Field(max_length=MAX_LINEARS)] = Field(default_factory=dict)
+
+    def bits_of(self, name: str) -> int:
+        """Return the width of one linear.
+
+        Args:
+            name: the linear's name, with or without ``.weight``.
+        """
+        return self.widths.get(name.removesuffix(".weight"), self.bits)
+
+    def alone(self, name: str) -> Linear:
+        """Return the format of one linear: its width is ``bits``, and ``widths`` is empty.
+
+        Args:
+            name: the linear's name, with or without ``.weight``.
+        """
+        return self.model_copy(update={"bits": self.bits_of(name), "widths": {}})
+
+    def stored(self, names: Iterable[str]) -> Linear:
+        """Return the same widths as a config says them: the most frequent packed width is ``bits``.
+
+        Linears of 16 bits are not named, because ``unquantized`` names them.
+
+        Args:
+            names: names of all linears outside the experts, with or without ``.weight``.
+        """
+        found = {name.removesuffix(".weight"): self.bits_of(name) for name in names}
+        packed = {name: bits for name, bits in found.items() if bits != 16}
+        counts = Counter(packed.values())
+        # Without any packed linear, ``bits`` of a model that has none stays what was asked for.
+        most = min(counts, key=lambda bits: (-counts[bits], bits)) if packed else 16 if found else self.bits
+        widths = {name: bits for name, bits in packed.items() if bits != most}
+        return self.model_copy(update={"bits": most, "widths": widths})
+
+    @model_serializer(mode="wrap")
+    def _without_empty_widths(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``widths`` out where it is empty, as format version 1 has no such key."""
+        values: dict[str, Any] = handler(self)
+        return values if self.widths else {key: value for key, value in values.items() if key != "widths"}
 
     def compressed_tensors(self, ignore: list[str]) -> dict[str, Any]:
         """Return the equivalent configuration for vLLM's compressed-tensors method."""
@@ -110,7 +171,7 @@ class MoeqConfig(Strict):
     """A checkpoint's ``quantization_config``: explicit widths for every expert of every MoE layer."""
 
     quant_method: Literal["moeq"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     group_size: GroupSize
     projections: Projections
     experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
@@ -127,6 +188,35 @@ class MoeqConfig(Strict):
             expert: the expert's index within the layer.
         """
         return SCHEMES[GRID.name]
+
+    @model_validator(mode="after")
+    def _linears_are_named_once(self) -> MoeqConfig:
+        """Refuse widths that say nothing, or something else than another key."""
+        linear, unquantized = self.linear, set(self.unquantized)
+        experts = tuple(f"{prefix}." for prefix in self.experts)
+        if linear.widths and linear.bits == 16:
+            raise ValueError("linear.widths: expected none, as linear.bits is 16")
+        for name, bits in linear.widths.items():
+            if bits == 16:
+                raise ValueError(
+                    f"linear.widths: {name}: expected 4 or 8, as `unquantized` names those of 16, found 16"
+                )
+            if bits == linear.bits:
+                raise ValueError(f"linear.widths: {name}: expected another width than linear.bits, found {bits}")
+            if name in unquantized:
+                raise ValueError(f"linear.widths: {name}: expected a packed linear, found it among `unquantized` too")
+            if name.startswith(experts):
+                raise ValueError(f"linear.widths: {name}: expected a linear outside the experts, found an expert's")
+        return self
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> MoeqConfig:
+        """Have one version for one content, so that a reader knows by the number whether it can read a checkpoint."""
+        needed = version_for(self.linear)
+        if self.format_version != needed:
+            have = "names widths" if self.linear.widths else "names no widths"
+            raise ValueError(f"format_version: expected {needed}, as linear {have}, found {self.format_version}")
+        return self
 
     @model_validator(mode="after")
     def _widths_are_among_the_choices(self) -> MoeqConfig:
@@ -147,6 +237,15 @@ class MoeqConfig(Strict):
         return self
 
 
+def version_for(linear: Linear) -> Literal[1, 2]:
+    """Return the lowest format version that can say how these linears are stored.
+
+    Args:
+        linear: the format, as :meth:`Linear.stored` returns it.
+    """
+    return 2 if linear.widths else 1
+
+
 def parse_config(data: Any, where: str) -> MoeqConfig:
     """Validate a ``quantization_config`` dictionary.
 
@@ -163,9 +262,9 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
     if method != QUANT_METHOD:
         raise ConfigError(f"{where}: quant_method must be {QUANT_METHOD!r}, found {method!r:.80}")
     version = data.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise ConfigError(
-            f"{where}: format_version must be {FORMAT_VERSION}, found {version!r:.80}; "
+            f"{where}: format_version must be {' or '.join(map(str, FORMAT_VERSIONS))}, found {version!r:.80}; "
             "a newer version of vllm-moeq may know it"
         )
     refuse_crowds(data, where)
@@ -173,6 +272,10 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
         return MoeqConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_problem(error)}") from None
+
+
+MORE_KEYS = {"linear.widths": MAX_LINEARS}
+"""Place of an object in a ``quantization_config`` → its largest number of keys, where that is not ``MAX_LAYERS``."""
 
 
 def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
@@ -191,8 +294,9 @@ def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
         place, value = waiting.pop()
         if not isinstance(value, dict):
             continue
-        if len(value) > most:
-            raise ConfigError(f"{where}: {place or 'the object'}: expected at most {most} keys, found {len(value)}")
+        bound = MORE_KEYS.get(place, most)
+        if len(value) > bound:
+            raise ConfigError(f"{where}: {place or 'the object'}: expected at most {bound} keys, found {len(value)}")
         for key, child in value.items():
             waiting.append((f"{place}.{key!s:.80}".removeprefix("."), child))
 

@@ -11,18 +11,21 @@ from planner.model.source import SourceModel
 from planner.quantization.quantizers.base import ZeroPoints
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.quantizers.hessian import ActOrder
+from planner.quantization.quantizers.linear import LINEAR_QUANTIZERS, default_linear_quantizer
 from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_ONE_BIT,
     QUANTIZERS,
+    calibrated_names,
     default_quantizer,
     one_bit_names,
     quantizer_names,
 )
-from planner.quantization.settings import QuantizeSettings, default_linear
+from planner.quantization.settings import Calibration, QuantizeSettings, default_linear
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, Linear, UsageError
 
 QuantizerName = Annotated[str, one_of(quantizer_names())]
+LinearQuantizerName = Annotated[str, one_of(list(LINEAR_QUANTIZERS))]
 OneBitName = Annotated[str, one_of(one_bit_names())]
 
 
@@ -61,9 +64,24 @@ class WrittenCodeKeywords(CodeKeywords):
 
     Attributes:
         zero_points: kind of zero points of experts; other formats need ``integer``.
+        linear_quantizer: quantizer of attention and other linears: ``rtn`` or ``gptq``; None is ``gptq`` if the
+            experts' quantizer reads a text, else ``rtn``.
     """
 
     zero_points: ZeroPoints = QuantizeSettings.zero_points
+    linear_quantizer: LinearQuantizerName | None = None
+
+    def resolved_linear_quantizer(self, calibrated: bool) -> str:
+        """Return the quantizer of linears, by whether the experts' quantizer reads a text where none is named.
+
+        Raises:
+            UsageError: a quantizer with calibration beside an experts' quantizer without one.
+        """
+        name = self.linear_quantizer or default_linear_quantizer(calibrated)
+        if LINEAR_QUANTIZERS[name].calibrated and not calibrated:
+            others = " or ".join(calibrated_names())
+            raise UsageError(f"--linear-quantizer {name}: expected --quantizer {others} with it")
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +142,8 @@ class GptqKeywords:
         static_groups: GPTQ: take scales from the original weights.
         symmetric: GPTQ: zero points in the middle of the codes.
         scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
+        calibration: GPTQ: aim at the original layer's outputs for the original model's inputs (``asymmetric``), or for
+            the inputs behind quantized layers (``symmetric``); None is ``asymmetric``, with ``compat`` ``symmetric``.
         compat: GPTQ: the variant of the paper's published code; stands for all of the others.
     """
 
@@ -132,7 +152,12 @@ class GptqKeywords:
     static_groups: bool = GptqSettings.static_groups
     symmetric: bool = GptqSettings.symmetric
     scale_search: Literal["mse", "range"] = "mse"
+    calibration: Calibration | None = None
     compat: bool = False
+
+    def resolved_calibration(self) -> Calibration:
+        """Return what a quantizer with calibration aims at: the published code's is symmetric."""
+        return self.calibration or ("symmetric" if self.compat else QuantizeSettings.calibration)
 
     def gptq_settings(self) -> GptqSettings:
         """Return the settings.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from planner.calibration.gptq.moments import Inputs, Moments
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed
@@ -32,7 +33,8 @@ class CalibratedExpert:
         matrices: projection → packed matrix.
         outputs: (tokens [n], weighted outputs [n, hidden]) of the quantized expert, in parts.
         tokens: number of calibration tokens routed to it.
-        output_error: ‖Y − Ŷ‖ / ‖Y‖ of its weighted outputs on these tokens; None without tokens.
+        output_error: ‖Y − Ŷ‖ / ‖Y‖ on these tokens, with Ŷ its weighted outputs and Y those of the exact expert on the
+            inputs that it aims at; None without tokens.
         fallback: reason why it was quantized without calibration; None if it was calibrated.
     """
 
@@ -69,15 +71,14 @@ class ExpertQuantizer:
         experts = [self._load(expert, device) for expert in batch]
         rows = experts[0].gate.shape[0]
         both = torch.stack([torch.cat((expert.gate, expert.up)) for expert in experts])
-        moments = torch.stack([_moments(x for x, _, _ in self.routed.chunks(expert, device)) for expert in batch])
+        moments = Moments.stack(Moments.of(self._outer(expert, device)) for expert in batch)
         first = self._solve(both, moments, bits)
         gates, ups = ([_rows(q, part) for q in first] for part in (slice(0, rows), slice(rows, None)))
         halves = [
             ExpertWeights(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)
         ]
-        moments = torch.stack(
-            [_moments(self._inner(half, expert, device)) for half, expert in zip(halves, batch, strict=True)]
-        )
+        inner = (self._inner(*found, device) for found in zip(batch, halves, experts, strict=True))
+        moments = Moments.stack(map(Moments.of, inner))
         downs = self._solve(torch.stack([expert.down for expert in experts]), moments, bits)
         found = zip(batch, experts, gates, ups, downs, strict=True)
         return [(name, self._result(name, exact, (g, u, d), device)) for name, exact, g, u, d in found]
@@ -103,19 +104,29 @@ class ExpertQuantizer:
                 raise CheckpointError(f"{place}: {error}") from None
         return found
 
-    def _inner(self, half: ExpertWeights, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield the inputs of an expert's down projection."""
-        for inputs, _, _ in self.routed.chunks(expert, device):
-            yield half.inner(inputs.float(), self.decoder.activation)
+    def _outer(self, expert: int, device: torch.device) -> Iterator[Inputs]:
+        """Yield the inputs of an expert's gate and up projections.
 
-    def _solve(self, weights: torch.Tensor, moments: torch.Tensor, bits: int) -> list[Quantized]:
+        With the original's inputs, a token counts by the router's weight. Its square would be the weight in the layer's
+        squared error, but the router of the final model gives other weights: the first power measured best.
+        """
+        for inputs, weights, places in self.routed.chunks(expert, device):
+            original = self.routed.original(places, device)
+            yield Inputs(inputs, original, None if original is None else weights)
+
+    def _inner(self, expert: int, half: ExpertWeights, exact: ExpertWeights, device: torch.device) -> Iterator[Inputs]:
+        """Yield the inputs of an expert's down projection, whose gate and up projections are quantized."""
+        activation = self.decoder.activation
+        for part in self._outer(expert, device):
+            wanted = None if part.original is None else exact.inner(part.original.float(), activation)
+            yield Inputs(half.inner(part.own.float(), activation), wanted, part.weights)
+
+    def _solve(self, weights: torch.Tensor, moments: Moments, bits: int) -> list[Quantized]:
         settings = self.settings
-        if not bool(torch.isfinite(moments).all()):
-            raise UnusableError("activations that are not finite")
+        tuned, zero_points = settings.gptq or GptqSettings(), settings.zero_points
         try:
-            return quantize_gptq(
-                weights, moments, bits, settings.group_size, settings.gptq or GptqSettings(), settings.zero_points
-            )
+            second, shift = moments.check().second, moments.shift
+            return quantize_gptq(weights, second, bits, settings.group_size, tuned, zero_points, shift)
         except NotPositiveDefiniteError as error:
             raise UnusableError(str(error)) from None
 
@@ -132,9 +143,10 @@ class ExpertQuantizer:
         activation = self.decoder.activation
         outputs, tokens, difference, size = [], 0, 0.0, 0.0
         for inputs, weights, places in self.routed.chunks(expert, device):
-            x = inputs.float()
+            x, originals = inputs.float(), self.routed.original(places, device)
+            aim = x if originals is None else originals.float()
             output = (quantized.inner(x, activation) @ quantized.down.mT).mul_(weights[:, None])
-            wanted = (exact.inner(x, activation) @ exact.down.mT).mul_(weights[:, None])
+            wanted = (exact.inner(aim, activation) @ exact.down.mT).mul_(weights[:, None])
             outputs.append((places, output.cpu()))
             tokens += places.numel()
             size += float(wanted.square().sum(dtype=torch.float64))
@@ -146,18 +158,6 @@ class ExpertQuantizer:
             )
         }
         return CalibratedExpert(packed, outputs, tokens, (difference / size) ** 0.5 if size else None, fallback)
-
-
-def _moments(parts: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Return the mean of x·xᵀ [K, K] over the rows of all parts [n, K]."""
-    total, rows = None, 0
-    for part in parts:
-        exact = part.float()
-        total = exact.mT @ exact if total is None else total.addmm_(exact.mT, exact)
-        rows += part.shape[0]
-    if total is None:
-        raise ValueError("no inputs")
-    return total.div_(rows)
 
 
 def _rows(matrix: Quantized, rows: slice) -> Quantized:

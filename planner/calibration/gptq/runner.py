@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from planner.calibration.gptq.layer import quantize_layer
+from planner.calibration.gptq.linears import quantize_linears
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.hidden import HiddenStates, remove_hidden
-from planner.calibration.reading.routed import finish, first_hidden, route
+from planner.calibration.reading.hidden import remove_hidden
+from planner.calibration.reading.routed import finish, route
+from planner.calibration.reading.streams import Streams, advance_original
 from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import explained_if_out_of_memory
 from planner.model.layout import read_layout
@@ -21,6 +23,7 @@ from planner.quantization.layer_task import Finished, LayerTask, other_tensors, 
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.rows import open_threads
 from planner.quantization.runners.base import CONTINUES, Work
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError, linear_values
 from vllm_moeq.format.linears import SCALES, WORDS
 
@@ -57,36 +60,38 @@ class GptqRunner:
         """Quantize the decoder layers; hidden states are in ``folder`` until the last one is done."""
         with SourceModel(layers[0].source) as model:
             decoder = Decoder(model, read_layout(model), self.devices[0], self.dtype)
-            store = first_hidden(decoder, self.text.tokens, folder)
+            streams = Streams.open(decoder, self.text.tokens, folder, layers[0].settings.asymmetric)
             for index, task in enumerate(layers):
                 if task not in pending:
                     continue
-                if not store.has(index):
+                if not streams.has(index):
+                    where = streams.quantized.folder
                     raise CheckpointError(
-                        f"{store.folder}: expected the input of layer {index}, found none; --no-resume starts anew"
+                        f"{where}: expected the input of layer {index}, found none; --no-resume starts anew"
                     )
-                yield self._layer(decoder, store, index, task, last=index + 1 == len(layers))
-                store.drop(index)
+                yield self._layer(decoder, streams, index, task, last=index + 1 == len(layers))
+                streams.drop(index)
 
-    def _layer(self, decoder: Decoder, store: HiddenStates, index: int, task: LayerTask, last: bool) -> Finished:
+    def _layer(self, decoder: Decoder, streams: Streams, index: int, task: LayerTask, last: bool) -> Finished:
         """Quantize one layer, run it, and write the next layer's input before its own shard."""
-        began = time.monotonic()
+        began, store, settings = time.monotonic(), streams.quantized, task.settings
+        hidden, originals = streams.load(index)
+        names = task.linears if settings.linears_calibrated else ()
+        linears = quantize_linears(decoder, index, names, settings, hidden, originals)
         with open_threads(self.threads, self.devices[0]) as threads:
-            tensors = other_tensors(task, decoder.model, threads)
-        replaced = {}
-        for name in task.linears:
-            base = name.removesuffix(".weight")
-            words, scales = tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"]
-            replaced[name] = linear_values(words, scales, task.settings.linear.bits)
-        hidden = store.load(index)
+            tensors = other_tensors(task, decoder.model, threads, linears.tensors)
+        replaced = {name: _values(tensors, name, settings) for name in task.linears}
         reports: dict[int, ExpertReport] = {}
         outputs = None
+        exact = None if streams.original is None else advance_original(decoder, index, streams.original, last)
         if task.layer is not None:
             routed = route(decoder, index, hidden, store, replaced)
-            found = quantize_layer(decoder, task.layer, task.widths, routed, task.settings, self.devices)
+            if exact is not None:
+                routed = routed.beside(exact)
+            found = quantize_layer(decoder, task.layer, task.widths, routed, settings, self.devices)
             for expert, result in found:
                 bits = task.widths[expert]
-                named = task.settings.quantizer if result.fallback is None else task.settings.without_text(bits)
+                named = settings.quantizer if result.fallback is None else settings.without_text(bits)
                 more, report = pack_expert(task.layer, expert, bits, result.matrices, named, result.fallback)
                 tensors.update(more)
                 error = None if result.output_error is None else round(result.output_error, 6)
@@ -96,3 +101,9 @@ class GptqRunner:
             finish(decoder, index, hidden, store.create(index + 1), outputs, replaced)
             store.complete(index + 1)
         return write_layer(task, tensors, [reports[expert] for expert in sorted(reports)], began)
+
+
+def _values(tensors: Mapping[str, torch.Tensor], name: str, settings: QuantizeSettings) -> torch.Tensor:
+    """Return the dequantized weights of a linear."""
+    base = name.removesuffix(".weight")
+    return linear_values(tensors[f"{base}.{WORDS}"], tensors[f"{base}.{SCALES}"], settings.linear.bits_of(name))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from planner.calibration.gptq.moments import Inputs, Moments
 from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import advance
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.rounded import group_size, rounded
@@ -17,6 +19,9 @@ from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 TRIED = 2
 """Number of experts to try in each layer."""
 
+BEHIND = 4
+"""Width of the rounded experts behind which the tried experts get their inputs. Plans hardly depend on it."""
+
 LEAST, MOST = 256, 8192
 """Minimum and maximum tokens of an expert that is tried. Half of them give second moments, the others errors."""
 
@@ -26,7 +31,9 @@ def gptq_gains(
 ) -> dict[str, dict[int, float]]:
     """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², Δ the change of an expert's output.
 
-    GPTQ gains most where rounding to nearest is bad. So costs measured by rounding rank the widths wrongly for GPTQ. A
+    GPTQ gains most where rounding to nearest is bad. So costs measured by rounding rank the widths wrongly for GPTQ.
+    GPTQ's expert gets inputs behind rounded layers and aims at the original's outputs, as when a model is quantized
+    (asymmetric calibration). So its Δ contains an error of these inputs, which is nearly the same for all widths. A
     layer whose experts saw too few tokens takes the mean of the others.
 
     Args:
@@ -37,8 +44,10 @@ def gptq_gains(
         progress: shows the progress.
     """
     found: dict[str, dict[int, float]] = {}
+    behind = _behind_rounded(decoder, store, sequences, min(widths, key=lambda bits: abs(bits - BEHIND)))
     for index, layer in progress.track(list(decoder.moe.items()), "gains of GPTQ"):
-        routed = route(decoder, index, store.load(index)[:sequences], store)
+        original = route(decoder, index, store.load(index)[:sequences], store).inputs
+        routed = route(decoder, index, behind.load(index), behind).beside(original)
         counts = torch.tensor([int((routed.ids == expert).sum()) for expert in range(layer.num_experts)])
         busiest = [int(expert) for expert in counts.argsort(descending=True)[:TRIED] if counts[expert] >= LEAST]
         errors = [error for expert in busiest if (error := _errors(decoder, layer, expert, routed, widths))]
@@ -51,38 +60,55 @@ def gptq_gains(
     return {layer.prefix: found.get(layer.prefix, usual) for layer in decoder.moe.values()}
 
 
+def _behind_rounded(decoder: Decoder, store: HiddenStates, sequences: int, bits: int) -> HiddenStates:
+    """Return the input of every layer in a model whose experts are rounded to a width."""
+    states = HiddenStates(store.folder / "rounded", (sequences, *store.shape[1:]), store.dtype)
+    states.create(0)[:] = store.load(0)[:sequences]
+    states.complete(0)
+    widths = {index: [bits] * layer.num_experts for index, layer in decoder.moe.items()}
+    for index in range(len(decoder)):
+        advance(decoder, index, states.load(index), states.create(index + 1), states, widths)
+        states.complete(index + 1)
+    return states
+
+
 def _errors(
     decoder: Decoder, layer: MoeLayer, expert: int, routed: Routed, widths: tuple[int, ...]
 ) -> dict[int, tuple[float, float]] | None:
     """Return width → squared output errors of GPTQ and of rounding; None if GPTQ fails or rounding changes nothing."""
-    tokens, _ = routed.slots(expert)
-    inputs = routed.inputs[tokens[:MOST]].to(decoder.device).float()
-    fit, test = inputs[::2], inputs[1::2]
+    tokens, slots = (part[:MOST] for part in routed.slots(expert))
     exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
-    wanted = exact.inner(test, decoder.activation) @ exact.down.mT
+    own, weights = routed.inputs[tokens].to(decoder.device).float(), routed.weights[tokens, slots].to(decoder.device)
+    original = own if routed.originals is None else routed.originals[tokens].to(decoder.device).float()
+    seen, test = Inputs(own[::2], original[::2], weights[::2]), slice(1, None, 2)
+    wanted = _output(decoder, exact, original[test])
     found = {}
     for bits in widths:
         try:
-            pair = _gptq(decoder, exact, fit, bits), rounded(exact, bits)
+            better = _output(decoder, _gptq(decoder, exact, seen, bits), own[test])
         except NotPositiveDefiniteError:
             return None
-        better, plain = (
-            float((other.inner(test, decoder.activation) @ other.down.mT - wanted).square().sum()) for other in pair
-        )
-        if not plain:
+        plain = _output(decoder, rounded(exact, bits), original[test])
+        errors = [float((output - wanted).square().sum()) for output in (better, plain)]
+        if not errors[1]:
             return None
-        found[bits] = (better, plain)
+        found[bits] = errors[0], errors[1]
     return found
 
 
-def _gptq(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int) -> ExpertWeights:
+def _output(decoder: Decoder, expert: ExpertWeights, inputs: torch.Tensor) -> torch.Tensor:
+    return expert.inner(inputs, decoder.activation) @ expert.down.mT
+
+
+def _gptq(decoder: Decoder, exact: ExpertWeights, seen: Inputs, bits: int) -> ExpertWeights:
     """Quantize one expert: gate and up first, then down on the outputs of the quantized gate and up."""
     size, settings = group_size(exact), GptqSettings()
 
-    def solve(weight: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        moments = seen.mT @ seen / len(seen)
-        return quantize_gptq(weight[None], moments[None], bits, size, settings, "float")[0].dequantize()
+    def solve(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        moments = Moments.stack([Moments.of([inputs])])
+        return quantize_gptq(weight[None], moments.second, bits, size, settings, "float", moments.shift)[0].dequantize()
 
-    gate, up = solve(torch.cat((exact.gate, exact.up)), inputs).split(len(exact.gate))
-    inner = ExpertWeights(gate, up, exact.down).inner(inputs, decoder.activation)
-    return ExpertWeights(gate, up, solve(exact.down, inner))
+    gate, up = solve(torch.cat((exact.gate, exact.up)), seen).split(len(exact.gate))
+    inner = ExpertWeights(gate, up, exact.down).inner(seen.own, decoder.activation)
+    wanted = None if seen.original is None else exact.inner(seen.original, decoder.activation)
+    return ExpertWeights(gate, up, solve(exact.down, Inputs(inner, wanted, seen.weights)))

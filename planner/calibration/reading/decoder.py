@@ -20,7 +20,7 @@ ROWS = 8192
 """Number of tokens that pass through a layer, or an expert, at a time."""
 
 
-class _StopError(Exception):
+class StopReadingError(Exception):
     """Ends a forward pass when its rest is not needed."""
 
 
@@ -37,7 +37,7 @@ class _Recorder(torch.nn.Module):
         """Return the input; in the last layer, end the forward pass instead."""
         self.hidden, self.arguments = hidden, arguments
         if self.last:
-            raise _StopError
+            raise StopReadingError
         return hidden
 
 
@@ -121,7 +121,7 @@ class Decoder:
         self.base.layers = torch.nn.ModuleList(recorders)
         try:
             self.base(input_ids=tokens.to(self.device), use_cache=False)
-        except _StopError:
+        except StopReadingError:
             pass
         finally:
             self.base.layers = self.layers

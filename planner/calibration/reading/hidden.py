@@ -105,6 +105,10 @@ class HiddenStates:
         path.unlink(missing_ok=True)
         return file_tensor(path, shape, dtype)
 
+    def discard(self, name: str) -> None:
+        """Delete the file of a scratch tensor; its disk is free when the tensor is."""
+        (self.folder / name).unlink(missing_ok=True)
+
     def _path(self, layer: int) -> Path:
         return self.folder / f"hidden-{layer:05d}.bin"
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from planner.calibration.reading.decoder import ROWS, Decoder
 from planner.calibration.reading.hidden import HiddenStates, hidden_folder
+
+OUTPUTS = "outputs.bin"
+"""The file of the experts' outputs."""
 
 
 @dataclass
@@ -22,6 +25,8 @@ class Routed:
         ids: expert of each slot, int64 [tokens, k]; −1 where the input is not finite.
         weights: routing weight of each slot, float32 [tokens, k].
         probabilities: softmax over all experts at each slot, float32 [tokens, k].
+        originals: the inputs of the same block in the original model [tokens, hidden], in a file; None if the pass does
+            not know them.
     """
 
     inputs: torch.Tensor
@@ -29,6 +34,7 @@ class Routed:
     ids: torch.Tensor
     weights: torch.Tensor
     probabilities: torch.Tensor
+    originals: torch.Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -46,6 +52,15 @@ class Routed:
         for part, places in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
             if part.numel():
                 yield self.inputs[part].to(device), self.weights[part, places].to(device), part
+
+    def original(self, tokens: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Return the original model's inputs [n, hidden] for some tokens; None if the pass does not know them."""
+        return None if self.originals is None else self.originals[tokens].to(device)
+
+    def beside(self, originals: torch.Tensor) -> Routed:
+        """Return the pass with the original model's inputs; a token is dropped where they are not finite."""
+        usable = torch.cat([torch.isfinite(part).all(dim=1) for part in originals.split(ROWS)])
+        return replace(self, ids=torch.where(usable[:, None], self.ids, -1), originals=originals)
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
         """Add an expert's weighted outputs [n, hidden] to the outputs of its tokens."""
@@ -119,7 +134,7 @@ def route(
     finally:
         hook.remove()
     ids, weights, probabilities = (torch.cat(parts) for parts in zip(*recording.slots, strict=True))
-    outputs = store.scratch("outputs.bin", (tokens, size), torch.float32)
+    outputs = store.scratch(OUTPUTS, (tokens, size), torch.float32)
     return Routed(inputs, outputs, ids, weights, probabilities)
 
 

@@ -17,6 +17,7 @@ from planner.api.keywords.codes import (
 from planner.commands.flatten import OneOf
 from planner.quantization.quantizers.base import ZeroPoints
 from planner.quantization.quantizers.hessian import ActOrder
+from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT, LINEAR_QUANTIZERS
 from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_WITH_TEXT,
@@ -24,6 +25,7 @@ from planner.quantization.quantizers.table import (
     one_bit_names,
     quantizer_names,
 )
+from planner.quantization.settings import Calibration
 
 NAMES = OneOf(quantizer_names())
 
@@ -64,6 +66,14 @@ class WrittenQuantizerFlags(QuantizerFlags):
     zero_points: Annotated[
         ZeroPoints, typer.Option("--zero-points", help="Zero points of experts; other formats need integer ones.")
     ] = WrittenCodeKeywords.zero_points
+    linear_quantizer: Annotated[
+        str | None,
+        typer.Option(
+            "--linear-quantizer",
+            help=f"Quantizer of other linears [{LINEAR_DEFAULT_WITH_TEXT} with --data, else {LINEAR_DEFAULT}].",
+        ),
+        OneOf(list(LINEAR_QUANTIZERS)),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,10 @@ class GptqFlags:
     scale_search: Annotated[
         Literal["mse", "range"], typer.Option("--scale-search", help="GPTQ: least weighted error, or the range.")
     ] = GptqKeywords.scale_search
+    calibration: Annotated[
+        Calibration | None,
+        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
+    ] = None
     compat: Annotated[bool, typer.Option("--compat", help="GPTQ: the variant of the paper's published code.")] = (
         GptqKeywords.compat
     )

@@ -18,7 +18,7 @@ from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter
 from planner.output.paths import check_output
 from planner.plan_file import IMPORTED
-from vllm_moeq.format import FORMAT_VERSION, PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config
+from vllm_moeq.format import PACKED, QUANT_METHOD, SCALE, MoeqConfig, parse_config, version_for
 
 
 def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callable[[Path], None] | None = None) -> None:
@@ -87,7 +87,7 @@ def _config(checkpoint: GptqCheckpoint, experts: AssignedExperts, linears: Linea
     }
     config = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_for(linears.spec),
         "group_size": experts.group_size,
         "projections": row.projections.model_dump(),
         "experts": experts.widths,

@@ -9,6 +9,7 @@ import torch
 from planner.quantization.quantizers.base import Quantized, ZeroPoints
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
+from planner.quantization.quantizers.target import corrected
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
 LEAF = 16
@@ -50,6 +51,8 @@ def quantize_gptq(
     group_size: int,
     settings: GptqSettings,
     zero_points: ZeroPoints = "float",
+    shifts: torch.Tensor | None = None,
+    storage: torch.dtype | None = None,
 ) -> list[Quantized]:
     """Quantize several matrices of one shape, each with the Hessian of its own inputs.
 
@@ -60,6 +63,9 @@ def quantize_gptq(
         group_size: weights per scale along K, or −1 for whole rows.
         settings: see :class:`GptqSettings`.
         zero_points: see :data:`planner.quantization.quantizers.base.ZeroPoints`.
+        shifts: mean of (o − x)·xᵀ, float32 [B, K, K], with x the inputs and o the original model's inputs for the same
+            tokens. Then the results aim at W·o instead of W·x (:mod:`planner.quantization.quantizers.target`).
+        storage: dtype of scales and zero points; None chooses float16 or bfloat16.
 
     Returns:
         One result per matrix, on the device of the weights.
@@ -85,18 +91,28 @@ def quantize_gptq(
         index = order[:, :, None].expand(batch, columns, columns)
         hessians = hessians.gather(1, index).gather(2, index.mT)
     factor = factorize(hessians, settings.damping)
-    return _Solver(weights, order, factor, settings.grid(bits, zero_points), size, settings.static_groups).solve()
+    if shifts is not None:
+        weights = corrected(weights, shifts, factor, order)
+    grid = settings.grid(bits, zero_points)
+    return _Solver(weights, order, factor, grid, size, settings.static_groups, storage).solve()
 
 
 class _Solver:
     """The state of one batch. Tensors are [B, K, N], so that a column of the input dimension is contiguous."""
 
     def __init__(
-        self, weights: torch.Tensor, order: torch.Tensor, factor: Factor, grid: LevelSearch, size: int, static: bool
+        self,
+        weights: torch.Tensor,
+        order: torch.Tensor,
+        factor: Factor,
+        grid: LevelSearch,
+        size: int,
+        static: bool,
+        storage: torch.dtype | None,
     ) -> None:
         self.size, self.grid, self.factor, self.order = size, grid, factor, order
         original = weights.float().mT.contiguous()
-        self.dtype = _storage(original, size, grid)
+        self.dtype = storage or _storage(original, size, grid)
         batch, columns, rows = original.shape
         groups = columns // size
         self.scales = original.new_empty(batch, groups, rows)

@@ -139,6 +139,9 @@ def _storable(
     largest_zero = min(grid.steps / NARROWEST, MAX_ZERO)
     flat = ~(scale * largest_zero >= block.abs().amax(dim=1)) | (scale == 0) | ~torch.isfinite(zero)
     size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
-    scale, zero = torch.where(flat, size, scale), torch.where(flat, (mean < 0).float(), zero) + 0.0  # never -0
+    scale = torch.where(flat, size, scale)
+    if not grid.symmetric:  # its zero point is fixed, and only a group of zeros is flat
+        zero = torch.where(flat, (mean < 0).float(), zero)
+    zero = zero + 0.0  # never -0
     info = torch.finfo(dtype)
     return scale.clamp(info.tiny, info.max).to(dtype).float(), zero.to(dtype).float()

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 
 from planner.quantization.quantizers.base import to_groups
+from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
 from vllm_moeq.format.linears import SCALES, SHAPE, WORDS
 
 CLIP_RATIOS = tuple(0.5 + 0.02 * i for i in range(31))
 """Candidate scales, relative to max|w| / (2^(b−1) − 1)."""
+
+
+@dataclass(frozen=True)
+class LinearQuantizerRow:
+    """One quantizer of linears.
+
+    Attributes:
+        calibrated: whether it needs a calibration text.
+    """
+
+    calibrated: bool
+
+
+LINEAR_QUANTIZERS = {"rtn": LinearQuantizerRow(calibrated=False), "gptq": LinearQuantizerRow(calibrated=True)}
+"""Name → row: :func:`quantize_linear` and :func:`quantize_linears_gptq`."""
+
+LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT = "rtn", "gptq"
+
+
+def default_linear_quantizer(calibrated: bool) -> str:
+    """Return the name of the default quantizer of linears, by whether the experts' quantizer reads a text."""
+    return LINEAR_DEFAULT_WITH_TEXT if calibrated else LINEAR_DEFAULT
 
 
 def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tensor]:
@@ -24,7 +50,7 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
     """
     groups = to_groups(weight, spec.group_size)
     half = 2 ** (spec.bits - 1)
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    dtype = _storage(weight)
     full = groups.abs().amax(dim=-1, keepdim=True) / (half - 1)
     best_scale = torch.ones_like(full, dtype=dtype)
     best_error = torch.full_like(full, float("inf"))
@@ -42,6 +68,49 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
         SCALES: best_scale[..., 0].contiguous(),
         SHAPE: torch.tensor(weight.shape, dtype=torch.int64),
     }
+
+
+def quantize_linears_gptq(
+    weights: Sequence[torch.Tensor],
+    moments: torch.Tensor,
+    shift: torch.Tensor | None,
+    spec: Linear,
+    settings: GptqSettings,
+) -> list[dict[str, torch.Tensor]]:
+    """Quantize linears that read the same inputs with GPTQ, to the format of :func:`quantize_linear`.
+
+    Args:
+        weights: float [N, K] each; N may differ.
+        moments: mean of x·xᵀ over the inputs x, float32 [K, K].
+        shift: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
+        spec: the width and the group size.
+        settings: settings of GPTQ; zero points are in the middle of the codes whatever they say.
+
+    Raises:
+        CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
+        NotPositiveDefiniteError: the moments stay unusable with any damping.
+    """
+    tuned, shifts = replace(settings, symmetric=True), None if shift is None else shift[None]
+    dtypes = [_storage(weight) for weight in weights]
+    together = torch.cat([weight.float() for weight in weights])
+    found = quantize_gptq(
+        together[None], moments[None].clone(), spec.bits, spec.group_size, tuned, shifts=shifts, storage=dtypes[0]
+    )[0]
+    rows = [weight.shape[0] for weight in weights]
+    parts = zip(weights, found.codes.split(rows), found.scales.split(rows), dtypes, strict=True)
+    return [
+        {
+            WORDS: pack(codes.contiguous(), spec.bits).cpu(),
+            SCALES: scales.to(dtype).contiguous().cpu(),
+            SHAPE: torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        for weight, codes, scales, dtype in parts
+    ]
+
+
+def _storage(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a linear's scales: its own where it is a half precision, else bfloat16."""
+    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def linear_group_size(input_sizes: list[int]) -> int:

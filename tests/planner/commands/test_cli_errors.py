@@ -77,8 +77,8 @@ def test_a_weight_that_is_not_finite(refused: Refused, mixtral_copy: Path, out: 
 
 
 def test_an_unknown_format_version(refused: Refused, quantized_copy: Path, change_config: Change) -> None:
-    change_config(quantized_copy, lambda config: config["quantization_config"].update(format_version=2))
-    assert "format_version must be 1, found 2" in refused("verify", quantized_copy)
+    change_config(quantized_copy, lambda config: config["quantization_config"].update(format_version=3))
+    assert "format_version must be 1 or 2, found 3" in refused("verify", quantized_copy)
 
 
 def test_verify_of_a_model_that_is_not_quantized(refused: Refused, tiny_mixtral: Path) -> None:
