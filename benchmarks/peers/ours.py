@@ -27,7 +27,7 @@ def quantize_ours(asked: Asked, options: Mapping[str, Any], folder: Path, values
 
     Args:
         asked: the model and the texts.
-        options: keywords of ``planner.plan``.
+        options: keywords of ``planner.plan``, and ``calibration`` of ``planner.quantize``.
         folder: keeps the statistics, which all plans share.
         values: the file to write.
 
@@ -38,6 +38,7 @@ def quantize_ours(asked: Asked, options: Mapping[str, Any], folder: Path, values
         MoeqError: a damaged model or text.
     """
     before, given = 0.0, dict(options)
+    calibration = given.pop("calibration", None)
     if given["method"] == "kl":
         before = _statistics(asked, folder)
         given["stats"] = folder / STATISTICS
@@ -45,7 +46,7 @@ def quantize_ours(asked: Asked, options: Mapping[str, Any], folder: Path, values
     plan = planner.plan(asked.model, **given)
     planner.quantize(
         asked.model, output=output, plan=plan, data=str(asked.data), samples=asked.samples, seq_len=asked.length,
-        linear_bits=16,
+        linear_bits=16, calibration=calibration,
     )  # fmt: skip
     seconds = before + time.perf_counter() - began
     save_file(_dequantized(asked.model, output), values)

@@ -47,7 +47,8 @@ class Row:
         peer: a name in :data:`PEERS`, or :data:`OURS`.
         bits: width of the codes; that of the peers beside a plan.
         storage: what the format stores.
-        options: what its process understands; for ours the keywords of ``planner.plan``.
+        options: what its process understands; for ours the keywords of ``planner.plan``, and
+            ``calibration`` of ``planner.quantize``.
     """
 
     label: str
@@ -88,8 +89,9 @@ def rows(bits: int) -> list[Row]:
         *(Row(f"AutoRound, {label}", "auto-round", bits, gptq(bits), options) for label, options in RECIPES.items()),
         *(Row(f"llama.cpp {name}, imatrix", "llama.cpp", bits, ggml(BLOCK, size), {"type": name, "bytes": size})
           for name, size in BLOCK_BYTES[bits].items()),
-        Row("ours, GPTQ, uniform", OURS, bits, ours(bits),
-            {"avg_bits": bits, "method": "uniform", "bits": str(bits)}),
+        *(Row(f"ours, {calibration} GPTQ, uniform", OURS, bits, ours(bits),
+              {"avg_bits": bits, "method": "uniform", "bits": str(bits), "calibration": calibration})
+          for calibration in ("symmetric", "asymmetric")),
     ]  # fmt: skip
     return others + [plan_row(bits, total) for total in sorted({row.storage.bits for row in others})]
 

@@ -216,7 +216,7 @@ def cells(line: str) -> list[str]:
 
 def test_a_table_goes_by_bits_and_then_to_the_best() -> None:
     by_label = {(row.label, row.storage.bits): row for row in rows(2)}
-    hqq_row, uniform = by_label["HQQ", 2.25], by_label["ours, GPTQ, uniform", 2.25]
+    hqq_row, uniform = by_label["HQQ", 2.25], by_label["ours, asymmetric GPTQ, uniform", 2.25]
     plan, other, smaller = by_label[PLAN, 2.25], by_label[PLAN, 2.0625], by_label["GPTQModel", 2.140625]
     known = {
         plan.name: result(0.05), hqq_row.name: result(0.4), uniform.name: result(0.1), other.name: result(0.07),
@@ -224,7 +224,7 @@ def test_a_table_goes_by_bits_and_then_to_the_best() -> None:
     }  # fmt: skip
     head, _, *body = map(cells, table(rows(2), known))
     assert head == list(HEADER)
-    assert [line[1] for line in body] == [PLAN, "GPTQModel", "HQQ", "ours, GPTQ, uniform", PLAN]
+    assert [line[1] for line in body] == [PLAN, "GPTQModel", "HQQ", "ours, asymmetric GPTQ, uniform", PLAN]
     assert body[1] == ["2.14", "GPTQModel", "not run: no torch", *[""] * (len(HEADER) - 3)]
     wanted = ["2.25", "HQQ", "0.4000", "2.000", "3.60", "14.000", "1.500", "8.00", "3", "package 1.2"]
     assert body[2] == wanted
