@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from benchmarks.peers.processes.job import PLACES
 from planner.calibration.reading.decoder import Decoder
@@ -14,6 +13,7 @@ from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from planner.output.files import write_tensors
 
 
 def write_importance(model: SourceModel, tokens: torch.Tensor, path: Path) -> None:
@@ -36,7 +36,7 @@ def write_importance(model: SourceModel, tokens: torch.Tensor, path: Path) -> No
                 outputs = routed.outputs
             finish(decoder, index, hidden, store.create(index + 1), outputs)
             store.complete(index + 1)
-    save_file(found, path)
+    write_tensors(path, found)
 
 
 def _layer(decoder: Decoder, index: int, routed: Routed) -> dict[str, torch.Tensor]:

@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 import planner
 from benchmarks.peers.asked import Asked
 from benchmarks.peers.environments import Environments, FailedError, quantize
@@ -22,6 +20,7 @@ from benchmarks.peers.subject import write_experts, write_with
 from planner.calibration.reading.text import calibration_text
 from planner.common.progress import Progress
 from planner.model.source import SourceModel
+from planner.output.files import write_tensors
 
 EXPERTS, TOKENS, IMPORTANCE = "experts.safetensors", "tokens.safetensors", "importance.safetensors"
 
@@ -30,7 +29,7 @@ def prepare(asked: Asked, folder: Path, progress: Progress) -> None:
     """Write what the processes of all peers read: expert matrices, calibration text, importance.
 
     Raises:
-        MoeqError: a damaged model or text, or a model whose experts are stored in another way.
+        MoeqError: a damaged model or text.
     """
     if (folder / IMPORTANCE).is_file():
         return
@@ -38,7 +37,7 @@ def prepare(asked: Asked, folder: Path, progress: Progress) -> None:
     tokens = calibration_text(asked.model, str(asked.data), asked.samples, asked.length, 0).tokens
     with SourceModel(asked.model) as model:
         write_experts(model, folder / EXPERTS)
-        save_file({"tokens": tokens.contiguous()}, folder / TOKENS)
+        write_tensors(folder / TOKENS, {"tokens": tokens.contiguous()})
         write_importance(model, tokens, folder / IMPORTANCE)
 
 

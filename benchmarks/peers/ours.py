@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 import planner
 from benchmarks.peers.asked import Asked
 from benchmarks.peers.processes.job import PLACES
 from benchmarks.peers.storage import ours
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.output.files import write_json
+from planner.output.files import write_json, write_tensors
 from vllm_moeq.format import ShardSet, expert_matrices, load_config, read_json
 
 STATISTICS, SECONDS = "kl.safetensors", "kl-seconds.json"
@@ -49,7 +47,7 @@ def quantize_ours(asked: Asked, options: Mapping[str, Any], folder: Path, values
         linear_bits=16, calibration=calibration,
     )  # fmt: skip
     seconds = before + time.perf_counter() - began
-    save_file(_dequantized(asked.model, output), values)
+    write_tensors(values, _dequantized(asked.model, output))
     versions = {name: importlib.metadata.version(name) for name in ("vllm-moeq", "torch")}
     return {"total_bits": plan.plan.achieved_avg_bits + ours(0).bits, "seconds": seconds, "versions": versions}
 

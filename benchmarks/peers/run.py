@@ -24,6 +24,7 @@ from benchmarks.peers.asked import Asked  # noqa: E402
 from benchmarks.peers.environments import Environments, FailedError  # noqa: E402
 from benchmarks.peers.measure import measure, prepare  # noqa: E402
 from benchmarks.peers.rows import OURS, PEERS, Row, all_rows  # noqa: E402
+from benchmarks.peers.subject import check_model  # noqa: E402
 from benchmarks.peers.table import table  # noqa: E402
 from planner.common.progress import Progress  # noqa: E402
 from planner.output.files import write_json  # noqa: E402
@@ -33,14 +34,21 @@ MODELS = ROOT / "benchmarks" / "models"
 FIRST_TOKENS = 16_384
 
 
+def count(text: str) -> int:
+    """Return a positive number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return int(text)
+
+
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODELS / "stdlib-mixtral")
     parser.add_argument("--held-out", type=Path, help="text to predict [held_out.txt in the model's folder]")
     parser.add_argument("--data", type=Path, default=MODELS / "calibration.jsonl", help="calibration text")
-    parser.add_argument("--samples", type=int, default=128, help="sequences of it")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of each")
+    parser.add_argument("--samples", type=count, default=128, metavar="N", help="sequences of it")
+    parser.add_argument("--seq-len", type=count, default=512, metavar="N", help="tokens of each")
     parser.add_argument("--whole", action="store_true", help=f"the whole text, not its first {FIRST_TOKENS:,} tokens")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3), default=[2], help="widths of the codes")
     parser.add_argument("--only", nargs="+", choices=(*PEERS, OURS), help="these peers alone")
@@ -48,6 +56,19 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--pip-flags", default="", help="such as '--extra-index-url URL', with CPU builds of torch")
     return parser.parse_args(given)
+
+
+def asked_by(args: argparse.Namespace) -> Asked:
+    """Return the flags that decide results.
+
+    Raises:
+        UsageError: a text that is not there.
+    """
+    held_out = args.held_out or args.model / "held_out.txt"
+    for flag, path in (("--data", args.data), ("--held-out", held_out)):
+        if not path.is_file():
+            raise UsageError(f"{flag} {path}: expected a text, found no such file")
+    return Asked(args.model, args.data, args.samples, args.seq_len, held_out, None if args.whole else FIRST_TOKENS)
 
 
 def check_folder(folder: Path, facts: dict[str, Any]) -> None:
@@ -76,10 +97,10 @@ def run(args: argparse.Namespace, progress: Progress) -> list[str]:
     Raises:
         MoeqError: a damaged model or text, results of another model.
     """
-    held_out = args.held_out or args.model / "held_out.txt"
-    asked = Asked(args.model, args.data, args.samples, args.seq_len, held_out, None if args.whole else FIRST_TOKENS)
+    asked = asked_by(args)
     folder, rows = args.output.resolve(), [row for row in all_rows() if row.bits in args.bits]
     environments = Environments(args.environments.resolve(), shlex.split(args.pip_flags))
+    check_model(asked.model)
     check_folder(folder, asked.facts())
     environments.folder.mkdir(parents=True, exist_ok=True)
     prepare(asked, folder, progress)
@@ -89,7 +110,7 @@ def run(args: argparse.Namespace, progress: Progress) -> list[str]:
         progress.line(f"{row.label}, {row.storage.bits:.2f} bits")
         try:
             found = measure(row, asked, folder, environments)
-        except FailedError as error:
+        except (FailedError, MoeqError) as error:
             found = {"failed": str(error)}
             progress.line(f"note: {row.label}: {error}")
         write_json(folder / f"{row.name}.json", {"label": row.label, **found})

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.peers.processes.job import PLACES
+from benchmarks.peers.storage import GROUP
 from planner.model.hub import companions
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.model.tensors import SourceTensors
-from planner.output.files import write_json
+from planner.output.files import write_json, write_tensors
 from vllm_moeq.format import CheckpointError, UsageError
 
 WEIGHTS = "model.safetensors"
@@ -34,9 +35,22 @@ def expert_names(model: SourceModel) -> Iterator[tuple[str, str]]:
                 yield f"{layer.index}.{expert}.{place}", layer.weight(expert, projection)
 
 
+def check_model(folder: Path) -> None:
+    """Refuse a model whose experts are stored in another way, or whose rows are no whole number of groups.
+
+    Raises:
+        MoeqError: naming the matrices; a damaged model.
+    """
+    with SourceModel(folder) as model:
+        for _, name in expert_names(model):
+            columns = model.shards.info(name).shape[1]
+            if columns % GROUP:  # the bits of the table would be wrong
+                raise UsageError(f"{folder}: {name}: expected a multiple of {GROUP} inputs, found {columns}")
+
+
 def write_experts(model: SourceModel, path: Path) -> None:
     """Write all expert matrices to a file, float32."""
-    save_file({key: model.shards.load(name).float().contiguous() for key, name in expert_names(model)}, path)
+    write_tensors(path, {key: model.shards.load(name).float().contiguous() for key, name in expert_names(model)})
 
 
 def write_with(model: SourceModel, values: Path, output: Path) -> None:
@@ -60,5 +74,5 @@ def write_with(model: SourceModel, values: Path, output: Path) -> None:
     for name in companions(model.folder):
         (output / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(model.folder / name, output / name)
-    save_file(tensors, output / WEIGHTS, {"format": "pt"})
+    write_tensors(output / WEIGHTS, tensors)
     write_json(output / "config.json", {**model.config, "dtype": "float32"})

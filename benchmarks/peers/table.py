@@ -31,7 +31,7 @@ def _divergence(result: Mapping[str, Any]) -> float:
 
 def _cells(row: Row, result: Mapping[str, Any], base: float | None) -> tuple[str, ...]:
     if "failed" in result:
-        found = (f"{row.storage.bits:.2f}", row.label, f"not run: {result['failed']}")
+        found = (f"{row.storage.bits:.2f}", row.label, f"not run: {result['failed']}".replace("|", "\\|"))
         return (*found, *("" for _ in HEADER[len(found) :]))
     kl, loss = result["kl"], result["perplexity"] - result["original"]
     ratio = "" if base is None else f"{kl['mean'] / base:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.peers.importance import write_importance
 from benchmarks.peers.processes.job import Job, matrix_name
 from benchmarks.peers.rows import OURS, PEERS, PLAN, all_rows, rows
 from benchmarks.peers.storage import GROUP, Storage, gptq, hqq, ours
-from benchmarks.peers.subject import expert_names, write_experts, write_with
+from benchmarks.peers.subject import check_model, expert_names, write_experts, write_with
 from benchmarks.peers.table import HEADER, table
 from planner.exchange.autogptq.layout import encode
 from planner.model.source import SourceModel
@@ -119,8 +120,13 @@ def test_values_that_do_not_fit_are_refused(change: str, found: str, tiny_mixtra
 
 def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
     build("granitemoe", tmp_path / "fused")
-    with SourceModel(tmp_path / "fused") as model, pytest.raises(UsageError, match="one plain tensor per expert"):
-        list(expert_names(model))
+    with pytest.raises(UsageError, match="one plain tensor per expert"):
+        check_model(tmp_path / "fused")
+
+
+def test_rows_that_are_no_whole_groups_are_refused(narrow_mixtral: Path) -> None:
+    with pytest.raises(UsageError, match=r"experts\.0\.w1\.weight: expected a multiple of 128 inputs, found 64"):
+        check_model(narrow_mixtral)
 
 
 @pytest.mark.slow
@@ -211,7 +217,7 @@ def result(kl: float, **more: Any) -> dict[str, Any]:
 
 def cells(line: str) -> list[str]:
     """Return the cells of a line of a table."""
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def test_a_table_goes_by_bits_and_then_to_the_best() -> None:
@@ -220,12 +226,12 @@ def test_a_table_goes_by_bits_and_then_to_the_best() -> None:
     plan, other, smaller = by_label[PLAN, 2.25], by_label[PLAN, 2.0625], by_label["GPTQModel", 2.140625]
     known = {
         plan.name: result(0.05), hqq_row.name: result(0.4), uniform.name: result(0.1), other.name: result(0.07),
-        smaller.name: {"failed": "no torch"},
+        smaller.name: {"failed": "no a|b"},
     }  # fmt: skip
     head, _, *body = map(cells, table(rows(2), known))
     assert head == list(HEADER)
     assert [line[1] for line in body] == [PLAN, "GPTQModel", "HQQ", "ours, asymmetric GPTQ, uniform", PLAN]
-    assert body[1] == ["2.14", "GPTQModel", "not run: no torch", *[""] * (len(HEADER) - 3)]
+    assert body[1] == ["2.14", "GPTQModel", r"not run: no a\|b", *[""] * (len(HEADER) - 3)]
     wanted = ["2.25", "HQQ", "0.4000", "2.000", "3.60", "14.000", "1.500", "8.00", "3", "package 1.2"]
     assert body[2] == wanted
     assert [line[7] for line in body[3:]] == ["2.00", "1.00"]
@@ -269,6 +275,26 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert err == f"error: {tmp_path / 'asked.json'}: samples: expected 9, found 8: name another --output\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "none.txt"], "--data none.txt: expected a text, found no such file"),
+        (["--held-out", "none.txt"], "--held-out none.txt: expected a text, found no such file"),
+        (["--model", "none", "--held-out", str(CALIBRATION_TEXT)], "none/config.json: "),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_written(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main([*flags, "--output", str(tmp_path / "out"), "--environments", str(tmp_path / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_installed_is_a_row_and_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
