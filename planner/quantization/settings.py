@@ -10,7 +10,7 @@ from planner.model.source import SourceModel
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT, check_zero_points
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme, UsageError, split_width
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,29 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
 
     Raises:
         CheckpointError: an input dimension does not fit; the message names the first such tensor.
+        UsageError: a width is for a linear that the model lacks, or differs from one that vLLM joins with it.
     """
     for layer in layout.layers:
         for projection, (_, columns) in layer.shapes.items():
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
             step = settings.scheme.column_step
             _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
+    _check_linear_widths(layout, settings.linear)
     for name in layout.linears:
         if settings.linear.bits_of(name) != 16:
             columns = model.shards.info(name).shape[1]
             group = settings.linear.group_size
             _check_columns(model, name, columns, CODES_PER_BLOCK, group, "--linear-group-size")
+
+
+def _check_linear_widths(layout: Layout, linear: Linear) -> None:
+    widths = {name.removesuffix(".weight"): linear.bits_of(name) for name in layout.linears}
+    for name in linear.widths:
+        if name not in widths:
+            raise UsageError(f"widths of linears: {name}: expected one of the model's linears, found none of this name")
+    reason = split_width(widths)
+    if reason is not None:
+        raise UsageError(f"widths of linears: {reason}")
 
 
 def _check_columns(model: SourceModel, name: str, columns: int, block: int, group: int, flag: str) -> None:
