@@ -34,6 +34,11 @@ CONFIG = {
     "plan": {**PLAN, "zeta": 3.0, "fallback": {"model.layers.0.experts": [0]}},
     "odp": {"model.layers.0.experts": 0.5},
 }
+WITH_WIDTHS = {
+    **CONFIG,
+    "format_version": 2,
+    "linear": {"bits": 4, "group_size": 32, "widths": {"model.layers.0.self_attn.o_proj": 8}},
+}
 WHOLE_PLAN = {
     "version": 1,
     **PLAN,
@@ -203,7 +208,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 def seeds(target: str) -> list[bytes]:
     """Return inputs that a target accepts, to start from."""
     if target == "schema":
-        return [json.dumps(value).encode() for value in (CONFIG, WHOLE_PLAN)]
+        return [json.dumps(value).encode() for value in (CONFIG, WITH_WIDTHS, WHOLE_PLAN)]
     if target == "headers":
         shard = save({"a": torch.arange(6).view(2, 3).int(), "b": torch.ones(2, 2).bfloat16()}, {"format": "pt"})
         index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}).encode()
