@@ -108,7 +108,7 @@ class StorageKeywords:
 
     Attributes:
         group_size: expert weights per scale, a multiple of 32; -1 for whole rows.
-        linear_bits: width of attention and other linears: 4, 8 (GPU only) or 16.
+        linear_bits: width of attention and other linears: 4, 8 or 16.
         linear_group_size: weights of linears per scale; None is 128, or what a quarter of the input dimension allows.
     """
 

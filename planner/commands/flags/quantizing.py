@@ -100,7 +100,7 @@ class StorageFlags:
         int, typer.Option("--group-size", help="Expert weights per scale, a multiple of 32; -1 for whole rows.")
     ] = StorageKeywords.group_size
     linear_bits: Annotated[
-        int, typer.Option("--linear-bits", help="Width of attention and other linears: 4, 8 (GPU only) or 16.")
+        int, typer.Option("--linear-bits", help="Width of attention and other linears: 4, 8 or 16.")
     ] = StorageKeywords.linear_bits
     linear_group_size: Annotated[
         int | None,
