@@ -31,6 +31,7 @@ from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
 from planner.output.paths import check_output
 from planner.planning.methods import METHODS
+from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
@@ -146,6 +147,8 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         wanted.linear(source, layout),
         gptq=wanted.gptq_settings(),
         min_tokens=wanted.min_tokens,
+        linear_quantizer=wanted.resolved_linear_quantizer(QUANTIZERS[wanted.quantizer].calibrated),
+        calibration=wanted.calibration,
     )
     check_sizes(source, layout, settings)
     return settings

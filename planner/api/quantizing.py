@@ -222,7 +222,7 @@ def _make_plan(work: _Work, options: PlanOptions) -> tuple[Plan, Callable[[Path]
 
 def _quantizing(work: _Work, experts: Mapping[str, Sequence[int]]) -> list[Part]:
     """Return the part of the run that follows the plan."""
-    reading = Reading.of(work.text, gptq=True) if work.settings.calibrated else None
+    reading = Reading.of(work.text, work.settings.streams) if work.settings.calibrated else None
     return quantizing_parts(work.source, work.layout, experts, work.settings, work.devices, reading)
 
 
@@ -276,7 +276,7 @@ def _sizes(work: _Work, made: Plan) -> Sizes:
 
 def _needs(work: _Work, made: Plan, sizes: Sizes) -> Needs:
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
-    reading = Reading.of(work.text, work.settings.calibrated)
+    reading = Reading.of(work.text, work.settings.streams)
     measures = METHODS[made.method].measures if work.plan is None else ()
     devices = work.wanted.job_devices()
     return quantize_needs(work.source, work.layout, made.experts, sizes, work.settings, devices, reading, measures)

@@ -18,13 +18,16 @@ from vllm_moeq.format import ShardSet
 
 
 class Weights(Protocol):
-    """The experts of one candidate."""
+    """The experts of one candidate, and the linears that belong to them."""
 
     def key(self, layer: MoeLayer, expert: int, /) -> Hashable:
         """Return a key for an expert's matrices. Candidates with equal keys share the matrices."""
 
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """Return an expert's dequantized matrices, in the decoder's dtype and on its device."""
+
+    def linears(self) -> DequantizedModel | None:
+        """Return the checkpoint of the candidate's other linears; None if they are rounded without calibration."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,21 @@ class RoundedWeights:
         matrices = (quantizer(matrix, bits, self.group_size).dequantize() for matrix in exact.matrices())
         return ExpertWeights(*(matrix.to(decoder.dtype) for matrix in matrices))
 
+    def linears(self) -> None:
+        """See :class:`Weights`."""
+        return
+
 
 class CheckpointWeights:
-    """Experts of a checkpoint that moeq wrote."""
+    """Experts of a checkpoint that moeq wrote.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: the checkpoint.
+        calibrated: whether its other linears were calibrated with its experts; otherwise they are those of all.
+    """
+
+    def __init__(self, folder: Path, calibrated: bool) -> None:
+        self.folder, self.calibrated = folder, calibrated
         self.model = DequantizedModel(folder)
 
     def key(self, _layer: MoeLayer, _expert: int) -> Hashable:
@@ -70,6 +82,10 @@ class CheckpointWeights:
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
         return load_expert(self.model, layer, expert, decoder.device, decoder.dtype)
+
+    def linears(self) -> DequantizedModel | None:
+        """See :class:`Weights`."""
+        return self.model if self.calibrated else None
 
 
 class DenseWeights:
@@ -87,6 +103,10 @@ class DenseWeights:
         """See :class:`Weights`."""
         names = (layer.weight(expert, projection) for projection in layer.projections.names())
         return ExpertWeights(*(self.shards.load(name).to(decoder.device, decoder.dtype) for name in names))
+
+    def linears(self) -> None:
+        """See :class:`Weights`."""
+        return
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
     """Return the experts of an entry: from a folder, or quantized on demand. Write the folder for an entry of slim."""
     settings, folder = run.wanted.settings, _folder(run, entry)
     if entry.plan is not None and (settings.calibrated or run.wanted.tasks):
-        return CheckpointWeights(folder)
+        return CheckpointWeights(folder, settings.linears_calibrated)
     if entry.plan is not None:
         return RoundedWeights(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
     if not (folder / "model.safetensors.index.json").is_file():

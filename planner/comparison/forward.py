@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -13,6 +14,7 @@ from planner.calibration.reading.routed import Routed, finish, route
 from planner.common.progress import Progress
 from planner.comparison.candidates import Candidate
 from planner.model.layout import MoeLayer
+from planner.model.quantized import DequantizedModel
 from planner.quantization.quantizers import quantize_linear
 from vllm_moeq.format import Linear, drop_weak, linear_values
 from vllm_moeq.format.linears import SCALES, WORDS
@@ -32,7 +34,7 @@ def read_text(
         decoder: the original model.
         first: the first layer's input [sequences, length, hidden].
         candidates: candidates whose experts replace the model's.
-        linear: format of the other linears, the same for all candidates.
+        linear: format of the other linears, the same for all candidates without linears of their own.
         store: store for the files of hidden states.
         progress: shows the progress.
     """
@@ -40,16 +42,42 @@ def read_text(
     hidden, result = (store.scratch(f"candidates-{number}.bin", shape, store.dtype) for number in range(2))
     hidden.view(len(candidates), *first.shape)[:] = first
     for index in progress.track(range(len(decoder)), "evaluating"):
-        replaced = rounded_linears(decoder, index, linear)
-        layer, outputs = decoder.moe.get(index), None
-        if layer is not None:
-            routed = route(decoder, index, hidden, store, replaced)
-            routed = prune(routed, candidates)
-            add_experts(decoder, layer, routed, candidates)
-            outputs = routed.outputs
-        finish(decoder, index, hidden, result, outputs, replaced)
+        begin = 0
+        for linears, group in groupby(candidates, lambda candidate: candidate.weights.linears()):
+            members = list(group)
+            rows = slice(begin * len(first), (begin + len(members)) * len(first))
+            begin += len(members)
+            replaced = rounded_linears(decoder, index, linear) if linears is None else _stored(decoder, index, linears)
+            _advance(decoder, index, (hidden[rows], result[rows]), members, store, replaced)
         hidden, result = result, hidden
     return hidden.view(len(candidates), *first.shape)
+
+
+def _advance(
+    decoder: Decoder,
+    index: int,
+    states: tuple[torch.Tensor, torch.Tensor],
+    candidates: Sequence[Candidate],
+    store: HiddenStates,
+    replaced: Mapping[str, torch.Tensor],
+) -> None:
+    """Run one layer of candidates with the same other linears: from its input to its output, ``states``."""
+    hidden, result = states
+    layer, outputs = decoder.moe.get(index), None
+    if layer is not None:
+        routed = prune(route(decoder, index, hidden, store, replaced), candidates)
+        add_experts(decoder, layer, routed, candidates)
+        outputs = routed.outputs
+    finish(decoder, index, hidden, result, outputs, replaced)
+
+
+def _stored(decoder: Decoder, index: int, checkpoint: DequantizedModel) -> dict[str, torch.Tensor]:
+    """Return checkpoint name → dequantized weights, for a layer's linears that are not experts."""
+    return {name: checkpoint.shards.map(name) for name in _names(decoder, index)}
+
+
+def _names(decoder: Decoder, index: int) -> list[str]:
+    return [name for name in decoder.layout.linears if name.startswith(f"model.layers.{index}.")]
 
 
 def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, torch.Tensor]:
@@ -57,10 +85,9 @@ def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, t
     if linear.bits == 16:
         return {}
     found = {}
-    for name in decoder.layout.linears:
-        if name.startswith(f"model.layers.{index}."):
-            packed = quantize_linear(decoder.model.shards.load(name), linear)
-            found[name] = linear_values(packed[WORDS], packed[SCALES], linear.bits)
+    for name in _names(decoder, index):
+        packed = quantize_linear(decoder.model.shards.load(name), linear)
+        found[name] = linear_values(packed[WORDS], packed[SCALES], linear.bits)
     return found
 
 

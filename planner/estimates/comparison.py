@@ -34,7 +34,7 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
     models = sum(_models(run, name) for name in wanted.methods)
     rows = models * (1 + len(wanted.odp))
     gptq = wanted.settings.calibrated
-    text = Reading(wanted.samples, wanted.length, gptq)
+    text = Reading(wanted.samples, wanted.length, wanted.settings.streams)
     one, passes = _quantizing(run, text if gptq else None), _statistics_passes(run)
     stored = gptq or bool(wanted.tasks)
     state = compute_dtype(run.device).itemsize * tokens * int(text_config(config).get("hidden_size") or 0)
@@ -42,7 +42,7 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
     states = state * (2 + FILES * together)
     seconds = one.seconds * models / (run.jobs if stored else 1)
     held_out = Reading(max(1, tokens // wanted.window), wanted.window)
-    for reading, count in ((replace(text, gptq=False), passes), (held_out, 1.0 + rows)):
+    for reading, count in ((replace(text, streams=0), passes), (held_out, 1.0 + rows)):
         seconds += reading_seconds(config, run.layout, reading, count, run.device) if count else 0.0
     return Needs(
         written_bytes=PLOT_BYTES + ROW_BYTES * (1 + rows),
@@ -91,5 +91,5 @@ def _making_ram(run: ComparisonRun, text: Reading, passes: float, quantizing: in
     own = resident_bytes()
     statistics = 0
     if passes:
-        statistics = reading_ram(run.model.config, run.layout, replace(text, gptq=False), None, run.device.type)
+        statistics = reading_ram(run.model.config, run.layout, replace(text, streams=0), None, run.device.type)
     return max(statistics, quantizing if run.jobs == 1 else own + run.jobs * quantizing)

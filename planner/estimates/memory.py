@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.calibration.gptq.layer import BATCH_BYTES
 from planner.calibration.reading.decoder import ROWS
-from planner.calibration.reading.hidden import HIDDEN_FILES
+from planner.calibration.reading.hidden import HIDDEN_FILES, ORIGINAL_FILES
 from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import resident_bytes
 from planner.estimates.serving import text_config
@@ -16,6 +16,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import Sizes
 from planner.output.files import SHARD_COPIES
 from planner.quantization.quantizers.hessian import FACTOR_COPIES
+from planner.quantization.quantizers.target import SHIFT_COPIES
 from planner.quantization.rows import PART_BYTES
 
 FLOAT = 4
@@ -28,17 +29,28 @@ class Reading:
     Attributes:
         sequences: number of sequences.
         length: tokens per sequence.
-        gptq: whether GPTQ quantizes the experts during the run.
+        streams: number of streams of hidden states that GPTQ carries during the run: one, or two to calibrate
+            asymmetrically; 0 without GPTQ.
     """
 
     sequences: int
     length: int
-    gptq: bool = False
+    streams: int = 0
 
     @classmethod
-    def of(cls, text: CalibrationText | None, gptq: bool = False) -> Reading | None:
+    def of(cls, text: CalibrationText | None, streams: int = 0) -> Reading | None:
         """Return the run over a text; None without a text."""
-        return None if text is None else cls(len(text.tokens), text.tokens.shape[1], gptq)
+        return None if text is None else cls(len(text.tokens), text.tokens.shape[1], streams)
+
+    @property
+    def gptq(self) -> bool:
+        """Whether GPTQ quantizes the layers during the run."""
+        return self.streams > 0
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether GPTQ carries the original model's hidden states too."""
+        return self.streams > 1
 
     @property
     def tokens(self) -> int:
@@ -70,10 +82,12 @@ def device_working(config: Mapping[str, Any], layout: Layout, reading: Reading, 
     count = 1
     if reading.gptq:
         count = min(experts.num_experts, max(1, BATCH_BYTES[device] // (FLOAT * columns**2)))
-    batch = FLOAT * count * (2 * experts.weights_per_expert + (FACTOR_COPIES * columns**2 if reading.gptq else 0))
+    copies = (FACTOR_COPIES if reading.gptq else 0) + (SHIFT_COPIES if reading.asymmetric else 0)
+    batch = FLOAT * count * (2 * experts.weights_per_expert + copies * columns**2)
     return max(scores, batch)
 
 
 def hidden_bytes(config: Mapping[str, Any], reading: Reading) -> int:
     """Return the bytes of the files of hidden states."""
-    return HIDDEN_FILES * FLOAT * reading.tokens * int(text_config(config).get("hidden_size") or 0)
+    files = HIDDEN_FILES + (ORIGINAL_FILES if reading.asymmetric else 0)
+    return files * FLOAT * reading.tokens * int(text_config(config).get("hidden_size") or 0)

@@ -27,7 +27,7 @@ def statistics_parts(
     config: Mapping[str, Any], layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device
 ) -> list[Part]:
     """Return the parts of collecting statistics from a text."""
-    one = reading_seconds(config, layout, replace(reading, gptq=False), 1.0, device)
+    one = reading_seconds(config, layout, replace(reading, streams=0), 1.0, device)
     works = [work for name in measures for work in MEASURES[name].parts(layout)]
     meanwhile = sum(passes for name, passes in works if name == READING)
     later: list[Part] = [(name, one * passes) for name, passes in works if name != READING]

@@ -64,7 +64,7 @@ def quantize_needs(
     if reading is not None:
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
         if measures:
-            alone = replace(reading, gptq=False)
+            alone = replace(reading, streams=0)
             seconds += reading_seconds(config, layout, alone, passes_of(layout, measures), device)
     return Needs(
         written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.scheme),

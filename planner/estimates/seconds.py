@@ -46,7 +46,11 @@ def reading_seconds(
     attention = layout.num_layers * (4 * hidden * hidden + 2 * reading.length * hidden)
     operations = 2.0 * passes * reading.tokens * (used + attention)
     if reading.gptq:
-        operations += len(layout.layers) * _gptq_operations(layer.shapes, layer.num_experts, chosen * reading.tokens)
+        operations += len(layout.layers) * _gptq_operations(
+            layer.shapes, layer.num_experts, chosen * reading.tokens, reading.streams
+        )
+        if reading.asymmetric:  # the original model runs once more, and its experts' gate and up for their inputs
+            operations += 4.0 * reading.tokens * (used + attention)
     return operations / _product_rate(device)
 
 
@@ -62,11 +66,12 @@ def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
     return layout.num_experts * _seconds(work, torch.device("cpu")) / threads
 
 
-def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int) -> float:
-    """Return the operations of GPTQ in one layer: Hessians, their factorization, and passing on errors."""
+def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int, streams: int) -> float:
+    """Return the operations of GPTQ in one layer: moments, their factorization, the target, and passing on errors."""
     total = 0.0
     for rows, columns in shapes.values():
-        total += 2.0 * tokens * columns**2 + experts * (columns**3 + 2.0 * rows * columns**2)
+        solve = 2.0 * rows * columns**2
+        total += streams * 2.0 * tokens * columns**2 + experts * (columns**3 + solve + 2.0 * (streams - 1) * solve)
     return total
 
 

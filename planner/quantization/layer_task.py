@@ -21,6 +21,9 @@ from planner.quantization.rows import Threads, open_threads, quantize_linear_row
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format.schemes.base import check_finite
 
+LINEAR_FALLBACK = "linear_fallback"
+"""Key of the linears that were rounded without calibration, and why, in a layer's entry and in the report."""
+
 
 @dataclass(frozen=True)
 class LayerTask:
@@ -175,7 +178,11 @@ def other_tensors(
 
 
 def write_layer(
-    task: LayerTask, tensors: dict[str, torch.Tensor], reports: Sequence[ExpertReport], began: float
+    task: LayerTask,
+    tensors: dict[str, torch.Tensor],
+    reports: Sequence[ExpertReport],
+    began: float,
+    missed: Mapping[str, str] | None = None,
 ) -> Finished:
     """Write a task's entry, then its shard. So a shard always has its entry beside it.
 
@@ -184,19 +191,22 @@ def write_layer(
         tensors: all tensors of the shard.
         reports: one per expert, in order.
         began: value of ``time.monotonic()`` when the task began.
+        missed: name of a linear → reason why it was rounded without calibration.
     """
     prefix = task.layer.prefix if task.layer else None
-    write_json(task.entry, {"prefix": prefix, "experts": [report.as_dict() for report in reports]})
+    entry = {"prefix": prefix, "experts": [report.as_dict() for report in reports]}
+    write_json(task.entry, {**entry, LINEAR_FALLBACK: dict(missed)} if missed else entry)
     write_tensors(task.shard, tensors)
     return Finished(task, tuple(reports), time.monotonic() - began, peak_bytes())
 
 
 def merged_report(tasks: Sequence[LayerTask], entries: Sequence[Any], settings: QuantizeSettings) -> dict[str, Any]:
-    """Return the contents of quantization_report.json: the settings, and the entries of layers with experts."""
-    layers = [entry for task, entry in zip(tasks, entries, strict=True) if task.layer]
-    return {
+    """Return the contents of quantization_report.json: settings, layers with experts, linears that fell back."""
+    missed = {name: reason for entry in entries for name, reason in entry.pop(LINEAR_FALLBACK, {}).items()}
+    found = {
         "quantizer": settings.quantizer,
         "one_bit": settings.one_bit,
         "settings": settings.as_dict(),
-        "layers": layers,
+        "layers": [entry for task, entry in zip(tasks, entries, strict=True) if task.layer],
     }
+    return {**found, LINEAR_FALLBACK: missed} if missed else found

@@ -75,6 +75,8 @@ class SettingsRecord(_Read):
 
     zero_points: Text = "float"
     min_tokens: Count = 64
+    linear_quantizer: Text | None = None
+    calibration: Text | None = None
     gptq: GptqRecord | None = None
 
 

@@ -17,7 +17,7 @@ from planner.model.source import SourceModel
 from planner.output.checkpoint import CheckpointWriter, check_space
 from planner.output.paths import check_output
 from planner.plan_file import Plan
-from planner.quantization.layer_task import Finished, LayerTask, merged_report, plan_tasks
+from planner.quantization.layer_task import LINEAR_FALLBACK, Finished, LayerTask, merged_report, plan_tasks
 from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.record import FILE as REPORT
 from planner.quantization.record import describe_source
@@ -163,6 +163,10 @@ def _note_fallbacks(report: Mapping[str, Any], settings: QuantizeSettings, progr
             f"note: {missed} of {len(experts)} experts were quantized without calibration, most for fewer than "
             f"{settings.min_tokens} tokens; more --samples, a longer text or a lower --min-tokens reach more"
         )
+    if linears := report.get(LINEAR_FALLBACK):
+        name, reason = next(iter(linears.items()))
+        more = f", and {len(linears) - 1} more" if len(linears) > 1 else ""
+        progress.line(f"note: linear {name} was rounded without calibration: {reason}{more}")
 
 
 def _files(

@@ -77,6 +77,11 @@ class QuantizeSettings:
         """Whether the calibration carries the original model's hidden states too."""
         return self.calibration == "asymmetric"
 
+    @property
+    def streams(self) -> int:
+        """Number of streams of hidden states that quantizing carries; 0 without calibration."""
+        return (2 if self.asymmetric else 1) if self.calibrated else 0
+
     def without_text(self, bits: int) -> str:
         """Return the name of the quantizer for experts of this width that uses the weights alone."""
         return self.one_bit if bits == 1 else QUANTIZERS[self.quantizer].fallback or self.quantizer

@@ -9,6 +9,7 @@ from planner.evaluation.record import TaskResult, TextResult
 from planner.model.architectures import find_architecture
 from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
+from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT
 from planner.quantization.record import printable, without_folder
 from planner.quantization.settings import QuantizeSettings
 from planner.reporting.facts import Facts
@@ -67,6 +68,10 @@ def _quantizer_flags(facts: Facts) -> list[str]:
         given += [("--data", _file(calibration.data), None), ("--samples", calibration.sequences, None)]
         given += [("--seq-len", calibration.seq_len, None)]
         given += [("--min-tokens", recorded.settings.min_tokens, default.min_tokens)]
+    if recorded.settings.gptq is not None and config.linear.bits != 16:  # what checkpoints without these records had
+        given += [
+            ("--linear-quantizer", recorded.settings.linear_quantizer or LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT)
+        ]
     return _flags(given) + _gptq_flags(facts)
 
 
@@ -74,10 +79,12 @@ def _gptq_flags(facts: Facts) -> list[str]:
     found, default = facts.recorded.settings.gptq, GptqSettings()
     if found is None:
         return []
+    aim = facts.recorded.settings.calibration or "symmetric"  # as before there was a choice
     if found.model_dump() == vars(PUBLISHED):
-        return ["--compat"]
+        return ["--compat", *_flags([("--calibration", aim, "symmetric")])]
     flags = _flags(
         (
+            ("--calibration", aim, QuantizeSettings.calibration),
             ("--damping", f"{found.damping:g}", f"{default.damping:g}"),
             ("--act-order", found.act_order, default.act_order),
             ("--scale-search", found.search, default.search),

@@ -52,23 +52,12 @@ class CodeKeywords(QuantizerKeyword):
     Attributes:
         one_bit: quantizer for one bit, without calibration: ``sign``, ``hqq`` or ``rtn``.
         min_tokens: tokens below which an expert is quantized without calibration.
-    """
-
-    one_bit: OneBitName = DEFAULT_ONE_BIT
-    min_tokens: Count = QuantizeSettings.min_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenCodeKeywords(CodeKeywords):
-    """The same for a checkpoint that is written.
-
-    Attributes:
-        zero_points: kind of zero points of experts; other formats need ``integer``.
         linear_quantizer: quantizer of attention and other linears: ``rtn`` or ``gptq``; None is ``gptq`` if the
             experts' quantizer reads a text, else ``rtn``.
     """
 
-    zero_points: ZeroPoints = QuantizeSettings.zero_points
+    one_bit: OneBitName = DEFAULT_ONE_BIT
+    min_tokens: Count = QuantizeSettings.min_tokens
     linear_quantizer: LinearQuantizerName | None = None
 
     def resolved_linear_quantizer(self, calibrated: bool) -> str:
@@ -85,14 +74,28 @@ class WrittenCodeKeywords(CodeKeywords):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WrittenCodeKeywords(CodeKeywords):
+    """The same for a checkpoint that is written.
+
+    Attributes:
+        zero_points: kind of zero points of experts; other formats need ``integer``.
+    """
+
+    zero_points: ZeroPoints = QuantizeSettings.zero_points
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparedCodeKeywords(CodeKeywords):
     """The same for a comparison, where a text alone chooses no quantizer.
 
     Attributes:
         quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``.
+        calibration: GPTQ: aim at the original layer's outputs for the original model's inputs (``asymmetric``), or for
+            the inputs behind quantized layers (``symmetric``).
     """
 
     quantizer: QuantizerName = DEFAULT
+    calibration: Calibration = QuantizeSettings.calibration
 
     def gptq_settings(self) -> GptqSettings | None:
         """Return the settings of GPTQ, if it is the quantizer."""

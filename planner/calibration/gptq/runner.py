@@ -100,7 +100,7 @@ class GptqRunner:
         if not last:
             finish(decoder, index, hidden, store.create(index + 1), outputs, replaced)
             store.complete(index + 1)
-        return write_layer(task, tensors, [reports[expert] for expert in sorted(reports)], began)
+        return write_layer(task, tensors, [reports[expert] for expert in sorted(reports)], began, linears.missed)
 
 
 def _values(tensors: Mapping[str, torch.Tensor], name: str, settings: QuantizeSettings) -> torch.Tensor:

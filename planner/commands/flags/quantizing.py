@@ -22,6 +22,7 @@ from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_WITH_TEXT,
     QUANTIZERS,
+    calibrated_names,
     one_bit_names,
     quantizer_names,
 )
@@ -33,6 +34,11 @@ NAMES = OneOf(quantizer_names())
 def _fallbacks() -> str:
     """Return what the quantizers with calibration use without it, for a help text."""
     return ", ".join(f"{name}: {row.fallback}" for name, row in QUANTIZERS.items() if row.calibrated)
+
+
+def _linear_defaults() -> str:
+    """Return the default quantizer of linears beside each experts' quantizer, for a help text."""
+    return f"{LINEAR_DEFAULT_WITH_TEXT} with {' or '.join(calibrated_names())}, else {LINEAR_DEFAULT}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class QuantizerFlags:
             help=f"Tokens below which an expert is quantized without calibration ({_fallbacks()}).",
         ),
     ] = CodeKeywords.min_tokens
+    linear_quantizer: Annotated[
+        str | None,
+        typer.Option("--linear-quantizer", help=f"Quantizer of other linears [{_linear_defaults()}]."),
+        OneOf(list(LINEAR_QUANTIZERS)),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,6 @@ class WrittenQuantizerFlags(QuantizerFlags):
     zero_points: Annotated[
         ZeroPoints, typer.Option("--zero-points", help="Zero points of experts; other formats need integer ones.")
     ] = WrittenCodeKeywords.zero_points
-    linear_quantizer: Annotated[
-        str | None,
-        typer.Option(
-            "--linear-quantizer",
-            help=f"Quantizer of other linears [{LINEAR_DEFAULT_WITH_TEXT} with --data, else {LINEAR_DEFAULT}].",
-        ),
-        OneOf(list(LINEAR_QUANTIZERS)),
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ class ComparedQuantizerFlags(QuantizerFlags):
     quantizer: Annotated[str, typer.Option("--quantizer", help="Quantizer for two bits and more."), NAMES] = (
         ComparedCodeKeywords.quantizer
     )
+    calibration: Annotated[
+        Calibration,
+        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
+    ] = ComparedCodeKeywords.calibration
 
 
 @dataclass(frozen=True)

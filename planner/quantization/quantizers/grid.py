@@ -140,7 +140,7 @@ def _storable(
     flat = ~(scale * largest_zero >= block.abs().amax(dim=1)) | (scale == 0) | ~torch.isfinite(zero)
     size = torch.where(mean == 0, torch.ones_like(mean), mean.abs())
     scale = torch.where(flat, size, scale)
-    if not grid.symmetric:  # its zero point is fixed, and only a group of zeros is flat
+    if not grid.symmetric or grid.bits == 1:  # a code is then the zero point, and only a group of zeros is flat
         zero = torch.where(flat, (mean < 0).float(), zero)
     zero = zero + 0.0  # never -0
     info = torch.finfo(dtype)

@@ -11,6 +11,9 @@ import torch
 
 from planner.quantization.quantizers.hessian import Factor
 
+SHIFT_COPIES = 1
+"""Number of tensors of the Hessians' size in memory besides theirs: the shifts."""
+
 
 def corrected(weights: torch.Tensor, shifts: torch.Tensor, factor: Factor, order: torch.Tensor) -> torch.Tensor:
     """Return W* [B, N, K] in float32, columns in the order of ``weights``.

@@ -138,7 +138,9 @@ def write_gptq(output: Path, devices: int = 1) -> None:
     with SourceModel(source) as model:
         layout = read_layout(model)
         plan = make_plan(model, layout, PlanOptions(Fraction(5, 2), (1, 2, 3)), Progress(quiet=True))
-        chosen = QuantizeSettings("gptq", linear=default_linear(model, layout, 4), gptq=GptqSettings())
+        chosen = QuantizeSettings(
+            "gptq", linear=default_linear(model, layout, 4), gptq=GptqSettings(), linear_quantizer="gptq"
+        )
         text = calibration_text(source, str(CALIBRATION_TEXT), 4, 128, 0)
         runner = GptqRunner(text, 1, (CPU,) * devices, torch.float32)
         quantize(model, layout, plan, output, chosen, Progress(quiet=True), runner=runner)
