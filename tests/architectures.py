@@ -240,8 +240,8 @@ def build(name: str, folder: Path) -> Any:
     return model
 
 
-def quantize(source: Path, output: Path, linear_bits: int = 4) -> Path:
-    """Quantize by rounding, groups of 32, with every width in every layer."""
+def quantize(source: Path, output: Path) -> Path:
+    """Quantize by rounding, groups of 32, with every width in every layer, and every width among other linears."""
     from tests.by_hand import quantize_by_hand
 
-    return quantize_by_hand(source, output, lambda _: WIDTHS, quantizer="rtn", linear_bits=linear_bits)
+    return quantize_by_hand(source, output, lambda _: WIDTHS, quantizer="rtn", mixed_linears=True)

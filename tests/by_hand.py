@@ -12,6 +12,7 @@ from planner.model.source import SourceModel
 from planner.plan_file import Plan
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings, default_linear
+from vllm_moeq.format import joined
 
 
 def plan_by_hand(experts: dict[str, list[int]]) -> Plan:
@@ -30,20 +31,31 @@ def plan_by_hand(experts: dict[str, list[int]]) -> Plan:
     )
 
 
+def in_turn(linears: Sequence[str]) -> dict[str, int]:
+    """Return 4, 8 and 16 bits in turn for linears, the same where vLLM joins them."""
+    names = [name.removesuffix(".weight") for name in linears]
+    groups = dict.fromkeys(joined(name, names) for name in names)
+    return {name: (4, 8, 16)[number % 3] for number, group in enumerate(groups) for name in group}
+
+
 def quantize_by_hand(
     source: Path,
     output: Path,
     widths: Callable[[MoeLayer], Sequence[int]],
     *,
     linear_bits: int = 4,
+    mixed_linears: bool = False,
     group_size: int = 32,
     describe: Callable[[Path], None] | None = None,
     **settings: Any,
 ) -> Path:
-    """Quantize a model; ``widths`` returns those of a layer's experts."""
+    """Quantize a model; ``widths`` returns those of a layer's experts. Mixed linears have 4, 8 and 16 bits in turn."""
     with SourceModel(source) as model:
         layout = read_layout(model)
         plan = plan_by_hand({layer.prefix: list(widths(layer)) for layer in layout.layers})
-        chosen = QuantizeSettings(group_size=group_size, linear=default_linear(model, layout, linear_bits), **settings)
+        linear = default_linear(model, layout, linear_bits)
+        if mixed_linears:
+            linear = linear.model_copy(update={"widths": in_turn(layout.linears)})
+        chosen = QuantizeSettings(group_size=group_size, linear=linear, **settings)
         quantize(model, layout, plan, output, chosen, Progress(quiet=True), describe=describe)
     return output

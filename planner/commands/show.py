@@ -102,13 +102,19 @@ def print_plan(made: Planned) -> None:
     print_sizes(made.sizes)
 
 
+def _linears(summary: Summary) -> str:
+    """Return what the packed linears outside the experts are, where they have several widths."""
+    counts = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.linears.items()))
+    return f"; linears {counts}" if len(summary.linears) > 1 else ""
+
+
 def print_summary(summary: Summary) -> None:
     """Print the contents of a verified checkpoint."""
     widths = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.widths.items()))
     say(
         f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}), "
         f"average {summary.average_bits:.4f} bits; experts {size(summary.expert_bytes)}, "
-        f"other tensors {size(summary.other_bytes)}"
+        f"other tensors {size(summary.other_bytes)}{_linears(summary)}"
     )
     if summary.only_experts is not None:
         say(f"only experts were checked for completeness: {summary.only_experts}")

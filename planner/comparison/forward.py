@@ -82,12 +82,12 @@ def _names(decoder: Decoder, index: int) -> list[str]:
 
 def rounded_linears(decoder: Decoder, index: int, linear: Linear) -> dict[str, torch.Tensor]:
     """Return checkpoint name → quantized and dequantized weights, for a layer's linears that are not experts."""
-    if linear.bits == 16:
-        return {}
     found = {}
     for name in _names(decoder, index):
-        packed = quantize_linear(decoder.model.shards.load(name), linear)
-        found[name] = linear_values(packed[WORDS], packed[SCALES], linear.bits)
+        alone = linear.alone(name)
+        if alone.bits != 16:
+            packed = quantize_linear(decoder.model.shards.load(name), alone)
+            found[name] = linear_values(packed[WORDS], packed[SCALES], alone.bits)
     return found
 
 

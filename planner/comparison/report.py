@@ -105,7 +105,7 @@ def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
         f"# {Path(model).name}: methods compared",
         "",
         f"Widths {_widths(wanted)}; {settings.quantizer}, {settings.one_bit} at one bit, "
-        f"groups of {settings.group_size}, other linears at {settings.linear.bits} bits. "
+        f"groups of {settings.group_size}, other linears at {' or '.join(map(str, settings.linear.choices))} bits. "
         f"{rows[0]['tokens']:,} held-out tokens, windows of {wanted.window}.",
     ]
     if wanted.data is not None:

@@ -36,7 +36,8 @@ def export_needs(folder: Path, item_bytes: int | None) -> Needs:
             elif name in dense:
                 sizes[info.shard] += item_bytes * dense[name].weights
             elif name.endswith(WORDS):
-                sizes[info.shard] += item_bytes * info.shape[0] * (info.shape[-1] * 32 // config.linear.bits)
+                bits = config.linear.bits_of(name.removesuffix(f".{WORDS}"))
+                sizes[info.shard] += item_bytes * info.shape[0] * (info.shape[-1] * 32 // bits)
             elif not packed and name not in beside:
                 sizes[info.shard] += item_bytes * info.numel
         return _needs(folder, sizes, len(shards.tensors))

@@ -19,6 +19,9 @@ INDEX_ENTRY = 46
 EXPERT_ENTRIES = 260
 """Bytes per expert in config.json, plan.json and quantization_report.json together."""
 
+WIDTH_ENTRY = 16
+"""Bytes of a linear's width without its name, in config.json and in quantization_report.json."""
+
 FIXED = 8192
 """Bytes of config.json, plan.json, the report and the model card without their entries for experts."""
 
@@ -33,7 +36,8 @@ def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Li
         linear: format of the linears that are not experts.
         scheme: storage scheme of the experts.
     """
-    entries = sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
+    entries = sum(2 * (len(name) + WIDTH_ENTRY) for name in linear.widths)
+    entries += sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
     copied = companion_bytes(model.folder)
     return sizes.total_bytes + entries + copied + EXPERT_ENTRIES * layout.num_experts + FIXED
 
@@ -47,5 +51,5 @@ def _names(layout: Layout, linear: Linear, scheme: Scheme) -> Iterator[str]:
                     yield f"{layer.prefix}.{expert}.{projection}.{suffix}"
     for name in layout.linears:
         base = name.removesuffix(".weight")
-        yield from (name,) if linear.bits == 16 else (f"{base}.{suffix}" for suffix in LINEAR_SUFFIXES)
+        yield from (name,) if linear.bits_of(name) == 16 else (f"{base}.{suffix}" for suffix in LINEAR_SUFFIXES)
     yield from layout.kept

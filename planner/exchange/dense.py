@@ -100,7 +100,7 @@ class _Dense:
             if matrix is not None:
                 result.update(self._expert(matrix))
             elif suffix == WORDS and base in self._linears:
-                values = dequantize_linear(self.shards, base, self.config.linear.bits)
+                values = dequantize_linear(self.shards, base, self.config.linear.bits_of(base))
                 result[f"{base}.weight"] = values.to(self.dtype)
             else:
                 value = self.shards.load(name)

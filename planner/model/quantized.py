@@ -84,7 +84,7 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     for name, info in files.tensors.items():
         base = name.removesuffix(f".{WORDS}")
         if base != name and f"{base}.weight" not in found:
-            bits = config.linear.bits
+            bits = config.linear.bits_of(base)
             linear = PackedLinear((f".{WORDS}", f".{SCALES}"), bits, torch.float32)
             found[f"{base}.weight"] = Matrix(base, linear, info.shape[0], info.shape[1] * 32 // bits)
     return found

@@ -49,7 +49,7 @@ def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, scheme:
 
 
 def stored_bytes(info: TensorInfo, linear: Linear) -> int:
-    """Return the bytes of one linear that is not an expert, in the format ``linear``."""
+    """Return the bytes of one linear that is not an expert, in the format ``linear``, see :meth:`Linear.alone`."""
     if linear.bits == 16:
         return info.nbytes
     return info.numel * linear.bits // 8 + 2 * info.shape[0] * math.ceil(info.shape[1] / linear.group_size) + 16
@@ -57,7 +57,7 @@ def stored_bytes(info: TensorInfo, linear: Linear) -> int:
 
 def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:
     """Return the bytes of all linears that are not experts, in the format ``linear``."""
-    return sum(stored_bytes(model.shards.info(name), linear) for name in layout.linears)
+    return sum(stored_bytes(model.shards.info(name), linear.alone(name)) for name in layout.linears)
 
 
 def estimate(
@@ -79,7 +79,7 @@ def estimate(
         scheme: storage scheme of the experts.
     """
     per_layer = [layer_bytes(layer, experts[layer.prefix], group_size, scheme) for layer in layout.layers]
-    others = {name: stored_bytes(model.shards.info(name), linear) for name in layout.linears}
+    others = {name: stored_bytes(model.shards.info(name), linear.alone(name)) for name in layout.linears}
     kept = {name: model.shards.info(name).nbytes for name in layout.kept}
     shards: Counter[str | None] = Counter(dict(zip((layer.block for layer in layout.layers), per_layer, strict=True)))
     for name, size in (others | kept).items():

@@ -11,7 +11,7 @@ from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_QUANTIZERS
 from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT, check_zero_points
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme, UsageError, split_width
 
 Calibration = Literal["asymmetric", "symmetric"]
 """What a quantizer with calibration aims at. ``asymmetric`` is what the original layer gives for the original model's
@@ -98,17 +98,29 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
 
     Raises:
         CheckpointError: an input dimension does not fit; the message names the first such tensor.
+        UsageError: a width is for a linear that the model lacks, or differs from one that vLLM joins with it.
     """
     for layer in layout.layers:
         for projection, (_, columns) in layer.shapes.items():
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
             step = settings.scheme.column_step
             _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
+    _check_linear_widths(layout, settings.linear)
     for name in layout.linears:
         if settings.linear.bits_of(name) != 16:
             columns = model.shards.info(name).shape[1]
             group = settings.linear.group_size
             _check_columns(model, name, columns, CODES_PER_BLOCK, group, "--linear-group-size")
+
+
+def _check_linear_widths(layout: Layout, linear: Linear) -> None:
+    widths = {name.removesuffix(".weight"): linear.bits_of(name) for name in layout.linears}
+    for name in linear.widths:
+        if name not in widths:
+            raise UsageError(f"widths of linears: {name}: expected one of the model's linears, found none of this name")
+    reason = split_width(widths)
+    if reason is not None:
+        raise UsageError(f"widths of linears: {reason}")
 
 
 def _check_columns(model: SourceModel, name: str, columns: int, block: int, group: int, flag: str) -> None:

@@ -135,7 +135,7 @@ def _plan(facts: Facts) -> str:
     return (
         f"## Plan\n\nMethod {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
         f"{plan.achieved_avg_bits:.4f} achieved{promoted}.{quantizer}, {groups}; other linears have "
-        f"{facts.config.linear.bits} bits.\n\n"
+        f"{' or '.join(map(str, facts.config.linear.choices))} bits.\n\n"
         f"{width_table(facts).markdown()}\n\n"
         "The widths of all experts are in `config.json`, the reasons in `plan.json`. Made with\n\n"
         f"{_block(quantize_line(facts, DIR))}"

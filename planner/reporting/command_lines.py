@@ -61,7 +61,7 @@ def _quantizer_flags(facts: Facts) -> list[str]:
         ("--one-bit", recorded.one_bit, default.one_bit),
         ("--zero-points", recorded.settings.zero_points, default.zero_points),
         ("--group-size", config.group_size, default.group_size),
-        ("--linear-bits", config.linear.bits, default.linear.bits),
+        ("--linear-bits", "auto" if config.linear.widths else config.linear.bits, default.linear.bits),
         ("--linear-group-size", config.linear.group_size, None),
     ]
     if calibration is not None:

@@ -212,19 +212,20 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Checkpoi
         metadata += sum(beside)
         half += HALF * matrix.weights
         names.update(matrix.names())
-    linears = kept = 0
+    kept = 0
+    linears: Counter[int] = Counter()
     for name, info in shards.tensors.items():
         base, _, suffix = name.rpartition(".")
         if name in names:
             continue
         if f"{base}.{WORDS}" in shards.tensors and suffix.startswith("weight_"):
-            linears += info.nbytes
-            half += HALF * info.numel * 32 // config.linear.bits if suffix == WORDS else 0
+            bits = config.linear.bits_of(base)
+            linears[bits] += info.nbytes
+            half += HALF * info.numel * 32 // bits if suffix == WORDS else 0
         else:
             kept += info.nbytes
     parts = [Part(f"experts of {bits} bit{'s' if bits > 1 else ''}", codes[bits], bits) for bits in sorted(codes)]
     parts.append(Part("experts’ scales and zero points", metadata))
-    if linears:
-        parts.append(Part(f"other linears, {config.linear.bits} bits", linears))
+    parts += [Part(f"other linears, {bits} bits", linears[bits]) for bits in sorted(linears)]
     parts.append(Part("routers, embeddings, norms and other tensors, as in the source", kept))
     return CheckpointSizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)

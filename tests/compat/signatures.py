@@ -48,7 +48,7 @@ METHODS = {
     (f"{LAYERS}.linear", "UnquantizedLinearMethod"): ["create_weights", "process_weights_after_loading", "apply"],
     (f"{LAYERS}.linear", "LinearBase"): ["__init__"],
     (f"{LAYERS}.quantization.compressed_tensors.compressed_tensors", "CompressedTensorsConfig"): [
-        "from_config", "get_quant_method", "apply_vllm_mapper",
+        "from_config", "get_quant_method",
     ],
     ("vllm.model_executor.parameter", "BasevLLMParameter"): ["__init__"],
     ("vllm.model_executor.parameter", "PackedvLLMParameter"): ["__init__"],

@@ -163,9 +163,9 @@ def test_a_configuration_cannot_be_changed_after_validation() -> None:
 
 
 def test_linears_become_a_compressed_tensors_configuration() -> None:
-    config = Linear(bits=4, group_size=64).compressed_tensors(["lm_head"])
+    config = Linear(bits=4, group_size=64).compressed_tensors()
     group = config["config_groups"]["group_0"]
-    assert (config["format"], config["ignore"]) == ("pack-quantized", ["lm_head"])
+    assert (config["format"], config["ignore"]) == ("pack-quantized", [])
     assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (4, 64)
 
 

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM
 
 import vllm_moeq.hf
-from tests.architectures import quantize
+from tests.by_hand import quantize_by_hand
+from tests.conftest import WIDTHS
 from tests.hf.conftest import Pair, dense_of, logits
 from vllm_moeq.format import (
     PACKED,
@@ -216,7 +217,7 @@ def test_the_model_without_a_head(quantized_mixtral: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_other_widths_of_linears(bits: int, tiny_mixtral: Path, tmp_path: Path) -> None:
-    quantized = quantize(tiny_mixtral, tmp_path / "quantized", linear_bits=bits)
+    quantized = quantize_by_hand(tiny_mixtral, tmp_path / "quantized", lambda _: WIDTHS, linear_bits=bits)
     pair: Pair = dense_of(quantized, tmp_path / "dense", "mixtral")
     found, expected = logits(load(pair.quantized)), logits(load(pair.dense))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

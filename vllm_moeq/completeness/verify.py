@@ -132,7 +132,7 @@ def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{shards.place(f'{base}weight')}: expected it packed or not, found both")
             for suffix in LINEAR_SUFFIXES:
                 found.pop(f"{base}{suffix}", None)
-            columns = info.shape[1] * 32 // parsed.linear.bits
+            columns = info.shape[1] * 32 // parsed.linear.bits_of(base.removesuffix("."))
             found[f"{base}weight"] = replace(info, shape=(info.shape[0], columns), dtype=torch.float32)
     return found
 

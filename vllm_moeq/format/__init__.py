@@ -6,7 +6,7 @@ It needs torch and safetensors, but neither vLLM nor a GPU.
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
 from vllm_moeq.format.files import parse_json, read_json
 from vllm_moeq.format.headers import TensorInfo
-from vllm_moeq.format.linears import LINEAR_SUFFIXES, linear_values
+from vllm_moeq.format.linears import JOINED, LINEAR_SUFFIXES, joined, linear_values, split_width
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
@@ -38,6 +38,7 @@ __all__ = [
     "EXPERT_COUNT",
     "FORMAT_VERSIONS",
     "GRID",
+    "JOINED",
     "LINEAR_SUFFIXES",
     "NESTED",
     "PACKED",
@@ -66,6 +67,7 @@ __all__ = [
     "drop_weak",
     "expert_matrices",
     "first_problem",
+    "joined",
     "linear_values",
     "load_config",
     "pack",
@@ -73,6 +75,7 @@ __all__ = [
     "parse_config",
     "parse_json",
     "read_json",
+    "split_width",
     "unpack",
     "verify",
     "version_for",

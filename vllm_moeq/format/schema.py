@@ -96,6 +96,11 @@ class Linear(Strict):
     group_size: Annotated[int, Field(ge=CODES_PER_BLOCK, le=1 << 20, multiple_of=CODES_PER_BLOCK)] = 128
     widths: Annotated[dict[Name, LinearBits], Field(max_length=MAX_LINEARS)] = Field(default_factory=dict)
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The widths that linears have, smallest first."""
+        return tuple(sorted({self.bits, *self.widths.values()}))
+
     def bits_of(self, name: str) -> int:
         """Return the width of one linear.
 
@@ -110,7 +115,11 @@ class Linear(Strict):
         Args:
             name: the linear's name, with or without ``.weight``.
         """
-        return self.model_copy(update={"bits": self.bits_of(name), "widths": {}})
+        return self.of_width(self.bits_of(name))
+
+    def of_width(self, bits: int) -> Linear:
+        """Return the format of linears that all have this width."""
+        return self.model_copy(update={"bits": bits, "widths": {}})
 
     def stored(self, names: Iterable[str]) -> Linear:
         """Return the same widths as a config says them: the most frequent packed width is ``bits``.
@@ -134,8 +143,8 @@ class Linear(Strict):
         values: dict[str, Any] = handler(self)
         return values if self.widths else {key: value for key, value in values.items() if key != "widths"}
 
-    def compressed_tensors(self, ignore: list[str]) -> dict[str, Any]:
-        """Return the equivalent configuration for vLLM's compressed-tensors method."""
+    def compressed_tensors(self) -> dict[str, Any]:
+        """Return the equivalent configuration for vLLM's compressed-tensors method, for linears of ``bits`` bits."""
         weights = {
             "num_bits": self.bits,
             "type": "int",
@@ -149,7 +158,7 @@ class Linear(Strict):
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "config_groups": {"group_0": group},
-            "ignore": ignore,
+            "ignore": [],
         }
 
 

@@ -27,6 +27,8 @@ NESTED = "text_config"
 class Summary:
     """Counts and sizes (in bytes) of a verified checkpoint.
 
+    ``widths`` counts experts by their width, ``linears`` the packed linears outside the experts.
+
     ``only_experts`` is the reason why other tensors than the experts' were not compared with the architecture's class;
     None if they were, or if nobody asked for it.
     """
@@ -39,6 +41,7 @@ class Summary:
     other_bytes: int = 0
     average_bits: float = 0.0
     widths: dict[int, int] = field(default_factory=dict)
+    linears: dict[int, int] = field(default_factory=dict)
     only_experts: str | None = None
 
     @property
@@ -135,7 +138,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
                 name = matrix.name(suffix)
                 matrix.scheme.check_values(shards.load(name), suffix, shards.place(name))
         _refuse_strays(shards, config, known)
-        check_linears(shards, config, known)
+        summary.linears = dict(check_linears(shards, config, known))
         for name, info in shards.tensors.items():
             if name not in known:
                 summary.other_bytes += info.nbytes

@@ -23,13 +23,13 @@ ELSEWHERE = "moeq.experts"
 class UnpackLinear(ConversionOps):
     """The conversion from packed words and scales to weights.
 
+    A linear's width follows from its tensors, which were compared with the config before.
+
     Args:
-        bits: the width, 4 or 8.
         dtypes: the dtype of each weight, by its name in the model.
     """
 
-    def __init__(self, bits: int, dtypes: Mapping[str, torch.dtype]) -> None:
-        self.bits = bits
+    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
         self.dtypes = dtypes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnpackLinear:
@@ -40,8 +40,9 @@ class UnpackLinear(ConversionOps):
         self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         """Return one linear's {name: weight [N, K]}; see :class:`transformers.core_model_loading.ConversionOps`."""
-        words, scales = (input_dict[source][0] for source in SOURCES[:2])
-        return {full_layer_name: linear_values(words, scales, self.bits).to(self.dtypes[full_layer_name])}
+        words, scales, shape = (input_dict[source][0] for source in SOURCES)
+        bits = words.shape[1] * 32 // int(shape[1])
+        return {full_layer_name: linear_values(words, scales, bits).to(self.dtypes[full_layer_name])}
 
 
 def conversions(config: MoeqConfig, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
@@ -55,7 +56,7 @@ def conversions(config: MoeqConfig, dtypes: Mapping[str, torch.dtype]) -> list[A
     experts = rf"^{_any(config.experts)}\.\d+\.{_any(config.projections.names())}\.{_any(suffixes)}$"
     result: list[Any] = [WeightRenaming(experts, ELSEWHERE)]
     if config.linear.bits != 16:
-        unpack = UnpackLinear(config.linear.bits, dtypes)
+        unpack = UnpackLinear(dtypes)
         result.append(WeightConverter(list(SOURCES), ".weight", operations=[unpack]))
     return result
 

@@ -10,17 +10,15 @@ import torch
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Scheme, Summary, UsageError, parse_config
 from vllm_moeq.serving.checkpoint import Checkpoint
-from vllm_moeq.serving.linear_method import choose_method, unserved
+from vllm_moeq.serving.linear_widths import LinearWidths
 from vllm_moeq.serving.metrics import publish
 from vllm_moeq.serving.moe_method import MoeqMoEMethod
 from vllm_moeq.serving.options import DRAFT, check_draft, check_options
 from vllm_moeq.serving.seam import (
-    CompressedTensorsConfig,
     LinearBase,
     QuantizationConfig,
     QuantizeMethodBase,
     RoutedExperts,
-    UnquantizedLinearMethod,
     get_current_vllm_config,
     logger,
 )
@@ -109,14 +107,11 @@ class MoeqQuantizationConfig(QuantizationConfig):
         }
         self.odp: dict[str, float] = dict(config.odp or {})
         self._checkpoint: Checkpoint | None = None
-        self._linear: CompressedTensorsConfig | None = None
-        if config.linear.bits != 16:
-            self._linear = CompressedTensorsConfig.from_config(
-                config.linear.compressed_tensors(list(config.unquantized))
-            )
+        self._linears = LinearWidths(config)
 
     def __repr__(self) -> str:
-        return f"MoeqQuantizationConfig(layers={len(self.widths)}, linear={self.moeq.linear.bits} bits)"
+        linear = ",".join(map(str, self.moeq.linear.choices))
+        return f"MoeqQuantizationConfig(layers={len(self.widths)}, linear={linear} bits)"
 
     def get_name(self) -> str:
         """Return the name that ``--quantization`` takes."""
@@ -209,8 +204,7 @@ class MoeqQuantizationConfig(QuantizationConfig):
         self.widths = hf_to_vllm_mapper.apply_dict(self.widths)
         self.schemes = hf_to_vllm_mapper.apply_dict(self.schemes)
         self.odp = hf_to_vllm_mapper.apply_dict(self.odp)
-        if self._linear is not None:
-            self._linear.apply_vllm_mapper(hf_to_vllm_mapper)
+        self._linears.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of one layer; None leaves embeddings, attention and lm_head as they are."""
@@ -223,13 +217,6 @@ class MoeqQuantizationConfig(QuantizationConfig):
             widths, schemes = self.widths[known], self.schemes[known]
             return MoeqMoEMethod(layer.moe_config, self.moeq, known, widths, schemes, threshold, self._loaded_from())
         if isinstance(layer, LinearBase):
-            if self._linear is None:
-                return UnquantizedLinearMethod()
-            # Models fill in this mapping (q, k, v → qkv) after the config is made.
-            self._linear.packed_modules_mapping = self.packed_modules_mapping
-            method = self._linear.get_quant_method(layer, prefix)
-            reason = unserved(self.moeq.linear, get_current_vllm_config().model_config.dtype)
-            if reason is None or isinstance(method, UnquantizedLinearMethod):
-                return method
-            return choose_method(self.moeq.linear, prefix, reason)
+            dtype = get_current_vllm_config().model_config.dtype
+            return self._linears.method(layer, prefix, self.packed_modules_mapping, dtype)
         return None

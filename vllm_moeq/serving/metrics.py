@@ -35,6 +35,6 @@ def publish(config: MoeqConfig) -> None:
         average_bits=f"{sum(bits * number for bits, number in widths.items()) / max(count, 1):.4g}",
         experts=str(count),
         layers=str(len(config.experts)),
-        linear_bits=str(config.linear.bits),
+        linear_bits=",".join(map(str, config.linear.choices)),
         widths=",".join(f"{bits}:{number}" for bits, number in sorted(widths.items())),
     ).set(1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from planner.exchange.autogptq.read import GptqCheckpoint, Module
 from planner.model.architectures import EMBEDDINGS
-from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Groups of linears that vLLM loads as one; all linears of a group must have the same format."""
+from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, WHOLE_ROW, CheckpointError, Linear, joined
 
 
 @dataclass(frozen=True)
@@ -108,25 +106,36 @@ def _group_size(checkpoint: GptqCheckpoint, modules: dict[str, Module]) -> int:
 
 
 def assign_linears(checkpoint: GptqCheckpoint, experts: AssignedExperts) -> Linears:
-    """Keep symmetric linears of 4 or 8 bits packed if they share one format; mark the others for dequantization.
+    """Keep symmetric linears of 4 or 8 bits packed if they share one group size; mark the others for dequantization.
 
-    If formats differ, the most frequent format stays packed.
+    If group sizes differ, the linears with the most frequent one stay packed.
     """
     rest = {name: module for name, module in checkpoint.modules.items() if name not in experts.modules}
     reasons = {name: _unfit(checkpoint, name, module) for name, module in rest.items()}
-    formats = Counter((rest[name].bits, rest[name].group_size) for name, reason in reasons.items() if reason is None)
-    spec = Linear(bits=16)
-    if formats:
-        bits, group = formats.most_common(1)[0][0]
-        spec = Linear.model_validate({"bits": bits, "group_size": group})
+    sizes = Counter(rest[name].group_size for name, reason in reasons.items() if reason is None)
+    size = sizes.most_common(1)[0][0] if sizes else CODES_PER_BLOCK
     for name, module in rest.items():
-        if reasons[name] is None and (module.bits, module.group_size) != (spec.bits, spec.group_size):
-            reasons[name] = f"others have {spec.bits} bits in groups of {spec.group_size}"
-    alone = {name for name in rest if reasons[name] is None and not _companions_fit(checkpoint, name, reasons)}
-    reasons.update(dict.fromkeys(alone, "vLLM joins it with a linear that is not packed"))
+        if reasons[name] is None and module.group_size != size:
+            reasons[name] = f"others have groups of {size}"
+    known = {*rest, *(name.removesuffix(".weight") for name in checkpoint.others)}
+    fit = [name for name, reason in reasons.items() if reason is None]
+    reasons |= {name: _joined_otherwise(rest, reasons, joined(name, known), rest[name].bits) for name in fit}
     packed = {name for name, reason in reasons.items() if reason is None}
     dequantized = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Linears(spec if packed else Linear(bits=16), packed, dequantized)
+    spec = Linear.model_validate({"bits": 16, "group_size": size, "widths": {name: rest[name].bits for name in packed}})
+    return Linears(spec.stored(sorted(packed)) if packed else Linear(bits=16), packed, dequantized)
+
+
+def _joined_otherwise(
+    modules: Mapping[str, Module], reasons: Mapping[str, str | None], names: Iterable[str], bits: int
+) -> str | None:
+    """Return the reason why a linear of this width cannot be packed beside those that vLLM joins it with, or None."""
+    for name in names:
+        if name not in modules or reasons[name] is not None:
+            return "vLLM joins it with a linear that is not packed"
+        if modules[name].bits != bits:
+            return "vLLM joins it with a linear of another width"
+    return None
 
 
 def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
@@ -140,13 +149,3 @@ def _unfit(checkpoint: GptqCheckpoint, name: str, module: Module) -> str | None:
     if not bool((checkpoint.zeros(module) == 2 ** (module.bits - 1)).all()):
         return "it is not symmetric"
     return None
-
-
-def _companions_fit(checkpoint: GptqCheckpoint, name: str, reasons: dict[str, str | None]) -> bool:
-    """Tell whether all linears that vLLM joins with this one can stay packed."""
-    parent, _, leaf = name.rpartition(".")
-    for names in FUSED:
-        for other in (f"{parent}.{sibling}" for sibling in names if leaf in names):
-            if reasons.get(other) is not None or f"{other}.weight" in checkpoint.others:
-                return False
-    return True

@@ -1,4 +1,4 @@
-"""Make the quantization_config that GPTQModel reads, with one rule per layer and width."""
+"""Make the quantization_config that GPTQModel reads: one rule per layer and width, one per width of linears."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def gptq_config(config: MoeqConfig, row: Architecture, version: Version, symmetr
     plain = [name for name in config.unquantized if name not in routers and name != "lm_head"]
     if plain:
         rules[f"-:^(?:{'|'.join(re.escape(module_name(row, name)) for name in plain)})$"] = {}
+    for width in sorted(set(config.linear.widths.values())):
+        names = (module_name(row, name) for name, own in config.linear.widths.items() if own == width)
+        rule: dict[str, int] = {"bits": width, "group_size": config.linear.group_size}
+        rules[f"+:^(?:{'|'.join(map(re.escape, names))})$"] = rule
     for prefix, widths in config.experts.items():
         for bits in sorted(set(widths)):
             rule = {"bits": bits, "group_size": config.group_size}

@@ -108,7 +108,7 @@ def _packed(shards: Tensors, config: MoeqConfig) -> Iterator[Packed]:
     for name in shards.tensors:
         base, _, suffix = name.rpartition(".")
         if suffix == PACKED:
-            yield Packed(base, experts.get(name, config.linear.bits), name in experts)
+            yield Packed(base, experts.get(name, config.linear.bits_of(base)), name in experts)
 
 
 def _refuse(shards: Tensors, name: str, expected: str, found: object) -> NoReturn:

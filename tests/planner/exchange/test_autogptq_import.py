@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from planner.common.progress import Progress
-from planner.exchange.autogptq import import_gptq
+from planner.exchange.autogptq import export_gptq, import_gptq
 from planner.exchange.autogptq.layout import encode
 from planner.model.source import SourceModel
 from tests.conftest import one_line
-from vllm_moeq.format import ShardSet, load_config, pack, verify
+from vllm_moeq.format import ShardSet, load_config, pack, read_json, verify
 
 EXPERT = "model.layers.0.mlp.experts.1.gate_proj"  # 3 bits, [128, 64] in groups of 32
 OURS = "model.layers.0.block_sparse_moe.experts.1.w1"
@@ -198,7 +199,7 @@ def test_the_names_of_the_source_are_read_as_well(
 ODD_LINEARS = {
     "asymmetric": (4, 7, "it is not symmetric"),
     "three bits": (3, 4, "linears of 3 bits are not packed"),
-    "another width": (8, 128, "others have 4 bits in groups of 32"),
+    "another width": (8, 128, "vLLM joins it with a linear of another width"),
 }
 
 
@@ -211,7 +212,7 @@ def test_linears_without_a_packed_form_are_dequantized(
     tensors = quantized(64, 64, bits, zero)
     replace(gptq_copy, change_tensor, QUERY, tensors)
     outcome = moeq("import", gptq_copy, "-o", tmp_path / "out")
-    assert (outcome.code, f"{QUERY}: dequantized, since {reason}" in outcome.err) == (0, True)
+    assert (outcome.code, f": dequantized, since {reason}" in outcome.err) == (0, True)
     config = load_config(tmp_path / "out")
     parent = QUERY.rpartition(".")[0]
     assert {f"{parent}.{name}" for name in ("q_proj", "k_proj", "v_proj")} <= set(config.unquantized)
@@ -220,6 +221,19 @@ def test_linears_without_a_packed_form_are_dequantized(
     codes = torch.randint(0, 2**bits, (64, 64), generator=torch.Generator().manual_seed(0))
     expected = (codes - zero).float() * torch.tensor(0.003).half().float()
     assert torch.equal(ShardSet(tmp_path / "out").load(f"{QUERY}.weight"), expected.bfloat16())
+
+
+def test_a_linear_of_another_width_stays_packed(gptq_copy: Path, change_tensor: Change, tmp_path: Path) -> None:
+    output = f"{QUERY.rpartition('.')[0]}.o_proj"
+    replace(gptq_copy, change_tensor, output, quantized(64, 64, 8, 128))
+    import_gptq(gptq_copy, tmp_path / "out", QUIET)
+    config = load_config(tmp_path / "out")
+    assert (config.format_version, config.linear.bits, config.linear.widths) == (2, 4, {output: 8})
+    assert verify(tmp_path / "out").linears == {4: 7, 8: 1}
+    export_gptq(tmp_path / "out", tmp_path / "back", "v2", QUIET)
+    rules = read_json(tmp_path / "back" / "config.json")["quantization_config"]["dynamic"]
+    found = [rule for pattern, rule in rules.items() if re.match(pattern.removeprefix("+:"), output)]
+    assert found == [{"bits": 8, "group_size": 32}]
 
 
 def test_scales_that_bfloat16_would_round_stay_half(gptq_copy: Path, change_tensor: Change, tmp_path: Path) -> None:
