@@ -5,12 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from planner.model.layout import Layout
 from planner.output.files import validated, write_json
-from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json
-from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Average, Bits, Ids, Name, Strict, Widths
+from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json, split_width
+from vllm_moeq.format.schema import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_LINEARS,
+    Average,
+    Bits,
+    Ids,
+    LinearBits,
+    Name,
+    Strict,
+    Widths,
+)
 
 IMPORTED = "imported"
 """Method in the plan of a checkpoint that another program quantized."""
@@ -39,6 +50,8 @@ class Plan(Strict):
     Attributes:
         order: a layer's experts, highest precision first.
         promoted: a layer's experts that MaxVar moved up.
+        linears: name of a linear outside the experts, without ``.weight`` → its width: of all linears, or empty where
+            the plan leaves them to ``--linear-bits``.
         near_ties: neighbours in the order whose first score differs by at most one part in a million.
     """
 
@@ -48,6 +61,7 @@ class Plan(Strict):
     avg_bits: Average
     achieved_avg_bits: Average
     experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
+    linears: Annotated[dict[Name, LinearBits], Field(max_length=MAX_LINEARS)] = Field(default_factory=dict)
     order: dict[Name, Ids] = Field(default_factory=dict)
     scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)
     promoted: dict[Name, Ids] = Field(default_factory=dict)
@@ -55,6 +69,12 @@ class Plan(Strict):
     settings: PlanSettings = Field(default_factory=PlanSettings)
     source: dict[str, Any] = Field(default_factory=dict)
     cost: dict[str, float] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_linears(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``linears`` out where it is empty: then readers that do not know it take the plan too."""
+        values: dict[str, Any] = handler(self)
+        return values if self.linears else {key: value for key, value in values.items() if key != "linears"}
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
@@ -88,10 +108,11 @@ class Plan(Strict):
         write_json(path, self.model_dump(mode="json"))
 
     def check_against(self, layout: Layout, where: str) -> None:
-        """Check that the plan has exactly the model's MoE layers and experts.
+        """Check that the plan has exactly the model's MoE layers and experts, and all linears or none.
 
         Raises:
-            ConfigError: a layer is missing or unknown, or has another number of experts.
+            ConfigError: a layer or a linear is missing or unknown, a layer has another number of experts, or linears
+                that vLLM joins have several widths.
         """
         expected = {layer.prefix: layer.num_experts for layer in layout.layers}
         for prefix, count in expected.items():
@@ -101,6 +122,20 @@ class Plan(Strict):
         for prefix in self.experts:
             if prefix not in expected:
                 raise ConfigError(f"{where}: {prefix}: the model has no such MoE layer")
+        self._check_linears(layout, where)
+
+    def _check_linears(self, layout: Layout, where: str) -> None:
+        if not self.linears:
+            return
+        names = dict.fromkeys(name.removesuffix(".weight") for name in layout.linears)
+        for name in names:
+            if name not in self.linears:
+                raise ConfigError(f"{where}: linears: {name}: expected a width, found none")
+        for name in self.linears:
+            if name not in names:
+                raise ConfigError(f"{where}: linears: {name}: the model has no such linear outside its experts")
+        if (reason := split_width(self.linears)) is not None:
+            raise ConfigError(f"{where}: linears: {reason}")
 
 
 def read_plan(path: Path) -> Plan:

@@ -1,13 +1,13 @@
-"""Choose the cheapest widths, one per expert, under a limit on the sum of bits."""
+"""Choose what costs least under a limit: a width per expert, or one of several choices per item."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from planner.allocation.knapsack import MAX_CELLS, cells, solve_exactly
+from planner.allocation.core import worthwhile
+from planner.allocation.knapsack import MAX_CELLS, Item, cells, in_units, solve_exactly
 
 
 def solve_budget(
@@ -18,9 +18,6 @@ def solve_budget(
     sizes: Sequence[int] | None = None,
 ) -> list[int]:
     """Choose one width per expert so that the sum of costs is least and the sum of bits <= ``total_bits``.
-
-    Up to some ten thousand experts the answer is exact, by dynamic programming. HiGHS solves larger problems as integer
-    programs; its answer may cost some 1e-6 of the largest cost more. The answer is checked in exact integers.
 
     Args:
         costs: cost of giving each expert (or layer) each width, finite, [experts, widths].
@@ -34,7 +31,7 @@ def solve_budget(
 
     Raises:
         ValueError: misshapen or infinite costs, an unknown width, or limits that no choice meets.
-        RuntimeError: the solver failed or returned an answer that breaks a limit.
+        RuntimeError: see :func:`solve_items`.
     """
     table = np.asarray(costs, dtype=np.float64)
     widths = [int(bits) for bits in bit_choices]
@@ -47,47 +44,88 @@ def solve_budget(
     weights = [1] * experts if sizes is None else [int(size) for size in sizes]
     if len(weights) != experts or min(weights) < 1:
         raise ValueError(f"sizes must be {experts} positive integers, got {weights}")
-    if cells(weights, widths, total_bits, minimum) <= MAX_CELLS:
-        exact = solve_exactly(table, widths, total_bits, minimum, weights)
-        if exact is None:
-            raise ValueError(_infeasible(widths, experts, total_bits, minimum))
-        return exact
-    return _solve_program(table, widths, total_bits, minimum, weights)
+    items = [
+        Item(tuple(bits * weight for bits in widths), tuple(row))
+        for row, weight in zip(table.tolist(), weights, strict=True)
+    ]
+    found = solve_items(items, total_bits, {widths.index(bits): count for bits, count in minimum.items()})
+    if found is None:
+        raise ValueError(f"no widths from {widths} keep {experts} experts within {total_bits} bits, minimum {minimum}")
+    return [widths[choice] for choice in found]
 
 
-def _solve_program(
-    table: NDArray[np.float64], widths: list[int], total_bits: int, minimum: dict[int, int], sizes: list[int]
-) -> list[int]:
+def solve_items(items: Sequence[Item], limit: int, minimum: Mapping[int, int] | None = None) -> list[int] | None:
+    """Choose for every item so that the sum of costs is least and the sum of sizes at most ``limit``.
+
+    The answer is exact, by dynamic programming, for a large problem over the choices that are worthwhile. Where these
+    are too many, as with many equal items, HiGHS solves an integer program; its answer may cost some 1e-6 of the
+    largest cost more. The answer is checked in exact integers.
+
+    Args:
+        items: the items, at least one.
+        limit: upper limit of the sum of sizes.
+        minimum: index of a choice → minimum number of items that take it.
+
+    Returns:
+        The index of each item's choice; None if no choices meet the limits.
+
+    Raises:
+        RuntimeError: the solver failed or returned an answer that breaks a limit.
+    """
+    least = dict(minimum or {})
+    if cells(items, limit, least) <= MAX_CELLS:
+        return solve_exactly(items, limit, least)
+    if sum(item.least for item in items) > limit:
+        return None
+    if not least:
+        kept = worthwhile(items, limit)
+        found = _solve_large([item.only(choices) for item, choices in zip(items, kept, strict=True)], limit, {})
+        return None if found is None else [choices[place] for choices, place in zip(kept, found, strict=True)]
+    return _solve_large(items, limit, least)
+
+
+def _solve_large(items: Sequence[Item], limit: int, minimum: Mapping[int, int]) -> list[int] | None:
+    """Return the choices as :func:`solve_items` does, of items that may have a single choice."""
+    free = [place for place, item in enumerate(items) if len(item.sizes) > 1]
+    rest = [items[place] for place in free]
+    left = limit - sum(item.least for item in items if len(item.sizes) == 1)
+    if not minimum and rest and cells(rest, left, {}) <= MAX_CELLS:
+        part = solve_exactly(rest, left, {})
+        if part is None:
+            return None
+        chosen = dict(zip(free, part, strict=True))
+        return [chosen.get(place, 0) for place in range(len(items))]
+    found = _solve_program(items, limit, minimum)
+    if found is not None:
+        spent = sum(item.sizes[choice] for item, choice in zip(items, found, strict=True))
+        if spent > limit or any(found.count(choice) < count for choice, count in minimum.items()):
+            raise RuntimeError(f"the solver's answer breaks a limit: {spent} of {limit}")
+    return found
+
+
+def _solve_program(items: Sequence[Item], limit: int, minimum: Mapping[int, int]) -> list[int] | None:
+    """Return the choices of least summed cost by HiGHS, or None if nothing meets the limits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import identity, kron, vstack
+    from scipy.sparse import csr_array
 
-    experts = table.shape[0]
-    ones = np.ones((1, experts))
-    one_each = kron(identity(experts), np.ones((1, len(widths))))
-    bits_used = kron(np.asarray([sizes]), np.asarray([widths]))
-    rows, lower, upper = [one_each, bits_used], [1.0] * experts + [0.0], [1.0] * experts + [float(total_bits)]
-    for bits, count in minimum.items():
-        rows.append(kron(ones, np.asarray([[float(width == bits) for width in widths]])))
-        lower.append(float(count))
-        upper.append(float(experts))
-    scale = float(np.abs(table).max()) or 1.0
+    steps, spare = in_units(items, limit)
+    counts = [len(item.sizes) for item in items]
+    first = np.concatenate(([0], np.cumsum(counts)))
+    columns = int(first[-1])
+    one_each = csr_array((np.ones(columns), np.arange(columns), first), shape=(len(items), columns))
+    choices = np.concatenate([np.arange(count) for count in counts])
+    limits = [LinearConstraint(one_each, 1.0, 1.0), LinearConstraint(np.concatenate(steps)[None], -np.inf, spare)]
+    limits += [LinearConstraint((choices == choice)[None] * 1.0, count, np.inf) for choice, count in minimum.items()]
+    costs = np.concatenate([item.costs for item in items])
     result = milp(
-        (table / scale).ravel(),
-        integrality=np.ones(table.size),
+        costs / (float(np.abs(costs).max()) or 1.0),
+        integrality=np.ones(columns),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(vstack(rows).tocsr(), lower, upper),
+        constraints=limits,
         options={"mip_rel_gap": 0.0},
     )
     if result.status == 2:
-        raise ValueError(_infeasible(widths, experts, total_bits, minimum))
+        return None
     if not result.success:
         raise RuntimeError(f"the integer program was not solved: {result.message}")
-    chosen = [widths[int(column)] for column in result.x.reshape(table.shape).argmax(axis=1)]
-    spent = sum(bits * size for bits, size in zip(chosen, sizes, strict=True))
-    if spent > total_bits or any(chosen.count(bits) < count for bits, count in minimum.items()):
-        raise RuntimeError(f"the solver's answer breaks a limit: {spent} bits of {total_bits}")
-    return chosen
-
-
-def _infeasible(widths: list[int], experts: int, total_bits: int, minimum: dict[int, int]) -> str:
-    return f"no widths from {widths} keep {experts} experts within {total_bits} bits, minimum {minimum}"
+    return [int(part.argmax()) for part in np.split(result.x, first[1:-1])]

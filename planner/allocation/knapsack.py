@@ -1,74 +1,100 @@
-"""Solve a small budget problem exactly, by dynamic programming over the bits spent."""
+"""Solve a small budget problem exactly, by dynamic programming over what is spent."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_CELLS = 500_000_000
-"""Maximum number of cells (experts × states) of the dynamic program; each takes one byte."""
+"""Maximum number of cells (items × states) of the dynamic program; each takes one byte."""
 
-Table = NDArray[np.float64]
+Values = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 
 
-def cells(sizes: Sequence[int], widths: Sequence[int], total_bits: int, minimum: Mapping[int, int]) -> int:
-    """Return the number of cells (experts × states) of the dynamic program."""
-    states = max(0, total_bits - min(widths) * sum(sizes)) // math.gcd(*sizes) + 1
+@dataclass(frozen=True)
+class Item:
+    """Something that takes one of several choices. Items need not have equally many.
+
+    Attributes:
+        sizes: what each choice spends of the budget.
+        costs: what each choice costs, finite.
+    """
+
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @property
+    def least(self) -> int:
+        """The size of the smallest choice."""
+        return min(self.sizes)
+
+    def only(self, choices: Sequence[int]) -> Item:
+        """Return the item with some of its choices alone."""
+        return Item(tuple(self.sizes[choice] for choice in choices), tuple(self.costs[choice] for choice in choices))
+
+
+def in_units(items: Sequence[Item], limit: int) -> tuple[list[list[int]], int]:
+    """Return each choice's size beyond its item's smallest, and the limit beyond all smallest ones, in common units.
+
+    The limit is negative if even the smallest choices exceed it. No choice needs more than the largest ones take.
+    """
+    unit = math.gcd(*(size - item.least for item in items for size in item.sizes)) or 1
+    steps = [[(size - item.least) // unit for size in item.sizes] for item in items]
+    return steps, min((limit - sum(item.least for item in items)) // unit, sum(map(max, steps)))
+
+
+def cells(items: Sequence[Item], limit: int, minimum: Mapping[int, int]) -> int:
+    """Return the number of cells (items × states) of the dynamic program."""
+    states = max(0, in_units(items, limit)[1]) + 1
     for count in minimum.values():
         states *= count + 1
-    return len(sizes) * states
+    return len(items) * states
 
 
-def solve_exactly(
-    costs: Table, widths: Sequence[int], total_bits: int, minimum: Mapping[int, int], sizes: Sequence[int]
-) -> list[int] | None:
-    """Return the widths of least summed cost, or None if no choice meets the limits.
+def solve_exactly(items: Sequence[Item], limit: int, minimum: Mapping[int, int]) -> list[int] | None:
+    """Return the index of each item's choice, with the least sum of costs, or None if nothing meets the limits.
 
     Args:
-        costs: [experts, widths], finite.
-        widths: widths of the columns, distinct.
-        total_bits: upper limit of the sum of widths.
-        minimum: width → minimum number of experts with it.
-        sizes: factor of each expert's bits in the sum, at least 1.
+        items: the items.
+        limit: upper limit of the sum of sizes.
+        minimum: index of a choice → minimum number of items that take it.
     """
-    low, counted = min(widths), list(minimum)
-    unit = math.gcd(*sizes)
-    spare = (total_bits - low * sum(sizes)) // unit
+    steps, spare = in_units(items, limit)
     if spare < 0:
         return None
-    steps = [size // unit for size in sizes]
-    # values[units beyond the lowest width, experts at each counted width]: least cost of the experts so far.
-    shape = (spare + 1, *(minimum[width] + 1 for width in counted))
+    counted = list(minimum)
+    # values[units beyond the smallest choices, items at each counted choice]: least cost of the items so far.
+    shape = (spare + 1, *(minimum[choice] + 1 for choice in counted))
     values = np.full(shape, np.inf)
     values[(0,) * len(shape)] = 0.0
     taken = []
-    for row, step in zip(costs, steps, strict=True):
+    for item, mores in zip(items, steps, strict=True):
         after, how = np.full(shape, np.inf), np.zeros(shape, dtype=np.uint8)
-        for column, (cost, width) in enumerate(zip(row, widths, strict=True)):
-            more = (width - low) * step
+        for choice, (cost, more) in enumerate(zip(item.costs, mores, strict=True)):
             if more > spare:
                 continue
-            moved, stayed = _count(values, counted.index(width) + 1) if width in minimum else (values, None)
+            moved, stayed = _count(values, counted.index(choice) + 1) if choice in minimum else (values, None)
             found = moved[: spare + 1 - more] + cost
             better = found < after[more:]
             after[more:][better] = found[better]
-            code = np.full(shape, 2 * column, dtype=np.uint8) if stayed is None else 2 * column + stayed
+            code = np.full(shape, 2 * choice, dtype=np.uint8) if stayed is None else 2 * choice + stayed
             how[more:][better] = code[: spare + 1 - more][better]
         values = after
         taken.append(how)
-    full = tuple(minimum[width] for width in counted)
-    last = values.reshape(spare + 1, -1)[:, -1]  # enough at every counted width
+    full = tuple(minimum[choice] for choice in counted)
+    last = values.reshape(spare + 1, -1)[:, -1]  # enough at every counted choice
     if not np.isfinite(last).any():
         return None
-    return _trace(taken, widths, counted, steps, (int(last.argmin()), *full))
+    return _trace(taken, counted, steps, (int(last.argmin()), *full))
 
 
-def _count(values: Table, axis: int) -> tuple[Table, Codes]:
-    """Return the values after one more expert at an axis's width, and flags that :func:`_trace` needs to walk back.
+def _count(values: Values, axis: int) -> tuple[Values, Codes]:
+    """Return the values after one more item at an axis's choice, and flags that :func:`_trace` needs to walk back.
 
     The last place of the axis means 'enough'. A flag is 1 where the best predecessor had enough already.
     """
@@ -87,28 +113,22 @@ def _count(values: Table, axis: int) -> tuple[Table, Codes]:
 
 
 def _trace(
-    taken: Sequence[Codes],
-    widths: Sequence[int],
-    counted: Sequence[int],
-    steps: Sequence[int],
-    state: tuple[int, ...],
+    taken: Sequence[Codes], counted: Sequence[int], steps: Sequence[Sequence[int]], state: tuple[int, ...]
 ) -> list[int]:
-    """Return the widths that lead to a state, found by walking back from the last expert to the first.
+    """Return the choices that lead to a state, found by walking back from the last item to the first.
 
     Args:
-        taken: for each expert, 2 × the column of its width, + 1 where its counted width had enough before.
-        widths: widths of the columns.
-        counted: widths with minimum counts, in the order of the axes.
-        steps: size of each expert, in units of their greatest common divisor.
+        taken: for each item, 2 × its choice, + 1 where its counted choice had enough before.
+        counted: choices with minimum counts, in the order of the axes.
+        steps: size of each choice of each item beyond the item's smallest, in units.
         state: the final state.
     """
-    low, chosen = min(widths), []
-    for how, step in zip(reversed(taken), reversed(steps), strict=True):
-        column, stayed = divmod(int(how[state]), 2)
-        width = widths[column]
+    chosen = []
+    for how, mores in zip(reversed(taken), reversed(steps), strict=True):
+        choice, stayed = divmod(int(how[state]), 2)
         counts = list(state[1:])
-        if width in counted and not stayed:
-            counts[counted.index(width)] -= 1
-        state = (state[0] - (width - low) * step, *counts)
-        chosen.append(width)
+        if choice in counted and not stayed:
+            counts[counted.index(choice)] -= 1
+        state = (state[0] - mores[choice], *counts)
+        chosen.append(choice)
     return chosen[::-1]

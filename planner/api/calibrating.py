@@ -63,7 +63,9 @@ class CalibrateKeywords(ProgressKeyword, RunKeywords, TextKeywords):
         for name in names:
             if name not in known:
                 raise UsageError(f"--for: expected methods that use a text ({', '.join(known)}), found {name!r}")
-        measures = tuple(dict.fromkeys(measure for name in names for measure in METHODS[name].measures))
+        rows = [METHODS[name] for name in names]
+        wanted = [measure for row in rows for measure in (*row.measures, row.linears) if measure is not None]
+        measures = tuple(dict.fromkeys(wanted))
         own = tuple(sorted({width for name in names for width in METHODS[name].choices}))
         return StatisticsRequest(measures, own if self.bits is None else read_choices(self.bits), self.seed)
 

@@ -140,6 +140,8 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
     Raises:
         MoeqError: impossible sizes of groups, or input dimensions that cannot be packed.
     """
+    if wanted.linears_compete:
+        raise UsageError("--linear-bits auto: expected 4, 8 or 16, the same for every method, found auto")
     settings = QuantizeSettings(
         wanted.quantizer,
         wanted.one_bit,

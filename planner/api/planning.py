@@ -33,6 +33,8 @@ from planner.plan_file import Plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, with_statistics
+from planner.quantization.quantizers import QUANTIZERS
+from planner.quantization.quantizers.linear import default_linear_quantizer
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
@@ -121,9 +123,17 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
         notes.refuse_incomplete(source, layout, progress)
         notes.note_limits(source, layout, progress)
         linear, group_size = wanted.linear(source, layout), wanted.checked_group_size()
-        settings = QuantizeSettings(wanted.resolved_quantizer(given), group_size=group_size, linear=linear)
+        quantizer = wanted.resolved_quantizer(given)
+        settings = QuantizeSettings(
+            quantizer,
+            group_size=group_size,
+            linear=linear,
+            linear_quantizer=default_linear_quantizer(QUANTIZERS[quantizer].calibrated),
+        )
         wanted = with_preset(wanted, source, layout, settings, given)
-        options = wanted.plan_options(source, layout, settings, text=given, ranked=not dry_run)
+        options = wanted.plan_options(
+            source, layout, settings, text=given, ranked=not dry_run, linears=wanted.linears_compete
+        )
         check_options(options)
         text = wanted.read_text(source, wanted.seed, progress) if given else None
         notes.announce(options, progress)
@@ -132,7 +142,7 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
 
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint that a plan makes."""
-    settings = work.settings
+    settings = work.settings.with_linears(made.linears)
     return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.scheme)
 
 

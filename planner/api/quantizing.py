@@ -37,7 +37,6 @@ from planner.output.paths import check_output
 from planner.plan_file import Plan, read_plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
-from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
 from planner.quantization.quantizers.table import QUANTIZERS, check_widths
@@ -46,7 +45,7 @@ from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.reporting.card import write_card
 from planner.text.tokenizer import load_tokenizer
-from vllm_moeq.format import MoeqError
+from vllm_moeq.format import MoeqError, UsageError
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,13 @@ def estimate_quantize(wanted: QuantizeKeywords) -> Estimate:
         MoeqError: as :func:`quantize` does.
     """
     with _opened(wanted, dry_run=True) as work:
-        made = work.plan or make_plan(work.source, work.layout, _options(work, ranked=False), work.progress)
+        made, measures = work.plan, tuple[str, ...]()
+        if made is None:
+            options = _options(work, ranked=False)
+            made, measures = make_plan(work.source, work.layout, options, work.progress), options.measures
         sizes = _sizes(work, made)
         serving = serving_needs(work.source.config, work.layout, sizes, work.wanted.service())
-        return Estimate(_needs(work, made, sizes), made.achieved_avg_bits, sizes, serving)
+        return Estimate(_needs(work, made, sizes, measures), made.achieved_avg_bits, sizes, serving)
 
 
 @contextmanager
@@ -165,8 +167,9 @@ def _options(work: _Work, ranked: bool = True) -> PlanOptions:
         UsageError: arguments that cannot be met.
     """
     options = work.wanted.plan_options(
-        work.source, work.layout, work.settings, text=work.text is not None, ranked=ranked
-    )
+        work.source, work.layout, work.settings, text=work.text is not None, ranked=ranked,
+        linears=work.wanted.linears_compete,
+    )  # fmt: skip
     check_options(options)
     notes.announce(options, work.progress)
     return options
@@ -259,6 +262,7 @@ def _given_plan(
     made, where = (given, "--plan") if isinstance(given, Plan) else (read_plan(Path(given)), str(given))
     progress, fingerprint = wanted.display(), source.fingerprint()
     made.check_against(layout, where)
+    _check_linear_bits(wanted, made, where)
     for widths in made.experts.values():
         check_widths(settings.quantizer, widths)
     if made.source.get("fingerprint", fingerprint) != fingerprint:
@@ -268,18 +272,30 @@ def _given_plan(
     return made
 
 
+def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
+    """Raise UsageError where a plan and the argument both say, or leave open, which widths linears have."""
+    if made.linears and not wanted.linears_compete and wanted.linear_bits is not None:
+        raise UsageError(
+            f"--linear-bits: expected auto or none, as {where} gives linears their widths, found {wanted.linear_bits}"
+        )
+    if wanted.linears_compete and not made.linears:
+        raise UsageError(
+            f"--linear-bits auto: expected a plan with widths of linears, which moeq plan --linear-bits auto makes; "
+            f"found none in {where}"
+        )
+
+
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint."""
-    settings = work.settings
+    settings = work.settings.with_linears(made.linears)
     return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.scheme)
 
 
-def _needs(work: _Work, made: Plan, sizes: Sizes) -> Needs:
+def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Needs:
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.streams)
-    measures = METHODS[made.method].measures if work.plan is None else ()
-    devices = work.wanted.job_devices()
-    return quantize_needs(work.source, work.layout, made.experts, sizes, work.settings, devices, reading, measures)
+    devices, settings = work.wanted.job_devices(), work.settings.with_linears(made.linears)
+    return quantize_needs(work.source, work.layout, made.experts, sizes, settings, devices, reading, measures)
 
 
 def _serve_command(work: _Work) -> str | None:

@@ -64,7 +64,8 @@ class Quantized:
     def as_dict(self) -> dict[str, Any]:
         """Return the average, the sizes, the folder and the widths as JSON values."""
         facts = {"achieved_avg_bits": self.achieved_avg_bits, "sizes": self.sizes.as_dict()}
-        return {**facts, "output": str(self.output), "experts": self.plan.experts}
+        linears = {"linears": self.plan.linears} if self.plan.linears else {}
+        return {**facts, "output": str(self.output), "experts": self.plan.experts, **linears}
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ ROWS: Sequence[ReadOnlyWhere] = (
         lambda values: f"--quantizer {_quantizer(values)}", ("compare",),
     ),
     ReadOnlyWhere(
-        ("linear_group_size", "linear_quantizer"), lambda values: values["linear_bits"] != 16, "--linear-bits 4 or 8",
+        ("linear_group_size", "linear_quantizer"), lambda values: values["linear_bits"] != "16", "--linear-bits 4 or 8",
         lambda values: f"--linear-bits {values['linear_bits']}",
     ),
     ReadOnlyWhere(

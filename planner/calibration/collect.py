@@ -62,6 +62,7 @@ class _Collection:
     progress: Progress
     kept: HiddenStates | None
     found: dict[str, LayerStatistics] = field(default_factory=dict)
+    linears: dict[str, torch.Tensor] = field(default_factory=dict)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -114,7 +115,7 @@ def collect(
         model.shards.check_unchanged()
         coverage = {prefix: layer.tokens.tolist() for prefix, layer in run.found.items()}
         told = {"model": model.fingerprint(), "calibration": facts, **names, "cost": run.cost, "tokens": coverage}
-        write_statistics(output, run.found, told)
+        write_statistics(output, run.found, told, run.linears)
     except BaseException:
         partial.abandon()
         raise
@@ -210,4 +211,5 @@ def _measure(run: _Collection, name: str, row: Measure, tokens: torch.Tensor) ->
         write_tensors(path, tensors)
     for key, value in load_file(path).items():
         prefix, _, metric = key.rpartition(".")
-        run.found[prefix].measured[metric] = value
+        place = run.linears if row.of_linears else run.found[prefix].measured
+        place[metric] = value

@@ -10,17 +10,21 @@ import torch
 from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.kl.divergence import Effort, divergences
 from planner.calibration.kl.gains import gptq_gains
+from planner.calibration.kl.linears.costs import linear_costs
+from planner.calibration.kl.linears.estimated import ESTIMATING
+from planner.calibration.kl.linears.gains import TRYING
+from planner.calibration.kl.linears.measured import MEASURING
 from planner.calibration.kl.second_order import elementwise, second_order
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed
-from planner.calibration.statistics import LayerStatistics
+from planner.calibration.statistics import LINEARS, LayerStatistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 
 Found = dict[str, dict[str, torch.Tensor]]
-"""Experts prefix → name → one value per expert."""
+"""Experts prefix → name → one value per expert; or :data:`LINEARS` → name → one value per group of linears."""
 
 Facts = dict[str, float]
 """Facts about a measure for the JSON description of the statistics."""
@@ -74,6 +78,7 @@ class Measure:
         check: raises UsageError, before any computation, if this machine cannot compute the measure.
         parts: names under which the work shows its progress, in order, each with its cost in passes of the text through
             the model besides the pass that counts; measured on the shipped Mixtral.
+        of_linears: whether the values are those of groups of linears, under :data:`LINEARS`, not those of experts.
     """
 
     names: tuple[str, ...]
@@ -82,6 +87,7 @@ class Measure:
     check: Callable[[SourceModel, Layout, torch.device], None] | None = None
     parts: Callable[[Layout], Parts] = lambda _: ((READING, 1.0),)
     layer: Callable[[Routed, int, int], dict[str, torch.Tensor]] | None = None
+    of_linears: bool = False
 
     def passes(self, layout: Layout) -> float:
         """Return the cost in passes of the text through the model."""
@@ -127,13 +133,30 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
 
 def _measured(run: MeasureInputs) -> tuple[Found, Facts]:
     """Measure the KL divergence if the model is small; otherwise only estimate it."""
-    small = _is_small(run.decoder.layout)
-    effort = Effort.like_pmq(run.tokens, run.decoder, run.widths) if small else Effort()
-    return _divergence(run, "kl", effort, _share(run.decoder.layout))
+    return _divergence(run, "kl", _effort(run), _share(run.decoder.layout))
+
+
+def _effort(run: MeasureInputs) -> Effort:
+    """Return the limit on measurements: a large model allows none."""
+    return Effort.like_pmq(run.tokens, run.decoder, run.widths) if _is_small(run.decoder.layout) else Effort()
 
 
 def _estimated(run: MeasureInputs) -> tuple[Found, Facts]:
     return _divergence(run, "kl_estimated", Effort(), ESTIMATED_SHARE)
+
+
+def _linears(run: MeasureInputs, name: str, effort: Effort, share: int) -> tuple[Found, Facts]:
+    tokens = run.tokens[: max(1, len(run.tokens) // share)]
+    costs, measured = linear_costs(run.decoder, run.store, tokens, effort, run.seed, run.progress)
+    return {LINEARS: {f"{name}_{key}": value for key, value in costs.items()}}, {"measured": measured}
+
+
+def _measured_linears(run: MeasureInputs) -> tuple[Found, Facts]:
+    return _linears(run, "kl", _effort(run), _share(run.decoder.layout))
+
+
+def _estimated_linears(run: MeasureInputs) -> tuple[Found, Facts]:
+    return _linears(run, "kl_estimated", Effort(), ESTIMATED_SHARE)
 
 
 def _gradient_error(run: MeasureInputs) -> tuple[Found, Facts]:
@@ -196,6 +219,13 @@ def _kl_parts(layout: Layout) -> Parts:
     return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 1.0))
 
 
+def _linear_parts(layout: Layout) -> Parts:
+    return ((MEASURING, 12.0), (TRYING, 0.5)) if _is_small(layout) else ESTIMATED_LINEARS
+
+
+ESTIMATED_LINEARS: Parts = ((ESTIMATING, 1.5), (TRYING, 0.1))
+"""The work of an estimate of the KL divergence that linears add."""
+
 ESTIMATED_PARTS: Parts = (("gradients", 1.5), ("gains of GPTQ", 0.5))
 """The work of an estimate of the KL divergence."""
 
@@ -206,6 +236,13 @@ MEASURES: dict[str, Measure] = {
     "kl-estimated": Measure(
         ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE,
         parts=lambda _: ESTIMATED_PARTS,
+    ),
+    "kl-linears": Measure(
+        ("kl_{bits}", "kl_gptq_{bits}"), _measured_linears, _share, parts=_linear_parts, of_linears=True
+    ),
+    "kl-estimated-linears": Measure(
+        ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated_linears, lambda _: ESTIMATED_SHARE,
+        parts=lambda _: ESTIMATED_LINEARS, of_linears=True,
     ),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda _: (("gradients", 9.0),)),
     "hessian": Measure(

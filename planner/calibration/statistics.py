@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from vllm_moeq.format import CheckpointError, read_json
 from vllm_moeq.format.headers import read_header
 
 VERSION = 1
+
+LINEARS = "linears"
+"""Prefix of the values of groups of linears in the file, in the order of
+:func:`planner.model.linear_groups.linear_groups`."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,25 @@ def observe(
     return found
 
 
-def write_statistics(path: Path, layers: dict[str, LayerStatistics], facts: dict[str, Any]) -> None:
-    """Write ``path`` (tensors ``<experts prefix>.<name>``) and the JSON file beside it, both new, each atomically.
+def write_statistics(
+    path: Path,
+    layers: dict[str, LayerStatistics],
+    facts: dict[str, Any],
+    linears: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write ``path`` and the JSON file beside it, both new, each atomically.
+
+    Args:
+        path: the file of tensors ``<experts prefix>.<name>``, and ``linears.<name>``.
+        layers: experts prefix → statistics.
+        facts: the description.
+        linears: name → one value per group of linears.
 
     Raises:
         CheckpointError: a full disk, or somebody made one of them meanwhile; neither is written.
     """
     tensors = {f"{prefix}.{name}": value for prefix, layer in layers.items() for name, value in layer.tensors().items()}
+    tensors |= {f"{LINEARS}.{name}": value for name, value in (linears or {}).items()}
     write_json(json_path(path), {"version": VERSION, **facts}, new=True)
     try:
         write_tensors(path, tensors, new=True)
@@ -181,10 +197,14 @@ def read_statistics(path: Path, layout: Layout) -> tuple[dict[str, LayerStatisti
 def _read(handle: Any, path: Path, layer: MoeLayer, name: str) -> torch.Tensor:
     rows, columns = layer.shapes[layer.projections.gate]
     more = {"input_square": [columns], "inner_square": [rows]}.get(name, [])
-    expected = [layer.num_experts, *more]
-    full = f"{layer.prefix}.{name}"
+    kind = "I64" if name == "tokens" else "F32"
+    return _value(handle, path, f"{layer.prefix}.{name}", [layer.num_experts, *more], kind)
+
+
+def _value(handle: Any, path: Path, full: str, expected: list[int], kind: str) -> torch.Tensor:
+    """Return a tensor of a file; raise CheckpointError for one of another shape or dtype, or that is not finite."""
     found = handle.get_slice(full)
-    if found.get_shape() != expected or found.get_dtype() != ("I64" if name == "tokens" else "F32"):
+    if found.get_shape() != expected or found.get_dtype() != kind:
         raise CheckpointError(
             f"{path}: tensor {full}: expected {expected}, found {found.get_dtype()} {found.get_shape()}"
         )
@@ -192,3 +212,29 @@ def _read(handle: Any, path: Path, layer: MoeLayer, name: str) -> torch.Tensor:
     if not bool(torch.isfinite(value).all()):
         raise CheckpointError(f"{path}: tensor {full}: expected finite values")
     return value
+
+
+def read_linears(path: Path, names: Sequence[str], groups: int) -> dict[str, list[float]]:
+    """Return name → one value per group of linears, of a file that :func:`read_statistics` has read.
+
+    A name that the file does not have is missing in the result too.
+
+    Args:
+        path: the file.
+        names: names of values.
+        groups: number of the model's groups.
+
+    Raises:
+        CheckpointError: values of another model, or values that are not finite.
+    """
+    found: dict[str, list[float]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            present = set(handle.keys())
+            for name in names:
+                full = f"{LINEARS}.{name}"
+                if full in present:
+                    found[name] = _value(handle, path, full, [groups], "F32").double().tolist()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read ({error})") from None
+    return found

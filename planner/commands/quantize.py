@@ -54,5 +54,6 @@ def quantize_command(
         show.emit(made.as_dict())
         return
     show.print_widths(made.plan.experts)
+    show.print_linears(made.plan.linears)
     show.print_sizes(made.sizes)
     say(f"wrote {output}{f'; serve it with: {made.serve}' if made.serve else ''}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,13 @@ def print_widths(experts: Mapping[str, Sequence[int]]) -> None:
         console.print(line, soft_wrap=True)
 
 
+def print_linears(widths: Mapping[str, int]) -> None:
+    """Print how many linears outside the experts have each width, if the plan gives them any."""
+    if widths:
+        counts = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(Counter(widths.values()).items()))
+        Console().print(f"linears outside the experts: {counts}", soft_wrap=True)
+
+
 def print_sizes(sizes: Sizes) -> None:
     """Print source and output sizes."""
     ratio = sizes.source_bytes / sizes.total_bytes
@@ -88,6 +96,7 @@ def print_plan(made: Planned) -> None:
     """Print a plan: widths, promotions, sizes."""
     plan = made.plan
     print_widths(plan.experts)
+    print_linears(plan.linears)
     moved = sum(len(ids) for ids in plan.promoted.values())
     total = sum(len(widths) for widths in plan.experts.values())
     console = Console()

@@ -41,7 +41,7 @@ def planning_parts(
     method = METHODS[options.resolved_method]
     parts: list[Part] = []
     if reading is not None and reads_text(options):
-        parts = statistics_parts(model.config, layout, reading, method.measures, device)
+        parts = statistics_parts(model.config, layout, reading, options.measures, device)
     seconds = variance_seconds(model, layout, torch.get_num_threads()) if "max_var" in method.metrics else 0.0
     return [*parts, (SCORING, seconds)]
 

@@ -105,10 +105,10 @@ def plan_needs(
 ) -> Needs:
     """Return the needs of ``moeq plan``: running the model over a text, or reading weights."""
     method = METHODS[options.resolved_method]
-    scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in method.measures)
+    scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in options.measures)
     written = (PLAN_BYTES + SCORE_BYTES * scores) * layout.num_experts
     if reading is not None and method.calibrated and options.stats is None:
-        return _reading_needs(model, layout, reading, method.measures, device, written)
+        return _reading_needs(model, layout, reading, options.measures, device, written)
     known = "max_var" in method.metrics and not isinstance(model, ConfigModel)
     seconds = variance_seconds(model, layout, torch.get_num_threads()) if known else 0.0
     return Needs(written, 0, resident_bytes(), 0, seconds)

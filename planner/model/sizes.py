@@ -14,6 +14,9 @@ from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
 
+SHAPE_BYTES = 16
+"""Bytes of the shape that a packed linear stores."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -52,7 +55,8 @@ def stored_bytes(info: TensorInfo, linear: Linear) -> int:
     """Return the bytes of one linear that is not an expert, in the format ``linear``, see :meth:`Linear.alone`."""
     if linear.bits == 16:
         return info.nbytes
-    return info.numel * linear.bits // 8 + 2 * info.shape[0] * math.ceil(info.shape[1] / linear.group_size) + 16
+    scales = info.shape[0] * math.ceil(info.shape[1] / linear.group_size)
+    return info.numel * linear.bits // 8 + 2 * scales + SHAPE_BYTES
 
 
 def linear_bytes(model: SourceModel, layout: Layout, linear: Linear) -> int:

@@ -26,7 +26,8 @@ from planner.planning.assign import (
 from planner.planning.method import Method, Scores
 from planner.planning.methods import METHODS, UNRANKED
 from planner.planning.request import PlanOptions, check_options
-from planner.planning.scores import score_experts
+from planner.planning.scores import linear_scores, score_experts
+from planner.planning.together import linear_table, objective, solve_together
 from vllm_moeq.format import UsageError
 
 NEAR_TIE = 1e-6
@@ -39,6 +40,8 @@ class _Choice:
     widths: Widths = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)
     promoted: dict[str, list[int]] = field(default_factory=dict)
+    linears: dict[str, int] = field(default_factory=dict)
+    linears_cost: float = 0.0
 
 
 def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress: Progress) -> Plan:
@@ -54,15 +57,18 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
     if method.only_compared:
         raise UsageError(f"--method {options.resolved_method}: {method.only_compared}")
     scores, cost = score_experts(model, layout, method, options, progress)
-    chosen = (
-        _layerwise(layout, method, scores, options) if method.layerwise else _choose(layout, method, scores, options)
-    )
+    if method.layerwise:
+        chosen = _layerwise(layout, method, scores, options)
+    elif method.linears is not None and options.linears is not None:
+        chosen = _together(model, layout, method, scores, options)
+    else:
+        chosen = _choose(layout, method, scores, options)
     experts = {
         layer.prefix: [chosen.widths[layer.prefix, expert] for expert in range(layer.num_experts)]
         for layer in layout.layers
     }
     if method.costs is not None:
-        cost["objective"] = _objective(method, scores, experts, options)
+        cost["objective"] = _objective(method, scores, experts, options) + chosen.linears_cost
     total = sum(sum(widths) for widths in experts.values())
     cost |= {"seconds": round(time.monotonic() - began, 3), "peak_bytes": peak_bytes()}
     return Plan.model_validate(
@@ -73,6 +79,7 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
             "avg_bits": float(options.avg_bits),
             "achieved_avg_bits": total / layout.num_experts,
             "experts": experts,
+            "linears": chosen.linears,
             "order": chosen.order,
             "scores": scores,
             "promoted": chosen.promoted,
@@ -103,6 +110,21 @@ def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions
         if method.promotes:
             for prefix, expert in promotions(members, ranked, scores):
                 found.promoted.setdefault(prefix, []).append(expert)
+    return found
+
+
+def _together(model: SourceModel, layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
+    """Give every expert and every linear its width, all from one budget."""
+    costs = method.costs_for(options.calibrated_quantizer)
+    linear_costs = method.costs_for(options.linears is not None and options.linears.calibrated)
+    if costs is None or linear_costs is None or options.stats is None:
+        raise ValueError("expected a method with costs, and statistics")
+    table = linear_table(linear_costs, linear_scores(options.stats, layout, options))
+    widths, linears = solve_together(model, layout, options, costs(scores, options.bit_choices), table)
+    found = _Choice(widths, {layer.prefix: [] for layer in layout.layers}, linears=linears)
+    found.linears_cost = objective(layout, table, linears)
+    for prefix, expert in sorted(widths, key=lambda member: -widths[member]):
+        found.order[prefix].append(expert)
     return found
 
 

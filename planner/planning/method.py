@@ -51,6 +51,9 @@ class Method:
         random: the method depends on the seed.
         one_width: all experts get the average as their width, so the average must be a width of the format.
         choices: widths to choose from, unless ``--bits`` says otherwise.
+        linears: measure of the costs of linears outside the experts, a row of
+            ``planner.calibration.measures.MEASURES``, whose values have the names of the experts' costs; None if the
+            method chooses no widths for them.
         only_compared: reason why no checkpoint can hold its widths; None if one can.
     """
 
@@ -67,6 +70,7 @@ class Method:
     random: bool = False
     one_width: bool = False
     choices: tuple[int, ...] = (1, 2, 3)
+    linears: str | None = None
     only_compared: str | None = None
 
     def costs_for(self, calibrated: bool) -> Costs | None:

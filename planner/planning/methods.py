@@ -50,6 +50,7 @@ def _divergence(measure: str, name: str) -> Method:
         calibrated_costs=measured(f"{name}_gptq"),
         scope="global",
         choices=(1, 2, 3, 4),
+        linears=f"{measure}-linears",
     )
 
 

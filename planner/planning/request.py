@@ -10,9 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from planner.model.layout import Layout
+from planner.planning.method import Method
 from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.table import DEFAULT, QUANTIZERS, check_widths
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """The linears outside the experts get a width each, from the same bytes as the experts.
+
+    Attributes:
+        group_size: expert weights per scale, or −1 for whole rows.
+        linear_group_size: weights of linears per scale.
+        calibrated: whether the quantizer of linears reads a text.
+    """
+
+    group_size: int
+    linear_group_size: int
+    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class PlanOptions:
         ranking: scope of the ranking; None takes the method's own.
         ranked: False skips scores and order and assigns widths by index, for estimates from headers alone.
         calibrated: a text is given, so that statistics will follow.
+        linears: how linears outside the experts compete with experts; None if the plan gives them no widths.
     """
 
     avg_bits: Fraction
@@ -41,6 +58,14 @@ class PlanOptions:
     quantizer: str = DEFAULT
     ranked: bool = True
     calibrated: bool = False
+    linears: LinearChoice | None = None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that the method needs, rows of ``planner.calibration.measures.MEASURES``."""
+        method = METHODS[self.resolved_method]
+        own = (method.linears,) if self.linears is not None and method.linears is not None else ()
+        return (*method.measures, *own)
 
     @property
     def calibrated_quantizer(self) -> bool:
@@ -89,9 +114,26 @@ def check_options(options: PlanOptions) -> None:
         raise UsageError(
             f"--method {options.resolved_method}: expected --avg-bits to be one of --bits, found {float(average):g}"
         )
+    if options.linears is not None:
+        _check_linears(options, method)
     check_widths(options.quantizer, options.bit_choices)
     if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
+
+
+def _check_linears(options: PlanOptions, method: Method) -> None:
+    """Raise UsageError where the plan cannot give widths to linears."""
+    if method.linears is None:
+        able = " or ".join(name for name, row in METHODS.items() if row.linears is not None)
+        raise UsageError(
+            f"--linear-bits auto: expected --method {able}, which need --data TEXT or --stats FILE, "
+            f"found {options.resolved_method}"
+        )
+    if options.ranking not in (None, "global"):
+        raise UsageError(
+            f"--linear-bits auto: expected --ranking global, as linears and all experts share one budget, "
+            f"found {options.ranking}"
+        )
 
 
 def read_overrides(path: Path, layout: Layout, choices: Sequence[int]) -> dict[str, int]:

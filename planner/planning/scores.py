@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from planner.calibration.kl.linears.costs import WIDTHS as LINEAR_WIDTHS
 from planner.calibration.measures import MEASURES
-from planner.calibration.statistics import LayerStatistics, read_statistics
+from planner.calibration.statistics import LayerStatistics, read_linears, read_statistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout, MoeLayer
+from planner.model.linear_groups import linear_groups
 from planner.model.source import SourceModel
 from planner.planning.method import Method
+from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions
 from planner.quantization.rows import open_threads
 from planner.sensitivity import max_variance_of_rows, router_norm, spectral_scores
@@ -154,7 +157,7 @@ def _observed(
     found, facts = read_observed(options.stats, layout, method, options)
     if facts.get("model") != model.fingerprint():
         progress.line(f"note: {options.stats} was made from other files than {model.folder}")
-    parts = [part for name, part in facts.get("cost", {}).items() if name in ("forward", *method.measures)]
+    parts = [part for name, part in facts.get("cost", {}).items() if name in ("forward", *options.measures)]
     cost = {"calibration_seconds": sum(part["seconds"] for part in parts)}
     for name in ("peak_bytes", "added_bytes"):
         cost[f"calibration_{name}"] = max((part[name] for part in parts), default=0)
@@ -171,7 +174,27 @@ def read_observed(
     """
     found, facts = read_statistics(path, layout)
     _require(found, method, options)
+    linear_scores(path, layout, options)
     return found, facts
+
+
+def linear_scores(path: Path, layout: Layout, options: PlanOptions) -> dict[str, list[float]]:
+    """Return name → one value per group of linears, if the plan gives linears widths; else nothing.
+
+    Raises:
+        MoeqError: the statistics do not fit the model, or have no such values.
+    """
+    measure = METHODS[options.resolved_method].linears
+    if options.linears is None or measure is None:
+        return {}
+    names = MEASURES[measure].all_names(LINEAR_WIDTHS)
+    found = read_linears(path, names, len(linear_groups(layout)))
+    if missing := [name for name in names if name not in found]:
+        raise UsageError(
+            f"--stats: {path}: expected {', '.join(names)} of linears for --linear-bits auto, found no "
+            f"{', '.join(missing)}; make them with moeq calibrate --for {options.resolved_method}"
+        )
+    return found
 
 
 def _require(found: dict[str, LayerStatistics], method: Method, options: PlanOptions) -> None:

@@ -62,9 +62,8 @@ def with_statistics(
     if text is None or not reads_text(options):
         yield options
         return
-    method = METHODS[options.resolved_method]
     facts = calibration_facts(text, device)
-    wanted = StatisticsRequest(method.measures, options.bit_choices, options.seed)
+    wanted = StatisticsRequest(options.measures, options.bit_choices, options.seed)
     kept: Path | None = None
     try:
         with TemporaryDirectory() as temporary:

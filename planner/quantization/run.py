@@ -111,11 +111,11 @@ def quantize(
     Args:
         model: the source.
         layout: the source's layout.
-        plan: one width per expert.
+        plan: one width per expert, and perhaps one per linear.
         output: folder to create.
         settings: how to quantize.
         progress: shows the progress.
-        runner: runs the layers' tasks; None runs them one after the other in this process.
+        runner: runs the layers' tasks; None runs them one by one here.
         resume: continue an unfinished run instead of deleting it.
         calibration: facts about the runner's calibration text, for the report.
         claimed: function that may keep files in the unfinished folder, once it is this run's.
@@ -125,10 +125,10 @@ def quantize(
         The estimated sizes.
 
     Raises:
-        MoeqError: an error that the headers reveal, before anything is written; later a damaged tensor or a full disk,
-            and finished shards are kept for the next run.
+        MoeqError: what the headers reveal, before anything is written; later a damaged tensor or a full disk.
     """
     plan.check_against(layout, "plan")
+    settings = settings.with_linears(plan.linears)
     check_sizes(model, layout, settings)
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from planner.model.layout import Layout
@@ -81,6 +82,14 @@ class QuantizeSettings:
     def streams(self) -> int:
         """Number of streams of hidden states that quantizing carries; 0 without calibration."""
         return (2 if self.asymmetric else 1) if self.calibrated else 0
+
+    def with_linears(self, widths: Mapping[str, int]) -> QuantizeSettings:
+        """Return the settings with the widths that a plan gives linears; the same where it gives none.
+
+        Args:
+            widths: name of a linear, without ``.weight`` → its width.
+        """
+        return replace(self, linear=self.linear.model_copy(update={"widths": dict(widths)})) if widths else self
 
     def without_text(self, bits: int) -> str:
         """Return the name of the quantizer for experts of this width that uses the weights alone."""

@@ -55,13 +55,13 @@ def _plan_flags(facts: Facts) -> list[str] | None:
 
 def _quantizer_flags(facts: Facts) -> list[str]:
     recorded, config, default = facts.recorded, facts.config, QuantizeSettings()
-    calibration = recorded.calibration
+    calibration, chosen = recorded.calibration, facts.plan is not None and facts.plan.linears
     given: list[tuple[str, object, object]] = [
         ("--quantizer", recorded.quantizer or config.plan.quantizer, None),
         ("--one-bit", recorded.one_bit, default.one_bit),
         ("--zero-points", recorded.settings.zero_points, default.zero_points),
         ("--group-size", config.group_size, default.group_size),
-        ("--linear-bits", "auto" if config.linear.widths else config.linear.bits, default.linear.bits),
+        ("--linear-bits", "auto" if chosen or config.linear.widths else config.linear.bits, default.linear.bits),
         ("--linear-group-size", config.linear.group_size, None),
     ]
     if calibration is not None:

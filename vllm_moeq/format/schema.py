@@ -190,7 +190,7 @@ class MoeqConfig(Strict):
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
 
     def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
-        """Return the scheme of an expert's matrices; in format version 1 it is always the grid.
+        """Return the scheme of an expert's matrices; in both format versions it is always the grid.
 
         Args:
             prefix: the layer's key in ``experts``.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
 from planner.api.keywords.common import Count, one_of
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
@@ -102,18 +104,37 @@ class ComparedCodeKeywords(CodeKeywords):
         return GptqSettings() if QUANTIZERS[self.quantizer].calibrated else None
 
 
+AUTO = "auto"
+"""The value that has the plan choose."""
+
+LEAST = 4
+"""Width of linears where nothing says otherwise."""
+
+
+def _linear_bits(value: object) -> str:
+    """Return a width of linears as its digits, or ``auto``; a flag's text and a number are the same."""
+    name = str(value)
+    if name not in (AUTO, "4", "8", "16"):
+        raise ValueError("expected 4, 8 or 16, the widths that vLLM's kernels serve, or auto")
+    return name
+
+
+LinearBitsName = Annotated[int | str, AfterValidator(_linear_bits)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StorageKeywords:
     """The scales of experts, and the format of other linears.
 
     Attributes:
         group_size: expert weights per scale, a multiple of 32; -1 for whole rows.
-        linear_bits: width of attention and other linears: 4, 8 or 16.
+        linear_bits: width of attention and other linears: 4, 8 or 16; ``auto`` chooses for each, from the
+            same bytes as the experts; None is 4, or what a plan says.
         linear_group_size: weights of linears per scale; None is 128, or what a quarter of the input dimension allows.
     """
 
     group_size: int = QuantizeSettings.group_size
-    linear_bits: int = 4
+    linear_bits: LinearBitsName | None = None
     linear_group_size: int | None = None
 
     def checked_group_size(self) -> int:
@@ -123,11 +144,18 @@ class StorageKeywords:
             raise UsageError(f"--group-size: expected a multiple of {CODES_PER_BLOCK}, or -1, found {size}")
         return size
 
+    @property
+    def linears_compete(self) -> bool:
+        """Whether the plan chooses a width for each linear."""
+        return self.linear_bits == AUTO
+
     def linear(self, model: SourceModel, layout: Layout) -> Linear:
-        """Return the format of the linears that are not experts; raise UsageError for an impossible one."""
-        bits, group = self.linear_bits, self.linear_group_size
-        if bits not in (4, 8, 16):
-            raise UsageError(f"--linear-bits: expected 4, 8 or 16, the widths that vLLM's kernels serve, found {bits}")
+        """Return the format of the linears that are not experts, as long as there is no plan with their widths.
+
+        Raises:
+            UsageError: a group size that the format does not have.
+        """
+        bits, group = LEAST if self.linear_bits in (None, AUTO) else int(self.linear_bits), self.linear_group_size
         if group is None:
             return default_linear(model, layout, bits)
         if group < CODES_PER_BLOCK or group % CODES_PER_BLOCK:

@@ -19,6 +19,7 @@ from planner.model.source import SourceModel
 from planner.planning.method import Method, Scope
 from planner.planning.methods import METHODS
 from planner.planning.request import (
+    LinearChoice,
     PlanOptions,
     check_choices,
     check_options,
@@ -103,7 +104,14 @@ class WidthKeywords:
     seed: int = PlanOptions.seed
 
     def plan_options(
-        self, model: SourceModel, layout: Layout, settings: QuantizeSettings, *, text: bool, ranked: bool
+        self,
+        model: SourceModel,
+        layout: Layout,
+        settings: QuantizeSettings,
+        *,
+        text: bool,
+        ranked: bool,
+        linears: bool = False,
     ) -> PlanOptions:
         """Return the options of the plan.
 
@@ -113,6 +121,7 @@ class WidthKeywords:
             settings: how it will be quantized.
             text: whether a calibration text is given.
             ranked: whether experts are ranked; an estimate ranks none.
+            linears: whether linears compete with experts.
 
         Raises:
             MoeqError: a keyword that is no number, names no file, excludes another, or lacks what its method needs.
@@ -139,6 +148,9 @@ class WidthKeywords:
             quantizer=settings.quantizer,
             ranked=ranked,
             calibrated=text,
+            linears=LinearChoice(settings.group_size, settings.linear.group_size, settings.linears_calibrated)
+            if linears
+            else None,
         )
         _check(made, layout)
         return made

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -34,8 +35,23 @@ class LayerGradient:
     routed: Routed
 
 
+class Watch(Protocol):
+    """Gets the gradients of linears while a layer's are computed."""
+
+    def modules(self, index: int) -> Mapping[str, torch.nn.Module]:
+        """Return the linears of a layer to watch, by any names; the layer is loaded."""
+
+    def add(self, index: int, found: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take name → (inputs [sequences, length, K], gradients of the outputs [sequences, length, N]) of a batch."""
+
+
 def backward(
-    decoder: Decoder, store: HiddenStates, tokens: torch.Tensor, labels: Labels, seed: int
+    decoder: Decoder,
+    store: HiddenStates,
+    tokens: torch.Tensor,
+    labels: Labels,
+    seed: int,
+    watch: Watch | None = None,
 ) -> Iterator[LayerGradient]:
     """Yield the gradient of each MoE layer, last layer first.
 
@@ -45,6 +61,7 @@ def backward(
         tokens: int64 [sequences, length]; the first sequences of the store.
         labels: next tokens in the loss.
         seed: seed of drawn labels.
+        watch: gets the gradients of linears too.
     """
     shape = (*tokens.shape, decoder.config.hidden_size)
     above = store.scratch("gradient-0.bin", shape, torch.float32)
@@ -54,19 +71,48 @@ def backward(
         layer = decoder.moe.get(index)
         experts = None if layer is None else ExactExperts(decoder, layer)
         routed = _Parts(store, tokens.numel(), shape[2], decoder.dtype)
-        with decoder.layer(index, experts, differentiable=True) as call:
+        with (
+            decoder.layer(index, experts, differentiable=True) as call,
+            _noting(watch.modules(index) if watch else {}) as noted,
+        ):
             for begin, part in batches(store.load(index)[: len(tokens)], decoder.rows):
                 rows = slice(begin, begin + len(part))
                 inputs = part.to(decoder.device, decoder.dtype).requires_grad_()
                 output = call(inputs)
-                wanted = [inputs] if experts is None else [inputs, experts.outputs]
-                gradients = torch.autograd.grad(output, wanted, above[rows].to(output))
+                wanted = [inputs, *([] if experts is None else [experts.outputs])]
+                watched = [seen[1] for seen in noted.values()]
+                gradients = torch.autograd.grad(output, [*wanted, *watched], above[rows].to(output))
                 below[rows] = gradients[0].to(below)
                 if experts is not None:
                     routed.append(experts, gradients[1])
+                if watch is not None:
+                    pairs = zip(noted.items(), gradients[len(wanted) :], strict=True)
+                    watch.add(index, {name: (seen[0], gradient) for (name, seen), gradient in pairs})
+                noted.clear()
         if layer is not None:
             yield LayerGradient(index, routed.joined())
         above, below = below, above
+
+
+@contextmanager
+def _noting(
+    modules: Mapping[str, torch.nn.Module],
+) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield a dictionary that gets name → (input, output) of each module's last call."""
+    noted: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def note(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            noted[name] = arguments[0].detach(), output
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Parts:

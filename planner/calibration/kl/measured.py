@@ -56,8 +56,7 @@ def measure_divergence(
     found: dict[int, dict[Variant, float]] = {}
     if not wanted:
         return found
-    _, length, size = store.shape
-    most = max(1, AT_A_TIME // (sequences * length * size * store.dtype.itemsize))
+    most = at_a_time(store, sequences)
     parts = [
         (index, variants[begin : begin + most])
         for index, variants in wanted.items()
@@ -96,11 +95,39 @@ def _run(
     hidden, result = (store.scratch(f"variants-{number}.bin", shape, store.dtype) for number in range(2))
     hidden.view(len(variants), *start.shape)[:] = start
     finish(decoder, index, hidden, result, outputs.flatten(0, 1))
+    return divergences_behind(decoder, store, sequences, index, (hidden, result), around)
+
+
+def at_a_time(store: HiddenStates, sequences: int) -> int:
+    """Return the number of variants that pass through the model together."""
+    _, length, size = store.shape
+    return max(1, AT_A_TIME // (sequences * length * size * store.dtype.itemsize))
+
+
+def divergences_behind(
+    decoder: Decoder,
+    store: HiddenStates,
+    sequences: int,
+    index: int,
+    states: tuple[torch.Tensor, torch.Tensor],
+    around: Background | None = None,
+) -> list[float]:
+    """Return each variant's Σ KL, when the variants differ in one layer and pass through the later ones as one batch.
+
+    Args:
+        decoder: the model.
+        store: see :func:`measure_divergence`.
+        sequences: number of the store's sequences.
+        index: index of the layer in which they differ.
+        states: a tensor to write to, and the outputs of that layer, [variants × sequences, length, hidden].
+        around: see :func:`measure_divergence`.
+    """
+    hidden, result = states
     for later in range(index + 1, len(decoder)):
         hidden, result = result, hidden
         advance(decoder, later, hidden, result, store, around.widths if around else None)
     exact = store.load(len(decoder))[:sequences].flatten(0, 1)
-    return _divergences(decoder, exact, result.view(len(variants), tokens, size))
+    return _divergences(decoder, exact, result.view(-1, *exact.shape))
 
 
 def _divergences(decoder: Decoder, exact: torch.Tensor, others: torch.Tensor) -> list[float]:

@@ -100,8 +100,14 @@ class StorageFlags:
         int, typer.Option("--group-size", help="Expert weights per scale, a multiple of 32; -1 for whole rows.")
     ] = StorageKeywords.group_size
     linear_bits: Annotated[
-        int, typer.Option("--linear-bits", help="Width of attention and other linears: 4, 8 or 16.")
-    ] = StorageKeywords.linear_bits
+        str | None,
+        typer.Option(
+            "--linear-bits",
+            metavar="BITS",
+            help="Width of attention and other linears: 4, 8, 16, or auto: from the bytes of the experts "
+            "[4, or the plan's].",
+        ),
+    ] = None
     linear_group_size: Annotated[
         int | None,
         typer.Option("--linear-group-size", help="Weights of linears per scale [128, or what K / 4 is a multiple of]."),

@@ -18,9 +18,10 @@ from planner.common.progress import Progress
 from planner.exchange.dense import export_dense
 from planner.model.architectures import ARCHITECTURES
 from planner.model.layout import Layout, read_layout
+from planner.model.linear_groups import linear_groups
 from planner.model.source import SourceModel
 from tests.architectures import EXPERTS, FP4, TINY, build, quantize
-from vllm_moeq.format import CheckpointError, ShardSet, UsageError, expert_matrices, load_config, verify
+from vllm_moeq.format import CheckpointError, ShardSet, UsageError, expert_matrices, load_config, split_width, verify
 
 pytestmark = pytest.mark.slow
 
@@ -282,3 +283,11 @@ def test_layer_by_layer_the_model_computes_what_transformers_does(name: str, tmp
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
     assert (logits - expected).norm() / expected.norm() < 1e-5
+
+
+def test_each_linear_is_in_one_group_with_all_that_vllm_joins(layout: Layout) -> None:
+    groups = linear_groups(layout)
+    assert sorted(name for group in groups for name in group.names) == sorted(layout.linears)
+    for group in groups:
+        assert {layout.block_of(name) for name in group.names} == {layout.blocks[group.index]}
+    assert split_width({base: number for number, group in enumerate(groups) for base in group.bases}) is None

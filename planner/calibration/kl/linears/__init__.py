@@ -1,0 +1,1 @@
+"""Measure and estimate the KL divergence that rounding linears outside the experts adds."""
