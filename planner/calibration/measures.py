@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from planner.calibration.block_score import block_cosine, train_predictor
-from planner.calibration.kl.divergence import Effort, divergences
+from planner.calibration.kl.divergence import MEASURED_TOKENS, Effort, divergences
 from planner.calibration.kl.gains import gptq_gains
-from planner.calibration.kl.linears.costs import linear_costs
+from planner.calibration.kl.linears.costs import linear_costs, runs
 from planner.calibration.kl.linears.estimated import ESTIMATING
 from planner.calibration.kl.linears.gains import TRYING
 from planner.calibration.kl.linears.measured import MEASURING
@@ -21,6 +21,7 @@ from planner.calibration.reading.routed import Routed
 from planner.calibration.statistics import LINEARS, LayerStatistics
 from planner.common.progress import Progress
 from planner.model.layout import Layout
+from planner.model.linear_groups import linear_groups
 from planner.model.source import SourceModel
 
 Found = dict[str, dict[str, torch.Tensor]]
@@ -77,7 +78,7 @@ class Measure:
         share: keep hidden states for one in this many sequences, given the model's layout; None keeps none.
         check: raises UsageError, before any computation, if this machine cannot compute the measure.
         parts: names under which the work shows its progress, in order, each with its cost in passes of the text through
-            the model besides the pass that counts; measured on the shipped Mixtral.
+            the model besides the pass that counts, by layout and number of tokens; measured on the shipped Mixtral.
         of_linears: whether the values are those of groups of linears, under :data:`LINEARS`, not those of experts.
     """
 
@@ -85,13 +86,13 @@ class Measure:
     run: Callable[[MeasureInputs], tuple[Found, Facts]] | None = None
     share: Callable[[Layout], int] | None = None
     check: Callable[[SourceModel, Layout, torch.device], None] | None = None
-    parts: Callable[[Layout], Parts] = lambda _: ((READING, 1.0),)
+    parts: Callable[[Layout, int], Parts] = lambda *_: ((READING, 1.0),)
     layer: Callable[[Routed, int, int], dict[str, torch.Tensor]] | None = None
     of_linears: bool = False
 
-    def passes(self, layout: Layout) -> float:
-        """Return the cost in passes of the text through the model."""
-        return sum(passes for _, passes in self.parts(layout))
+    def passes(self, layout: Layout, tokens: int) -> float:
+        """Return the cost in passes of a text of some tokens through the model."""
+        return sum(passes for _, passes in self.parts(layout, tokens))
 
     def sequences(self, layout: Layout, total: int) -> int:
         """Return the number of sequences, out of ``total``, to keep hidden states for."""
@@ -213,14 +214,18 @@ def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, dev
             check(model, layout, device)
 
 
-def _kl_parts(layout: Layout) -> Parts:
+def _kl_parts(layout: Layout, _tokens: int) -> Parts:
     if not _is_small(layout):
         return ESTIMATED_PARTS
     return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 1.0))
 
 
-def _linear_parts(layout: Layout) -> Parts:
-    return ((MEASURING, 12.0), (TRYING, 0.5)) if _is_small(layout) else ESTIMATED_LINEARS
+def _linear_parts(layout: Layout, tokens: int) -> Parts:
+    """Return the work of measuring linears: a layer runs twice, as it does when it counts."""
+    if not _is_small(layout):
+        return ESTIMATED_LINEARS
+    passes = COUNTING_PASSES * runs(linear_groups(layout), layout.num_layers) / layout.num_layers
+    return ((MEASURING, passes * min(1.0, MEASURED_TOKENS / tokens)), (TRYING, 0.5))
 
 
 ESTIMATED_LINEARS: Parts = ((ESTIMATING, 1.5), (TRYING, 0.1))
@@ -230,23 +235,23 @@ ESTIMATED_PARTS: Parts = (("gradients", 1.5), ("gains of GPTQ", 0.5))
 """The work of an estimate of the KL divergence."""
 
 MEASURES: dict[str, Measure] = {
-    "error": Measure(("error_{bits}",), parts=lambda _: ((READING, 1.7),)),
+    "error": Measure(("error_{bits}",), parts=lambda *_: ((READING, 1.7),)),
     "block": Measure(("block_cosine", "block_score"), layer=_block),
     "kl": Measure(("kl_{bits}", "kl_gptq_{bits}"), _measured, _share, parts=_kl_parts),
     "kl-estimated": Measure(
         ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated, lambda _: ESTIMATED_SHARE,
-        parts=lambda _: ESTIMATED_PARTS,
+        parts=lambda *_: ESTIMATED_PARTS,
     ),
     "kl-linears": Measure(
         ("kl_{bits}", "kl_gptq_{bits}"), _measured_linears, _share, parts=_linear_parts, of_linears=True
     ),
     "kl-estimated-linears": Measure(
         ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated_linears, lambda _: ESTIMATED_SHARE,
-        parts=lambda _: ESTIMATED_LINEARS, of_linears=True,
+        parts=lambda *_: ESTIMATED_LINEARS, of_linears=True,
     ),
-    "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda _: (("gradients", 9.0),)),
+    "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda *_: (("gradients", 9.0),)),
     "hessian": Measure(
         ("hessian_{bits}",), _hessian, check=_hessian_fits,
-        parts=lambda _: (("Hessian traces", 30.0), ("rounding experts", 1.0)),
+        parts=lambda *_: (("Hessian traces", 30.0), ("rounding experts", 1.0)),
     ),
 }  # fmt: skip

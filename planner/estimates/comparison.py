@@ -76,7 +76,8 @@ def _statistics_passes(run: ComparisonRun) -> float:
         for name in run.wanted.methods
         if METHODS[name].calibrated
     }
-    return run.wanted.seeds * sum(passes_of(run.layout, measures) for measures, _ in distinct)
+    tokens = run.wanted.samples * run.wanted.length
+    return run.wanted.seeds * sum(passes_of(run.layout, measures, tokens) for measures, _ in distinct)
 
 
 def _evaluation_ram(run: ComparisonRun, tokens: int, states: int) -> int:

@@ -28,7 +28,7 @@ def statistics_parts(
 ) -> list[Part]:
     """Return the parts of collecting statistics from a text."""
     one = reading_seconds(config, layout, replace(reading, streams=0), 1.0, device)
-    works = [work for name in measures for work in MEASURES[name].parts(layout)]
+    works = [work for name in measures for work in MEASURES[name].parts(layout, reading.tokens)]
     meanwhile = sum(passes for name, passes in works if name == READING)
     later: list[Part] = [(name, one * passes) for name, passes in works if name != READING]
     return [(READING, one * (COUNTING_PASSES + meanwhile)), *later]

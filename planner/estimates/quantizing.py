@@ -30,9 +30,9 @@ STATISTICS_BYTES, COUNTS = 8, 4
 """Bytes of a value in the statistics, and number of values that every expert has."""
 
 
-def passes_of(layout: Layout, measures: Sequence[str]) -> float:
-    """Return the number of passes of a text through the model that some measures need."""
-    return COUNTING_PASSES + sum(MEASURES[name].passes(layout) for name in measures)
+def passes_of(layout: Layout, measures: Sequence[str], tokens: int) -> float:
+    """Return the number of passes of a text of some tokens through the model that some measures need."""
+    return COUNTING_PASSES + sum(MEASURES[name].passes(layout, tokens) for name in measures)
 
 
 def quantize_needs(
@@ -65,7 +65,7 @@ def quantize_needs(
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
         if measures:
             alone = replace(reading, streams=0)
-            seconds += reading_seconds(config, layout, alone, passes_of(layout, measures), device)
+            seconds += reading_seconds(config, layout, alone, passes_of(layout, measures, reading.tokens), device)
     return Needs(
         written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.scheme),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
@@ -123,7 +123,7 @@ def _reading_needs(
         temporary_bytes=hidden_bytes(config, reading),
         ram_bytes=reading_ram(config, layout, reading, None, device.type),
         device_bytes=_device_bytes(model, layout, reading, device),
-        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures), device),
+        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures, reading.tokens), device),
     )
 
 

@@ -19,7 +19,7 @@ from planner.reporting.card import BEGIN, END, refresh_card
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer
 from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
-from vllm_moeq.format.schema import first_problem
+from vllm_moeq.format.problems import first_problem
 
 LIMIT = 1 << 16
 PLAN = {"method": "kl", "avg_bits": 2.0, "achieved_avg_bits": 2.0, "bit_choices": [1, 2, 3]}

@@ -102,6 +102,22 @@ def test_neither_threads_nor_other_tokens_change_a_result(bits: int) -> None:
         torch.set_num_threads(before)
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_both_widths_in_one_model(dtype: torch.dtype) -> None:
+    """The calls share scratch memory, and one linear's output is the next one's input."""
+    layers = []
+    for rows, columns, bits in ((96, 64, 8), (160, 96, 4), (64, 160, 8)):
+        words, scales = random_linear(rows, columns, 32, bits)
+        layers.append((NativeLinear(words, scales, bits), linear_values(words, scales, bits).double()))
+    for tokens in (1, 70):
+        x = torch.randn((tokens, 64), generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        for kernel, weight in layers:
+            found = kernel(x)
+            assert difference(found, x.double() @ weight.T) < LIMIT[dtype]
+            x = found
+
+
 @both_widths
 def test_infinite_activations_spoil_their_row_alone(bits: int) -> None:
     words, scales = random_linear(32, 64, 64, bits)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
@@ -19,6 +20,7 @@ from tests.format.test_schema import VALID
 from vllm_moeq.format import JOINED, ConfigError, joined, parse_config
 from vllm_moeq.format.linears import split_width
 from vllm_moeq.serving.linear_widths import LinearWidths, parts_of
+from vllm_moeq.serving.metrics import NAME, publish
 
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp.shared_expert"
@@ -102,6 +104,13 @@ def test_vllms_own_method_gets_the_width(widths: dict[str, int], bits: int, monk
     method = linears(widths).method(layer, f"{ATTENTION}.qkv_proj", {}, torch.bfloat16)
     assert type(method).__name__ == "CompressedTensorsLinearMethod"
     assert layer.scheme.num_bits == bits
+
+
+def test_the_metric_names_every_width() -> None:
+    config = {**VALID, "format_version": 2, "linear": {"bits": 8, "group_size": 32, "widths": {"a.b": 4}}}
+    publish(parse_config(config, "config.json"))
+    labels = [sample.labels for metric in REGISTRY.collect() for sample in metric.samples if sample.name == NAME]
+    assert [it["linear_bits"] for it in labels] == ["4,8"]
 
 
 def test_a_name_without_parent_is_its_own_part() -> None:

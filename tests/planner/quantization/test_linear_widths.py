@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from planner.reporting.command_lines import quantize_line
 from planner.reporting.facts import collect
 from tests.by_hand import in_turn, quantize_by_hand
 from tests.conftest import WIDTHS
-from vllm_moeq.format import Linear, ShardSet, UsageError, linear_values, load_config
+from vllm_moeq.completeness import verify_whole
+from vllm_moeq.format import Linear, MoeqError, ShardSet, UsageError, linear_values, load_config
 from vllm_moeq.format.linears import SCALES, WORDS
 
 pytestmark = pytest.mark.slow
@@ -92,6 +94,29 @@ def test_widths_that_do_not_fit_the_model_are_refused(widths: dict[str, int], me
     linear = Linear.model_validate({"bits": 4, "group_size": 32, "widths": widths})
     with SourceModel(tiny_mixtral) as model, pytest.raises(UsageError, match=message):
         check_sizes(model, read_layout(model), QuantizeSettings(group_size=32, linear=linear))
+
+
+LIES: dict[str, Callable[[dict[str, int]], dict[str, int]]] = {
+    "4 where 8 are stored": lambda _: {},
+    "8 where 4 are stored": lambda widths: {**widths, "model.layers.1.self_attn.o_proj": 8},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_width_that_is_not_the_files_is_refused(
+    lie: str, mixed: Path, change_config: Callable[..., None], tmp_path: Path
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        linear, found = config["quantization_config"]["linear"], LIES[lie](dict(stored.widths))
+        config["quantization_config"].update(
+            format_version=2 if found else 1,
+            linear={**{key: linear[key] for key in ("bits", "group_size")}, **({"widths": found} if found else {})},
+        )
+
+    stored, folder = load_config(mixed).linear, Path(shutil.copytree(mixed, tmp_path / "copy"))
+    change_config(folder, change)
+    with pytest.raises(MoeqError, match=rf"self_attn\.o_proj\.weight_packed: .* words do not fit {lie[0]} bits"):
+        verify_whole(folder)
 
 
 def test_verify_counts_them(mixed: Path, moeq: Moeq) -> None:

@@ -48,7 +48,7 @@ def linear_costs(
     formats = [default_linear(decoder.model, decoder.layout, bits) for bits in WIDTHS]
     if not groups:
         return {name: torch.zeros(0) for bits in WIDTHS for name in (f"{bits}", f"gptq_{bits}")}, 0
-    measured = effort.passes >= effort.tokens * len(WIDTHS) * _layers(groups, len(decoder)) > 0
+    measured = effort.passes >= effort.tokens * runs(groups, len(decoder)) > 0
     if measured:
         found, counted = measure_linears(decoder, store, effort.sequences, groups, formats, progress), effort.tokens
     else:
@@ -63,6 +63,6 @@ def linear_costs(
     return costs, len(groups) * len(WIDTHS) if measured else 0
 
 
-def _layers(groups: Sequence[LinearGroup], layers: int) -> int:
-    """Return the number of layers that must run to measure each group once: those before it do not change."""
-    return sum(layers - group.index for group in groups)
+def runs(groups: Sequence[LinearGroup], layers: int) -> int:
+    """Return the number of runs of a layer that measure all groups: the layers before a group do not change."""
+    return len(WIDTHS) * sum(layers - group.index for group in groups)
