@@ -9,7 +9,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.models.train_model import read_sources
+from benchmarks.models.corpus import read_sources
 
 CHARACTERS = 300_000
 LENGTHS = range(2_000, 20_000)

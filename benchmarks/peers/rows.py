@@ -86,6 +86,7 @@ def rows(bits: int) -> list[Row]:
     others = [
         Row("HQQ", "hqq", bits, hqq(bits)),
         Row("GPTQModel", "gptqmodel", bits, gptq(bits)),
+        Row("GPTQModel, searched scales", "gptqmodel", bits, gptq(bits), {"sym": False, "mse": 2.0}),
         *(Row(f"AutoRound, {label}", "auto-round", bits, gptq(bits), options) for label, options in RECIPES.items()),
         *(Row(f"llama.cpp {name}, imatrix", "llama.cpp", bits, ggml(BLOCK, size), {"type": name, "bytes": size})
           for name, size in BLOCK_BYTES[bits].items()),

@@ -5,7 +5,7 @@
 Only experts are quantized; other linears keep 16 bits. Bits contain scales and zero points. Each package gets a virtual
 environment of its own in ``--environments``, made by pip when it is first needed. ``--output`` keeps a JSON file per
 row; a row that has one is not measured again, so the same command continues a run that was killed. A row that failed
-is tried again.
+is tried again. After a change of our code name another folder.
 """
 
 from __future__ import annotations

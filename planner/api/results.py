@@ -129,8 +129,8 @@ class Compared:
 
     Attributes:
         output: the folder with the tables, as Markdown, CSV and JSON, and the plot.
-        rows: the original, then a row for each method, average and seed, with ``perplexity``, ``kl``, ``same_top``,
-            ``bytes`` and others.
+        rows: the original, then a row for each method, average and seed, with ``perplexity``, ``kl`` and its tail
+            (``kl_99``, ``kl_max``), ``same_top``, ``fallbacks``, ``bytes`` and others.
     """
 
     output: Path

@@ -21,7 +21,8 @@ from planner.output.unfinished import PartialRun
 from planner.text.documents import digest
 
 Row = dict[str, Any]
-"""One result: method, average, seed, odp, achieved, bytes, cost, scores, and [value, standard error] of each task."""
+"""One result: method, average, seed, odp, achieved, bytes, cost, scores, ``fallbacks`` (how many experts a quantizer
+with calibration could not calibrate; None without calibration), and [value, standard error] of each task."""
 
 
 def compare(

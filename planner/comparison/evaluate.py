@@ -18,6 +18,7 @@ from planner.calibration.reading.routed import first_hidden
 from planner.common.progress import duration
 from planner.comparison.candidates import Candidate, CheckpointWeights, DenseWeights, RoundedWeights, Weights
 from planner.comparison.entries import Entry
+from planner.comparison.fallbacks import INDEX, count_fallbacks
 from planner.comparison.forward import read_text
 from planner.comparison.quantize_task import QuantizeTask
 from planner.comparison.request import ComparisonRun
@@ -69,6 +70,8 @@ def evaluate(run: ComparisonRun, found: Sequence[Entry], held_out: Sequence[str]
         for (key, entry), value in zip(group, score(decoder, exact, states, targets, names), strict=True):
             folder = _folder(run, entry)
             more = _tasks(run, folder) if (folder / "config.json").is_file() else {}
+            calibrated = run.wanted.settings.calibrated or entry.plan is None
+            more["fallbacks"] = count_fallbacks(folder) if calibrated else None
             _remember(run, key, value.as_dict() | more)
         for folder in {_folder(run, entry) for _, entry in group}:
             if not any(_folder(run, entry) == folder for _, entry in missing[begin + size :]):
@@ -121,7 +124,7 @@ def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
         return CheckpointWeights(folder, settings.linears_calibrated)
     if entry.plan is not None:
         return RoundedWeights(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
-    if not (folder / "model.safetensors.index.json").is_file():
+    if not (folder / INDEX).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         tokens, bits = run.text(entry.seed).tokens, int(entry.average)
         write_slim(

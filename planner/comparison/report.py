@@ -7,6 +7,8 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ Value = tuple[float, float]
 
 COLUMNS = (
     "method", "average", "achieved", "seed", "odp", "bytes", "perplexity", "perplexity_error", "kl", "kl_error",
-    "kl_median", "kl_99", "kl_max", "same_top", "tokens",
+    "kl_median", "kl_99", "kl_max", "same_top", "tokens", "fallbacks",
 )  # fmt: skip
 
 
@@ -55,29 +57,68 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], dict[float, list[Row
     return found
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A table with a line per method and a column per average.
+
+    Attributes:
+        title: its title.
+        value: a function that returns a cell's value and spread from the rows of all seeds; no value leaves the cell
+            empty, no spread is not shown.
+        digits: digits after the point.
+    """
+
+    title: str
+    value: Callable[[Sequence[Row]], tuple[float, float | None] | None]
+    digits: int
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """Return a cell."""
+        found = self.value(rows) if rows else None
+        if found is None:
+            return ""
+        value, spread = found
+        return f"{value:.{self.digits}f}" + ("" if spread is None else f" ± {spread:.{self.digits}f}")
+
+
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return (title, header, lines) for every table."""
-    original, groups = rows[0], grouped(rows)
+    groups = grouped(rows)
     averages = sorted({average for found in groups.values() for average in found})
     header = ["method", *(f"{average:g} bits" for average in averages)]
-    scores: list[tuple[str, Callable[[Sequence[Row]], Value], int]] = [
-        (f"Perplexity (original {original['perplexity']:.3f})", lambda found: cell(found, "perplexity"), 3),
-        ("KL divergence to the original, nats per token", lambda found: cell(found, "kl"), 5),
-    ]
-    for task, (value, _) in original.get("tasks", {}).items():
-        scores.append((f"{task} (original {value:.4f})", lambda found, task=task: task_cell(found, task), 4))  # type: ignore[misc]
     result = []
-    for title, score, digits in scores:
-        known = {
-            key: {average: score(of) for average, of in found.items() if "tasks" not in original or "tasks" in of[0]}
-            for key, found in groups.items()
-        }
-        lines = []
-        for key, found in known.items():
-            values = [f"{found[a][0]:.{digits}f} ± {found[a][1]:.{digits}f}" if a in found else "" for a in averages]
-            lines.append([_label(*key), *values])
-        result.append((title, header, lines))
+    for shown in _shown(rows):
+        lines = [[_label(*key), *(shown.text(found.get(a, ())) for a in averages)] for key, found in groups.items()]
+        result.append((shown.title, header, lines))
     return [*result, _cost_table(groups)]
+
+
+def _shown(rows: Sequence[Row]) -> list[Shown]:
+    """Return the tables that the rows have values for."""
+    original = rows[0]
+    found = [
+        Shown(f"Perplexity (original {original['perplexity']:.3f})", lambda of: cell(of, "perplexity"), 3),
+        Shown("KL divergence to the original, nats per token", lambda of: cell(of, "kl"), 5),
+        Shown("99th percentile of the KL divergence over tokens, nats", lambda of: seeds(of, "kl_99"), 4),
+        Shown("Largest KL divergence of any token, nats", lambda of: seeds(of, "kl_max"), 3),
+    ]
+    if any(row.get("fallbacks") is not None for row in rows):
+        found.append(Shown("Experts that fell back from calibration", lambda of: seeds(of, "fallbacks"), 0))
+    for task, (value, _) in original.get("tasks", {}).items():
+        found.append(Shown(f"{task} (original {value:.4f})", partial(_task, task), 4))
+    return found
+
+
+def seeds(rows: Sequence[Row], name: str) -> tuple[float, float | None] | None:
+    """Return a number's mean over seeds and its deviation among several; None if a row lacks it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if len(values) < len(rows):
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _task(task: str, rows: Sequence[Row]) -> Value | None:
+    return task_cell(rows, task) if "tasks" in rows[0] else None
 
 
 def _label(method: str, odp: float) -> str:

@@ -11,6 +11,7 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed, finish, first_hidden, route
 from planner.common.progress import Progress
+from planner.comparison.fallbacks import INDEX, KEY
 from planner.comparison.forward import rounded_linears
 from planner.model.layout import MoeLayer
 from planner.output.files import write_json, write_tensors
@@ -54,6 +55,7 @@ def write_slim(
     """
     folder.mkdir()
     names: dict[str, str] = {}
+    fallbacks = 0
     with TemporaryDirectory() as temporary:
         store = first_hidden(decoder, tokens, Path(temporary))
         for index in progress.track(range(len(decoder)), "quantizing by Slim-LLM"):
@@ -62,21 +64,25 @@ def write_slim(
             if layer is not None:
                 routed = route(decoder, index, hidden, store, replaced)
                 shard = f"layer-{index:05d}.safetensors"
-                tensors = _layer(decoder, layer, routed, bits, group_size, min_tokens)
+                tensors, missed = _layer(decoder, layer, routed, bits, group_size, min_tokens)
+                fallbacks += missed
                 write_tensors(folder / shard, tensors)
                 names.update(dict.fromkeys(tensors, shard))
                 outputs = routed.outputs
             finish(decoder, index, hidden, store.create(index + 1), outputs, replaced)
             store.complete(index + 1)
             store.drop(index)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": names})
+    write_json(folder / INDEX, {"metadata": {KEY: fallbacks}, "weight_map": names})
 
 
 def _layer(
     decoder: Decoder, layer: MoeLayer, routed: Routed, bits: int, group_size: int, min_tokens: int
-) -> dict[str, torch.Tensor]:
-    """Return the dequantized expert matrices of a layer, and add their outputs to ``routed.outputs``."""
-    tensors = {}
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the dequantized expert matrices of a layer, and how many experts were not calibrated.
+
+    Their outputs are added to ``routed.outputs``.
+    """
+    tensors, missed = {}, 0
     for expert in range(layer.num_experts):
         exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
         tokens, _ = routed.slots(expert)
@@ -86,13 +92,14 @@ def _layer(
         except NotPositiveDefiniteError:
             found = None
         if found is None:
+            missed += 1
             quantizer = quantizer_for(bits, DEFAULT, DEFAULT_ONE_BIT)
             found = ExpertWeights(*(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices()))
         for part, weights, places in routed.chunks(expert, decoder.device):
             routed.add(places, (found.inner(part.float(), decoder.activation) @ found.down.mT) * weights[:, None])
         for projection, matrix in zip(layer.projections.names(), found.matrices(), strict=True):
             tensors[layer.weight(expert, projection)] = matrix.cpu().contiguous()
-    return tensors
+    return tensors, missed
 
 
 def _expert(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int, group_size: int) -> ExpertWeights:

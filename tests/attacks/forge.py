@@ -14,6 +14,7 @@ INDEX = "model.safetensors.index.json"
 LAYER = "model.layers.0.block_sparse_moe.experts"
 TENSOR = f"{LAYER}.3.w2"
 ATTENTION = "model.layers.0.self_attn.q_proj"
+OUTPUT = "model.layers.0.self_attn.o_proj"
 
 Edit = Callable[[Any], Any]
 
@@ -42,6 +43,11 @@ def ours(edit: Edit) -> Callable[[Path], None]:
             value["quantization_config"] = changed
 
     return config(change)
+
+
+def widths(found: Any, version: int = 2) -> Callable[[Path], None]:
+    """Give single linears a width."""
+    return ours(lambda it: it.update(format_version=version, linear={**it["linear"], "widths": found}))
 
 
 def config_text(old: str, new: str) -> Callable[[Path], None]:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from benchmarks.models.train_model import LARGE, architecture, layer_balance, limited
 from benchmarks.replication.paper import run as paper
 from benchmarks.replication.paper.common import Result, markdown_table
 from benchmarks.replication.paper.tables import ABLATION, ZETAS
@@ -155,20 +153,3 @@ def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_tables_are_markdown() -> None:
     assert markdown_table(["a", "b"], [[1, "x"]]) == ["| a | b |", "| --- | --- |", "| 1 | x |"]
-
-
-def test_the_larger_testbed_is_a_mixtral_of_170_million_parameters() -> None:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(LARGE))
-    assert 100e6 < sum(parameter.numel() for parameter in model.parameters()) < 300e6
-    assert list(limited(["ab", "c", "d"], 3)) == ["ab", "c"]
-
-
-def test_layers_are_balanced_each_for_itself() -> None:
-    first = torch.tensor([[9.0, 0.0, 0.0, 0.0]]).repeat(8, 1)
-    apart = [first, first.roll(1, dims=1), first.roll(2, dims=1), first.roll(3, dims=1)]
-    even = [9.0 * torch.eye(4).repeat(2, 1)] * 4
-    assert float(layer_balance(apart, 1)) == pytest.approx(4, rel=0.01)
-    assert float(layer_balance(even, 1)) == pytest.approx(1)

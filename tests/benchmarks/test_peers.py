@@ -63,7 +63,7 @@ def test_bits_contain_what_groups_share() -> None:
     assert Storage(2, 64, 32).bits == 2.5
     assert {row.label: round(row.storage.bits, 2) for row in rows(2) if row.peer != OURS} == {
         "HQQ": 2.25, "GPTQModel": 2.14, "AutoRound, 50 steps": 2.14, "AutoRound, 200 steps": 2.14,
-        "AutoRound, best": 2.14,
+        "AutoRound, best": 2.14, "GPTQModel, searched scales": 2.14,
         "llama.cpp IQ2_XXS, imatrix": 2.06, "llama.cpp IQ2_XS, imatrix": 2.31, "llama.cpp IQ2_S, imatrix": 2.56,
         "llama.cpp Q2_K, imatrix": 2.62,
     }  # fmt: skip

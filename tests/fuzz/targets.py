@@ -19,7 +19,7 @@ from planner.reporting.card import BEGIN, END, refresh_card
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer
 from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
-from vllm_moeq.format.schema import first_problem
+from vllm_moeq.format.problems import first_problem
 
 LIMIT = 1 << 16
 PLAN = {"method": "kl", "avg_bits": 2.0, "achieved_avg_bits": 2.0, "bit_choices": [1, 2, 3]}
@@ -33,6 +33,11 @@ CONFIG = {
     "unquantized": ["lm_head"],
     "plan": {**PLAN, "zeta": 3.0, "fallback": {"model.layers.0.experts": [0]}},
     "odp": {"model.layers.0.experts": 0.5},
+}
+WITH_WIDTHS = {
+    **CONFIG,
+    "format_version": 2,
+    "linear": {"bits": 4, "group_size": 32, "widths": {"model.layers.0.self_attn.o_proj": 8}},
 }
 WHOLE_PLAN = {
     "version": 1,
@@ -203,7 +208,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 def seeds(target: str) -> list[bytes]:
     """Return inputs that a target accepts, to start from."""
     if target == "schema":
-        return [json.dumps(value).encode() for value in (CONFIG, WHOLE_PLAN)]
+        return [json.dumps(value).encode() for value in (CONFIG, WITH_WIDTHS, WHOLE_PLAN)]
     if target == "headers":
         shard = save({"a": torch.arange(6).view(2, 3).int(), "b": torch.ones(2, 2).bfloat16()}, {"format": "pt"})
         index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}).encode()

@@ -15,6 +15,7 @@ LIMIT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 """Largest ‖difference‖ / ‖exact‖; those of 16 bits are the roundings of the result, which nobody can avoid."""
 
 each_isa = pytest.mark.usefixtures("isa")
+both_widths = pytest.mark.parametrize("bits", [4, 8])
 
 
 @pytest.fixture(params=instruction_sets())
@@ -39,7 +40,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 @each_isa
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("group", [32, 96, 128, 384])
-@pytest.mark.parametrize("bits", [4, 8])
+@both_widths
 def test_agrees_with_float64(bits: int, group: int, dtype: torch.dtype) -> None:
     """One token, few, more than are multiplied at once and than a part has; rows that fill no panel."""
     words, scales = random_linear(77, 384, group, bits)
@@ -53,7 +54,7 @@ def test_agrees_with_float64(bits: int, group: int, dtype: torch.dtype) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("bits", [4, 8])
+@both_widths
 @pytest.mark.parametrize("dtype", LIMIT)
 def test_unit_vectors_read_out_the_weights_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
     words, scales = random_linear(40, 64, 32, bits)
@@ -62,19 +63,21 @@ def test_unit_vectors_read_out_the_weights_bit_for_bit(bits: int, dtype: torch.d
 
 
 @each_isa
-def test_scales_that_float16_cannot_hold() -> None:
-    words, scales = random_linear(33, 128, 64, 4)
+@both_widths
+def test_scales_that_float16_cannot_hold(bits: int) -> None:
+    words, scales = random_linear(33, 128, 64, bits)
     scales *= 1e-6
-    kernel = NativeLinear(words, scales, 4)
+    kernel = NativeLinear(words, scales, bits)
     assert kernel.wide
-    assert not NativeLinear(words, scales * 1e6, 4).wide
+    assert not NativeLinear(words, scales * 1e6, bits).wide
     x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0))
-    assert difference(kernel(x), x.double() @ linear_values(words, scales, 4).double().T) < LIMIT[torch.float32]
+    assert difference(kernel(x), x.double() @ linear_values(words, scales, bits).double().T) < LIMIT[torch.float32]
 
 
-def test_shapes_of_activations() -> None:
-    words, scales = random_linear(48, 64, 64, 4)
-    kernel = NativeLinear(words, scales, 4)
+@both_widths
+def test_shapes_of_activations(bits: int) -> None:
+    words, scales = random_linear(48, 64, 64, bits)
+    kernel = NativeLinear(words, scales, bits)
     x = torch.randn((2, 3, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(kernel(x), kernel(x.reshape(6, 64)).reshape(2, 3, 48))
     assert torch.equal(kernel(x[:, ::2]), kernel(x[:, ::2].contiguous()))
@@ -82,9 +85,10 @@ def test_shapes_of_activations() -> None:
 
 
 @each_isa
-def test_neither_threads_nor_other_tokens_change_a_result() -> None:
-    words, scales = random_linear(200, 256, 64, 4)
-    kernel = NativeLinear(words, scales, 4)
+@both_widths
+def test_neither_threads_nor_other_tokens_change_a_result(bits: int) -> None:
+    words, scales = random_linear(200, 256, 64, bits)
+    kernel = NativeLinear(words, scales, bits)
     x = torch.randn((90, 256), generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     try:
@@ -98,26 +102,45 @@ def test_neither_threads_nor_other_tokens_change_a_result() -> None:
         torch.set_num_threads(before)
 
 
-def test_infinite_activations_spoil_their_row_alone() -> None:
-    words, scales = random_linear(32, 64, 64, 4)
+@each_isa
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_both_widths_in_one_model(dtype: torch.dtype) -> None:
+    """The calls share scratch memory, and one linear's output is the next one's input."""
+    layers = []
+    for rows, columns, bits in ((96, 64, 8), (160, 96, 4), (64, 160, 8)):
+        words, scales = random_linear(rows, columns, 32, bits)
+        layers.append((NativeLinear(words, scales, bits), linear_values(words, scales, bits).double()))
+    for tokens in (1, 70):
+        x = torch.randn((tokens, 64), generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        for kernel, weight in layers:
+            found = kernel(x)
+            assert difference(found, x.double() @ weight.T) < LIMIT[dtype]
+            x = found
+
+
+@both_widths
+def test_infinite_activations_spoil_their_row_alone(bits: int) -> None:
+    words, scales = random_linear(32, 64, 64, bits)
     x = torch.ones(2, 64)
     x[0, 5] = float("inf")
-    found = NativeLinear(words, scales, 4)(x)
+    found = NativeLinear(words, scales, bits)(x)
     assert not found[0].isfinite().any()
     assert found[1].isfinite().all()
 
 
-def test_weights_of_another_size_are_refused() -> None:
-    words, scales = random_linear(32, 64, 64, 4)
-    kernel = NativeLinear(words, scales, 4)
+@both_widths
+def test_weights_of_another_size_are_refused(bits: int) -> None:
+    words, scales = random_linear(32, 64, 64, bits)
+    kernel = NativeLinear(words, scales, bits)
     kernel.rows = 33
     with pytest.raises(RuntimeError, match=r"expected \d+ bytes of weights, found \d+"):
         kernel(torch.ones(1, 64))
 
 
-def test_can_be_traced() -> None:
-    words, scales = random_linear(48, 64, 64, 4)
-    kernel = NativeLinear(words, scales, 4)
+@both_widths
+def test_can_be_traced(bits: int) -> None:
+    words, scales = random_linear(48, 64, 64, bits)
+    kernel = NativeLinear(words, scales, bits)
     x = torch.ones(3, 64)
     assert torch.equal(torch.compile(kernel, backend="eager", fullgraph=True)(x), kernel(x))
 

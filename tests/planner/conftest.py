@@ -20,11 +20,12 @@ QUIET = Progress(quiet=True)
 def integer_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that quantizes a model with integer zero points, experts in turn to 2, 3, 4 and 8 bits."""
 
-    def make(source: Path, quantizer: str, linear_bits: int, group_size: int) -> Path:
+    def make(source: Path, quantizer: str, linear_bits: int, group_size: int, *, mixed_linears: bool = False) -> Path:
         return quantize_by_hand(
             source, tmp_path_factory.mktemp("integer") / source.name,
             lambda layer: [WIDTHS[(expert + layer.index) % 4] for expert in range(layer.num_experts)],
             quantizer=quantizer, one_bit="sign", linear_bits=linear_bits, group_size=group_size, zero_points="integer",
+            mixed_linears=mixed_linears,
         )  # fmt: skip
 
     return make

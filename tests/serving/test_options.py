@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ from vllm_moeq.serving.options import OPTIONS, check_options
 pytestmark = pytest.mark.slow
 
 
-def config_of(folder: Path, **flags: Any) -> VllmConfig:
+def config_of(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", **flags: Any) -> VllmConfig:
     return EngineArgs(
-        model=str(folder), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True, **flags
+        model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True, **flags
     ).create_engine_config()
 
 

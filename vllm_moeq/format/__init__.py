@@ -8,6 +8,7 @@ from vllm_moeq.format.files import parse_json, read_json
 from vllm_moeq.format.headers import TensorInfo
 from vllm_moeq.format.linears import JOINED, LINEAR_SUFFIXES, joined, linear_values, split_width
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
+from vllm_moeq.format.problems import first_problem
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
     FORMAT_VERSIONS,
@@ -16,7 +17,6 @@ from vllm_moeq.format.schema import (
     MoeqConfig,
     PlanSummary,
     Projections,
-    first_problem,
     parse_config,
     version_for,
 )

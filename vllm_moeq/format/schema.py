@@ -19,6 +19,7 @@ from pydantic import (
 
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
+from vllm_moeq.format.problems import first_problem, refuse_crowds
 from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
@@ -29,6 +30,8 @@ MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_NAMES = 100_000
 MAX_LINEARS = 16 * MAX_LAYERS
+MORE_KEYS = {"linear.widths": MAX_LINEARS}
+"""Place of an object in a ``quantization_config`` → its largest number of keys, where that is not ``MAX_LAYERS``."""
 
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
@@ -190,7 +193,7 @@ class MoeqConfig(Strict):
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
 
     def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
-        """Return the scheme of an expert's matrices; in format version 1 it is always the grid.
+        """Return the scheme of an expert's matrices; in both format versions it is always the grid.
 
         Args:
             prefix: the layer's key in ``experts``.
@@ -276,45 +279,8 @@ def parse_config(data: Any, where: str) -> MoeqConfig:
             f"{where}: format_version must be {' or '.join(map(str, FORMAT_VERSIONS))}, found {version!r:.80}; "
             "a newer version of vllm-moeq may know it"
         )
-    refuse_crowds(data, where)
+    refuse_crowds(data, where, MAX_LAYERS, MORE_KEYS)
     try:
         return MoeqConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_problem(error)}") from None
-
-
-MORE_KEYS = {"linear.widths": MAX_LINEARS}
-"""Place of an object in a ``quantization_config`` → its largest number of keys, where that is not ``MAX_LAYERS``."""
-
-
-def refuse_crowds(data: Any, where: str, most: int = MAX_LAYERS) -> None:
-    """Refuse an object with too many keys, because pydantic would first collect an error for each of them.
-
-    Args:
-        data: the parsed JSON value, at most 64 levels deep.
-        where: its name in error messages.
-        most: the largest allowed number of keys of one object.
-
-    Raises:
-        ConfigError: an object has more keys; the message names it.
-    """
-    waiting: list[tuple[str, Any]] = [("", data)]
-    while waiting:
-        place, value = waiting.pop()
-        if not isinstance(value, dict):
-            continue
-        bound = MORE_KEYS.get(place, most)
-        if len(value) > bound:
-            raise ConfigError(f"{where}: {place or 'the object'}: expected at most {bound} keys, found {len(value)}")
-        for key, child in value.items():
-            waiting.append((f"{place}.{key!s:.80}".removeprefix("."), child))
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: the place, the problem and the value found."""
-    problem = error.errors(include_url=False)[0]
-    parts = (str(part) for part in problem["loc"])
-    place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts) or "the object"
-    found = repr(problem["input"])
-    found = found if len(found) <= 80 else found[:77] + "..."
-    return f"{place}: {problem['msg']} (found {found})"

@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[0] = str(ROOT)  # instead of the script's own folder, whose files would hide packages of their names
 
 from benchmarks.common.results import environment  # noqa: E402
-from benchmarks.models import train_model  # noqa: E402
+from benchmarks.models.architectures import LARGE  # noqa: E402
+from benchmarks.models.fit import Training  # noqa: E402
+from benchmarks.models.train_model import train  # noqa: E402
 from benchmarks.replication.paper import curves, experts, maxvar, tables  # noqa: E402
 from benchmarks.replication.paper.common import Asked, Bench, Result, markdown_table  # noqa: E402
 from planner.common.memory import return_large_blocks  # noqa: E402
@@ -136,8 +138,8 @@ def train_testbed(folder: Path, steps: int, batch: int, device: str) -> None:
     """Train the larger model, unless it is there."""
     if (folder / "training.json").is_file():  # written last
         return
-    flags = ["--architecture", train_model.LARGE, "-o", folder, "--steps", steps, "--batch", batch]
-    train_model.main([str(flag) for flag in (*flags, "--learning-rate", 3e-3, "--device", device)])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    train(LARGE, folder, Training(steps, batch, learning_rate=3e-3), device)
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -165,7 +167,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--parts: expected some of {', '.join(ORDER)}, found {', '.join(unknown)}")
     if args.train_testbed and args.testbed is None:
-        args.testbed = args.output / "testbed" / train_model.LARGE  # apart from its results
+        args.testbed = args.output / "testbed" / LARGE  # apart from its results
     if args.models is None:
         args.models = list(SHIPPED[:1] if args.quick else SHIPPED)
     return args
@@ -181,13 +183,17 @@ def asked(args: argparse.Namespace) -> Asked:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run the parts and gather them; exit status 1 where one failed."""
+    """Run the parts and gather them; exit status 1 where one failed, 2 for bad input."""
     args = arguments(given)
     command = shlex.join(["python", "benchmarks/replication/paper/run.py", *(sys.argv[1:] if given is None else given)])
     args.output.mkdir(parents=True, exist_ok=True)
     if args.testbed is not None:
         if args.train_testbed or torch.cuda.is_available():
-            train_testbed(args.testbed, args.testbed_steps, args.testbed_batch, args.device)
+            try:
+                train_testbed(args.testbed, args.testbed_steps, args.testbed_batch, args.device)
+            except MoeqError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
         args.models.append(args.testbed)
     return_large_blocks()
     fine = True

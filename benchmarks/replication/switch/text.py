@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.models import train_model
+from benchmarks.models import corpus
+from benchmarks.models.architectures import SHARED
 from benchmarks.replication.switch.describe import Example, common_calls, describe, functions
 from planner.output.files import write_json
 from vllm_moeq.format import read_json
@@ -29,7 +30,7 @@ SENTINELS = 32
 SOURCE_TOKENS = 128
 TARGET_TOKENS = 40
 HELD_OUT = 12
-"""This many of 256 files are held out, as :func:`benchmarks.models.train_model.read_sources` does it."""
+"""This many of 256 files are held out, as :func:`benchmarks.models.corpus.read_sources` does it."""
 
 HELD_OUT_EXAMPLES = 500
 
@@ -100,10 +101,10 @@ def _digest(example: Example) -> bytes:
 
 def read_files(quick: bool) -> tuple[list[str], list[str]]:
     """Return (training texts, held-out texts); few of them if it has to be quick."""
-    train, held_out = train_model.read_sources()
+    train, held_out = corpus.read_sources()
     if quick:
         return train[:40], held_out[:8]
-    for text in train_model.read_installed(30_000_000):
+    for text in corpus.read_installed(30_000_000):
         digest = hashlib.sha256(text.encode()).digest()
         (held_out if digest[0] < HELD_OUT else train).append(text)
     return sorted(train, key=lambda text: hashlib.sha256(text.encode()).digest()), held_out
@@ -111,7 +112,7 @@ def read_files(quick: bool) -> tuple[list[str], list[str]]:
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer and add padding (id ``vocabulary``) and sentinels (the ids behind it)."""
-    tokenizer = train_model.train_tokenizer(texts, vocabulary)
+    tokenizer = corpus.train_tokenizer(texts, vocabulary)
     tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.add_tokens([AddedToken(f"<|span {number}|>", special=True) for number in range(SENTINELS)])
     return tokenizer
@@ -122,10 +123,10 @@ def prepare(folder: Path, quick: bool) -> Text:
     if not (folder / "examples.json").is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         train, held_out = read_files(quick)
-        some = list(train_model.limited(train, 1_000_000 if quick else 12_000_000))
-        tokenizer = make_tokenizer(some, 512 if quick else int(train_model.SHARED["vocab_size"]))
+        some = list(corpus.limited(train, 1_000_000 if quick else 12_000_000))
+        tokenizer = make_tokenizer(some, 512 if quick else int(SHARED["vocab_size"]))
         tokenizer.save_pretrained(folder)
-        save_file({"stream": train_model.encode(tokenizer, some).int()}, folder / "stream.safetensors")
+        save_file({"stream": corpus.encode(tokenizer, some).int()}, folder / "stream.safetensors")
         train_examples, held_out_examples = split_functions(tokenizer, some, held_out)
         write_json(folder / "examples.json", {"train": train_examples, "held_out": held_out_examples})
     kept = read_json(folder / "examples.json")

@@ -16,7 +16,9 @@ from torch.nn import functional
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from benchmarks.models import train_model
+from benchmarks.models.balance import layer_balance
+from benchmarks.models.fit import learning_rate
+from benchmarks.models.muon import Muon
 from benchmarks.replication.switch.text import SOURCE_TOKENS, Batch
 
 Model: TypeAlias = SwitchTransformersForConditionalGeneration
@@ -121,7 +123,7 @@ def objective(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     logits = [layer[read] for layer in outputs.encoder_router_logits]
     logits += [layer[written] for layer in outputs.decoder_router_logits]
     z_loss = torch.stack([layer.logsumexp(dim=-1).square().mean() for layer in logits]).mean()
-    return loss + BALANCE * train_model.layer_balance(logits, 1) + Z_LOSS * z_loss, loss
+    return loss + BALANCE * layer_balance(logits, 1) + Z_LOSS * z_loss, loss
 
 
 def optimizers(model: Model) -> list[torch.optim.Optimizer]:
@@ -129,7 +131,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
     named = [(name, p, p.ndim == 2 and not name.startswith("shared")) for name, p in model.named_parameters()]
     inner = [p for name, p, matrix in named if matrix and "router" not in name and "bias" not in name]
     rest = [p for name, p, matrix in named if not matrix or "router" in name or "bias" in name]
-    return [train_model.Muon(inner, lr=0.0), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(inner, lr=0.0), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def fit(
@@ -147,7 +149,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = train_model.learning_rate(step, steps, peak)
+                group["lr"] = learning_rate(step, steps, peak)
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         losses.append(float(tokens.detach()))

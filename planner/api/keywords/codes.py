@@ -128,7 +128,7 @@ class StorageKeywords:
 
     Attributes:
         group_size: expert weights per scale, a multiple of 32; -1 for whole rows.
-        linear_bits: width of attention and other linears: 4, 8 (GPU only) or 16; ``auto`` chooses for each, from the
+        linear_bits: width of attention and other linears: 4, 8 or 16; ``auto`` chooses for each, from the
             same bytes as the experts; None is 4, or what a plan says.
         linear_group_size: weights of linears per scale; None is 128, or what a quarter of the input dimension allows.
     """

@@ -104,7 +104,7 @@ class StorageFlags:
         typer.Option(
             "--linear-bits",
             metavar="BITS",
-            help="Width of attention and other linears: 4, 8 (GPU only), 16, or auto: from the bytes of the experts "
+            help="Width of attention and other linears: 4, 8, 16, or auto: from the bytes of the experts "
             "[4, or the plan's].",
         ),
     ] = None

@@ -88,6 +88,7 @@ def test_files(output: Path, rows: list[Row]) -> None:
     assert "2,047 held-out tokens, windows of 512" in markdown
     for method in ("kl", "router-norm-maxvar", "uniform", "random", "slim", "kl, ODP 0.5"):
         assert f"| {method} | " in markdown
+    assert "## 99th percentile of the KL divergence over tokens, nats" in markdown
 
 
 def test_rows(rows: list[Row]) -> None:
@@ -100,9 +101,10 @@ def test_rows(rows: list[Row]) -> None:
     assert len(rest) == 2 * sum(expected.values())
     for row in rest:
         assert row["achieved"] <= row["average"] == 2
-        assert row["kl"] > 0
+        assert 0 < row["kl_median"] < row["kl"] < row["kl_99"] < row["kl_max"]
         assert row["perplexity"] > original["perplexity"]
         assert 0 < row["bytes"] < original["bytes"]
+        assert (row["fallbacks"] is None) == (row["method"] != "slim")  # hqq calibrates nothing
         assert set(row["cost"]) == (set() if row["method"] == "slim" else {"seconds", "bytes", "forward_passes"})
     assert one(rows, "kl")["cost"]["forward_passes"] == 1
     assert one(rows, "random", 0)["model"] != one(rows, "random", 1)["model"]
@@ -182,6 +184,9 @@ def test_gptq(moeq: Moeq, tmp_path: Path, rows: list[Row]) -> None:
     folder = quantized(moeq, plan, tmp_path / "quantized", "--quantizer", "gptq", *READ)
     value = json.loads(moeq("eval", folder, "--data", HELD_OUT, "--max-tokens", TOKENS, "--json").out)["perplexity"]
     assert row["perplexity"] == pytest.approx(value, rel=1e-3)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert row["fallbacks"] == sum(map(len, config["plan"]["fallback"].values())) > 0
+    assert "## Experts that fell back from calibration" in (tmp_path / "out" / "compare.md").read_text()
 
 
 class TestKilledRuns:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from planner.evaluation.record import Divergence, Evaluations, TextResult
+from pathlib import Path
+
+import pytest
+
+from planner.api.results import Evaluated
+from planner.commands.evaluate import print_found
+from planner.evaluation.record import Divergence, Evaluations, TextResult, read_evaluations
 
 KL = Divergence(mean=0.1, error=0.01, median=0.05, p99=1.0, max=2.0, same_top=0.9, same_top_error=0.01)
 
@@ -26,3 +32,22 @@ def test_another_result_replaces_the_older_one() -> None:
 
 def test_other_windows_stand_beside() -> None:
     assert len(Evaluations(texts=[read(12.5, KL)]).merged([read(11.0, window=1024)], []).texts) == 2
+
+
+def test_the_tail_is_recorded_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"reference_perplexity": 12.0, "reference_perplexity_error": 0.1}
+    found = read(12.5, KL).model_copy(update=more)
+    Evaluations(texts=[found]).write(tmp_path)
+    (kept,) = read_evaluations(tmp_path).texts
+    assert kept == found
+    print_found(Evaluated("model", text=kept))
+    printed = capsys.readouterr().out
+    assert "KL divergence 0.10000 ± 0.01000 nats per token; median 0.05000, 99% 1.0000, largest 2.000" in printed
+
+
+def test_a_result_without_a_reference_has_no_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Evaluations(texts=[read(12.5)]).write(tmp_path)
+    (kept,) = read_evaluations(tmp_path).texts
+    assert kept.kl is None
+    print_found(Evaluated("model", text=kept))
+    assert capsys.readouterr().out.splitlines() == ["perplexity 12.5000 ± 0.1000, 9 tokens of t.txt, windows of 512"]

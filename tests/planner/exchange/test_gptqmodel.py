@@ -49,11 +49,13 @@ class Case:
         source: the model.
         settings: of our quantization: quantizer, bits of linears, group size; None where GPTQModel quantizes.
         form: version of the zero points: v1, v2.
+        mixed: whether linears outside the experts have 4, 8 and 16 bits in turn.
     """
 
     source: Path
     settings: tuple[str, int, int] | None
     form: Literal["v1", "v2"] = "v2"
+    mixed: bool = False
 
 
 CASES = {
@@ -61,7 +63,7 @@ CASES = {
     "their mixtral": Case(MIXTRAL, None, "v1"),
     "mixtral": Case(MIXTRAL, ("rtn", 4, 128)),
     "whole rows": Case(QWEN, ("rtn", 8, -1)),
-    "version 1": Case(QWEN, ("rtn", 4, 32), "v1"),
+    "version 1": Case(QWEN, ("rtn", 4, 32), "v1", mixed=True),
     "their qwen": Case(QWEN, None),
 }
 EVERY_RUN = ("version 1", "their qwen")
@@ -113,7 +115,7 @@ def see(integer_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
                 form = "gptq" if case.form == "v1" else "gptq_v2"
                 jobs.append({"source": str(case.source), "format": form, "output": str(folder / name)})
             else:
-                ours[name] = integer_checkpoint(case.source, *case.settings)
+                ours[name] = integer_checkpoint(case.source, *case.settings, mixed_linears=case.mixed)
                 if case.form == "v1":
                     symmetric(ours[name])
                 export_gptq(ours[name], folder / name, case.form, QUIET)
@@ -147,7 +149,8 @@ def test_every_matrix_has_the_same_values(see: See, case: str) -> None:
             base, _, suffix = name.rpartition(".")
             if suffix == PACKED:
                 matrix = experts.get(name)
-                values = matrix.dequantize(shards) if matrix else dequantize_linear(shards, base, config.linear.bits)
+                bits = config.linear.bits_of(base)
+                values = matrix.dequantize(shards) if matrix else dequantize_linear(shards, base, bits)
                 assert torch.equal(theirs.pop(module_name(row, base)), values.half()), base
         for name, values in theirs.items():  # what is not packed with us: their asymmetric linears
             torch.testing.assert_close(shards.load(f"{name}.weight").float(), values.float(), rtol=2**-8, atol=0)

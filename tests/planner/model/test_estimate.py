@@ -20,6 +20,8 @@ from vllm_moeq.format import Linear, Projections, ShardSet, UsageError, verify
 
 QUIET = Progress(quiet=True)
 LINEAR = Linear(bits=4, group_size=32)
+OUTPUT = "model.layers.{}.self_attn.o_proj"
+MIXED = Linear(bits=4, group_size=32, widths={OUTPUT.format(0): 8, OUTPUT.format(1): 16})
 MIXTRAL_8X7B = MoeLayer(
     index=0,
     block="layer",
@@ -51,7 +53,9 @@ def sizes_for(source: SourceModel, layout: Layout, total_bits: int) -> Sizes:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, -1])
-@pytest.mark.parametrize("linear", [Linear(bits=4, group_size=32), Linear(bits=8, group_size=64), Linear(bits=16)])
+@pytest.mark.parametrize(
+    "linear", [LINEAR, MIXED, Linear(bits=8, group_size=64), Linear(bits=16)], ids=["4", "mixed", "8", "16"]
+)
 @pytest.mark.parametrize("average", ["1", "2.3"])
 def test_equals_the_bytes_that_are_written(
     source: SourceModel, layout: Layout, tmp_path: Path, group_size: int, linear: Linear, average: str
