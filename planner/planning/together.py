@@ -65,7 +65,7 @@ def solve_together(
     groups = linear_groups(layout)
     sized = [_sizes(model, group, choice) for group in groups]
     items += [Item(sizes, tuple(map(float, row))) for sizes, row in zip(sized, linears, strict=True)]
-    chosen = solve_items(items, _limit(model, layout, options, sum(sizes[0] for sizes in sized)))
+    chosen = solve_items(items, _limit(model, layout, options, choice.group_size, sum(sizes[0] for sizes in sized)))
     if chosen is None:
         raise UsageError("--overrides: the widths given leave too few bytes for the others; lower an override")
     widths = {member: free[place] for (member, free), place in zip(members, chosen, strict=False)}
@@ -101,21 +101,23 @@ def _sizes(model: SourceModel, group: LinearGroup, choice: LinearChoice) -> tupl
     )
 
 
-def _limit(model: SourceModel, layout: Layout, options: PlanOptions, least: int) -> int:
+def _limit(model: SourceModel, layout: Layout, options: PlanOptions, group_size: int, least: int) -> int:
     """Return the bytes for experts and linears: the whole budget, or what the average gives without this choice.
+
+    Without it, experts get a whole number of bits, the average times their number.
 
     Args:
         model: the source.
         layout: its layers.
         options: the options of the plan.
+        group_size: expert weights per scale, or −1 for whole rows.
         least: bytes of all linears at the first width.
     """
     if options.budget_gib is not None:
         kept = sum(model.shards.info(name).nbytes for name in layout.kept)
         return math.floor(Fraction(str(options.budget_gib)) * GIB) - kept
-    choice, low, scheme = options.linears, options.bit_choices[0], _scheme(options)
-    if choice is None:
-        raise ValueError("expected options that choose widths of linears")
-    smallest = sum(layer.num_experts * expert_bytes(layer, low, choice.group_size, scheme) for layer in layout.layers)
+    low, scheme = options.bit_choices[0], _scheme(options)
+    smallest = sum(layer.num_experts * expert_bytes(layer, low, group_size, scheme) for layer in layout.layers)
     weights = sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers)
-    return least + smallest + math.floor((options.avg_bits - low) * weights / 8)
+    average = Fraction(math.floor(options.avg_bits * layout.num_experts), layout.num_experts)
+    return least + smallest + math.floor((average - low) * weights / 8)

@@ -11,7 +11,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import planner
+from planner.model.layout import read_layout
 from planner.model.quantized import DequantizedModel
+from planner.model.source import SourceModel
+from tests.architectures import build
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
 from vllm_moeq.format import load_config, verify
@@ -107,6 +111,18 @@ def test_a_dry_run_expects_no_more_than_four_bits(moeq: Run, tmp_path: Path) -> 
         assert found.code == 0, found.err
         sizes.append(json.loads(found.out)["sizes"])
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("method", ["kl", "kl-estimated"])
+def test_dense_layers_shared_experts_and_joined_attention(method: str, tmp_path: Path) -> None:
+    folder = tmp_path / "deepseek"
+    build("deepseek_v3", folder)
+    made = planner.plan(
+        folder, method=method, linear_bits="auto", data=str(CALIBRATION_TEXT), samples=2, seq_len=32
+    ).plan
+    with SourceModel(folder) as model:
+        made.check_against(read_layout(model), "x")
+    assert len(set(made.linears.values())) > 1
 
 
 @pytest.mark.parametrize(

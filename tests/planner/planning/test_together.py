@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from fractions import Fraction
@@ -79,7 +80,8 @@ def test_no_larger_than_with_four_bits(
     assert set(found) == {name.removesuffix(".weight") for name in layout.linears}
     assert split_width(found) is None
     spent = total_bytes(source, layout, four.model_copy(update={"widths": found}), by_layer(layout, widths))
-    even = layout.num_experts * (Fraction(average) - 1) * layout.layers[0].weights_per_expert // 8
+    bits = math.floor(Fraction(average) * layout.num_experts)
+    even = (bits - layout.num_experts) * layout.layers[0].weights_per_expert // 8
     ones = {layer.prefix: [1] * layer.num_experts for layer in layout.layers}
     assert spent <= total_bytes(source, layout, four, ones) + even
     if average == "1":
