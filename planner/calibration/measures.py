@@ -123,7 +123,7 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
     scale = len(tokens) / len(run.tokens)
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
     found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
-    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths, run.progress)
+    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths, _is_small(run.decoder.layout), run.progress)
     named = {
         prefix: {f"{name}_{bits}": value for bits, value in table.items()}
         | {f"{name}_gptq_{bits}": value * gains[prefix][bits] for bits, value in table.items()}

@@ -14,7 +14,7 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
 from planner.common.progress import Progress
 
-MEASURED_TOKENS = 4096
+MEASURED_TOKENS = 8192
 """Maximum number of tokens on which single experts are measured."""
 
 EVIDENCE = 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from planner.calibration.gptq.moments import Inputs, Moments
@@ -27,37 +29,58 @@ LEAST, MOST = 256, 8192
 
 
 def gptq_gains(
-    decoder: Decoder, store: HiddenStates, sequences: int, widths: tuple[int, ...], progress: Progress
-) -> dict[str, dict[int, float]]:
-    """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², Δ the change of an expert's output.
+    decoder: Decoder, store: HiddenStates, sequences: int, widths: tuple[int, ...], every: bool, progress: Progress
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Return experts prefix → width → ‖Δ of GPTQ‖² / ‖Δ of rounding to nearest‖², float64 [experts].
+
+    Δ is the change of an expert's output.
 
     GPTQ gains most where rounding to nearest is bad. So costs measured by rounding rank the widths wrongly for GPTQ.
     GPTQ's expert gets inputs behind rounded layers and aims at the original's outputs, as when a model is quantized
-    (asymmetric calibration). So its Δ contains an error of these inputs, which is nearly the same for all widths. A
-    layer whose experts saw too few tokens takes the mean of the others.
+    (asymmetric calibration). So its Δ contains an error of these inputs, which is nearly the same for all widths. An
+    expert that is not tried takes the mean of its layer, and a layer without any the mean of the others.
 
     Args:
         decoder: the model.
         store: the input of every layer.
         sequences: number of the store's sequences to read.
         widths: bit widths to compare.
+        every: whether to try every expert with enough tokens; otherwise only :data:`TRIED` of each layer.
         progress: shows the progress.
     """
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, torch.Tensor]] = {}
     behind = _behind_rounded(decoder, store, sequences, min(widths, key=lambda bits: abs(bits - BEHIND)))
     for index, layer in progress.track(list(decoder.moe.items()), "gains of GPTQ"):
         original = route(decoder, index, store.load(index)[:sequences], store).inputs
         routed = route(decoder, index, behind.load(index), behind).beside(original)
         counts = torch.tensor([int((routed.ids == expert).sum()) for expert in range(layer.num_experts)])
-        busiest = [int(expert) for expert in counts.argsort(descending=True)[:TRIED] if counts[expert] >= LEAST]
-        errors = [error for expert in busiest if (error := _errors(decoder, layer, expert, routed, widths))]
+        busiest = counts.argsort(descending=True)[: None if every else TRIED].tolist()
+        tried = {
+            expert: _errors(decoder, layer, expert, routed, widths) for expert in busiest if counts[expert] >= LEAST
+        }
+        errors = {expert: error for expert, error in tried.items() if error}
         if errors:
-            found[layer.prefix] = {
-                bits: sum(error[bits][0] for error in errors) / sum(error[bits][1] for error in errors)
-                for bits in widths
-            }
-    usual = {bits: sum(gains[bits] for gains in found.values()) / len(found) if found else 1.0 for bits in widths}
-    return {layer.prefix: found.get(layer.prefix, usual) for layer in decoder.moe.values()}
+            found[layer.prefix] = {bits: _ratios(errors, bits, layer.num_experts, every) for bits in widths}
+    ones = torch.ones((), dtype=torch.float64)
+    usual = {
+        bits: torch.stack([gains[bits].mean() for gains in found.values()]).mean() if found else ones for bits in widths
+    }
+    return {
+        layer.prefix: found.get(layer.prefix) or {bits: usual[bits].expand(layer.num_experts) for bits in widths}
+        for layer in decoder.moe.values()
+    }
+
+
+def _ratios(
+    errors: Mapping[int, Mapping[int, tuple[float, float]]], bits: int, experts: int, every: bool
+) -> torch.Tensor:
+    """Return the gains of a layer's experts at a width from the errors of those that were tried, float64 [experts]."""
+    better, plain = (sum(error[bits][part] for error in errors.values()) for part in range(2))
+    gains = torch.full((experts,), better / plain, dtype=torch.float64)
+    if every:
+        for expert, error in errors.items():
+            gains[expert] = error[bits][0] / error[bits][1]
+    return gains
 
 
 def _behind_rounded(decoder: Decoder, store: HiddenStates, sequences: int, bits: int) -> HiddenStates:

@@ -92,11 +92,12 @@ def _search(
             loss = torch.bmm(cost[:, None], error.square_())[:, 0]
         better = loss < best
         best, best_scale = torch.where(better, loss, best), torch.where(better, candidate, best_scale)
-    if grid.fixed:
+    if published or (grid.fixed and not grid.symmetric):
         return best_scale, zero
+    regress = _rescale if grid.symmetric else _regress
     for _ in range(REFITS):
         codes, _ = _round(block, best_scale, best_zero, grid.steps)
-        candidate, shifted = _regress(block, codes, cost, best_scale, best_zero)
+        candidate, shifted = regress(block, codes, cost, best_scale, best_zero)
         _, error = _round(block, candidate, shifted, grid.steps)
         loss = torch.bmm(cost[:, None], error.square_())[:, 0]
         better = loss < best
@@ -129,6 +130,16 @@ def _regress(
     usable = (variance > 0) & (slope > 0)
     slope = torch.where(usable, slope, scale)
     return slope, torch.where(usable, mean_code[:, 0] - mean_weight[:, 0] / slope, zero)
+
+
+def _rescale(
+    block: torch.Tensor, codes: torch.Tensor, cost: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale of the weighted least-squares line through (code, weight) and a fixed zero point."""
+    centred, share = codes - zero[:, None], cost[:, None]
+    size = torch.bmm(share, centred.square())[:, 0]
+    slope = torch.bmm(share, centred * block)[:, 0] / size
+    return torch.where((size > 0) & (slope > 0), slope, scale), zero
 
 
 def _storable(
