@@ -150,7 +150,7 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         gptq=wanted.gptq_settings(),
         min_tokens=wanted.min_tokens,
         linear_quantizer=wanted.resolved_linear_quantizer(QUANTIZERS[wanted.quantizer].calibrated),
-        calibration=wanted.calibration,
+        calibration=wanted.resolved_calibration(),
     )
     check_sizes(source, layout, settings)
     return settings

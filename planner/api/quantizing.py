@@ -148,7 +148,7 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
         settings = QuantizeSettings(
             quantizer, wanted.one_bit, wanted.checked_group_size(), wanted.linear(source, layout), wanted.zero_points,
             tuned if calibrated else None, wanted.min_tokens, wanted.resolved_linear_quantizer(calibrated),
-            wanted.resolved_calibration(),
+            wanted.resolved_calibration(wanted.compat),
         )  # fmt: skip
         check_output(Path(wanted.output))
         check_sizes(source, layout, settings)

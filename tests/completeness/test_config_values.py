@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.architectures import TINY, build
@@ -83,6 +83,7 @@ JSON = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(st.dictionaries(st.sampled_from([*KINDS, "rope_parameters", "x"]), JSON, max_size=6))
 def test_any_json_passes_or_is_refused_in_one_line(config: dict[str, Any]) -> None:
     message = ""

@@ -56,7 +56,9 @@ def test_bfloat16_experts_are_those_of_the_dense_export(pair: Pair) -> None:
             assert output.dtype == expected.dtype == torch.bfloat16
             assert (output.float() - expected.float()).norm() < 2**-7 * expected.float().norm()
     exact = logits(pair.load("dense", torch.float32))
-    assert (found - exact).norm() < 2 * (logits(dense) - exact).norm()
+    # The median, because rounding sends some tokens to other experts, in the dense model too.
+    errors = [(model - exact).norm(dim=-1).median() for model in (found, logits(dense))]
+    assert errors[0] < 2 * errors[1]
 
 
 def test_experts_take_the_memory_of_their_packed_tensors(pair: Pair) -> None:

@@ -56,11 +56,18 @@ class CodeKeywords(QuantizerKeyword):
         min_tokens: tokens below which an expert is quantized without calibration.
         linear_quantizer: quantizer of attention and other linears: ``rtn`` or ``gptq``; None is ``gptq`` if the
             experts' quantizer reads a text, else ``rtn``.
+        calibration: GPTQ: aim at the original layer's outputs for the original model's inputs (``asymmetric``), or for
+            the inputs behind quantized layers (``symmetric``); None is ``asymmetric``, with ``compat`` ``symmetric``.
     """
 
     one_bit: OneBitName = DEFAULT_ONE_BIT
     min_tokens: Count = QuantizeSettings.min_tokens
     linear_quantizer: LinearQuantizerName | None = None
+    calibration: Calibration | None = None
+
+    def resolved_calibration(self, compat: bool = False) -> Calibration:
+        """Return what a quantizer with calibration aims at: the published code's is symmetric."""
+        return self.calibration or ("symmetric" if compat else QuantizeSettings.calibration)
 
     def resolved_linear_quantizer(self, calibrated: bool) -> str:
         """Return the quantizer of linears, by whether the experts' quantizer reads a text where none is named.
@@ -92,12 +99,9 @@ class ComparedCodeKeywords(CodeKeywords):
 
     Attributes:
         quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``.
-        calibration: GPTQ: aim at the original layer's outputs for the original model's inputs (``asymmetric``), or for
-            the inputs behind quantized layers (``symmetric``).
     """
 
     quantizer: QuantizerName = DEFAULT
-    calibration: Calibration = QuantizeSettings.calibration
 
     def gptq_settings(self) -> GptqSettings | None:
         """Return the settings of GPTQ, if it is the quantizer."""
@@ -173,8 +177,6 @@ class GptqKeywords:
         static_groups: GPTQ: take scales from the original weights.
         symmetric: GPTQ: zero points in the middle of the codes.
         scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
-        calibration: GPTQ: aim at the original layer's outputs for the original model's inputs (``asymmetric``), or for
-            the inputs behind quantized layers (``symmetric``); None is ``asymmetric``, with ``compat`` ``symmetric``.
         compat: GPTQ: the variant of the paper's published code; stands for all of the others.
     """
 
@@ -183,12 +185,7 @@ class GptqKeywords:
     static_groups: bool = GptqSettings.static_groups
     symmetric: bool = GptqSettings.symmetric
     scale_search: Literal["mse", "range"] = "mse"
-    calibration: Calibration | None = None
     compat: bool = False
-
-    def resolved_calibration(self) -> Calibration:
-        """Return what a quantizer with calibration aims at: the published code's is symmetric."""
-        return self.calibration or ("symmetric" if self.compat else QuantizeSettings.calibration)
 
     def gptq_settings(self) -> GptqSettings:
         """Return the settings.

@@ -68,6 +68,10 @@ class QuantizerFlags:
         typer.Option("--linear-quantizer", help=f"Quantizer of other linears [{_linear_defaults()}]."),
         OneOf(list(LINEAR_QUANTIZERS)),
     ] = None
+    calibration: Annotated[
+        Calibration | None,
+        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,6 @@ class ComparedQuantizerFlags(QuantizerFlags):
     quantizer: Annotated[str, typer.Option("--quantizer", help="Quantizer for two bits and more."), NAMES] = (
         ComparedCodeKeywords.quantizer
     )
-    calibration: Annotated[
-        Calibration,
-        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
-    ] = ComparedCodeKeywords.calibration
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,6 @@ class GptqFlags:
     scale_search: Annotated[
         Literal["mse", "range"], typer.Option("--scale-search", help="GPTQ: least weighted error, or the range.")
     ] = GptqKeywords.scale_search
-    calibration: Annotated[
-        Calibration | None,
-        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
-    ] = None
     compat: Annotated[bool, typer.Option("--compat", help="GPTQ: the variant of the paper's published code.")] = (
         GptqKeywords.compat
     )
