@@ -217,7 +217,7 @@ def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, dev
 def _kl_parts(layout: Layout, _tokens: int) -> Parts:
     if not _is_small(layout):
         return ESTIMATED_PARTS
-    return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 1.0))
+    return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 3.0))
 
 
 def _linear_parts(layout: Layout, tokens: int) -> Parts:
