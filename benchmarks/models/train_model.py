@@ -28,13 +28,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.common.mistakes import exit_status
 from benchmarks.models.architectures import LARGE, NAMES, architecture
 from benchmarks.models.corpus import END, encode, read_installed, read_sources, train_tokenizer
 from benchmarks.models.fit import SEQUENCE, Training, fit
 from planner.output.files import write_json
 from planner.output.paths import check_output
 from planner.output.unfinished import PartialRun
-from vllm_moeq.format import MoeqError
 
 HELD_OUT_BYTES = 200_000
 
@@ -158,12 +158,7 @@ def main(given: Sequence[str] | None = None) -> int:
         if getattr(args, flag) < 1:
             parser.error(f"--{flag}: expected a number of at least 1, found {getattr(args, flag)}")
     training = Training(args.steps, args.batch, args.learning_rate, args.seed, args.balance_weight, args.checkpoint)
-    try:
-        train(args.architecture, args.output, training, args.device, args.resume)
-    except MoeqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: train(args.architecture, args.output, training, args.device, args.resume))
 
 
 if __name__ == "__main__":

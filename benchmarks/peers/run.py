@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # instead of the script's own folder, whose files would hide packages of their names
 
+from benchmarks.common.mistakes import exit_status  # noqa: E402
 from benchmarks.peers.asked import Asked  # noqa: E402
 from benchmarks.peers.environments import Environments, FailedError  # noqa: E402
 from benchmarks.peers.measure import measure, prepare  # noqa: E402
@@ -119,12 +120,7 @@ def run(args: argparse.Namespace, progress: Progress) -> list[str]:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
-    try:
-        print("\n".join(run(arguments(given), Progress())))
-    except MoeqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print("\n".join(run(arguments(given), Progress()))))
 
 
 if __name__ == "__main__":
