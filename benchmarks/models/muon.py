@@ -6,14 +6,17 @@ import torch
 
 
 def orthogonalize(update: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of each matrix [..., M, N] near 1 (five Newton-Schulz steps)."""
+    """Bring the singular values of each matrix [..., M, N] near 1 (five Newton-Schulz steps).
+
+    The steps need no more than bfloat16, which multiplies three times as fast as float32.
+    """
     tall = update.shape[-2] > update.shape[-1]
     x = update.mT if tall else update
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(update.dtype)
 
 
 class Muon(torch.optim.Optimizer):
