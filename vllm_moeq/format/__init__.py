@@ -20,8 +20,21 @@ from vllm_moeq.format.schema import (
     parse_config,
     version_for,
 )
-from vllm_moeq.format.schemes import GRID, SCHEMES, ExpertMatrix, Scheme, Span, TensorLayout
+from vllm_moeq.format.schemes import GRID, SCHEMES, TRELLIS_SCHEME, ExpertMatrix, Scheme, Span, TensorLayout
 from vllm_moeq.format.schemes.grid import PACKED, SCALE, ZERO, check_values
+from vllm_moeq.format.schemes.trellis import (
+    CENTRE,
+    MULTIPLIER,
+    ROW_SCALE,
+    STATE_BITS,
+    TILE,
+    TRELLIS,
+    TRELLIS_WIDTHS,
+    codes_of_states,
+    pack_trellis,
+    trellis_codes,
+    trellis_states,
+)
 from vllm_moeq.format.shards import ShardSet
 from vllm_moeq.format.validation import (
     EXPERT_COUNT,
@@ -34,17 +47,25 @@ from vllm_moeq.format.validation import (
 
 __all__ = [
     "BIT_WIDTHS",
+    "CENTRE",
     "CODES_PER_BLOCK",
     "EXPERT_COUNT",
     "FORMAT_VERSIONS",
     "GRID",
     "JOINED",
     "LINEAR_SUFFIXES",
+    "MULTIPLIER",
     "NESTED",
     "PACKED",
     "QUANT_METHOD",
+    "ROW_SCALE",
     "SCALE",
     "SCHEMES",
+    "STATE_BITS",
+    "TILE",
+    "TRELLIS",
+    "TRELLIS_SCHEME",
+    "TRELLIS_WIDTHS",
     "WHOLE_ROW",
     "ZERO",
     "CheckpointError",
@@ -63,6 +84,7 @@ __all__ = [
     "TensorLayout",
     "UsageError",
     "check_values",
+    "codes_of_states",
     "dequantize",
     "drop_weak",
     "expert_matrices",
@@ -71,11 +93,14 @@ __all__ = [
     "linear_values",
     "load_config",
     "pack",
+    "pack_trellis",
     "packed_words",
     "parse_config",
     "parse_json",
     "read_json",
     "split_width",
+    "trellis_codes",
+    "trellis_states",
     "unpack",
     "verify",
     "version_for",

@@ -7,7 +7,8 @@ a format version says so (:meth:`MoeqConfig.scheme`).
 
 from vllm_moeq.format.schemes.base import ExpertMatrix, Scheme, Span, TensorLayout, check_finite
 from vllm_moeq.format.schemes.grid import GRID
+from vllm_moeq.format.schemes.trellis import TRELLIS_SCHEME
 
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (GRID,)}
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (GRID, TRELLIS_SCHEME)}
 
-__all__ = ["GRID", "SCHEMES", "ExpertMatrix", "Scheme", "Span", "TensorLayout", "check_finite"]
+__all__ = ["GRID", "SCHEMES", "TRELLIS_SCHEME", "ExpertMatrix", "Scheme", "Span", "TensorLayout", "check_finite"]
