@@ -32,6 +32,7 @@ from vllm_moeq.format.schemes.trellis import (
     TRELLIS_WIDTHS,
     codes_of_states,
     pack_trellis,
+    ring_states,
     trellis_codes,
     trellis_states,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "parse_config",
     "parse_json",
     "read_json",
+    "ring_states",
     "split_width",
     "trellis_codes",
     "trellis_states",

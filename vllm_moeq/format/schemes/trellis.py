@@ -65,6 +65,23 @@ def pack_trellis(own: torch.Tensor, bits: int) -> torch.Tensor:
     return pack(own, bits)
 
 
+def ring_states(own: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the state of every weight of some tiles.
+
+    Args:
+        own: integers [tiles, 256] with values in [0, 2**bits), in the order of the ring.
+        bits: one of :data:`TRELLIS_WIDTHS`.
+
+    Returns:
+        int16 [tiles, 256] with values from 0 to 4095.
+    """
+    own = own.to(torch.int16)
+    states = own << (STATE_BITS - bits)
+    for back in range(1, STATE_BITS // bits):
+        states |= own.roll(back, dims=1) << (STATE_BITS - bits * (back + 1))
+    return states
+
+
 def trellis_states(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the state of every weight.
 
@@ -80,12 +97,11 @@ def trellis_states(words: torch.Tensor, bits: int) -> torch.Tensor:
     """
     rows, columns = words.shape[0], words.shape[1] * 32 // max(bits, 1)
     _check(rows, columns, bits)
-    own = unpack(words, bits, columns).to(torch.int16)
+    own = unpack(words, bits, columns)
     tiles = own.view(rows // TILE, TILE, columns // TILE, TILE).transpose(1, 2).reshape(-1, TILE * TILE)
-    states = tiles << (STATE_BITS - bits)
-    for back in range(1, STATE_BITS // bits):
-        states |= tiles.roll(back, dims=1) << (STATE_BITS - bits * (back + 1))
-    return states.view(rows // TILE, columns // TILE, TILE, TILE).transpose(1, 2).reshape(rows, columns)
+    return (
+        ring_states(tiles, bits).view(rows // TILE, columns // TILE, TILE, TILE).transpose(1, 2).reshape(rows, columns)
+    )
 
 
 def trellis_codes(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -68,16 +68,16 @@ std::vector<Item> make_items(const Call& call, int threads) {
 }
 
 std::vector<Kernel> kernels() {
-    std::vector<Kernel> found = {{"scalar", run_scalar, run_linear_scalar}};
+    std::vector<Kernel> found = {{"scalar", run_scalar, run_linear_scalar, encode_scalar}};
 #ifdef __x86_64__
     __builtin_cpu_init();
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) found.push_back({"avx2", run_avx2, run_linear_avx2});
-    if (avx512) found.push_back({"avx512", run_avx512, run_linear_avx512});
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back({"vnni", run_vnni, run_linear_vnni});
+    if (avx2) found.push_back({"avx2", run_avx2, run_linear_avx2, encode_avx2});
+    if (avx512) found.push_back({"avx512", run_avx512, run_linear_avx512, encode_avx512});
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back({"vnni", run_vnni, run_linear_vnni, encode_avx512});
 #endif
     return found;
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core.h"
+#include "encode_call.h"
 
 namespace moeq {
 
@@ -43,6 +44,7 @@ struct Kernel {
     std::string name;
     Run run;
     RunLinear linear;
+    Encode encode;
 };
 
 // Returns the kernels that this processor runs, the slowest first.
