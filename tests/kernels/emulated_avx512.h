@@ -86,6 +86,13 @@ inline Vector and_bits(Vector x, Vector y) { return ints([&](int k) { return x.u
 inline Vector or_bits(Vector x, Vector y) { return ints([&](int k) { return x.u[k] | y.u[k]; }); }
 inline Vector slli_epi32(Vector x, int n) { return ints([&](int k) { return x.u[k] << n; }); }
 inline Vector srai_epi32(Vector x, int n) { return ints([&](int k) { return x.i[k] >> n; }); }
+inline Vector srli_epi32(Vector x, int n) { return ints([&](int k) { return x.u[k] >> n; }); }
+inline Vector mullo_epi32(Vector x, Vector y) { return ints([&](int k) { return x.u[k] * y.u[k]; }); }
+inline Vector mullo_epi16(Vector x, Vector y) { return words([&](int k) { return uint32_t{x.w[k]} * y.w[k]; }); }
+inline Vector mulhi_epu16(Vector x, Vector y) { return words([&](int k) { return uint32_t{x.w[k]} * y.w[k] >> 16; }); }
+inline Vector alignr_epi32(Vector high, Vector low, int n) {
+    return ints([&](int k) { return k + n < 16 ? low.u[k + n] : high.u[k + n - 16]; });
+}
 inline Vector slli_epi16(Vector x, int n) { return words([&](int k) { return x.w[k] << n; }); }
 inline Vector srli_epi16(Vector x, int n) { return words([&](int k) { return x.w[k] >> n; }); }
 inline Vector add_epi16(Vector x, Vector y) { return words([&](int k) { return x.w[k] + y.w[k]; }); }
@@ -172,6 +179,13 @@ inline Vector dpbusd(Vector sum, Vector x, Vector y) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #undef _mm512_srai_epi32
 #define _mm512_srai_epi32 emulated::srai_epi32
+#undef _mm512_srli_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
+#undef _mm512_alignr_epi32
+#define _mm512_alignr_epi32 emulated::alignr_epi32
+#define _mm512_mullo_epi32 emulated::mullo_epi32
+#define _mm512_mullo_epi16 emulated::mullo_epi16
+#define _mm512_mulhi_epu16 emulated::mulhi_epu16
 #undef _mm512_slli_epi16
 #define _mm512_slli_epi16 emulated::slli_epi16
 #undef _mm512_srli_epi16

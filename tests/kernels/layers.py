@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_moeq.format import pack
-from vllm_moeq.kernels import PackedExperts, PackedMatrices, dense_expert, ragged
+from vllm_moeq.format import GRID, ROW_SCALE, TRELLIS, TRELLIS_SCHEME, Scheme, pack
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
+
+Coding = tuple[Scheme, int]
+"""A scheme and a width."""
 
 
 def random_matrices(
@@ -41,9 +44,32 @@ def random_layer(
     )
 
 
+def mixed_matrices(
+    experts: Sequence[Coding], rows: int, columns: int, group_size: int, offset: int = 0, *, seed: int = 0
+) -> PackedMatrices:
+    """Random matrices as :func:`random_matrices` makes them, each in a scheme of its own."""
+    schemes, bits = zip(*experts, strict=True)
+    layout = ragged(bits, rows, columns, group_size, offset, schemes)
+    grid = random_matrices([b for s, b in experts if s is GRID] or [1], rows, columns, group_size, offset, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    rings = [b for scheme, b in experts if scheme is TRELLIS_SCHEME]
+    words = torch.randint(-(2**31), 2**31, (sum(rings) * rows * columns // 32,), generator=generator).int()
+    scales = (0.5 + torch.rand((len(rings), rows), generator=generator)) / 18 / columns**0.5  # 18: the codes' deviation
+    tensors = {**grid.tensors, TRELLIS: words, ROW_SCALE: scales.half()}
+    return PackedMatrices(layout, *(tensors[suffix] for suffix in layout.suffixes))
+
+
+def mixed_layer(
+    experts: Sequence[Coding], hidden: int, intermediate: int, group_size: int = 128, offset: int = 0
+) -> PackedExperts:
+    """A layer whose experts have schemes of their own; ``offset`` as in :func:`random_layer`."""
+    gate_up = mixed_matrices(experts, 2 * intermediate, hidden, group_size, seed=1)
+    return PackedExperts(gate_up, mixed_matrices(experts, hidden, intermediate, group_size, offset, seed=2))
+
+
 def dense(packed: PackedMatrices, expert: int) -> torch.Tensor:
-    """Return (q − zero)·scale in float32."""
-    return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, torch.float32)
+    """Return an expert's weights in float32."""
+    return packed.dense(expert, torch.float32)
 
 
 def exact(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -46,11 +46,12 @@ struct Projection {
     std::vector<Segment> segments;
     std::vector<std::vector<double>> dense;  // per expert [rows, columns]
     std::unique_ptr<Exact<uint8_t>> data;
-    std::vector<int64_t> bits, first;
+    std::vector<Coding> codings;
+    std::vector<int64_t> first;
     Matrices matrices{};
 
-    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<int64_t>& widths)
-        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)), bits(widths) {
+    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<Coding>& all)
+        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)), codings(all) {
         matrices.columns = static_cast<int32_t>(columns);
         matrices.groups = segments.back().group + 1;
         matrices.wide = 1;
@@ -58,40 +59,58 @@ struct Projection {
         matrices.segments = segments.data();
         matrices.num_segments = static_cast<int32_t>(segments.size());
         int64_t total = 0;
-        for (int64_t b : bits) {
+        for (const Coding& coding : codings) {
             first.push_back(total);
-            total += matrices.panels * panel_bytes(matrices, b);
+            total += matrices.panels * panel_bytes(matrices, coding);
         }
         data = std::make_unique<Exact<uint8_t>>(total);
-        for (size_t e = 0; e < bits.size(); ++e) fill(bits[e], data->memory + first[e]);
+        for (size_t e = 0; e < codings.size(); ++e) fill(codings[e], data->memory + first[e]);
         matrices.data = data->memory;
         matrices.offsets = first.data();
         matrices.stride = 1;
     }
 
-    void fill(int64_t bits, uint8_t* target) {
+    void fill(Coding coding, uint8_t* target) {
+        const int64_t bits = coding.bits, groups = coding.scheme == kTrellis ? 1 : matrices.groups;
+        const float step = coding.scheme == kTrellis ? 1.0f / 18 : 1.0f / static_cast<float>(1 << bits);
         Exact<uint32_t> words(rows * columns / 32 * bits);
-        Exact<float> scales(rows * matrices.groups), zeros(rows * matrices.groups);
+        Exact<float> scales(rows * groups), zeros(rows * groups);
         for (int64_t i = 0; i < rows * columns / 32 * bits; ++i) words.memory[i] = static_cast<uint32_t>(generator());
-        for (int64_t i = 0; i < rows * matrices.groups; ++i) {
-            scales.memory[i] = (1 + 0.1f * normal()) / (1 << bits) / std::sqrt(static_cast<float>(columns));
-            zeros.memory[i] = 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
+        for (int64_t i = 0; i < rows * groups; ++i) {
+            scales.memory[i] = (1 + 0.1f * normal()) * step / std::sqrt(static_cast<float>(columns));
+            zeros.memory[i] = coding.scheme == kTrellis ? kTrellisZero : 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
         }
-        const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, matrices.groups, bits, true, gated};
+        const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, groups, coding, true, gated};
         for (int64_t p = 0; p < matrices.panels; ++p) {
-            repack_panel(source, segments, p, target + p * panel_bytes(matrices, bits));
+            repack_panel(source, matrices, p, target + p * panel_bytes(matrices, coding));
         }
         std::vector<double> values(rows * columns);
         for (int64_t i = 0; i < rows * columns; ++i) {
-            uint32_t code = 0;
-            for (int64_t b = 0; b < bits; ++b) {
-                const int64_t bit = i * bits + b;
-                code |= (words.memory[bit / 32] >> (bit % 32) & 1u) << b;
-            }
-            const int64_t place = i / columns * matrices.groups + (offset + i % columns) / group_size;
+            const int64_t row = i / columns, column = i % columns;
+            const int64_t place = row * groups + (coding.scheme == kTrellis ? 0 : (offset + column) / group_size);
+            const uint32_t code = coding.scheme == kTrellis ? trellis_code(words.memory, row, column, bits)
+                                                            : field(words.memory, i * bits, bits);
             values[i] = (static_cast<double>(code) - zeros.memory[place]) * scales.memory[place];
         }
         dense.push_back(std::move(values));
+    }
+
+    static uint32_t field(const uint32_t* words, int64_t first, int64_t bits) {
+        uint32_t value = 0;
+        for (int64_t b = 0; b < bits; ++b) value |= (words[(first + b) / 32] >> ((first + b) % 32) & 1u) << b;
+        return value;
+    }
+
+    // The twelve bits of the tile's ring that end with the weight's own, one by one.
+    uint32_t trellis_code(const uint32_t* words, int64_t row, int64_t column, int64_t bits) const {
+        const int64_t ring = 256 * bits, end = (row % 16 * 16 + column % 16 + 1) * bits;
+        uint32_t state = 0;
+        for (int64_t j = 0; j < 12; ++j) {
+            const int64_t bit = (end - 12 + j + ring) % ring, line = row / 16 * 16 + bit / (16 * bits);
+            state |= field(words, line * columns * bits + column / 16 * 16 * bits + bit % (16 * bits), 1) << j;
+        }
+        const uint32_t p = state * kTrellisFactor;
+        return ((p & 255) + (p >> 8 & 255) + (p >> 16 & 255) + (p >> 24)) >> 3;
     }
 };
 
@@ -109,13 +128,14 @@ void add_expected(const Projection& up, const Projection& down, int64_t expert, 
 }
 
 double error_of_one_layer(const Kernel& kernel, int32_t digits) {
-    const int64_t widths[] = {1, 2, 3, 4, 8};
     const int64_t hidden = 32 * pick(1, 6), inner = 32 * pick(1, 5), experts = pick(1, 4), group = 32 * pick(1, 5);
     const int64_t tokens = pick(1, 12), top_k = pick(1, experts);
-    std::vector<int64_t> bits;
-    for (int64_t e = 0; e < experts; ++e) bits.push_back(widths[pick(0, 4)]);
-    const Projection up(2 * inner, hidden, group, 0, true, bits);
-    const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, bits);
+    constexpr Coding all[] = {{1, kGrid}, {2, kGrid}, {3, kGrid}, {4, kGrid}, {8, kGrid},
+                              {1, kTrellis}, {2, kTrellis}, {3, kTrellis}, {4, kTrellis}};
+    std::vector<Coding> codings;
+    for (int64_t e = 0; e < experts; ++e) codings.push_back(all[pick(0, 8)]);
+    const Projection up(2 * inner, hidden, group, 0, true, codings);
+    const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, codings);
     std::vector<int32_t> ids(tokens * top_k);
     std::vector<float> weights(tokens * top_k);
     for (auto& id : ids) id = static_cast<int32_t>(pick(-1, experts - 1));
@@ -140,8 +160,8 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.pairs = pairs;
     call.gate_up = up.matrices;
     call.down = down.matrices;
-    call.bits = bits.data();
-    call.bits_stride = 1;
+    call.codings = &codings[0].bits;
+    call.codings_stride = 2;
     call.active = routing.active.data();
     call.num_active = static_cast<int32_t>(routing.active.size());
     call.token = routing.token.data();
@@ -171,7 +191,7 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
 
 double error_of_one_linear(const Kernel& kernel, int32_t digits) {
     const int64_t rows = pick(1, 100), columns = 32 * pick(1, 9), tokens = pick(1, 70);
-    const Projection matrix(rows, columns, 32 * pick(1, 5), 0, false, {pick(0, 1) ? 4 : 8});
+    const Projection matrix(rows, columns, 32 * pick(1, 5), 0, false, {{pick(0, 1) ? 4 : 8, kGrid}});
     Exact<float> x(tokens * columns), out(tokens * rows);
     for (int64_t i = 0; i < tokens * columns; ++i) x.memory[i] = normal();
     Exact<int8_t> planes(tokens * columns * digits);
@@ -185,7 +205,7 @@ double error_of_one_linear(const Kernel& kernel, int32_t digits) {
     call.digits = digits;
     call.tokens = tokens;
     call.rows = rows;
-    call.bits = matrix.bits[0];
+    call.bits = matrix.codings[0].bits;
     call.weights = matrix.matrices;
     call.token = token.memory;
     call.planes = {planes.memory, scale.memory, sum.memory, tokens};

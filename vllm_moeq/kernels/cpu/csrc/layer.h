@@ -4,6 +4,7 @@
 
 #include "core.h"
 #include "decode.h"
+#include "trellis.h"
 #include "quantize.h"
 #include "panel.h"
 
@@ -36,7 +37,7 @@ template <int DIGITS>
 void gate_up_item(Call& call, const Item& item) {
     alignas(64) float sums[kTokensAtOnce * kPanelRows];
     const Active active = call.active[item.active];
-    const int64_t bits = call.bits[active.expert * call.bits_stride];
+    const Coding coding = coding_of(call, active.expert);
     const Matrices& m = call.gate_up;
     const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
     for (int p = item.panel; p < item.panel + item.panels; ++p) {
@@ -45,7 +46,8 @@ void gate_up_item(Call& call, const Item& item) {
         for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
             const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
             const int first = active.first + begin;
-            multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.x_planes, call.token + first, tokens, sums);
+            multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.x_planes, call.token + first, tokens,
+                             sums);
             for (int t = 0; t < tokens; ++t) {
                 float* both = sums + t * kPanelRows;
                 store(both, gated(load(both), load(both + kLanes)));
@@ -82,14 +84,14 @@ void down_item(Call& call, int number) {
     }
     for (int a = 0; a < call.num_active; ++a) {
         const Active active = call.active[a];
-        const int64_t bits = call.bits[active.expert * call.bits_stride];
+        const Coding coding = coding_of(call, active.expert);
         const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
         for (int p = first_panel; p < end; ++p) {
             for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
                 const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
                 const int first = active.first + begin;
-                multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.hidden_planes, call.pair + first, tokens,
-                                 sums);
+                multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.hidden_planes, call.pair + first,
+                                 tokens, sums);
                 for (int t = 0; t < tokens; ++t) {
                     float* place = call.sums + call.token[first + t] * width + p * kPanelRows;
                     const Floats weight = splat(call.weight[first + t]);
