@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -72,13 +72,19 @@ def dense(packed: PackedMatrices, expert: int) -> torch.Tensor:
     return packed.dense(expert, torch.float32)
 
 
-def exact(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the layer's result in float64, without any rounding."""
+def exact(
+    packed: PackedExperts,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    rotate: Callable[[torch.Tensor], torch.Tensor] = lambda inner: inner,
+) -> torch.Tensor:
+    """Return the layer's result in float64, without any rounding; ``rotate``: applied to silu(gate)·up."""
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(len(packed.bits)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
-        value = (torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
+        value = rotate(torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
         result.index_add_(0, token, value * weights[token, slot, None].double())
     return result
 

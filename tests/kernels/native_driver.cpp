@@ -78,7 +78,8 @@ struct Projection {
         for (int64_t i = 0; i < rows * columns / 32 * bits; ++i) words.memory[i] = static_cast<uint32_t>(generator());
         for (int64_t i = 0; i < rows * groups; ++i) {
             scales.memory[i] = (1 + 0.1f * normal()) * step / std::sqrt(static_cast<float>(columns));
-            zeros.memory[i] = coding.scheme == kTrellis ? kTrellisZero : 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
+            zeros.memory[i] = 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
+            if (coding.scheme == kTrellis) zeros.memory[i] = kTrellisZero;
         }
         const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, groups, coding, true, gated};
         for (int64_t p = 0; p < matrices.panels; ++p) {
@@ -114,14 +115,45 @@ struct Projection {
     }
 };
 
+// A random rotation, in a buffer of exactly its size.
+struct Rotated {
+    Exact<float> factors;
+    Rotation rotation;
+
+    explicit Rotated(int64_t columns) : factors(columns), rotation{factors.memory, 0} {
+        constexpr int32_t sizes[] = {0, 16, 32, 64};
+        rotation.size = sizes[pick(0, 3)];
+        if (!rotation.size || columns % rotation.size) rotation.size = 0;
+        for (int64_t c = 0; c < columns; ++c) {
+            factors.memory[c] = (pick(0, 1) ? 1.0f : -1.0f) / std::sqrt(static_cast<float>(rotation.size));
+        }
+    }
+
+    // Row by row of the Hadamard matrix.
+    std::vector<double> of(const std::vector<double>& x) const {
+        if (!rotation.size) return x;
+        std::vector<double> result(x.size());
+        for (size_t i = 0; i < x.size(); ++i) {
+            const size_t size = rotation.size, first = i / size * size;
+            for (size_t j = first; j < first + size; ++j) {
+                const int parity = __builtin_popcountll((i - first) & (j - first)) & 1;
+                result[i] += (parity ? -1 : 1) * factors.memory[j] * x[j];
+            }
+        }
+        return result;
+    }
+};
+
 // silu(gate)·up, then down, in double, for one token and expert.
-void add_expected(const Projection& up, const Projection& down, int64_t expert, const float* x, float weight, double* out) {
+void add_expected(const Projection& up, const Projection& down, int64_t expert, const std::vector<double>& x,
+                  const Rotated& before_down, float weight, double* out) {
     const int64_t inner = down.columns;
     std::vector<double> both(2 * inner), hidden(inner);
     for (int64_t r = 0; r < 2 * inner; ++r) {
         for (int64_t c = 0; c < up.columns; ++c) both[r] += up.dense[expert][r * up.columns + c] * x[c];
     }
     for (int64_t r = 0; r < inner; ++r) hidden[r] = both[r] / (1 + std::exp(-both[r])) * both[inner + r];
+    hidden = before_down.of(hidden);
     for (int64_t r = 0; r < down.rows; ++r) {
         for (int64_t c = 0; c < inner; ++c) out[r] += weight * down.dense[expert][r * inner + c] * hidden[c];
     }
@@ -148,7 +180,8 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     Exact<int8_t> x_digits(tokens * hidden * digits), inner_digits(pairs * inner * digits);
     Exact<float> x_scale(tokens * up.segments.size()), x_sum(tokens * up.segments.size());
     Exact<float> inner_scale(pairs * down.segments.size()), inner_sum(pairs * down.segments.size());
-    Exact<float> activated(pairs * inner), sums(tokens * down.matrices.panels * kPanelRows);
+    const Rotated before_up(hidden), before_down(inner);
+    Exact<float> rotated(tokens * hidden), activated(pairs * inner), sums(tokens * down.matrices.panels * kPanelRows);
     Call call{};
     call.x = x.memory;
     call.out = out.memory;
@@ -169,6 +202,9 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.pair = routing.pair.data();
     call.x_planes = {x_digits.memory, x_scale.memory, x_sum.memory, tokens};
     call.hidden_planes = {inner_digits.memory, inner_scale.memory, inner_sum.memory, pairs};
+    call.before_up = before_up.rotation;
+    call.before_down = before_down.rotation;
+    call.rotated = rotated.memory;
     call.inner = activated.memory;
     call.sums = sums.memory;
     const std::vector<Item> items = make_items(call, 3);
@@ -180,9 +216,10 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     Error error;
     for (int64_t t = 0; t < tokens; ++t) {
         std::vector<double> expected(hidden);
+        const std::vector<double> input = before_up.of({x.memory + t * hidden, x.memory + (t + 1) * hidden});
         for (int64_t k = 0; k < top_k; ++k) {
             const int64_t i = t * top_k + k;
-            if (ids[i] >= 0) add_expected(up, down, ids[i], x.memory + t * hidden, weights[i], expected.data());
+            if (ids[i] >= 0) add_expected(up, down, ids[i], input, before_down, weights[i], expected.data());
         }
         for (int64_t c = 0; c < hidden; ++c) error.add(out.memory[t * hidden + c], expected[c]);
     }

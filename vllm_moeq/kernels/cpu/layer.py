@@ -8,11 +8,14 @@ import torch
 
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
 from vllm_moeq.kernels.cpu.build import problem
+from vllm_moeq.kernels.cpu.rotation import Rotations
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 SCHEMES = (GRID, TRELLIS_SCHEME)
 """The schemes that the kernel computes from, in the order of ``Scheme`` in ``csrc/core.h``."""
+
+NOT_ROTATED = Rotations()
 
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
 """The variable that forces an instruction set: scalar, avx2, avx512, or vnni (avx512 with dot products of bytes)."""
@@ -42,6 +45,7 @@ class NativeLayer:
 
     Args:
         packed: the layer as loaded, on the CPU; it is not kept.
+        rotations: the rotations in whose basis the experts are stored.
 
     Raises:
         UsageError: the kernel cannot be built, or this processor lacks the instruction set in :data:`ISA_VARIABLE`.
@@ -49,7 +53,7 @@ class NativeLayer:
 
     name = "native"
 
-    def __init__(self, packed: PackedExperts) -> None:
+    def __init__(self, packed: PackedExperts, rotations: Rotations = NOT_ROTATED) -> None:
         if problem():
             raise UsageError(problem())
         isa = forced_instruction_set()
@@ -59,7 +63,9 @@ class NativeLayer:
         self.down, second = repack(packed.down, gated=False, wide=wide)
         up, down = grouping(packed.gate_up.matrices), grouping(packed.down.matrices)
         sizes = (self.hidden, self.intermediate, up[0], *down)
-        numbers = torch.tensor([*sizes, int(wide), instruction_sets().index(isa) if isa else -1])
+        kernel = instruction_sets().index(isa) if isa else -1
+        numbers = torch.tensor([*sizes, int(wide), kernel, *rotations.sizes()])
+        self.factors = rotations.factors()
         schemes = [SCHEMES.index(scheme) for scheme in packed.gate_up.matrices.schemes]
         experts = torch.stack([torch.tensor(packed.bits), torch.tensor(schemes), first, second], dim=1)
         self.numbers = torch.cat([numbers, experts.flatten()])
@@ -72,7 +78,7 @@ class NativeLayer:
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.interface.LayerKernel`."""
         result: torch.Tensor = torch.ops.vllm_moeq.native_moe.default(
-            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers
+            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers, self.factors
         )
         return result
 

@@ -18,7 +18,7 @@ struct Layer {
 };
 
 // A layer's description is one int64 tensor, because torch would unpack many arguments in every call.
-enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kNumbers };
+enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kUpRotation, kDownRotation, kNumbers };
 constexpr int kPerExpert = 4;  // then follow, per expert: width, scheme, first byte of gate and up, first byte of down
 
 Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers) {
@@ -57,6 +57,7 @@ void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float*
     call.pairs = static_cast<int64_t>(routing.pair.size());
     call.x_planes = planes_of(0, call.tokens, call.gate_up, call.digits);
     call.hidden_planes = planes_of(2, call.pairs, call.down, call.digits);
+    if (call.before_up.size) call.rotated = scratch.get<float>(7, call.tokens * call.hidden);
     call.inner = scratch.get<float>(4, call.pairs * call.intermediate);
     call.sums = scratch.get<float>(5, call.tokens * call.down.panels * kPanelRows);
     const std::vector<Item> items = make_items(call, threads);
@@ -67,8 +68,18 @@ void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float*
     in_parallel([&](int thread, int count) { kernel.run(&call, thread, count); });
 }
 
+// factors: those of the layer's input, if it is rotated, then those of down's input, if that is.
+void set_rotations(Call& call, const int64_t* numbers, const Tensor& factors) {
+    const int64_t up = numbers[kUpRotation] ? call.hidden : 0, down = numbers[kDownRotation] ? call.intermediate : 0;
+    TORCH_CHECK(factors.is_contiguous() && factors.numel() == up + down, "expected ", up + down,
+                " factors of the rotations, found ", factors.numel());
+    const float* first = factors.const_data_ptr<float>();
+    call.before_up = {first, static_cast<int32_t>(numbers[kUpRotation])};
+    call.before_down = {first + up, static_cast<int32_t>(numbers[kDownRotation])};
+}
+
 Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up,
-           const Tensor& down, const Tensor& layer) {
+           const Tensor& down, const Tensor& layer, const Tensor& factors) {
     TORCH_CHECK(layer.is_contiguous() && layer.numel() >= kNumbers, "expected the numbers of a layer");
     const int64_t* numbers = layer.const_data_ptr<int64_t>();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == numbers[kHidden], "expected x [tokens, ", numbers[kHidden], "], found ",
@@ -88,6 +99,7 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     call.intermediate = numbers[kIntermediate];
     call.gate_up = described.gate_up;
     call.down = described.down;
+    set_rotations(call, numbers, factors);
     call.codings = numbers + kNumbers;
     call.codings_stride = kPerExpert;
     const int64_t top_k = ids.size(1), row = call.hidden * static_cast<int64_t>(input.element_size());
@@ -182,7 +194,8 @@ std::string isas() {
 
 TORCH_LIBRARY_FRAGMENT(vllm_moeq, library) {
     library.def(
-        "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer) -> Tensor");
+        "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer, "
+        "Tensor factors) -> Tensor");
     library.def(
         "native_repack(Tensor[] grid, Tensor[] trellis, Tensor experts, int[] numbers, Tensor(a!) offsets) -> Tensor");
     library.def("native_isas() -> str", &isas);

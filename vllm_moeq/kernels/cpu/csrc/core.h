@@ -77,6 +77,12 @@ struct Planes {
     int64_t rows;
 };
 
+// The activations' rotation in blocks of `size` columns. The factors hold, per column, its sign times size^(−1/2).
+struct Rotation {
+    const float* factors;
+    int32_t size;  // 0: none
+};
+
 struct Active {
     int32_t expert;
     int32_t first;  // index of its first pair; pairs are sorted by expert
@@ -103,8 +109,10 @@ struct Call {
     const float* weight;   // each pair's routing weight
     const int32_t* pair;   // 0 … pairs − 1: the rows of `hidden_planes` in use
     Planes x_planes, hidden_planes;
-    float* inner;  // [pairs, intermediate]: silu(gate)·up
-    float* sums;   // [tokens, padded hidden]
+    Rotation before_up, before_down;
+    float* rotated;  // [tokens, hidden], if x is rotated
+    float* inner;    // [pairs, intermediate]: silu(gate)·up
+    float* sums;     // [tokens, padded hidden]
     const Item* items;
     int32_t num_items;
     int32_t down_panels;  // panels per item of down

@@ -1,4 +1,4 @@
-// The work of a thread in a call: quantize, gate and up, quantize, down. A free thread takes the next item. Results
+// The work of a thread in a call: rotate and quantize, gate and up, rotate and quantize, down. A free thread takes the next item. Results
 // depend neither on which thread computes an item nor on the other tokens of the batch.
 #pragma once
 
@@ -6,6 +6,7 @@
 #include "decode.h"
 #include "trellis.h"
 #include "quantize.h"
+#include "rotate.h"
 #include "panel.h"
 
 namespace moeq {
@@ -115,12 +116,24 @@ inline void barrier(int threads) {
 
 template <int DIGITS>
 void run_digits(Call& call, int thread, int threads) {
-    quantize<DIGITS>(call.x, call.dtype, call.gate_up, call.x_planes, thread, threads);
+    const void* x = call.x;
+    int dtype = call.dtype;
+    if (call.before_up.size) {
+        rotate(x, dtype, call.before_up, call.tokens, call.hidden, call.rotated, thread, threads);
+        barrier(threads);
+        x = call.rotated;
+        dtype = kFloat32;
+    }
+    quantize<DIGITS>(x, dtype, call.gate_up, call.x_planes, thread, threads);
     barrier(threads);
     for (int i = take(&call.next_gate_up); i < call.num_items; i = take(&call.next_gate_up)) {
         gate_up_item<DIGITS>(call, call.items[i]);
     }
     barrier(threads);
+    if (call.before_down.size) {
+        rotate(call.inner, kFloat32, call.before_down, call.pairs, call.intermediate, call.inner, thread, threads);
+        barrier(threads);
+    }
     quantize<DIGITS>(call.inner, kFloat32, call.down, call.hidden_planes, thread, threads);
     barrier(threads);
     const int items = (call.down.panels + call.down_panels - 1) / call.down_panels;

@@ -53,6 +53,13 @@ inline Floats minimum(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    if constexpr (DISTANCE == 8) return {x.b, x.a};
+    if constexpr (DISTANCE == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    constexpr int order = DISTANCE == 1 ? 0xb1 : 0x4e;
+    return {_mm256_permute_ps(x.a, order), _mm256_permute_ps(x.b, order)};
+}
 inline Floats nearest(Floats x) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};

@@ -49,6 +49,12 @@ inline Floats operator/(Floats x, Floats y) { return {_mm512_div_ps(x.a, y.a)}; 
 inline Floats maximum(Floats x, Floats y) { return {_mm512_max_ps(x.a, y.a)}; }
 inline Floats minimum(Floats x, Floats y) { return {_mm512_min_ps(x.a, y.a)}; }
 inline Floats multiply_add(Floats x, Floats y, Floats z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    constexpr int order = DISTANCE == 1 || DISTANCE == 4 ? 0xb1 : 0x4e;
+    if constexpr (DISTANCE < 4) return {_mm512_permute_ps(x.a, order)};
+    return {_mm512_shuffle_f32x4(x.a, x.a, order)};
+}
 inline Floats nearest(Floats x) {
     return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

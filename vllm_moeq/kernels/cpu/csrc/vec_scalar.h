@@ -114,6 +114,11 @@ inline Floats minimum(Floats x, Floats y) {
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return each([&](int i) { return x.v[i] * y.v[i] + z.v[i]; });
 }
+// Lane i becomes lane i ^ DISTANCE, for 1, 2, 4 and 8.
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    return each([&](int i) { return x.v[i ^ DISTANCE]; });
+}
 inline Floats nearest(Floats x) {
     return each([&](int i) { return rintf(x.v[i]); });
 }
