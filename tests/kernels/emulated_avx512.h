@@ -80,12 +80,26 @@ inline Vector max_ps(Vector x, Vector y) { return floats([&](int k) { return x.f
 inline Vector min_ps(Vector x, Vector y) { return floats([&](int k) { return x.f[k] < y.f[k] ? x.f[k] : y.f[k]; }); }
 inline Vector round_ps(Vector x, int) { return floats([&](int k) { return std::nearbyint(x.f[k]); }); }
 
+inline Vector permute_ps(Vector x, int order) {  // within fours
+    return ints([&](int k) { return x.u[k / 4 * 4 + (order >> k % 4 * 2 & 3)]; });
+}
+inline Vector shuffle_f32x4(Vector x, Vector y, int order) {  // of fours
+    return ints([&](int k) { return (k < 8 ? x : y).u[(order >> k / 4 * 2 & 3) * 4 + k % 4]; });
+}
+
 inline Vector add_epi32(Vector x, Vector y) { return ints([&](int k) { return x.u[k] + y.u[k]; }); }
 inline Vector sub_epi32(Vector x, Vector y) { return ints([&](int k) { return x.u[k] - y.u[k]; }); }
 inline Vector and_bits(Vector x, Vector y) { return ints([&](int k) { return x.u[k] & y.u[k]; }); }
 inline Vector or_bits(Vector x, Vector y) { return ints([&](int k) { return x.u[k] | y.u[k]; }); }
 inline Vector slli_epi32(Vector x, int n) { return ints([&](int k) { return x.u[k] << n; }); }
 inline Vector srai_epi32(Vector x, int n) { return ints([&](int k) { return x.i[k] >> n; }); }
+inline Vector srli_epi32(Vector x, int n) { return ints([&](int k) { return x.u[k] >> n; }); }
+inline Vector mullo_epi32(Vector x, Vector y) { return ints([&](int k) { return x.u[k] * y.u[k]; }); }
+inline Vector mullo_epi16(Vector x, Vector y) { return words([&](int k) { return uint32_t{x.w[k]} * y.w[k]; }); }
+inline Vector mulhi_epu16(Vector x, Vector y) { return words([&](int k) { return uint32_t{x.w[k]} * y.w[k] >> 16; }); }
+inline Vector alignr_epi32(Vector high, Vector low, int n) {
+    return ints([&](int k) { return k + n < 16 ? low.u[k + n] : high.u[k + n - 16]; });
+}
 inline Vector slli_epi16(Vector x, int n) { return words([&](int k) { return x.w[k] << n; }); }
 inline Vector srli_epi16(Vector x, int n) { return words([&](int k) { return x.w[k] >> n; }); }
 inline Vector add_epi16(Vector x, Vector y) { return words([&](int k) { return x.w[k] + y.w[k]; }); }
@@ -164,6 +178,10 @@ inline Vector dpbusd(Vector sum, Vector x, Vector y) {
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps emulated::round_ps
+#undef _mm512_permute_ps
+#define _mm512_permute_ps emulated::permute_ps
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_sub_epi32 emulated::sub_epi32
 #define _mm512_and_si512 emulated::and_bits
@@ -172,6 +190,13 @@ inline Vector dpbusd(Vector sum, Vector x, Vector y) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #undef _mm512_srai_epi32
 #define _mm512_srai_epi32 emulated::srai_epi32
+#undef _mm512_srli_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
+#undef _mm512_alignr_epi32
+#define _mm512_alignr_epi32 emulated::alignr_epi32
+#define _mm512_mullo_epi32 emulated::mullo_epi32
+#define _mm512_mullo_epi16 emulated::mullo_epi16
+#define _mm512_mulhi_epu16 emulated::mulhi_epu16
 #undef _mm512_slli_epi16
 #define _mm512_slli_epi16 emulated::slli_epi16
 #undef _mm512_srli_epi16

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_moeq.format import pack
-from vllm_moeq.kernels import PackedExperts, PackedMatrices, dense_expert, ragged
+from vllm_moeq.format import GRID, ROW_SCALE, TRELLIS, TRELLIS_SCHEME, Scheme, pack
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
+
+Coding = tuple[Scheme, int]
+"""A scheme and a width."""
 
 
 def random_matrices(
@@ -41,18 +44,47 @@ def random_layer(
     )
 
 
+def mixed_matrices(
+    experts: Sequence[Coding], rows: int, columns: int, group_size: int, offset: int = 0, *, seed: int = 0
+) -> PackedMatrices:
+    """Random matrices as :func:`random_matrices` makes them, each in a scheme of its own."""
+    schemes, bits = zip(*experts, strict=True)
+    layout = ragged(bits, rows, columns, group_size, offset, schemes)
+    grid = random_matrices([b for s, b in experts if s is GRID] or [1], rows, columns, group_size, offset, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    rings = [b for scheme, b in experts if scheme is TRELLIS_SCHEME]
+    words = torch.randint(-(2**31), 2**31, (sum(rings) * rows * columns // 32,), generator=generator).int()
+    scales = (0.5 + torch.rand((len(rings), rows), generator=generator)) / 18 / columns**0.5  # 18: the codes' deviation
+    tensors = {**grid.tensors, TRELLIS: words, ROW_SCALE: scales.half()}
+    return PackedMatrices(layout, *(tensors[suffix] for suffix in layout.suffixes))
+
+
+def mixed_layer(
+    experts: Sequence[Coding], hidden: int, intermediate: int, group_size: int = 128, offset: int = 0
+) -> PackedExperts:
+    """A layer whose experts have schemes of their own; ``offset`` as in :func:`random_layer`."""
+    gate_up = mixed_matrices(experts, 2 * intermediate, hidden, group_size, seed=1)
+    return PackedExperts(gate_up, mixed_matrices(experts, hidden, intermediate, group_size, offset, seed=2))
+
+
 def dense(packed: PackedMatrices, expert: int) -> torch.Tensor:
-    """Return (q − zero)·scale in float32."""
-    return dense_expert(packed.matrices, expert, packed.words, packed.scales, packed.zeros, torch.float32)
+    """Return an expert's weights in float32."""
+    return packed.dense(expert, torch.float32)
 
 
-def exact(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the layer's result in float64, without any rounding."""
+def exact(
+    packed: PackedExperts,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    rotate: Callable[[torch.Tensor], torch.Tensor] = lambda inner: inner,
+) -> torch.Tensor:
+    """Return the layer's result in float64, without any rounding; ``rotate``: applied to silu(gate)·up."""
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(len(packed.bits)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
         gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
-        value = (torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
+        value = rotate(torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
         result.index_add_(0, token, value * weights[token, slot, None].double())
     return result
 

@@ -46,11 +46,12 @@ struct Projection {
     std::vector<Segment> segments;
     std::vector<std::vector<double>> dense;  // per expert [rows, columns]
     std::unique_ptr<Exact<uint8_t>> data;
-    std::vector<int64_t> bits, first;
+    std::vector<Coding> codings;
+    std::vector<int64_t> first;
     Matrices matrices{};
 
-    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<int64_t>& widths)
-        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)), bits(widths) {
+    Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<Coding>& all)
+        : rows(r), columns(c), group_size(g), offset(o), gated(is_gated), segments(make_segments(c, g, o)), codings(all) {
         matrices.columns = static_cast<int32_t>(columns);
         matrices.groups = segments.back().group + 1;
         matrices.wide = 1;
@@ -58,64 +59,115 @@ struct Projection {
         matrices.segments = segments.data();
         matrices.num_segments = static_cast<int32_t>(segments.size());
         int64_t total = 0;
-        for (int64_t b : bits) {
+        for (const Coding& coding : codings) {
             first.push_back(total);
-            total += matrices.panels * panel_bytes(matrices, b);
+            total += matrices.panels * panel_bytes(matrices, coding);
         }
         data = std::make_unique<Exact<uint8_t>>(total);
-        for (size_t e = 0; e < bits.size(); ++e) fill(bits[e], data->memory + first[e]);
+        for (size_t e = 0; e < codings.size(); ++e) fill(codings[e], data->memory + first[e]);
         matrices.data = data->memory;
         matrices.offsets = first.data();
         matrices.stride = 1;
     }
 
-    void fill(int64_t bits, uint8_t* target) {
+    void fill(Coding coding, uint8_t* target) {
+        const int64_t bits = coding.bits, groups = coding.scheme == kTrellis ? 1 : matrices.groups;
+        const float step = coding.scheme == kTrellis ? 1.0f / 18 : 1.0f / static_cast<float>(1 << bits);
         Exact<uint32_t> words(rows * columns / 32 * bits);
-        Exact<float> scales(rows * matrices.groups), zeros(rows * matrices.groups);
+        Exact<float> scales(rows * groups), zeros(rows * groups);
         for (int64_t i = 0; i < rows * columns / 32 * bits; ++i) words.memory[i] = static_cast<uint32_t>(generator());
-        for (int64_t i = 0; i < rows * matrices.groups; ++i) {
-            scales.memory[i] = (1 + 0.1f * normal()) / (1 << bits) / std::sqrt(static_cast<float>(columns));
+        for (int64_t i = 0; i < rows * groups; ++i) {
+            scales.memory[i] = (1 + 0.1f * normal()) * step / std::sqrt(static_cast<float>(columns));
             zeros.memory[i] = 0.5f * static_cast<float>((1 << bits) - 1) + 0.1f * normal();
+            if (coding.scheme == kTrellis) zeros.memory[i] = kTrellisZero;
         }
-        const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, matrices.groups, bits, true, gated};
+        const Source source = {words.memory, scales.memory, zeros.memory, rows, columns, groups, coding, true, gated};
         for (int64_t p = 0; p < matrices.panels; ++p) {
-            repack_panel(source, segments, p, target + p * panel_bytes(matrices, bits));
+            repack_panel(source, matrices, p, target + p * panel_bytes(matrices, coding));
         }
         std::vector<double> values(rows * columns);
         for (int64_t i = 0; i < rows * columns; ++i) {
-            uint32_t code = 0;
-            for (int64_t b = 0; b < bits; ++b) {
-                const int64_t bit = i * bits + b;
-                code |= (words.memory[bit / 32] >> (bit % 32) & 1u) << b;
-            }
-            const int64_t place = i / columns * matrices.groups + (offset + i % columns) / group_size;
+            const int64_t row = i / columns, column = i % columns;
+            const int64_t place = row * groups + (coding.scheme == kTrellis ? 0 : (offset + column) / group_size);
+            const uint32_t code = coding.scheme == kTrellis ? trellis_code(words.memory, row, column, bits)
+                                                            : field(words.memory, i * bits, bits);
             values[i] = (static_cast<double>(code) - zeros.memory[place]) * scales.memory[place];
         }
         dense.push_back(std::move(values));
     }
+
+    static uint32_t field(const uint32_t* words, int64_t first, int64_t bits) {
+        uint32_t value = 0;
+        for (int64_t b = 0; b < bits; ++b) value |= (words[(first + b) / 32] >> ((first + b) % 32) & 1u) << b;
+        return value;
+    }
+
+    // The twelve bits of the tile's ring that end with the weight's own, one by one.
+    uint32_t trellis_code(const uint32_t* words, int64_t row, int64_t column, int64_t bits) const {
+        const int64_t ring = 256 * bits, end = (row % 16 * 16 + column % 16 + 1) * bits;
+        uint32_t state = 0;
+        for (int64_t j = 0; j < 12; ++j) {
+            const int64_t bit = (end - 12 + j + ring) % ring, line = row / 16 * 16 + bit / (16 * bits);
+            state |= field(words, line * columns * bits + column / 16 * 16 * bits + bit % (16 * bits), 1) << j;
+        }
+        const uint32_t p = state * kTrellisFactor;
+        return ((p & 255) + (p >> 8 & 255) + (p >> 16 & 255) + (p >> 24)) >> 3;
+    }
+};
+
+// A random rotation, in a buffer of exactly its size.
+struct Rotated {
+    Exact<float> factors;
+    Rotation rotation;
+
+    explicit Rotated(int64_t columns) : factors(columns), rotation{factors.memory, 0} {
+        constexpr int32_t sizes[] = {0, 16, 32, 64};
+        rotation.size = sizes[pick(0, 3)];
+        if (!rotation.size || columns % rotation.size) rotation.size = 0;
+        for (int64_t c = 0; c < columns; ++c) {
+            factors.memory[c] = (pick(0, 1) ? 1.0f : -1.0f) / std::sqrt(static_cast<float>(rotation.size));
+        }
+    }
+
+    // Row by row of the Hadamard matrix.
+    std::vector<double> of(const std::vector<double>& x) const {
+        if (!rotation.size) return x;
+        std::vector<double> result(x.size());
+        for (size_t i = 0; i < x.size(); ++i) {
+            const size_t size = rotation.size, first = i / size * size;
+            for (size_t j = first; j < first + size; ++j) {
+                const int parity = __builtin_popcountll((i - first) & (j - first)) & 1;
+                result[i] += (parity ? -1 : 1) * factors.memory[j] * x[j];
+            }
+        }
+        return result;
+    }
 };
 
 // silu(gate)·up, then down, in double, for one token and expert.
-void add_expected(const Projection& up, const Projection& down, int64_t expert, const float* x, float weight, double* out) {
+void add_expected(const Projection& up, const Projection& down, int64_t expert, const std::vector<double>& x,
+                  const Rotated& before_down, float weight, double* out) {
     const int64_t inner = down.columns;
     std::vector<double> both(2 * inner), hidden(inner);
     for (int64_t r = 0; r < 2 * inner; ++r) {
         for (int64_t c = 0; c < up.columns; ++c) both[r] += up.dense[expert][r * up.columns + c] * x[c];
     }
     for (int64_t r = 0; r < inner; ++r) hidden[r] = both[r] / (1 + std::exp(-both[r])) * both[inner + r];
+    hidden = before_down.of(hidden);
     for (int64_t r = 0; r < down.rows; ++r) {
         for (int64_t c = 0; c < inner; ++c) out[r] += weight * down.dense[expert][r * inner + c] * hidden[c];
     }
 }
 
 double error_of_one_layer(const Kernel& kernel, int32_t digits) {
-    const int64_t widths[] = {1, 2, 3, 4, 8};
     const int64_t hidden = 32 * pick(1, 6), inner = 32 * pick(1, 5), experts = pick(1, 4), group = 32 * pick(1, 5);
     const int64_t tokens = pick(1, 12), top_k = pick(1, experts);
-    std::vector<int64_t> bits;
-    for (int64_t e = 0; e < experts; ++e) bits.push_back(widths[pick(0, 4)]);
-    const Projection up(2 * inner, hidden, group, 0, true, bits);
-    const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, bits);
+    constexpr Coding all[] = {{1, kGrid}, {2, kGrid}, {3, kGrid}, {4, kGrid}, {8, kGrid},
+                              {1, kTrellis}, {2, kTrellis}, {3, kTrellis}, {4, kTrellis}};
+    std::vector<Coding> codings;
+    for (int64_t e = 0; e < experts; ++e) codings.push_back(all[pick(0, 8)]);
+    const Projection up(2 * inner, hidden, group, 0, true, codings);
+    const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, codings);
     std::vector<int32_t> ids(tokens * top_k);
     std::vector<float> weights(tokens * top_k);
     for (auto& id : ids) id = static_cast<int32_t>(pick(-1, experts - 1));
@@ -128,7 +180,8 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     Exact<int8_t> x_digits(tokens * hidden * digits), inner_digits(pairs * inner * digits);
     Exact<float> x_scale(tokens * up.segments.size()), x_sum(tokens * up.segments.size());
     Exact<float> inner_scale(pairs * down.segments.size()), inner_sum(pairs * down.segments.size());
-    Exact<float> activated(pairs * inner), sums(tokens * down.matrices.panels * kPanelRows);
+    const Rotated before_up(hidden), before_down(inner);
+    Exact<float> rotated(tokens * hidden), activated(pairs * inner), sums(tokens * down.matrices.panels * kPanelRows);
     Call call{};
     call.x = x.memory;
     call.out = out.memory;
@@ -140,8 +193,8 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.pairs = pairs;
     call.gate_up = up.matrices;
     call.down = down.matrices;
-    call.bits = bits.data();
-    call.bits_stride = 1;
+    call.codings = &codings[0].bits;
+    call.codings_stride = 2;
     call.active = routing.active.data();
     call.num_active = static_cast<int32_t>(routing.active.size());
     call.token = routing.token.data();
@@ -149,6 +202,9 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.pair = routing.pair.data();
     call.x_planes = {x_digits.memory, x_scale.memory, x_sum.memory, tokens};
     call.hidden_planes = {inner_digits.memory, inner_scale.memory, inner_sum.memory, pairs};
+    call.before_up = before_up.rotation;
+    call.before_down = before_down.rotation;
+    call.rotated = rotated.memory;
     call.inner = activated.memory;
     call.sums = sums.memory;
     const std::vector<Item> items = make_items(call, 3);
@@ -160,9 +216,10 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     Error error;
     for (int64_t t = 0; t < tokens; ++t) {
         std::vector<double> expected(hidden);
+        const std::vector<double> input = before_up.of({x.memory + t * hidden, x.memory + (t + 1) * hidden});
         for (int64_t k = 0; k < top_k; ++k) {
             const int64_t i = t * top_k + k;
-            if (ids[i] >= 0) add_expected(up, down, ids[i], x.memory + t * hidden, weights[i], expected.data());
+            if (ids[i] >= 0) add_expected(up, down, ids[i], input, before_down, weights[i], expected.data());
         }
         for (int64_t c = 0; c < hidden; ++c) error.add(out.memory[t * hidden + c], expected[c]);
     }
@@ -171,7 +228,7 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
 
 double error_of_one_linear(const Kernel& kernel, int32_t digits) {
     const int64_t rows = pick(1, 100), columns = 32 * pick(1, 9), tokens = pick(1, 70);
-    const Projection matrix(rows, columns, 32 * pick(1, 5), 0, false, {pick(0, 1) ? 4 : 8});
+    const Projection matrix(rows, columns, 32 * pick(1, 5), 0, false, {{pick(0, 1) ? 4 : 8, kGrid}});
     Exact<float> x(tokens * columns), out(tokens * rows);
     for (int64_t i = 0; i < tokens * columns; ++i) x.memory[i] = normal();
     Exact<int8_t> planes(tokens * columns * digits);
@@ -185,7 +242,7 @@ double error_of_one_linear(const Kernel& kernel, int32_t digits) {
     call.digits = digits;
     call.tokens = tokens;
     call.rows = rows;
-    call.bits = matrix.bits[0];
+    call.bits = matrix.codings[0].bits;
     call.weights = matrix.matrices;
     call.token = token.memory;
     call.planes = {planes.memory, scale.memory, sum.memory, tokens};

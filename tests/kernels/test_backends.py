@@ -42,7 +42,7 @@ def test_the_table_is_whole() -> None:
     assert FALLBACK.problem(torch.device("meta")) == ""
     for row in TABLE[:-1]:
         assert row.automatic is not None
-        assert row.schemes == ("grid",)
+        assert row.schemes == (("grid", "trellis") if row.name == "native" else ("grid",))
 
 
 def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_moeq.format import GRID, UsageError
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts
 from vllm_moeq.kernels.reference_layer import ReferenceLayer
@@ -122,7 +122,8 @@ TABLE = (
     Backend("humming", _humming_problem, _make_humming, automatic=()),
     Backend(
         "native", _native_problem, _make_native, automatic=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16), any_call=True, linear=_native_linear,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16), schemes=(GRID.name, TRELLIS_SCHEME.name), any_call=True,
+        linear=_native_linear,
     ),
     Backend(
         "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,

@@ -6,9 +6,16 @@ import os
 
 import torch
 
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
 from vllm_moeq.kernels.cpu.build import problem
+from vllm_moeq.kernels.cpu.rotation import Rotations
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.ragged import RaggedMatrices
+
+SCHEMES = (GRID, TRELLIS_SCHEME)
+"""The schemes that the kernel computes from, in the order of ``Scheme`` in ``csrc/core.h``."""
+
+NOT_ROTATED = Rotations()
 
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
 """The variable that forces an instruction set: scalar, avx2, avx512, or vnni (avx512 with dot products of bytes)."""
@@ -38,6 +45,7 @@ class NativeLayer:
 
     Args:
         packed: the layer as loaded, on the CPU; it is not kept.
+        rotations: the rotations in whose basis the experts are stored.
 
     Raises:
         UsageError: the kernel cannot be built, or this processor lacks the instruction set in :data:`ISA_VARIABLE`.
@@ -45,19 +53,21 @@ class NativeLayer:
 
     name = "native"
 
-    def __init__(self, packed: PackedExperts) -> None:
+    def __init__(self, packed: PackedExperts, rotations: Rotations = NOT_ROTATED) -> None:
         if problem():
             raise UsageError(problem())
         isa = forced_instruction_set()
         self.hidden, self.intermediate = packed.hidden, packed.intermediate
-        wide = packed.gate_up.scales.dtype != packed.down.scales.dtype
+        wide = any(is_wide(part) for part in (packed.gate_up, packed.down))
         self.gate_up, first = repack(packed.gate_up, gated=True, wide=wide)
         self.down, second = repack(packed.down, gated=False, wide=wide)
-        up, down = packed.gate_up.matrices, packed.down.matrices
-        wide = wide or packed.down.scales.dtype == torch.float32
-        sizes = (self.hidden, self.intermediate, up.group_size, down.group_size, down.group_offset)
-        numbers = torch.tensor([*sizes, int(wide), instruction_sets().index(isa) if isa else -1])
-        experts = torch.stack([torch.tensor(packed.bits), first, second], dim=1)
+        up, down = grouping(packed.gate_up.matrices), grouping(packed.down.matrices)
+        sizes = (self.hidden, self.intermediate, up[0], *down)
+        kernel = instruction_sets().index(isa) if isa else -1
+        numbers = torch.tensor([*sizes, int(wide), kernel, *rotations.sizes()])
+        self.factors = rotations.factors()
+        schemes = [SCHEMES.index(scheme) for scheme in packed.gate_up.matrices.schemes]
+        experts = torch.stack([torch.tensor(packed.bits), torch.tensor(schemes), first, second], dim=1)
         self.numbers = torch.cat([numbers, experts.flatten()])
 
     @property
@@ -68,12 +78,24 @@ class NativeLayer:
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.interface.LayerKernel`."""
         result: torch.Tensor = torch.ops.vllm_moeq.native_moe.default(
-            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers
+            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers, self.factors
         )
         return result
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
         """Do nothing: there is nothing to compile."""
+
+
+def is_wide(packed: PackedMatrices) -> bool:
+    """Tell whether any scale or zero is float32."""
+    return any(tensor.dtype == torch.float32 for tensor in packed.tensors.values())
+
+
+def grouping(matrices: RaggedMatrices) -> tuple[int, int]:
+    """Return the group size and offset by which the kernel cuts columns; without the grid there is one group."""
+    if GRID in matrices.schemes:
+        return matrices.group_size, matrices.group_offset
+    return matrices.columns, 0
 
 
 def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,9 +110,20 @@ def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[
         The weights, uint8 [bytes], and each expert's first byte, int64 [E].
     """
     matrices = packed.matrices
-    scales, zeros = ((t.float() if wide else t).contiguous() for t in (packed.scales, packed.zeros))
-    experts = torch.tensor(list(zip(matrices.bits, matrices.offsets[:-1], strict=True)))
+    wide = wide or is_wide(packed)
+    tensors = {
+        suffix: (t.float() if wide and t.is_floating_point() else t).contiguous()
+        for suffix, t in packed.tensors.items()
+    }
+    experts, counts = [], [0] * len(SCHEMES)
+    for expert, (scheme, bits) in enumerate(zip(matrices.schemes, matrices.bits, strict=True)):
+        words, index = tensors[scheme.codes], SCHEMES.index(scheme)
+        first = matrices.view(words, scheme.codes, expert).storage_offset() - words.storage_offset()
+        experts.append((bits, index, first, counts[index]))
+        counts[index] += 1
     offsets = torch.empty(len(matrices.bits), dtype=torch.int64)
-    numbers = [matrices.rows, matrices.columns, matrices.group_size, matrices.group_offset, int(gated)]
-    data = torch.ops.vllm_moeq.native_repack(packed.words, scales, zeros, experts, numbers, offsets)
+    table = torch.tensor(experts, dtype=torch.int64).reshape(-1, 4)
+    buffers = ([tensors[suffix] for suffix in scheme.suffixes if suffix in tensors] for scheme in SCHEMES)
+    numbers = [matrices.rows, matrices.columns, *grouping(matrices), int(gated)]
+    data = torch.ops.vllm_moeq.native_repack(*buffers, table, numbers, offsets)
     return data, offsets

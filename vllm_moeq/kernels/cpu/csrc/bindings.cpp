@@ -18,8 +18,8 @@ struct Layer {
 };
 
 // A layer's description is one int64 tensor, because torch would unpack many arguments in every call.
-enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kNumbers };
-constexpr int kPerExpert = 3;  // then follow, per expert: width, first byte of gate and up, first byte of down
+enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kUpRotation, kDownRotation, kNumbers };
+constexpr int kPerExpert = 4;  // then follow, per expert: width, scheme, first byte of gate and up, first byte of down
 
 Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers) {
     const int64_t hidden = numbers[kHidden], intermediate = numbers[kIntermediate];
@@ -36,8 +36,8 @@ Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers
         m.groups = segments.back().group + 1;
         m.wide = static_cast<int32_t>(numbers[kWide]);
     };
-    fill(layer.gate_up, gate_up, 1, layer.up_segments);
-    fill(layer.down, down, 2, layer.down_segments);
+    fill(layer.gate_up, gate_up, 2, layer.up_segments);
+    fill(layer.down, down, 3, layer.down_segments);
     layer.gate_up.columns = static_cast<int32_t>(hidden);
     layer.gate_up.panels = static_cast<int32_t>(panels_of(2 * intermediate, true));
     layer.down.columns = static_cast<int32_t>(intermediate);
@@ -57,6 +57,7 @@ void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float*
     call.pairs = static_cast<int64_t>(routing.pair.size());
     call.x_planes = planes_of(0, call.tokens, call.gate_up, call.digits);
     call.hidden_planes = planes_of(2, call.pairs, call.down, call.digits);
+    if (call.before_up.size) call.rotated = scratch.get<float>(7, call.tokens * call.hidden);
     call.inner = scratch.get<float>(4, call.pairs * call.intermediate);
     call.sums = scratch.get<float>(5, call.tokens * call.down.panels * kPanelRows);
     const std::vector<Item> items = make_items(call, threads);
@@ -67,8 +68,18 @@ void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float*
     in_parallel([&](int thread, int count) { kernel.run(&call, thread, count); });
 }
 
+// factors: those of the layer's input, if it is rotated, then those of down's input, if that is.
+void set_rotations(Call& call, const int64_t* numbers, const Tensor& factors) {
+    const int64_t up = numbers[kUpRotation] ? call.hidden : 0, down = numbers[kDownRotation] ? call.intermediate : 0;
+    TORCH_CHECK(factors.is_contiguous() && factors.numel() == up + down, "expected ", up + down,
+                " factors of the rotations, found ", factors.numel());
+    const float* first = factors.const_data_ptr<float>();
+    call.before_up = {first, static_cast<int32_t>(numbers[kUpRotation])};
+    call.before_down = {first + up, static_cast<int32_t>(numbers[kDownRotation])};
+}
+
 Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up,
-           const Tensor& down, const Tensor& layer) {
+           const Tensor& down, const Tensor& layer, const Tensor& factors) {
     TORCH_CHECK(layer.is_contiguous() && layer.numel() >= kNumbers, "expected the numbers of a layer");
     const int64_t* numbers = layer.const_data_ptr<int64_t>();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == numbers[kHidden], "expected x [tokens, ", numbers[kHidden], "], found ",
@@ -88,8 +99,9 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     call.intermediate = numbers[kIntermediate];
     call.gate_up = described.gate_up;
     call.down = described.down;
-    call.bits = numbers + kNumbers;
-    call.bits_stride = kPerExpert;
+    set_rotations(call, numbers, factors);
+    call.codings = numbers + kNumbers;
+    call.codings_stride = kPerExpert;
     const int64_t top_k = ids.size(1), row = call.hidden * static_cast<int64_t>(input.element_size());
     for (int64_t first = 0; first < input.size(0); first += kTokensPerPart) {
         call.tokens = std::min(kTokensPerPart, input.size(0) - first);
@@ -102,43 +114,71 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     return out;
 }
 
+// Asks for large pages; only a hint, which may fail.
+void advise_huge(uint8_t* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = uintptr_t{1} << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// One expert's numbers for native_repack.
+struct Loaded {
+    Coding coding;
+    int64_t word, index;  // first word, and place among the scheme's experts
+};
+static_assert(sizeof(Loaded) == 4 * sizeof(int64_t));
+
+Source source_of(const Loaded& expert, at::TensorList tensors, int64_t rows, int64_t columns, int64_t groups,
+                 bool gated) {
+    const Tensor &words = tensors[0], &scales = tensors[1];
+    const int64_t skipped = expert.index * rows * groups * scales.element_size();
+    const auto values = [&](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + skipped; };
+    return {reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()) + expert.word, values(scales),
+            tensors.size() > 2 ? values(tensors[2]) : nullptr, rows, columns, groups, expert.coding,
+            scales.scalar_type() == at::kFloat, gated};
+}
+
 // Returns one projection of a layer in the order of core.h, and writes each expert's first byte to `offsets` [E].
-// numbers: rows, columns, group size, offset within a group, 1 for gate and up. experts: int64 [E, 2], width and first
-// word.
-Tensor repack(const Tensor& words, const Tensor& scales, const Tensor& zeros, const Tensor& experts,
-              at::IntArrayRef numbers, Tensor& offsets) {
-    TORCH_CHECK(words.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() && experts.is_contiguous());
+// grid: words, scales and zeros of the experts of this scheme. trellis: words and scales. experts: int64 [E, 4], a
+// Loaded each. numbers: rows, columns, group size, offset within a group, 1 for gate and up.
+Tensor repack(at::TensorList grid, at::TensorList trellis, const Tensor& experts, at::IntArrayRef numbers,
+              Tensor& offsets) {
+    const at::TensorList schemes[] = {grid, trellis};  // in the order of Scheme
+    const bool wide = (grid.empty() ? trellis : grid)[1].scalar_type() == at::kFloat;
+    for (const at::TensorList& tensors : schemes) {
+        for (const Tensor& tensor : tensors) TORCH_CHECK(tensor.is_contiguous());
+        TORCH_CHECK(tensors.empty() || (tensors[1].scalar_type() == at::kFloat) == wide, "expected one dtype of scales");
+    }
     const int64_t rows = numbers[0], columns = numbers[1], count = experts.size(0);
-    const bool gated = numbers[4] != 0, wide = scales.scalar_type() == at::kFloat;
+    const bool gated = numbers[4] != 0;
     const std::vector<Segment> segments = make_segments(columns, numbers[2], numbers[3]);
     Matrices m{};
     m.columns = static_cast<int32_t>(columns);
+    m.segments = segments.data();
+    m.num_segments = static_cast<int32_t>(segments.size());
     m.groups = segments.back().group + 1;
     m.wide = wide;
     m.panels = static_cast<int32_t>(panels_of(rows, gated));
-    const int64_t* table = experts.const_data_ptr<int64_t>();
+    const Loaded* table = reinterpret_cast<const Loaded*>(experts.const_data_ptr<int64_t>());
     int64_t* first = offsets.mutable_data_ptr<int64_t>();
     int64_t total = 0;
     for (int64_t e = 0; e < count; ++e) {
         first[e] = total;
-        total += m.panels * panel_bytes(m, table[2 * e]);
+        total += m.panels * panel_bytes(m, table[e].coding);
     }
-    Tensor out = at::empty({total}, words.options().dtype(at::kByte));
+    Tensor out = at::empty({total}, offsets.options().dtype(at::kByte));
     uint8_t* data = out.mutable_data_ptr<uint8_t>();
     TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kVector == 0, "expected memory aligned to 64 bytes");
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = uintptr_t{1} << 21, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(total)) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: may fail
-#endif
+    advise_huge(data, total);
     at::parallel_for(0, count * m.panels, 1, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-            const int64_t e = i / m.panels, bits = table[2 * e], scale = e * rows * m.groups * scales.element_size();
-            const Source source = {reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()) + table[2 * e + 1],
-                                   static_cast<const char*>(scales.const_data_ptr()) + scale,
-                                   static_cast<const char*>(zeros.const_data_ptr()) + scale,
-                                   rows, columns, m.groups, bits, wide, gated};
-            repack_panel(source, segments, i % m.panels, data + first[e] + i % m.panels * panel_bytes(m, bits));
+            const int64_t e = i / m.panels, panel = i % m.panels;
+            const Coding coding = table[e].coding;
+            const int64_t groups = coding.scheme == kTrellis ? 1 : m.groups;
+            const Source source = source_of(table[e], schemes[coding.scheme], rows, columns, groups, gated);
+            repack_panel(source, m, panel, data + first[e] + panel * panel_bytes(m, coding));
         }
     });
     return out;
@@ -154,10 +194,10 @@ std::string isas() {
 
 TORCH_LIBRARY_FRAGMENT(vllm_moeq, library) {
     library.def(
-        "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer) -> Tensor");
+        "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer, "
+        "Tensor factors) -> Tensor");
     library.def(
-        "native_repack(Tensor words, Tensor scales, Tensor zeros, Tensor experts, int[] numbers, Tensor(a!) offsets) "
-        "-> Tensor");
+        "native_repack(Tensor[] grid, Tensor[] trellis, Tensor experts, int[] numbers, Tensor(a!) offsets) -> Tensor");
     library.def("native_isas() -> str", &isas);
 }
 

@@ -14,6 +14,9 @@ namespace moeq {
 // scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per chunk. A vector has 32 bits per
 // row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise shift and mask gives four
 // consecutive columns of 16 rows.
+//
+// A trellis has one scale per row and the zero 63.25 (vllm_moeq/format). Its panel begins with the scales of both blocks.
+// In a chunk each row has its `bits` words as the file has them; a block's rows are those of a tile.
 constexpr int kLanes = 16;
 constexpr int kBlocks = 2;
 constexpr int kPanelRows = kLanes * kBlocks;
@@ -24,6 +27,17 @@ constexpr int kVector = 64;
 
 // The number of an expert's tokens that are multiplied with a panel before the next panel is decoded.
 constexpr int kTokensAtOnce = 64;
+
+// A trellis' code is an eighth of the sum of the bytes of state · kTrellisFactor, in 32 bits.
+constexpr uint32_t kTrellisFactor = 0x83dcd12d;
+constexpr float kTrellisZero = 63.25f;
+
+enum Scheme : int64_t { kGrid = 0, kTrellis = 1 };
+
+// How an expert's weights are coded.
+struct Coding {
+    int64_t bits, scheme;
+};
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -49,8 +63,9 @@ struct Matrices {
 
 inline int64_t header_bytes(const Matrices& m) { return m.wide ? 2 * kVector : kVector; }
 
-inline int64_t panel_bytes(const Matrices& m, int64_t bits) {
-    return kBlocks * (m.groups * header_bytes(m) + m.columns / kChunk * bits * kVector);
+inline int64_t panel_bytes(const Matrices& m, Coding coding) {
+    const int64_t headers = coding.scheme == kTrellis ? header_bytes(m) : kBlocks * m.groups * header_bytes(m);
+    return headers + kBlocks * (m.columns / kChunk * coding.bits * kVector);
 }
 
 // Activations as fixed-point numbers: a power of two per row and segment, and signed digits of base 128 with magnitudes
@@ -60,6 +75,12 @@ struct Planes {
     float* scale;  // [segment][row]
     float* sum;    // [segment][row], sums of the integers
     int64_t rows;
+};
+
+// The activations' rotation in blocks of `size` columns. The factors hold, per column, its sign times size^(−1/2).
+struct Rotation {
+    const float* factors;
+    int32_t size;  // 0: none
 };
 
 struct Active {
@@ -80,21 +101,28 @@ struct Call {
     int32_t digits;
     int64_t tokens, hidden, intermediate, pairs;
     Matrices gate_up, down;
-    const int64_t* bits;  // expert e has bits[e · bits_stride]
-    int64_t bits_stride;
+    const int64_t* codings;  // expert e has a width at codings[e · codings_stride], then a scheme
+    int64_t codings_stride;
     const Active* active;
     int32_t num_active;
     const int32_t* token;  // each pair's token; pairs are sorted by expert
     const float* weight;   // each pair's routing weight
     const int32_t* pair;   // 0 … pairs − 1: the rows of `hidden_planes` in use
     Planes x_planes, hidden_planes;
-    float* inner;  // [pairs, intermediate]: silu(gate)·up
-    float* sums;   // [tokens, padded hidden]
+    Rotation before_up, before_down;
+    float* rotated;  // [tokens, hidden], if x is rotated
+    float* inner;    // [pairs, intermediate]: silu(gate)·up
+    float* sums;     // [tokens, padded hidden]
     const Item* items;
     int32_t num_items;
     int32_t down_panels;  // panels per item of down
     int32_t next_gate_up, next_down;
 };
+
+inline Coding coding_of(const Call& call, int64_t expert) {
+    const int64_t* numbers = call.codings + expert * call.codings_stride;
+    return {numbers[0], numbers[1]};
+}
 
 // One matrix times all tokens.
 struct LinearCall {

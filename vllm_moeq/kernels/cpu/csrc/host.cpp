@@ -50,8 +50,10 @@ Routing sort_pairs(const int32_t* ids, const float* weights, int64_t tokens, int
 
 std::vector<Item> make_items(const Call& call, int threads) {
     const auto cost = [&](const Active& active) {
-        // Each bit of width costs reading and decoding; measured, a token costs about as much as a bit.
-        return call.bits[active.expert * call.bits_stride] + active.count;
+        // Each bit of width costs reading and decoding; measured, a token costs about as much as a bit, and decoding a
+        // trellis as much as five, whatever its width.
+        const Coding coding = coding_of(call, active.expert);
+        return (coding.scheme == kTrellis ? 5 : coding.bits) + active.count;
     };
     const int64_t panels = call.gate_up.panels;
     int64_t total = 0;

@@ -12,20 +12,22 @@ namespace moeq {
 // Returns the segments of `columns` columns; the first column lies `offset` columns behind the beginning of its group.
 std::vector<Segment> make_segments(int64_t columns, int64_t group_size, int64_t offset);
 
-// One projection of one expert as loaded: rows of packed words, scales and zeros [rows, groups].
+// One projection of one expert as loaded: rows of packed words, scales and zeros [rows, groups]. A trellis has one group
+// and no zeros.
 struct Source {
     const uint32_t* words;
     const void* scales;
     const void* zeros;
-    int64_t rows, columns, groups, bits;
+    int64_t rows, columns, groups;
+    Coding coding;
     bool wide;   // scales and zeros are float32
     bool gated;  // rows are gate's, then up's
 };
 
 int64_t panels_of(int64_t rows, bool gated);
 
-// Writes one panel of panel_bytes to `target`; rows beyond the last become zeros.
-void repack_panel(const Source& source, const std::vector<Segment>& segments, int64_t panel, uint8_t* target);
+// Writes one panel of panel_bytes to `target`, in m's segments; rows beyond the last become zeros.
+void repack_panel(const Source& source, const Matrices& m, int64_t panel, uint8_t* target);
 
 // Pairs of tokens and experts, sorted by expert.
 struct Routing {

@@ -1,10 +1,12 @@
-// The work of a thread in a call: quantize, gate and up, quantize, down. A free thread takes the next item. Results
+// The work of a thread in a call: rotate and quantize, gate and up, rotate and quantize, down. A free thread takes the next item. Results
 // depend neither on which thread computes an item nor on the other tokens of the batch.
 #pragma once
 
 #include "core.h"
 #include "decode.h"
+#include "trellis.h"
 #include "quantize.h"
+#include "rotate.h"
 #include "panel.h"
 
 namespace moeq {
@@ -36,7 +38,7 @@ template <int DIGITS>
 void gate_up_item(Call& call, const Item& item) {
     alignas(64) float sums[kTokensAtOnce * kPanelRows];
     const Active active = call.active[item.active];
-    const int64_t bits = call.bits[active.expert * call.bits_stride];
+    const Coding coding = coding_of(call, active.expert);
     const Matrices& m = call.gate_up;
     const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
     for (int p = item.panel; p < item.panel + item.panels; ++p) {
@@ -45,7 +47,8 @@ void gate_up_item(Call& call, const Item& item) {
         for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
             const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
             const int first = active.first + begin;
-            multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.x_planes, call.token + first, tokens, sums);
+            multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.x_planes, call.token + first, tokens,
+                             sums);
             for (int t = 0; t < tokens; ++t) {
                 float* both = sums + t * kPanelRows;
                 store(both, gated(load(both), load(both + kLanes)));
@@ -82,14 +85,14 @@ void down_item(Call& call, int number) {
     }
     for (int a = 0; a < call.num_active; ++a) {
         const Active active = call.active[a];
-        const int64_t bits = call.bits[active.expert * call.bits_stride];
+        const Coding coding = coding_of(call, active.expert);
         const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
         for (int p = first_panel; p < end; ++p) {
             for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
                 const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
                 const int first = active.first + begin;
-                multiply<DIGITS>(bits, m, data + p * panel_bytes(m, bits), call.hidden_planes, call.pair + first, tokens,
-                                 sums);
+                multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.hidden_planes, call.pair + first,
+                                 tokens, sums);
                 for (int t = 0; t < tokens; ++t) {
                     float* place = call.sums + call.token[first + t] * width + p * kPanelRows;
                     const Floats weight = splat(call.weight[first + t]);
@@ -113,12 +116,24 @@ inline void barrier(int threads) {
 
 template <int DIGITS>
 void run_digits(Call& call, int thread, int threads) {
-    quantize<DIGITS>(call.x, call.dtype, call.gate_up, call.x_planes, thread, threads);
+    const void* x = call.x;
+    int dtype = call.dtype;
+    if (call.before_up.size) {
+        rotate(x, dtype, call.before_up, call.tokens, call.hidden, call.rotated, thread, threads);
+        barrier(threads);
+        x = call.rotated;
+        dtype = kFloat32;
+    }
+    quantize<DIGITS>(x, dtype, call.gate_up, call.x_planes, thread, threads);
     barrier(threads);
     for (int i = take(&call.next_gate_up); i < call.num_items; i = take(&call.next_gate_up)) {
         gate_up_item<DIGITS>(call, call.items[i]);
     }
     barrier(threads);
+    if (call.before_down.size) {
+        rotate(call.inner, kFloat32, call.before_down, call.pairs, call.intermediate, call.inner, thread, threads);
+        barrier(threads);
+    }
     quantize<DIGITS>(call.inner, kFloat32, call.down, call.hidden_planes, thread, threads);
     barrier(threads);
     const int items = (call.down.panels + call.down_panels - 1) / call.down_panels;

@@ -36,8 +36,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t rows, int64_t bits,
     if (!out.numel() || segments.empty()) return out.zero_();
     m.groups = segments.back().group + 1;
     TORCH_CHECK(reinterpret_cast<uintptr_t>(m.data) % kVector == 0, "expected weights aligned to 64 bytes");
-    TORCH_CHECK(weight.numel() == m.panels * panel_bytes(m, bits), "expected ", m.panels * panel_bytes(m, bits),
-                " bytes of weights, found ", weight.numel());
+    const int64_t bytes = m.panels * panel_bytes(m, {bits, kGrid});
+    TORCH_CHECK(weight.numel() == bytes, "expected ", bytes, " bytes of weights, found ", weight.numel());
     const Kernel& kernel = find_kernel(isa);
     const int64_t item = static_cast<int64_t>(input.element_size());
     call.panels = std::max(1, m.panels / (8 * at::get_num_threads()));

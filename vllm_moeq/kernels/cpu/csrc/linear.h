@@ -10,14 +10,15 @@ template <int DTYPE, int DIGITS>
 void linear_item(LinearCall& call, int number) {
     alignas(64) float sums[kTokensAtOnce * kPanelRows];
     const Matrices& m = call.weights;
+    const Coding coding = {call.bits, kGrid};
     const int first = number * call.panels, end = first + call.panels < m.panels ? first + call.panels : m.panels;
     for (int p = first; p < end; ++p) {
-        const uint8_t* panel = m.data + p * panel_bytes(m, call.bits);
+        const uint8_t* panel = m.data + p * panel_bytes(m, coding);
         const int64_t row = static_cast<int64_t>(p) * kPanelRows, left = call.rows - row;
         for (int64_t begin = 0; begin < call.tokens; begin += kTokensAtOnce) {
             const int64_t rest = call.tokens - begin;
             const int tokens = rest < kTokensAtOnce ? static_cast<int>(rest) : kTokensAtOnce;
-            multiply<DIGITS>(call.bits, m, panel, call.planes, call.token + begin, tokens, sums);
+            multiply<DIGITS>(coding, m, panel, call.planes, call.token + begin, tokens, sums);
             for (int t = 0; t < tokens; ++t) {
                 store_columns<DTYPE>(call.out, (begin + t) * call.rows + row, sums + t * kPanelRows,
                                      left < kPanelRows ? left : kPanelRows);

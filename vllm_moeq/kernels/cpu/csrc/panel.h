@@ -69,13 +69,14 @@ struct Scales {
     Floats scale, zero;
 };
 
+// Loads the vector with this index of float32 or float16.
+MOEQ_INLINE Floats load_scale(const uint8_t* p, int index, bool wide) {
+    if (wide) return load(reinterpret_cast<const float*>(p) + index * kLanes);
+    return load_half(reinterpret_cast<const uint16_t*>(p) + index * kLanes);
+}
+
 MOEQ_INLINE Scales load_scales(const uint8_t* p, bool wide) {
-    if (wide) {
-        const float* f = reinterpret_cast<const float*>(p);
-        return {load(f), load(f + kLanes)};
-    }
-    const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
-    return {load_half(h), load_half(h + kLanes)};
+    return {load_scale(p, 0, wide), load_scale(p, 1, wide)};
 }
 
 // The activations of one segment.
@@ -136,18 +137,27 @@ inline void add_all(int tokens, const uint8_t* codes, const Slice& x, Scales w, 
     add_groups<Source, BITS, DIGITS, fitting < MOST ? fitting : MOST>(0, tokens, codes, x, w, sums);
 }
 
+inline void clear_sums(int tokens, float* sums) {
+    for (int i = 0; i < tokens * kPanelRows; i += kLanes) store(sums + i, splat(0.0f));
+}
+
+template <int DIGITS>
+MOEQ_INLINE Slice slice_of(const Planes& planes, const int32_t* rows, int s, const Segment& segment) {
+    const int64_t before = static_cast<int64_t>(segment.chunk) * kChunk * DIGITS * planes.rows;
+    return {planes.digits + before, segment.chunks * kChunk * DIGITS, planes.scale + s * planes.rows,
+            planes.sum + s * planes.rows, rows, segment.chunks};
+}
+
 // Writes sums [tokens, kPanelRows]: the panel times the rows of `planes` with the indices `rows`.
 template <int BITS, int DIGITS>
 void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows, int tokens,
                     float* sums) {
     alignas(64) uint8_t tile[kSegmentChunks * kSteps * kVector];
     const uint8_t* header[kBlocks] = {panel, panel};
-    for (int i = 0; i < tokens * kPanelRows; i += kLanes) store(sums + i, splat(0.0f));
+    clear_sums(tokens, sums);
     for (int s = 0; s < m.num_segments; ++s) {
         const Segment segment = m.segments[s];
-        const int64_t bytes = segment.chunks * kChunk * DIGITS;
-        const Slice x = {planes.digits + static_cast<int64_t>(segment.chunk) * kChunk * DIGITS * planes.rows,
-                         bytes, planes.scale + s * planes.rows, planes.sum + s * planes.rows, rows, segment.chunks};
+        const Slice x = slice_of<DIGITS>(planes, rows, s, segment);
         for (int block = 0; block < kBlocks; ++block) {
             if (segment.fresh) {
                 header[block] = panel;
@@ -167,10 +177,32 @@ void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& plane
     }
 }
 
+// The same for a panel of a trellis. Its codes cost so much to decode that a detour through memory does not count.
 template <int DIGITS>
-void multiply(int64_t bits, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
+void multiply_trellis(int64_t bits, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
+                      int tokens, float* sums) {
+    alignas(64) uint8_t tile[kSegmentChunks * kSteps * kVector];
+    const uint8_t* header = panel;
+    panel += header_bytes(m);
+    clear_sums(tokens, sums);
+    for (int s = 0; s < m.num_segments; ++s) {
+        const Segment segment = m.segments[s];
+        const Slice x = slice_of<DIGITS>(planes, rows, s, segment);
+        for (int block = 0; block < kBlocks; ++block) {
+            const Scales w = {load_scale(header, block, m.wide), splat(kTrellisZero)};
+            decode_trellis(bits, panel, segment.chunks, tile);
+            // Codes of 7 bits need the sums of 8: a pair of products times three does not fit 16 bits.
+            add_all<Decoded, 8, DIGITS, kTokensAtOnce>(tokens, tile, x, w, sums + block * kLanes);
+            panel += segment.chunks * bits * kVector;
+        }
+    }
+}
+
+template <int DIGITS>
+void multiply(Coding coding, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
               int tokens, float* sums) {
-    switch (bits) {
+    if (coding.scheme == kTrellis) return multiply_trellis<DIGITS>(coding.bits, m, panel, planes, rows, tokens, sums);
+    switch (coding.bits) {
         case 1: return multiply_panel<1, DIGITS>(m, panel, planes, rows, tokens, sums);
         case 2: return multiply_panel<2, DIGITS>(m, panel, planes, rows, tokens, sums);
         case 3: return multiply_panel<3, DIGITS>(m, panel, planes, rows, tokens, sums);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 
 #include "host.h"
@@ -51,42 +52,67 @@ void order_threes(const uint32_t* words, uint32_t* ordered) {
 }
 
 // Writes one row's codes of a chunk into the row's lane of `bits` vectors.
-void repack_chunk(const uint32_t* words, int64_t bits, int lane, uint8_t* target) {
+void repack_chunk(const uint32_t* words, Coding coding, int lane, uint8_t* target) {
     uint32_t ordered[8];
-    if (bits == 3) {
+    const int64_t bits = coding.bits;
+    if (coding.scheme == kGrid && bits == 3) {
         order_threes(words, ordered);
-    } else {
-        for (int64_t w = 0; w < bits; ++w) {
-            const uint32_t word = words[w];
-            ordered[w] = bits == 1 ? order_ones(word) : bits == 2 ? order_twos(word) : bits == 4 ? order_fours(word) : word;
-        }
+        words = ordered;
+    } else if (coding.scheme == kGrid && bits < 8) {
+        const auto order = bits == 1 ? order_ones : bits == 2 ? order_twos : order_fours;
+        for (int64_t w = 0; w < bits; ++w) ordered[w] = order(words[w]);
+        words = ordered;
     }
-    for (int64_t w = 0; w < bits; ++w) std::memcpy(target + w * kVector + 4 * lane, &ordered[w], 4);
+    for (int64_t w = 0; w < bits; ++w) std::memcpy(target + w * kVector + 4 * lane, words + w, 4);
+}
+
+// The rows of a block: the first, and how many of its lanes have one.
+struct Block {
+    int64_t first;
+    int lanes;
+};
+
+Block block_of(const Source& source, int64_t panel, int block) {
+    const int64_t half = source.gated ? source.rows / 2 : source.rows;
+    const int64_t first = source.gated ? panel * kLanes : panel * kPanelRows + block * kLanes;
+    const int64_t lanes = std::clamp<int64_t>(half - first, 0, kLanes);
+    return {first + (source.gated ? block * half : 0), static_cast<int>(lanes)};
+}
+
+// Writes the values [rows, groups] of a block's rows into a vector of items, which is zeros before.
+void repack_values(const void* values, const Source& source, Block block, int64_t group, uint8_t* target) {
+    const int64_t item = source.wide ? 4 : 2;
+    for (int lane = 0; lane < block.lanes; ++lane) {
+        const int64_t place = (block.first + lane) * source.groups + group;
+        std::memcpy(target + lane * item, static_cast<const char*>(values) + place * item, item);
+    }
 }
 
 }  // namespace
 
-void repack_panel(const Source& source, const std::vector<Segment>& segments, int64_t panel, uint8_t* target) {
-    const int64_t words = source.columns / kChunk * source.bits, item = source.wide ? 4 : 2;
-    const int64_t half = source.gated ? source.rows / 2 : source.rows;
-    for (const Segment& segment : segments) {
-        for (int block = 0; block < kBlocks; ++block) {
-            const int64_t first = source.gated ? panel * kLanes : panel * kPanelRows + block * kLanes;
-            const int64_t bytes = segment.chunks * source.bits * kVector, header = segment.fresh ? 2 * kLanes * item : 0;
-            std::memset(target, 0, static_cast<size_t>(header + bytes));
-            for (int lane = 0; lane < kLanes && first + lane < half; ++lane) {
-                const int64_t row = first + lane + (source.gated ? block * half : 0);
-                if (segment.fresh) {
-                    const int64_t place = (row * source.groups + segment.group) * item;
-                    std::memcpy(target + lane * item, static_cast<const char*>(source.scales) + place, item);
-                    std::memcpy(target + (kLanes + lane) * item, static_cast<const char*>(source.zeros) + place, item);
-                }
-                const uint32_t* from = source.words + row * words + segment.chunk * source.bits;
-                for (int64_t c = 0; c < segment.chunks; ++c) {
-                    repack_chunk(from + c * source.bits, source.bits, lane, target + header + c * source.bits * kVector);
+void repack_panel(const Source& source, const Matrices& m, int64_t panel, uint8_t* target) {
+    const Coding coding = source.coding;
+    const int64_t words = source.columns / kChunk * coding.bits, vector = header_bytes(m) / 2;
+    std::memset(target, 0, static_cast<size_t>(panel_bytes(m, coding)));
+    if (coding.scheme == kTrellis) {
+        for (int block = 0; block < kBlocks; ++block, target += vector) {
+            repack_values(source.scales, source, block_of(source, panel, block), 0, target);
+        }
+    }
+    for (int s = 0; s < m.num_segments; ++s) {
+        const Segment segment = m.segments[s];
+        for (int b = 0; b < kBlocks; ++b) {
+            const Block block = block_of(source, panel, b);
+            if (coding.scheme == kGrid && segment.fresh) {
+                repack_values(source.scales, source, block, segment.group, target);
+                repack_values(source.zeros, source, block, segment.group, target + vector);
+                target += header_bytes(m);
+            }
+            for (int64_t c = segment.chunk; c < segment.chunk + segment.chunks; ++c, target += coding.bits * kVector) {
+                for (int lane = 0; lane < block.lanes; ++lane) {
+                    repack_chunk(source.words + (block.first + lane) * words + c * coding.bits, coding, lane, target);
                 }
             }
-            target += header + bytes;
         }
     }
 }

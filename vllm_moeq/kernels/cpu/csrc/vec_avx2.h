@@ -53,6 +53,13 @@ inline Floats minimum(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    if constexpr (DISTANCE == 8) return {x.b, x.a};
+    if constexpr (DISTANCE == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    constexpr int order = DISTANCE == 1 ? 0xb1 : 0x4e;
+    return {_mm256_permute_ps(x.a, order), _mm256_permute_ps(x.b, order)};
+}
 inline Floats nearest(Floats x) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
@@ -72,6 +79,16 @@ inline Ints shift_left(Ints x) {
 template <int N>
 inline Ints shift_right(Ints x) {
     return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+}
+template <int N>
+inline Ints shift_right_zero(Ints x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+inline Ints operator|(Ints x, Ints y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline Ints previous_lane(Ints x) {
+    const __m256i order = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
+    const __m256i a = _mm256_permutevar8x32_epi32(x.a, order), b = _mm256_permutevar8x32_epi32(x.b, order);
+    return {_mm256_blend_epi32(a, b, 1), _mm256_blend_epi32(b, a, 1)};
 }
 inline void store_bytes(int8_t* p, Ints x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
@@ -103,6 +120,25 @@ inline Codes masked(Codes c) {
     return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
 }
 inline Codes operator|(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline Ints lanes_of(Codes c) { return {c.a, c.b}; }
+// Returns TIMES the sum of a product's bytes for two states per lane, in 16 bits each.
+template <int TIMES>
+inline __m256i sums_of_states(__m256i low, __m256i high) {
+    const __m256i states = _mm256_or_si256(low, _mm256_slli_epi32(high, 16)), times = _mm256_set1_epi8(TIMES);
+    const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(kTrellisFactor));
+    const __m256i upper = _mm256_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
+    const __m256i second = _mm256_add_epi16(_mm256_mulhi_epu16(states, factor), _mm256_mullo_epi16(states, upper));
+    return _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_mullo_epi16(states, factor), times),
+                            _mm256_maddubs_epi16(second, times));
+}
+// 32 times a sum has the code in its upper byte.
+inline __m256i codes_of_states(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i even = _mm256_srli_epi16(sums_of_states<1>(a, c), 3);
+    return _mm256_or_si256(even, _mm256_andnot_si256(_mm256_set1_epi16(0xff), sums_of_states<32>(b, d)));
+}
+inline Codes codes_of_states(Ints a, Ints b, Ints c, Ints d) {
+    return {codes_of_states(a.a, b.a, c.a, d.a), codes_of_states(a.b, b.b, c.b, d.b)};
+}
 inline Quad quad(const int8_t* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);

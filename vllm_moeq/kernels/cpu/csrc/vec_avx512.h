@@ -49,6 +49,12 @@ inline Floats operator/(Floats x, Floats y) { return {_mm512_div_ps(x.a, y.a)}; 
 inline Floats maximum(Floats x, Floats y) { return {_mm512_max_ps(x.a, y.a)}; }
 inline Floats minimum(Floats x, Floats y) { return {_mm512_min_ps(x.a, y.a)}; }
 inline Floats multiply_add(Floats x, Floats y, Floats z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    constexpr int order = DISTANCE == 1 || DISTANCE == 4 ? 0xb1 : 0x4e;
+    if constexpr (DISTANCE < 4) return {_mm512_permute_ps(x.a, order)};
+    return {_mm512_shuffle_f32x4(x.a, x.a, order)};
+}
 inline Floats nearest(Floats x) {
     return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -68,6 +74,12 @@ template <int N>
 inline Ints shift_right(Ints x) {
     return {_mm512_srai_epi32(x.a, N)};
 }
+template <int N>
+inline Ints shift_right_zero(Ints x) {
+    return {_mm512_srli_epi32(x.a, N)};
+}
+inline Ints operator|(Ints x, Ints y) { return {_mm512_or_si512(x.a, y.a)}; }
+inline Ints previous_lane(Ints x) { return {_mm512_alignr_epi32(x.a, x.a, 15)}; }
 inline void store_bytes(int8_t* p, Ints x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.a));
 }
@@ -88,6 +100,31 @@ inline Codes masked(Codes c) {
     return {_mm512_and_si512(c.a, _mm512_set1_epi8(static_cast<char>(MASK)))};
 }
 inline Codes operator|(Codes x, Codes y) { return {_mm512_or_si512(x.a, y.a)}; }
+inline Ints lanes_of(Codes c) { return {c.a}; }
+// Returns TIMES the sum of a product's bytes for two states per lane, in 16 bits each.
+#ifdef MOEQ_VNNI
+template <int TIMES>
+inline __m512i sums_of_states(__m512i low, __m512i high) {
+    const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(kTrellisFactor)), times = _mm512_set1_epi8(TIMES);
+    const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_mullo_epi32(high, factor), times);
+    return _mm512_dpbusd_epi32(_mm512_slli_epi32(upper, 16), _mm512_mullo_epi32(low, factor), times);
+}
+#else
+template <int TIMES>
+inline __m512i sums_of_states(__m512i low, __m512i high) {
+    const __m512i states = _mm512_or_si512(low, _mm512_slli_epi32(high, 16)), times = _mm512_set1_epi8(TIMES);
+    const __m512i factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor));
+    const __m512i upper = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
+    const __m512i second = _mm512_add_epi16(_mm512_mulhi_epu16(states, factor), _mm512_mullo_epi16(states, upper));
+    return _mm512_add_epi16(_mm512_maddubs_epi16(_mm512_mullo_epi16(states, factor), times),
+                            _mm512_maddubs_epi16(second, times));
+}
+#endif
+// 32 times a sum has the code in its upper byte.
+inline Codes codes_of_states(Ints a, Ints b, Ints c, Ints d) {
+    const __m512i even = _mm512_srli_epi16(sums_of_states<1>(a.a, c.a), 3), odd = sums_of_states<32>(b.a, d.a);
+    return {_mm512_or_si512(even, _mm512_and_si512(odd, _mm512_set1_epi16(static_cast<int16_t>(0xff00))))};
+}
 inline Quad quad(const int8_t* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);

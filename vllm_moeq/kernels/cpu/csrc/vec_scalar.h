@@ -114,6 +114,11 @@ inline Floats minimum(Floats x, Floats y) {
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return each([&](int i) { return x.v[i] * y.v[i] + z.v[i]; });
 }
+// Lane i becomes lane i ^ DISTANCE, for 1, 2, 4 and 8.
+template <int DISTANCE>
+inline Floats swapped(Floats x) {
+    return each([&](int i) { return x.v[i ^ DISTANCE]; });
+}
 inline Floats nearest(Floats x) {
     return each([&](int i) { return rintf(x.v[i]); });
 }
@@ -149,6 +154,17 @@ template <int N>
 inline Ints shift_right(Ints x) {  // keeps the sign
     return each_int([&](int i) { return x.v[i] >> N; });
 }
+template <int N>
+inline Ints shift_right_zero(Ints x) {
+    return each_int([&](int i) { return wrapped(static_cast<uint32_t>(x.v[i]) >> N); });
+}
+inline Ints operator|(Ints x, Ints y) {
+    return each_int([&](int i) { return x.v[i] | y.v[i]; });
+}
+// Lane i becomes lane i − 1, the first the last.
+inline Ints previous_lane(Ints x) {
+    return each_int([&](int i) { return x.v[(i + kLanes - 1) % kLanes]; });
+}
 inline void store_bytes(int8_t* p, Ints x) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);
 }
@@ -172,6 +188,19 @@ inline Codes masked(Codes c) {
 }
 inline Codes operator|(Codes x, Codes y) {
     return each_code([&](int i) { return x.v[i] | y.v[i]; });
+}
+inline Ints lanes_of(Codes c) {
+    Ints r;
+    __builtin_memcpy(r.v, c.v, kVector);
+    return r;
+}
+// Returns the codes of a trellis' states of four columns, each below 2^12: an eighth of the sum of a product's bytes.
+inline Codes codes_of_states(Ints a, Ints b, Ints c, Ints d) {
+    const Ints columns[] = {a, b, c, d};
+    return each_code([&](int i) {
+        const uint32_t p = static_cast<uint32_t>(columns[i % 4].v[i / 4]) * kTrellisFactor;
+        return ((p & 255) + (p >> 8 & 255) + (p >> 16 & 255) + (p >> 24)) >> 3;
+    });
 }
 inline Quad quad(const int8_t* p) {
     Quad q;

@@ -1,0 +1,146 @@
+"""Layers in a rotated basis in the native CPU kernel, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
+from vllm_moeq.format import GRID, TRELLIS_SCHEME
+from vllm_moeq.kernels import PackedExperts
+from vllm_moeq.kernels.cpu import build
+from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
+from vllm_moeq.kernels.cpu.rotation import BlockRotation, Rotations
+
+pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
+LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+"""Largest ‖difference‖ / ‖exact‖."""
+SIZES = (16, 32, 64, 128, 256)
+HIDDEN, INTERMEDIATE = 512, 256
+EXPERTS: list[Coding] = [(TRELLIS_SCHEME, 2), (GRID, 3), (TRELLIS_SCHEME, 3), (GRID, 2)]
+
+each_isa = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+
+
+def random_rotation(columns: int, size: int) -> BlockRotation:
+    words = torch.randint(-(2**31), 2**31, (columns // 32,), generator=torch.Generator().manual_seed(columns + size))
+    return BlockRotation(words.int(), size)
+
+
+def rotated(x: torch.Tensor, rotation: BlockRotation | None) -> torch.Tensor:
+    """Multiply by the matrix that the format defines, entry by entry."""
+    if rotation is None:
+        return x.double()
+    signs = [-1.0 if int(word) >> j & 1 else 1.0 for word in rotation.signs for j in range(32)]
+    size = range(rotation.size)
+    matrix = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in size] for i in size], dtype=torch.float64)
+    blocks = (x.double() * torch.tensor(signs, dtype=torch.float64)).unflatten(-1, (-1, rotation.size))
+    return (blocks @ (matrix / rotation.size**0.5).T).flatten(-2)
+
+
+def inputs(packed: PackedExperts, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    weights, ids = random_routing(tokens, len(packed.bits), 2)
+    x = torch.randn((tokens, packed.hidden), generator=torch.Generator().manual_seed(0))
+    return x.to(dtype), weights, ids
+
+
+def check(
+    packed: PackedExperts, rotations: Rotations, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> None:
+    found = NativeLayer(packed, rotations)(x, weights, ids)
+    before_up = rotated(x, rotations.before_up)
+    expected = exact(packed, before_up, weights, ids, lambda inner: rotated(inner, rotations.before_down))
+    assert found.dtype == x.dtype
+    assert not found[(ids < 0).all(1)].any()
+    assert (found.double() - expected).norm() <= LIMIT[x.dtype] * expected.norm()
+
+
+@each_isa
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_every_size(size: int, dtype: torch.dtype) -> None:
+    packed = mixed_layer(EXPERTS, HIDDEN, INTERMEDIATE)
+    both = Rotations(random_rotation(HIDDEN, size), random_rotation(INTERMEDIATE, size))
+    for tokens in (1, 3, 70):
+        check(packed, both, *inputs(packed, tokens, dtype))
+
+
+@each_isa
+@pytest.mark.parametrize("sizes", [(256, 16), (0, 64), (32, 0)], ids=str)
+def test_either_may_be_missing_and_sizes_differ(sizes: tuple[int, int]) -> None:
+    packed = mixed_layer(EXPERTS, HIDDEN, INTERMEDIATE)
+    up, down = (
+        random_rotation(columns, size) if size else None
+        for columns, size in zip((HIDDEN, INTERMEDIATE), sizes, strict=True)
+    )
+    check(packed, Rotations(up, down), *inputs(packed, 5))
+
+
+@each_isa
+def test_a_rank_s_slice() -> None:
+    """Its part of down begins inside a group of the grid, and has sizes that fill no segment."""
+    packed = mixed_layer(EXPERTS, 96, 160, 128, 32)
+    check(packed, Rotations(random_rotation(96, 32), random_rotation(160, 32)), *inputs(packed, 9))
+
+
+@each_isa
+@pytest.mark.parametrize("routing", EDGE_ROUTINGS)
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_edge_routings(tokens: int, routing: str) -> None:
+    packed = mixed_layer(EXPERTS, 128, 64)
+    both = Rotations(random_rotation(128, 128), random_rotation(64, 64))
+    x, weights, ids = inputs(packed, tokens)
+    check(packed, both, x, *edge_routing(routing, weights, ids))
+    assert NativeLayer(packed, both)(x[:0], weights[:0], ids[:0]).shape == (0, 128)
+
+
+@each_isa
+def test_neither_threads_nor_other_tokens_change_a_result() -> None:
+    packed = mixed_layer(EXPERTS, 256, 192)
+    kernel = NativeLayer(packed, Rotations(random_rotation(256, 64), random_rotation(192, 64)))
+    x, weights, ids = inputs(packed, 21)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        together = kernel(x, weights, ids)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel(x, weights, ids), together)
+    finally:
+        torch.set_num_threads(before)
+    for token in range(21):
+        one = slice(token, token + 1)
+        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
+
+
+@each_isa
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row(value: float) -> None:
+    packed = mixed_layer(EXPERTS, 128, 64)
+    kernel = NativeLayer(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16)))
+    x, weights, ids = inputs(packed, 3, torch.bfloat16)
+    before = kernel(x, weights, ids)
+    x[1, 7] = value
+    found = kernel(x, weights, ids)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], before[[0, 2]])
+
+
+def test_factors_of_another_size_are_refused() -> None:
+    packed = mixed_layer(EXPERTS, 128, 64)
+    kernel = NativeLayer(packed, Rotations(random_rotation(96, 32)))
+    with pytest.raises(RuntimeError, match="expected 128 factors of the rotations, found 96"):
+        kernel(*inputs(packed, 1))
+
+
+def test_traced_as_one_operator() -> None:
+    packed = mixed_layer(EXPERTS, 128, 64)
+    kernel = NativeLayer(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16)))
+    compiled = torch.compile(lambda *each: kernel(*each) * 2, backend="aot_eager", fullgraph=True)
+    arguments = inputs(packed, 3, torch.bfloat16)
+    assert torch.equal(compiled(*arguments), kernel(*arguments) * 2)
