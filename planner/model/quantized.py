@@ -12,7 +12,16 @@ import torch
 from planner.model.encodings import Codec, Parts
 from planner.model.source import SourceModel
 from planner.model.tensors import Matrix, SourceTensors
-from vllm_moeq.format import GRID, QUANT_METHOD, MoeqConfig, Scheme, expert_matrices, linear_values, load_config
+from vllm_moeq.format import (
+    GRID,
+    QUANT_METHOD,
+    MoeqConfig,
+    Rotated,
+    Scheme,
+    expert_matrices,
+    linear_values,
+    load_config,
+)
 from vllm_moeq.format.linears import SCALES, WORDS
 from vllm_moeq.format.tensors import Tensors
 
@@ -24,10 +33,12 @@ class PackedExpert(Codec):
     Attributes:
         scheme: storage scheme of the matrix.
         group_size: weights per scale, or −1 for whole rows.
+        rotated: the rotation of the inputs and its signs as stored; None if the matrix is not rotated.
     """
 
     scheme: Scheme = GRID
     group_size: int = 0
+    rotated: tuple[Rotated, torch.Tensor] | None = None
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
         """See :meth:`Codec.read`; float32."""
@@ -37,7 +48,8 @@ class PackedExpert(Codec):
             suffix: parts[f".{suffix}"][self.scheme.cut(suffix, bits, size, rows=(begin, end))]
             for suffix in self.scheme.suffixes
         }
-        return self.scheme.dequantize(tensors, bits, size)[first - begin : last - begin : step]
+        weights = self.scheme.dequantize(tensors, bits, size)[first - begin : last - begin : step]
+        return weights if self.rotated is None else self.rotated[0].undo(weights, self.rotated[1])
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     for it in expert_matrices(files, config):
         base = f"{it.prefix}.{it.expert}.{it.projection}"
         suffixes = tuple(f".{suffix}" for suffix in it.scheme.suffixes)
-        codec = PackedExpert(suffixes, it.bits, torch.float32, it.scheme, it.group_size)
+        rotated = (it.rotated, files.load(it.rotated.name)) if it.rotated else None
+        codec = PackedExpert(suffixes, it.bits, torch.float32, it.scheme, it.group_size, rotated)
         found[f"{base}.weight"] = Matrix(base, codec, it.rows, it.columns)
     for name, info in files.tensors.items():
         base = name.removesuffix(f".{WORDS}")

@@ -9,6 +9,16 @@ from vllm_moeq.format.headers import TensorInfo
 from vllm_moeq.format.linears import JOINED, LINEAR_SUFFIXES, joined, linear_values, split_width
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
 from vllm_moeq.format.problems import first_problem
+from vllm_moeq.format.rotation import (
+    INNER_SIGNS,
+    INPUT_SIGNS,
+    Rotated,
+    pack_signs,
+    rotate,
+    rotation_size,
+    unpack_signs,
+    unrotate,
+)
 from vllm_moeq.format.routing import drop_weak
 from vllm_moeq.format.schema import (
     FORMAT_VERSIONS,
@@ -17,6 +27,7 @@ from vllm_moeq.format.schema import (
     MoeqConfig,
     PlanSummary,
     Projections,
+    Rotation,
     parse_config,
     version_for,
 )
@@ -53,6 +64,8 @@ __all__ = [
     "EXPERT_COUNT",
     "FORMAT_VERSIONS",
     "GRID",
+    "INNER_SIGNS",
+    "INPUT_SIGNS",
     "JOINED",
     "LINEAR_SUFFIXES",
     "MULTIPLIER",
@@ -77,6 +90,8 @@ __all__ = [
     "MoeqError",
     "PlanSummary",
     "Projections",
+    "Rotated",
+    "Rotation",
     "Scheme",
     "ShardSet",
     "Span",
@@ -94,16 +109,21 @@ __all__ = [
     "linear_values",
     "load_config",
     "pack",
+    "pack_signs",
     "pack_trellis",
     "packed_words",
     "parse_config",
     "parse_json",
     "read_json",
     "ring_states",
+    "rotate",
+    "rotation_size",
     "split_width",
     "trellis_codes",
     "trellis_states",
     "unpack",
+    "unpack_signs",
+    "unrotate",
     "verify",
     "version_for",
 ]

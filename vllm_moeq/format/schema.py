@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
 from vllm_moeq.format.problems import first_problem, refuse_crowds
+from vllm_moeq.format.rotation import INNER_SIGNS, INPUT_SIGNS, Rotated
 from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
@@ -60,6 +61,11 @@ GroupSize = Annotated[
 """Weights per scale along the input dimension; −1 means one group per row."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 """A number of tokens, bytes or others. Python's integers have no end, and larger ones are no floats."""
+RotationSize = Annotated[Literal[16, 32, 64, 128, 256], Integer]
+SchemeNames = Annotated[
+    list[Annotated[str, Field(max_length=64)]], Field(fail_fast=True, min_length=1, max_length=MAX_EXPERTS)
+]
+"""The name of each expert's scheme."""
 Threshold = Annotated[float, Field(ge=0, le=1)]
 """A share of a token's largest routing weight; experts with less are skipped. 0 skips none."""
 
@@ -165,6 +171,18 @@ class Linear(Strict):
         }
 
 
+class Rotation(Strict):
+    """The sizes of the blocks that a layer's activations are rotated by, see :mod:`vllm_moeq.format.rotation`.
+
+    Attributes:
+        input: of the input of gate and up; it divides the hidden size.
+        inner: of the input of down; it divides the intermediate size.
+    """
+
+    input: RotationSize
+    inner: RotationSize
+
+
 class PlanSummary(Strict):
     """The origin of the widths, for people and reports; no kernel reads it."""
 
@@ -191,15 +209,36 @@ class MoeqConfig(Strict):
     unquantized: Annotated[list[Name], Field(fail_fast=True, max_length=MAX_NAMES)]
     plan: PlanSummary
     odp: Annotated[dict[Name, Threshold], Field(max_length=MAX_LAYERS)] | None = None
+    schemes: Annotated[dict[Name, SchemeNames], Field(max_length=MAX_LAYERS)] | None = None
+    rotation: Rotation | None = None
 
-    def scheme(self, prefix: str, expert: int) -> Scheme:  # noqa: ARG002 (the next versions choose per expert)
-        """Return the scheme of an expert's matrices; in both format versions it is always the grid.
+    def scheme(self, prefix: str, expert: int) -> Scheme:
+        """Return the scheme of an expert's matrices.
 
         Args:
             prefix: the layer's key in ``experts``.
             expert: the expert's index within the layer.
         """
-        return SCHEMES[GRID.name]
+        names = (self.schemes or {}).get(prefix)
+        return SCHEMES[names[expert] if names else GRID.name]
+
+    def rotated(self, prefix: str, projection: str) -> Rotated | None:
+        """Return the rotation in whose basis a matrix is stored, or None.
+
+        Args:
+            prefix: the layer's key in ``experts``.
+            projection: the matrix's name in the checkpoint.
+        """
+        if self.rotation is None:
+            return None
+        if projection == self.projections.down:
+            return Rotated(f"{prefix}.{INNER_SIGNS}", self.rotation.inner)
+        return Rotated(f"{prefix}.{INPUT_SIGNS}", self.rotation.input)
+
+    def signs(self) -> list[str]:
+        """Return the names of all layers' signs."""
+        rotated = self.rotation is not None
+        return [f"{prefix}.{name}" for prefix in self.experts for name in (INPUT_SIGNS, INNER_SIGNS) if rotated]
 
     @model_validator(mode="after")
     def _linears_are_named_once(self) -> MoeqConfig:
@@ -224,10 +263,33 @@ class MoeqConfig(Strict):
     @model_validator(mode="after")
     def _version_is_the_lowest(self) -> MoeqConfig:
         """Have one version for one content, so that a reader knows by the number whether it can read a checkpoint."""
-        needed = version_for(self.linear)
+        needed = version_for(self.linear, self.schemes, self.rotation)
         if self.format_version != needed:
-            have = "names widths" if self.linear.widths else "names no widths"
-            raise ValueError(f"format_version: expected {needed}, as linear {have}, found {self.format_version}")
+            why = "linear.widths, schemes or rotation is there" if needed == 2 else "no key needs a later one"
+            raise ValueError(f"format_version: expected {needed}, as {why}, found {self.format_version}")
+        return self
+
+    @model_validator(mode="after")
+    def _schemes_fit(self) -> MoeqConfig:
+        """Refuse schemes that are unknown, lack an expert's width, or say nothing."""
+        if self.schemes == {}:
+            raise ValueError("schemes: expected a layer, found none")
+        for prefix, names in (self.schemes or {}).items():
+            widths = self.experts.get(prefix)
+            if widths is None:
+                raise ValueError(f"schemes: {prefix} is not among experts")
+            if len(names) != len(widths):
+                raise ValueError(f"schemes: {prefix}: expected {len(widths)} names, found {len(names)}")
+            for expert, (name, bits) in enumerate(zip(names, widths, strict=True)):
+                if name not in SCHEMES:
+                    raise ValueError(f"schemes: {prefix}: expert {expert}: expected {_known()}, found {name!r}")
+                if bits not in SCHEMES[name].widths:
+                    known = ", ".join(map(str, SCHEMES[name].widths))
+                    raise ValueError(
+                        f"schemes: {prefix}: expert {expert}: expected one of {known} bits for {name}, found {bits}"
+                    )
+            if set(names) == {GRID.name}:
+                raise ValueError(f"schemes: {prefix}: expected another scheme than {GRID.name}, found only that")
         return self
 
     @model_validator(mode="after")
@@ -249,13 +311,21 @@ class MoeqConfig(Strict):
         return self
 
 
-def version_for(linear: Linear) -> Literal[1, 2]:
-    """Return the lowest format version that can say how these linears are stored.
+def _known() -> str:
+    return " or ".join(SCHEMES)
+
+
+def version_for(
+    linear: Linear, schemes: Mapping[str, Sequence[str]] | None = None, rotation: Rotation | None = None
+) -> Literal[1, 2]:
+    """Return the lowest format version that can say how a checkpoint is stored.
 
     Args:
-        linear: the format, as :meth:`Linear.stored` returns it.
+        linear: the format of linears, as :meth:`Linear.stored` returns it.
+        schemes: the schemes of layers that do not have grids alone.
+        rotation: the rotation of activations.
     """
-    return 2 if linear.widths else 1
+    return 2 if linear.widths or schemes or rotation else 1
 
 
 def parse_config(data: Any, where: str) -> MoeqConfig:

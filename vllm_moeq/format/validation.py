@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
 from vllm_moeq.format.linears import check_linears
+from vllm_moeq.format.packing import CODES_PER_BLOCK
+from vllm_moeq.format.rotation import Rotated
 from vllm_moeq.format.schema import MoeqConfig, parse_config
 from vllm_moeq.format.schemes import ExpertMatrix
 from vllm_moeq.format.schemes.base import check_finite
@@ -97,13 +101,30 @@ def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatri
                         f"{shards.folder}: {matrix.name(matrix.scheme.codes)}: expected {list(first)} weights "
                         f"as in expert 0, found {list(shape)}"
                     )
-                yield matrix
+                yield replace(matrix, rotated=config.rotated(prefix, projection))
         gate, down = shapes[config.projections.gate], shapes[config.projections.down]
         up = gate if config.projections.up is None else shapes[config.projections.up]
         if gate != up or down != (gate[1], gate[0]):
             raise CheckpointError(
                 f"{shards.folder}: {prefix}: gate {list(gate)}, up {list(up)} and down {list(down)} do not fit"
             )
+        for projection, (_, columns) in shapes.items():
+            _check_signs(shards, config.rotated(prefix, projection), columns)
+
+
+def _check_signs(shards: Tensors, rotated: Rotated | None, columns: int) -> None:
+    """Refuse signs that are missing, or do not fit a matrix with so many columns."""
+    if rotated is None:
+        return
+    info, shape = shards.info(rotated.name), (columns // CODES_PER_BLOCK,)
+    if info.dtype != torch.int32 or info.shape != shape:
+        raise CheckpointError(
+            f"{shards.place(rotated.name)}: expected torch.int32 {list(shape)}, found {info.dtype} {list(info.shape)}"
+        )
+    if columns % rotated.size:
+        raise CheckpointError(
+            f"{shards.place(rotated.name)}: expected a rotation whose size divides {columns}, found {rotated.size}"
+        )
 
 
 def verify(folder: Path, *, values: bool = True) -> Summary:
@@ -137,6 +158,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
             for suffix in matrix.scheme.checked if values else ():
                 name = matrix.name(suffix)
                 matrix.scheme.check_values(shards.load(name), suffix, shards.place(name))
+        summary.expert_bytes += sum(shards.info(name).nbytes for name in config.signs())
         _refuse_strays(shards, config, known)
         summary.linears = dict(check_linears(shards, config, known))
         for name, info in shards.tensors.items():

@@ -12,6 +12,7 @@ import torch
 
 from vllm_moeq.format.errors import CheckpointError
 from vllm_moeq.format.packing import BIT_WIDTHS, WHOLE_ROW
+from vllm_moeq.format.rotation import Rotated
 from vllm_moeq.format.tensors import Tensors
 
 Span = tuple[int, int]
@@ -183,6 +184,7 @@ class ExpertMatrix:
         columns: inputs.
         group_size: weights per scale, or −1.
         scheme: how the matrix is stored.
+        rotated: the rotation of its inputs in whose basis it is stored; None if it is not rotated.
     """
 
     prefix: str
@@ -193,14 +195,16 @@ class ExpertMatrix:
     columns: int
     group_size: int
     scheme: Scheme
+    rotated: Rotated | None = None
 
     def name(self, suffix: str) -> str:
         """Return the name in the checkpoint of the tensor with this suffix."""
         return f"{self.prefix}.{self.expert}.{self.projection}.{suffix}"
 
     def names(self) -> tuple[str, ...]:
-        """Return the names in the checkpoint of all its tensors, the codes first."""
-        return tuple(map(self.name, self.scheme.suffixes))
+        """Return the names in the checkpoint of all its tensors, the codes first, and its layer's signs last."""
+        own = tuple(map(self.name, self.scheme.suffixes))
+        return own if self.rotated is None else (*own, self.rotated.name)
 
     @property
     def weights(self) -> int:
@@ -214,11 +218,11 @@ class ExpertMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors in the file."""
+        """Bytes of its tensors in the file, without its layer's signs."""
         return self.scheme.nbytes(self.rows, self.columns, self.bits, self.group_size)
 
     def dequantize(self, shards: Tensors) -> torch.Tensor:
-        """Read and dequantize the matrix.
+        """Read and dequantize the matrix, in the basis of the model.
 
         Args:
             shards: the checkpoint's tensors.
@@ -227,7 +231,8 @@ class ExpertMatrix:
             The weights, float32 [rows, columns].
         """
         tensors = {suffix: shards.load(self.name(suffix)) for suffix in self.scheme.suffixes}
-        return self.scheme.dequantize(tensors, self.bits, self.group_size)
+        weights = self.scheme.dequantize(tensors, self.bits, self.group_size)
+        return weights if self.rotated is None else self.rotated.undo(weights, shards.load(self.rotated.name))
 
 
 MAX_MAGNITUDE = 65504.0
