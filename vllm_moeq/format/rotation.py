@@ -34,7 +34,7 @@ def pack_signs(signs: torch.Tensor) -> torch.Tensor:
 def unpack_signs(words: torch.Tensor) -> torch.Tensor:
     """Return the signs, 1 or −1, float32 [K], from the words of a file, int32 [K / 32]."""
     places = torch.arange(CODES_PER_BLOCK, dtype=torch.int32, device=words.device)
-    return (1 - 2 * (words[:, None] >> places & 1)).flatten().float()
+    return torch.flatten(1 - 2 * (words[:, None] >> places & 1)).float()
 
 
 @cache
@@ -57,12 +57,14 @@ def rotate(x: torch.Tensor, signs: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         float32 [..., K].
     """
-    return ((x.float() * signs).unflatten(-1, (-1, size)) @ _hadamard(size).to(x.device)).flatten(-2)
+    blocks = torch.unflatten(x.float() * signs, -1, (-1, size))
+    return torch.flatten(blocks @ _hadamard(size).to(x.device), -2)
 
 
 def unrotate(x: torch.Tensor, signs: torch.Tensor, size: int) -> torch.Tensor:
     """Return Qᵀ·x, the inverse of :func:`rotate`."""
-    return (x.float().unflatten(-1, (-1, size)) @ _hadamard(size).to(x.device)).flatten(-2) * signs
+    blocks = torch.unflatten(x.float(), -1, (-1, size))
+    return torch.flatten(blocks @ _hadamard(size).to(x.device), -2) * signs
 
 
 @dataclass(frozen=True)
