@@ -60,7 +60,7 @@ def sizes_of(model: SourceModel, layout: Layout, settings: QuantizeSettings) -> 
     for average in AVERAGES:
         options = PlanOptions(Fraction(average), CHOICES, ranked=False)
         plan = make_plan(model, layout, options, Progress(quiet=True))
-        found[average] = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)
+        found[average] = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.storage)
     return found
 
 

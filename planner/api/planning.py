@@ -105,7 +105,7 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
         made = make_plan(source, layout, work.options, work.progress)
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
         check_sizes(source, layout, settings)
-        found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.scheme)
+        found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.storage)
         serving = serving_needs(source.config, layout, found.ours, work.load)
         return Estimate(needs, made.achieved_avg_bits, found.ours, serving, _formula(work, made, found))
 
@@ -143,7 +143,7 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint that a plan makes."""
     settings = work.settings.with_linears(made.linears)
-    return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.scheme)
+    return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.storage)
 
 
 def _formula(work: _Work, made: Plan, found: ConfigSizes) -> dict[str, Any]:

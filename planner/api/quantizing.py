@@ -288,7 +288,7 @@ def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint."""
     settings = work.settings.with_linears(made.linears)
-    return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.scheme)
+    return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.storage)
 
 
 def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Needs:

@@ -83,7 +83,7 @@ def _row(run: ComparisonRun, entry: Entry, scores: dict[str, Any]) -> Row:
     settings = run.wanted.settings
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}
     experts: Mapping[str, Sequence[int]] = entry.plan.experts if entry.plan else same
-    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.scheme)
+    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
     return {
         "method": entry.method,
         "average": float(entry.average),

@@ -65,7 +65,7 @@ def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
     bits = round(sum(wanted.averages) / len(wanted.averages))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
     settings = wanted.settings
-    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.scheme)
+    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
     return quantize_needs(run.model, run.layout, experts, sizes, wanted.settings, [run.device], reading)
 
 

@@ -8,9 +8,9 @@ from fractions import Fraction
 
 from planner.model.architectures import EMBEDDINGS
 from planner.model.layout import Layout
-from planner.model.sizes import Sizes, estimate
+from planner.model.sizes import GRIDS, Sizes, Storage, estimate
 from planner.model.source import SourceModel
-from vllm_moeq.format import GRID, Linear, Scheme
+from vllm_moeq.format import Linear
 
 STORED_BITS = {3: Fraction(32, 10)}
 """Width → stored bits per code in the paper's files, if larger than the width: 32 bits hold ten 3-bit codes."""
@@ -90,7 +90,7 @@ def config_sizes(
     experts: Mapping[str, Sequence[int]],
     group_size: int,
     linear: Linear,
-    scheme: Scheme = GRID,
+    storage: Storage = GRIDS,
 ) -> ConfigSizes:
     """Return the sizes of a model with the given widths, from names and shapes alone.
 
@@ -103,12 +103,12 @@ def config_sizes(
         experts: layer's prefix → width of each expert in bits.
         group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
-        scheme: storage scheme of the experts.
+        storage: how the experts are stored.
     """
     counts = count_weights(model, layout)
     return ConfigSizes(
         counts=counts,
         bf16_bytes=2 * counts.total,
-        ours=estimate(model, layout, experts, group_size, linear, scheme),
+        ours=estimate(model, layout, experts, group_size, linear, storage),
         paper_bytes=paper_bytes(layout, counts, experts),
     )

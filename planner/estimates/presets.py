@@ -65,7 +65,7 @@ def budget_for(
     low = min(choices)
     least = estimate(
         model, layout, {layer.prefix: [low] * layer.num_experts for layer in layout.layers},
-        settings.group_size, settings.linear, settings.scheme,
+        settings.group_size, settings.linear, settings.storage,
     )  # fmt: skip
     budget = _on_disk(weight_room(model.config, layout, service), layout, least)
     if least.total_bytes <= budget * GIB:

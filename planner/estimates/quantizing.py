@@ -67,7 +67,7 @@ def quantize_needs(
             alone = replace(reading, streams=0)
             seconds += reading_seconds(config, layout, alone, passes_of(layout, measures, reading.tokens), device)
     return Needs(
-        written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.scheme),
+        written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.storage),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
         ram_bytes=ram,
         device_bytes=_device_bytes(model, layout, reading, device),

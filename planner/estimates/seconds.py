@@ -77,7 +77,8 @@ def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens
 
 def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
     """Return the number of weights that one thread quantizes per second."""
-    rows = max(1, BLOCK_WEIGHTS // columns)
+    step = settings.storage.scheme_of(bits).row_step
+    rows = max(1, BLOCK_WEIGHTS // (columns * step)) * step
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
     quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
     group = columns if settings.group_size == WHOLE_ROW else settings.group_size

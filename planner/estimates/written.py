@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from planner.model.hub import companion_bytes
 from planner.model.layout import Layout
-from planner.model.sizes import Sizes
+from planner.model.sizes import GRIDS, Sizes, Storage
 from planner.model.source import SourceModel
-from vllm_moeq.format import GRID, LINEAR_SUFFIXES, Linear, Scheme
+from vllm_moeq.format import LINEAR_SUFFIXES, Linear
 
 HEADER_ENTRY = 72
 """Bytes of a tensor's entry in a shard's header without its name: dtype, shape, offsets."""
@@ -26,7 +26,7 @@ FIXED = 8192
 """Bytes of config.json, plan.json, the report and the model card without their entries for experts."""
 
 
-def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear, scheme: Scheme = GRID) -> int:
+def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Linear, storage: Storage = GRIDS) -> int:
     """Return the bytes of a quantized folder.
 
     Args:
@@ -34,20 +34,20 @@ def quantized_bytes(model: SourceModel, layout: Layout, sizes: Sizes, linear: Li
         layout: the source's layout.
         sizes: sizes of the output's tensors.
         linear: format of the linears that are not experts.
-        scheme: storage scheme of the experts.
+        storage: how the experts are stored.
     """
     entries = sum(2 * (len(name) + WIDTH_ENTRY) for name in linear.widths)
-    entries += sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, scheme))
+    entries += sum(2 * len(name) + HEADER_ENTRY + INDEX_ENTRY for name in _names(layout, linear, storage))
     copied = companion_bytes(model.folder)
     return sizes.total_bytes + entries + copied + EXPERT_ENTRIES * layout.num_experts + FIXED
 
 
-def _names(layout: Layout, linear: Linear, scheme: Scheme) -> Iterator[str]:
+def _names(layout: Layout, linear: Linear, storage: Storage) -> Iterator[str]:
     """Yield the names of the output's tensors."""
     for layer in layout.layers:
         for expert in range(layer.num_experts):
             for projection in layer.projections.names():
-                for suffix in scheme.suffixes:
+                for suffix in storage.scheme.suffixes:
                     yield f"{layer.prefix}.{expert}.{projection}.{suffix}"
     for name in layout.linears:
         base = name.removesuffix(".weight")

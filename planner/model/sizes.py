@@ -41,14 +41,41 @@ class Sizes:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def expert_bytes(layer: MoeLayer, bits: int, group_size: int, scheme: Scheme = GRID) -> int:
+@dataclass(frozen=True)
+class Storage:
+    """How experts are stored.
+
+    Attributes:
+        scheme: the scheme of the widths that it has; the others are grids.
+        rotated: whether layers have signs of a rotation.
+    """
+
+    scheme: Scheme = GRID
+    rotated: bool = False
+
+    def scheme_of(self, bits: int) -> Scheme:
+        """Return the scheme of experts of a width."""
+        return self.scheme if bits in self.scheme.widths else GRID
+
+    def shared_bytes(self, layer: MoeLayer) -> int:
+        """Return the bytes that a layer's experts share: a sign for each input of gate and up, and of down."""
+        inputs = [layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down)]
+        return sum(inputs) // 8 if self.rotated else 0
+
+
+GRIDS = Storage()
+
+
+def expert_bytes(layer: MoeLayer, bits: int, group_size: int, storage: Storage = GRIDS) -> int:
     """Return the bytes of one expert of a width, in bits."""
+    scheme = storage.scheme_of(bits)
     return sum(scheme.nbytes(rows, columns, bits, group_size) for rows, columns in layer.shapes.values())
 
 
-def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, scheme: Scheme = GRID) -> int:
+def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, storage: Storage = GRIDS) -> int:
     """Return the bytes of a layer's quantized experts."""
-    return sum(count * expert_bytes(layer, bits, group_size, scheme) for bits, count in Counter(widths).items())
+    experts = sum(count * expert_bytes(layer, bits, group_size, storage) for bits, count in Counter(widths).items())
+    return experts + storage.shared_bytes(layer)
 
 
 def stored_bytes(info: TensorInfo, linear: Linear) -> int:
@@ -70,7 +97,7 @@ def estimate(
     experts: Mapping[str, Sequence[int]],
     group_size: int,
     linear: Linear,
-    scheme: Scheme = GRID,
+    storage: Storage = GRIDS,
 ) -> Sizes:
     """Return the sizes of the checkpoint with the given widths.
 
@@ -80,9 +107,9 @@ def estimate(
         experts: experts prefix → bits per expert.
         group_size: expert weights per scale, or −1 for whole rows.
         linear: format of the linears that are not experts.
-        scheme: storage scheme of the experts.
+        storage: how the experts are stored.
     """
-    per_layer = [layer_bytes(layer, experts[layer.prefix], group_size, scheme) for layer in layout.layers]
+    per_layer = [layer_bytes(layer, experts[layer.prefix], group_size, storage) for layer in layout.layers]
     others = {name: stored_bytes(model.shards.info(name), linear.alone(name)) for name in layout.linears}
     kept = {name: model.shards.info(name).nbytes for name in layout.kept}
     shards: Counter[str | None] = Counter(dict(zip((layer.block for layer in layout.layers), per_layer, strict=True)))
@@ -104,7 +131,7 @@ def average_for_budget(
     bit_choices: Sequence[int],
     group_size: int,
     linear: Linear,
-    scheme: Scheme = GRID,
+    storage: Storage = GRIDS,
 ) -> Fraction:
     """Return the largest average width whose checkpoint fits into ``budget_gib``, counting all tensors.
 
@@ -118,7 +145,7 @@ def average_for_budget(
     weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
     low, high = min(bit_choices), max(bit_choices)
     # What experts take besides their codes does not depend on their width.
-    experts = sum(expert_bytes(layer, low, group_size, scheme) * layer.num_experts for layer in layout.layers)
+    experts = sum(layer_bytes(layer, [low] * layer.num_experts, group_size, storage) for layer in layout.layers)
     fixed += experts - weights * low // 8
     average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
     if average < low:

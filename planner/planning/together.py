@@ -11,13 +11,13 @@ from planner.calibration.kl.linears.costs import WIDTHS as COSTLY
 from planner.common.units import GIB
 from planner.model.layout import Layout
 from planner.model.linear_groups import LinearGroup, linear_groups
-from planner.model.sizes import SHAPE_BYTES, expert_bytes, stored_bytes
+from planner.model.sizes import SHAPE_BYTES, Storage, expert_bytes, layer_bytes, stored_bytes
 from planner.model.source import SourceModel
 from planner.planning.assign import ExpertId, Widths
 from planner.planning.method import Costs
 from planner.planning.request import LinearChoice, PlanOptions
-from planner.quantization.quantizers.table import QUANTIZERS
-from vllm_moeq.format import Linear, Scheme, UsageError
+from planner.quantization.quantizers.table import storage_of
+from vllm_moeq.format import Linear, UsageError
 
 WIDTHS = (*COSTLY, 16)
 """The widths of linears. The first one is what a plan without this choice would give them."""
@@ -54,7 +54,7 @@ def solve_together(
     members: list[tuple[ExpertId, tuple[int, ...]]] = []
     items: list[Item] = []
     for layer in layout.layers:
-        each = {bits: expert_bytes(layer, bits, choice.group_size, _scheme(options)) for bits in choices}
+        each = {bits: expert_bytes(layer, bits, choice.group_size, _storage(options)) for bits in choices}
         for expert, row in enumerate(tables[layer.prefix]):
             fixed = options.overrides.get(f"{layer.prefix}.{expert}")
             free = choices if fixed is None else (fixed,)
@@ -84,8 +84,8 @@ def objective(layout: Layout, linears: Sequence[Sequence[float]], widths: Mappin
     return math.fsum(row[WIDTHS.index(widths[group.bases[0]])] for group, row in pairs)
 
 
-def _scheme(options: PlanOptions) -> Scheme:
-    return QUANTIZERS[options.quantizer].scheme
+def _storage(options: PlanOptions) -> Storage:
+    return storage_of(options.quantizer)
 
 
 def _sizes(model: SourceModel, group: LinearGroup, choice: LinearChoice) -> tuple[int, ...]:
@@ -116,8 +116,8 @@ def _limit(model: SourceModel, layout: Layout, options: PlanOptions, group_size:
     if options.budget_gib is not None:
         kept = sum(model.shards.info(name).nbytes for name in layout.kept)
         return math.floor(Fraction(str(options.budget_gib)) * GIB) - kept
-    low, scheme = options.bit_choices[0], _scheme(options)
-    smallest = sum(layer.num_experts * expert_bytes(layer, low, group_size, scheme) for layer in layout.layers)
+    low, storage = options.bit_choices[0], _storage(options)
+    smallest = sum(layer_bytes(layer, [low] * layer.num_experts, group_size, storage) for layer in layout.layers)
     weights = sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers)
     average = Fraction(math.floor(options.avg_bits * layout.num_experts), layout.num_experts)
     return least + smallest + math.floor((average - low) * weights / 8)

@@ -17,6 +17,7 @@ from planner.output.files import write_json, write_tensors
 from planner.plan_file import Plan
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.quantizers import quantizer_for
+from planner.quantization.quantizers.rotated import bases, sign_tensors
 from planner.quantization.rows import Threads, open_threads, quantize_linear_rows, quantize_rows
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format.schemes.base import check_finite
@@ -124,12 +125,19 @@ def run_task(task: LayerTask, threads: int, device: torch.device) -> Finished:
     tensors: dict[str, torch.Tensor] = {}
     reports: list[ExpertReport] = []
     with SourceModel(task.source) as model, open_threads(threads, device) as pool:
+        tensors.update(signs_of(task))
         for expert in range(len(task.widths)):
             more, report = quantize_expert(task, model, expert, pool)
             tensors.update(more)
             reports.append(report)
         tensors.update(other_tensors(task, model, pool))
         return write_layer(task, tensors, reports, began)
+
+
+def signs_of(task: LayerTask) -> dict[str, torch.Tensor]:
+    """Return the signs of a task's rotation under their names in a checkpoint; none without a rotation."""
+    layer = task.layer
+    return {} if layer is None else sign_tensors(layer, bases(layer, task.settings.rotation(layer)))
 
 
 def quantize_expert(
@@ -144,10 +152,11 @@ def quantize_expert(
     if layer is None:
         raise ValueError(f"{task.label} has no experts")
     quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
-    matrices = {}
+    matrices, found = {}, bases(layer, settings.rotation(layer))
+    step = settings.storage.scheme_of(bits).row_step
     for projection in layer.projections.names():
-        name = layer.weight(expert, projection)
-        matrices[projection] = quantize_rows(threads, model, name, quantizer, bits, settings.group_size)
+        name, basis = layer.weight(expert, projection), found.get(projection)
+        matrices[projection] = quantize_rows(threads, model, name, quantizer, bits, settings.group_size, basis, step)
     return pack_expert(layer, expert, bits, matrices, settings.without_text(bits))
 
 

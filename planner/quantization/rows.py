@@ -19,6 +19,7 @@ from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
 from planner.quantization.quantizers import Quantizer, quantize_linear
 from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.quantizers.rotated import Basis
 from vllm_moeq.format import CheckpointError, Linear
 from vllm_moeq.format.linears import SHAPE
 
@@ -43,14 +44,17 @@ class Threads:
         self.pool = pool
         self.device = device
 
-    def parts(self, function: Callable[[torch.Tensor], T], model: SourceModel, name: str) -> list[T]:
+    def parts(self, function: Callable[[torch.Tensor], T], model: SourceModel, name: str, multiple: int = 1) -> list[T]:
         """Apply ``function`` to consecutive parts of a matrix's rows, on a GPU to all rows at once; return the results.
+
+        Parts begin at multiples of ``multiple``.
 
         Raises:
             CheckpointError: the matrix cannot be read, or ``function`` raised one; the message names file and tensor.
         """
         rows, columns = model.shards.info(name).shape
         step = BLOCKS * max(1, BLOCK_WEIGHTS // columns) if self.device.type == "cpu" else rows
+        step = -(-step // multiple) * multiple
 
         def part(begin: int) -> T:
             weight = model.shards.read_rows(name, begin, min(begin + step, rows)).to(self.device)
@@ -78,18 +82,37 @@ def open_threads(count: int, device: torch.device | None = None) -> Iterator[Thr
 
 
 def quantize_rows(
-    threads: Threads, model: SourceModel, name: str, quantizer: Quantizer, bits: int, group_size: int
+    threads: Threads,
+    model: SourceModel,
+    name: str,
+    quantizer: Quantizer,
+    bits: int,
+    group_size: int,
+    basis: Basis | None = None,
+    step: int = 1,
 ) -> PackedMatrix:
     """Quantize and pack a matrix [N, K] of a model.
+
+    Args:
+        threads: the threads to use.
+        model: the model.
+        name: the matrix's name.
+        quantizer: a quantizer that needs only the weights.
+        bits: width of the codes.
+        group_size: weights per scale, or −1 for whole rows.
+        basis: the rotation in whose basis it is quantized; None quantizes it as it is.
+        step: rows that belong together.
 
     Raises:
         CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
     """
 
     def part(rows: torch.Tensor) -> PackedMatrix:
-        return pack_matrix(rows, quantizer(rows, bits, group_size))
+        if basis is None:
+            return pack_matrix(rows, quantizer(rows, bits, group_size))
+        return pack_matrix(rows, basis.wrap(quantizer(basis.weights(rows), bits, group_size)))
 
-    parts = threads.parts(part, model, name)
+    parts = threads.parts(part, model, name, step)
     if len({found.dtypes for found in parts}) > 1:
         # Some rows may need bfloat16 scales, for example, but a tensor has one dtype.
         return part(model.shards.load(name))

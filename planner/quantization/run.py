@@ -24,7 +24,7 @@ from planner.quantization.record import describe_source
 from planner.quantization.runners import InlineRunner, Runner, Work
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import without_speculation
-from vllm_moeq.format import CheckpointError, MoeqConfig, UsageError, read_json, version_for
+from vllm_moeq.format import GRID, CheckpointError, MoeqConfig, Rotation, UsageError, read_json, version_for
 
 QUANTIZING = "quantizing"
 """Name of this work in the progress."""
@@ -43,18 +43,43 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
     first = [*layout.routers, *(name for name in layout.kept if name == "lm_head.weight")]
     unquantized = [*first, *(name for name in layout.linears if settings.linear.bits_of(name) == 16)]
     unquantized += [name for name in layout.plain if name not in first]
+    schemes, rotation = _schemes(plan, settings), _rotation(layout, settings)
     made = MoeqConfig(
         quant_method="moeq",
-        format_version=version_for(linear),
+        format_version=version_for(linear, schemes, rotation),
         group_size=settings.group_size,
         projections=layout.layers[0].projections,
         experts=plan.experts,
         linear=linear,
         unquantized=[name.removesuffix(".weight") for name in unquantized],
         plan=plan.summary(settings.quantizer),
+        schemes=schemes,
+        rotation=rotation,
     )
     _check_schemes(made, settings)
     return made
+
+
+def _schemes(plan: Plan, settings: QuantizeSettings) -> dict[str, list[str]] | None:
+    """Return the schemes of the layers that do not have grids alone, or None if there are none."""
+    names = {
+        prefix: [settings.storage.scheme_of(bits).name for bits in widths] for prefix, widths in plan.experts.items()
+    }
+    return {prefix: found for prefix, found in names.items() if set(found) != {GRID.name}} or None
+
+
+def _rotation(layout: Layout, settings: QuantizeSettings) -> Rotation | None:
+    """Return the rotation that all layers share.
+
+    Raises:
+        UsageError: layers have sizes that need different rotations.
+    """
+    found = {settings.rotation(layer) for layer in layout.layers}
+    if len(found) > 1:
+        raise UsageError(
+            f"--quantizer {settings.quantizer}: expected layers of one size, found rotations of several sizes"
+        )
+    return found.pop()
 
 
 def _check_schemes(config: MoeqConfig, settings: QuantizeSettings) -> None:
@@ -62,7 +87,7 @@ def _check_schemes(config: MoeqConfig, settings: QuantizeSettings) -> None:
     for prefix, widths in config.experts.items():
         for expert, bits in enumerate(widths):
             stored, alone = config.scheme(prefix, expert), settings.without_text(bits)
-            for name in (alone, settings.quantizer) if settings.calibrated else (alone,):
+            for name in (alone, settings.quantizer_of(bits)) if settings.calibrated else (alone,):
                 if (own := QUANTIZERS[name].scheme) is not stored:
                     raise UsageError(
                         f"quantizer {name}: expected results of the scheme {stored.name}, which format version "
@@ -131,7 +156,7 @@ def quantize(
     settings = settings.with_linears(plan.linears)
     check_sizes(model, layout, settings)
     check_output(output)
-    sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.scheme)
+    sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.storage)
     check_space(output, sizes.total_bytes + companion_bytes(model.folder) + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
     writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)

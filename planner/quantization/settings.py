@@ -6,13 +6,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from planner.model.layout import Layout
+from planner.model.layout import Layout, MoeLayer
+from planner.model.sizes import Storage
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_QUANTIZERS
-from planner.quantization.quantizers.table import DEFAULT, DEFAULT_ONE_BIT, check_zero_points
-from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, Linear, Scheme, UsageError, split_width
+from planner.quantization.quantizers.table import (
+    DEFAULT,
+    DEFAULT_ONE_BIT,
+    check_zero_points,
+    name_without_text,
+    quantizer_name,
+    storage_of,
+)
+from vllm_moeq.format import (
+    CODES_PER_BLOCK,
+    WHOLE_ROW,
+    CheckpointError,
+    Linear,
+    Rotation,
+    UsageError,
+    rotation_size,
+    split_width,
+)
 
 Calibration = Literal["asymmetric", "symmetric"]
 """What a quantizer with calibration aims at. ``asymmetric`` is what the original layer gives for the original model's
@@ -59,9 +76,21 @@ class QuantizeSettings:
         return {**asdict(self), "linear": self.linear.model_dump(mode="json")}
 
     @property
-    def scheme(self) -> Scheme:
-        """The storage scheme of the experts."""
-        return QUANTIZERS[self.quantizer].scheme
+    def storage(self) -> Storage:
+        """How the experts are stored."""
+        return storage_of(self.quantizer)
+
+    def rotation(self, layer: MoeLayer) -> Rotation | None:
+        """Return the sizes of a layer's rotation; None where experts are not rotated."""
+        if not self.storage.rotated:
+            return None
+        up, down = (layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down))
+        sizes = rotation_size(up), rotation_size(down)
+        return Rotation.model_validate(dict(zip(("input", "inner"), sizes, strict=True)))
+
+    def quantizer_of(self, bits: int) -> str:
+        """Return the name of the quantizer for experts of this width."""
+        return quantizer_name(bits, self.quantizer)
 
     @property
     def calibrated(self) -> bool:
@@ -93,7 +122,7 @@ class QuantizeSettings:
 
     def without_text(self, bits: int) -> str:
         """Return the name of the quantizer for experts of this width that uses the weights alone."""
-        return self.one_bit if bits == 1 else QUANTIZERS[self.quantizer].fallback or self.quantizer
+        return name_without_text(bits, self.quantizer, self.one_bit)
 
 
 def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:
@@ -110,10 +139,15 @@ def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) 
         UsageError: a width is for a linear that the model lacks, or differs from one that vLLM joins with it.
     """
     for layer in layout.layers:
-        for projection, (_, columns) in layer.shapes.items():
+        for projection, (rows, columns) in layer.shapes.items():
             group = columns if settings.group_size == WHOLE_ROW else settings.group_size
-            step = settings.scheme.column_step
-            _check_columns(model, layer.weight(0, projection), columns, step, group, "--group-size")
+            scheme = settings.storage.scheme
+            _check_columns(model, layer.weight(0, projection), columns, scheme.column_step, group, "--group-size")
+            if rows % scheme.row_step:
+                place = model.shards.place(layer.weight(0, projection))
+                raise CheckpointError(
+                    f"{place}: expected a multiple of {scheme.row_step} output neurons for {scheme.name}, found {rows}"
+                )
     _check_linear_widths(layout, settings.linear)
     for name in layout.linears:
         if settings.linear.bits_of(name) != 16:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -23,6 +23,7 @@ from vllm_moeq.format import (
     trellis_states,
 )
 
+EXAMPLES = settings(deadline=None, max_examples=60)
 WIDTHS = st.sampled_from(TRELLIS_SCHEME.widths)
 SIZES = st.tuples(st.integers(1, 3).map(lambda n: 16 * n), st.integers(1, 3).map(lambda n: 32 * n))
 
@@ -49,6 +50,7 @@ def slow_code(state: int) -> int:
     return sum((state * 0x83DCD12D % (1 << 32)).to_bytes(4, "little")) >> 3
 
 
+@EXAMPLES
 @given(sizes=SIZES, bits=WIDTHS, seed=st.integers(0, 1 << 30))
 def test_decoding_is_what_the_specification_says(sizes: tuple[int, int], bits: int, seed: int) -> None:
     own = random_bits(*sizes, bits, seed)
@@ -74,6 +76,7 @@ def test_codes_are_spread_like_weights() -> None:
     assert abs(float(codes.float().mean()) - 63.25) < 0.5
 
 
+@EXAMPLES
 @given(bits=WIDTHS, seed=st.integers(0, 1 << 30), cut=st.integers(1, 3))
 def test_a_ranks_part_decodes_alone(bits: int, seed: int, cut: int) -> None:
     words = pack_trellis(random_bits(64, 128, bits, seed), bits)

@@ -123,7 +123,7 @@ def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:
     for matrix in expert_matrices(shards, parsed):
         info = found[matrix.name(matrix.scheme.codes)]
         for name in matrix.names():
-            del found[name]
+            found.pop(name, None)  # signs belong to several matrices
         found[matrix.name("weight")] = replace(info, shape=(matrix.rows, matrix.columns), dtype=torch.float32)
     for name, info in shards.tensors.items():
         if name in found and name.endswith(f".{WORDS}"):

@@ -34,8 +34,8 @@ def pack_signs(signs: torch.Tensor) -> torch.Tensor:
 def unpack_signs(words: torch.Tensor) -> torch.Tensor:
     """Return the signs, 1 or −1, float32 [K], from the words of a file, int32 [K / 32]."""
     places = torch.arange(CODES_PER_BLOCK, dtype=torch.int32, device=words.device)
-    negative: torch.Tensor = words[:, None] >> places & 1
-    return torch.flatten(1 - 2 * negative).float()
+    negative = (words[:, None] >> places & 1).flatten()
+    return torch.ones(negative.shape, device=words.device).sub(negative, alpha=2)
 
 
 @cache

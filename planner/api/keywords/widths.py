@@ -186,7 +186,7 @@ class WidthKeywords:
         if self.avg_bits is not None:
             raise UsageError("--avg-bits and --budget-gib: expected one of them, found both")
         average = average_for_budget(
-            model, layout, self.budget_gib, choices, settings.group_size, settings.linear, settings.scheme
+            model, layout, self.budget_gib, choices, settings.group_size, settings.linear, settings.storage
         )
         if self.method in METHODS and METHODS[self.method].one_width:
             return Fraction(max(width for width in choices if width <= average))

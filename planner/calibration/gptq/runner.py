@@ -19,7 +19,7 @@ from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import explained_if_out_of_memory
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
-from planner.quantization.layer_task import Finished, LayerTask, other_tensors, run_task, write_layer
+from planner.quantization.layer_task import Finished, LayerTask, other_tensors, run_task, signs_of, write_layer
 from planner.quantization.packed import ExpertReport, pack_expert
 from planner.quantization.rows import open_threads
 from planner.quantization.runners.base import CONTINUES, Work
@@ -80,6 +80,7 @@ class GptqRunner:
         linears = quantize_linears(decoder, index, names, settings, hidden, originals)
         with open_threads(self.threads, self.devices[0]) as threads:
             tensors = other_tensors(task, decoder.model, threads, linears.tensors)
+        tensors.update(signs_of(task))
         replaced = {name: _values(tensors, name, settings) for name in task.linears}
         reports: dict[int, ExpertReport] = {}
         outputs = None
@@ -91,7 +92,7 @@ class GptqRunner:
             found = quantize_layer(decoder, task.layer, task.widths, routed, settings, self.devices)
             for expert, result in found:
                 bits = task.widths[expert]
-                named = settings.quantizer if result.fallback is None else settings.without_text(bits)
+                named = settings.quantizer_of(bits) if result.fallback is None else settings.without_text(bits)
                 more, report = pack_expert(task.layer, expert, bits, result.matrices, named, result.fallback)
                 tensors.update(more)
                 error = None if result.output_error is None else round(result.output_error, 6)

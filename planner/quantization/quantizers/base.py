@@ -30,6 +30,10 @@ class QuantizedMatrix(Protocol):
         """Return the matrix as a file holds it, on the CPU: the scheme's suffix → tensor, rows first."""
         ...
 
+    def rows(self, part: slice) -> QuantizedMatrix:
+        """Return some of the rows; they begin and end where the scheme's may."""
+        ...
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -55,6 +59,10 @@ class Quantized:
         """See :meth:`QuantizedMatrix.tensors`."""
         words = pack(self.codes, self.bits)
         return {PACKED: words.cpu(), SCALE: self.scales.contiguous().cpu(), ZERO: self.zeros.contiguous().cpu()}
+
+    def rows(self, part: slice) -> Quantized:
+        """See :meth:`QuantizedMatrix.rows`."""
+        return Quantized(self.codes[part], self.scales[part], self.zeros[part], self.bits)
 
 
 ZeroPoints = Literal["float", "integer"]

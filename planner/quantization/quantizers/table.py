@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from planner.model.sizes import Storage
 from planner.quantization.quantizers.base import Quantizer, ZeroPoints
 from planner.quantization.quantizers.hqq import quantize_hqq
 from planner.quantization.quantizers.rtn import quantize_rtn
 from planner.quantization.quantizers.sign import quantize_sign
-from vllm_moeq.format import BIT_WIDTHS, GRID, Scheme, UsageError
+from planner.quantization.quantizers.trellis import round_trellis
+from vllm_moeq.format import BIT_WIDTHS, GRID, TRELLIS_SCHEME, Scheme, UsageError
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,16 @@ class QuantizerRow:
             Empty for a quantizer with calibration: it also needs the layer's inputs.
         fallback: name of the quantizer for experts that saw too few tokens; None for a quantizer without calibration.
         scheme: storage scheme of the results.
+        wider: name of the quantizer for widths that the scheme lacks; None if it has all.
+        one_bit: whether another quantizer is used for one bit without calibration.
     """
 
     widths: tuple[int, ...] = BIT_WIDTHS
     rounds: Mapping[ZeroPoints, Quantizer] = field(default_factory=dict)
     fallback: str | None = None
     scheme: Scheme = GRID
+    wider: str | None = None
+    one_bit: bool = True
 
     @property
     def calibrated(self) -> bool:
@@ -41,7 +47,16 @@ QUANTIZERS: dict[str, QuantizerRow] = {
     "hqq": QuantizerRow(rounds={"float": quantize_hqq, "integer": partial(quantize_hqq, zero_points="integer")}),
     "rtn": QuantizerRow(rounds={"float": quantize_rtn, "integer": partial(quantize_rtn, zero_points="integer")}),
     "gptq": QuantizerRow(fallback="hqq"),
+    "viterbi": QuantizerRow(rounds={"float": round_trellis}, scheme=TRELLIS_SCHEME, wider="hqq", one_bit=False),
+    "trellis": QuantizerRow(fallback="viterbi", scheme=TRELLIS_SCHEME, wider="gptq", one_bit=False),
 }
+
+
+def storage_of(name: str) -> Storage:
+    """Return how the results of a quantizer for two bits and more are stored. Only grids are not rotated."""
+    scheme = QUANTIZERS[name].scheme
+    return Storage(scheme, rotated=scheme is not GRID)
+
 
 DEFAULT, DEFAULT_WITH_TEXT, DEFAULT_ONE_BIT = "hqq", "gptq", "sign"
 
@@ -58,12 +73,25 @@ def quantizer_names() -> list[str]:
 
 def one_bit_names() -> list[str]:
     """Return the names of the quantizers for one bit that need no calibration."""
-    return [name for name, row in QUANTIZERS.items() if 1 in row.widths and not row.calibrated]
+    return [name for name, row in QUANTIZERS.items() if 1 in row.widths and row.one_bit and not row.calibrated]
 
 
 def calibrated_names() -> list[str]:
     """Return the names of the quantizers that read a calibration text."""
     return [name for name, row in QUANTIZERS.items() if row.calibrated]
+
+
+def quantizer_name(bits: int, name: str) -> str:
+    """Return the name of the quantizer for a width: another one where the scheme of the named one lacks it."""
+    row = QUANTIZERS[name]
+    return name if row.wider is None or bits in row.scheme.widths else row.wider
+
+
+def name_without_text(bits: int, name: str, one_bit: str) -> str:
+    """Return the name of the quantizer for a width that uses the weights alone; see :func:`quantizer_for`."""
+    own = quantizer_name(bits, name)
+    row = QUANTIZERS[own]
+    return one_bit if bits == 1 and row.one_bit else row.fallback or own
 
 
 def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float") -> Quantizer:
@@ -75,9 +103,8 @@ def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = 
         one_bit: name of the quantizer for one bit.
         zero_points: kind of zero points for two bits and more.
     """
-    if bits == 1:
-        return QUANTIZERS[one_bit].rounds["float"]
-    return _without_text(name).rounds[zero_points]
+    rounds = QUANTIZERS[name_without_text(bits, name, one_bit)].rounds
+    return rounds["float" if bits == 1 else zero_points]
 
 
 def _without_text(name: str) -> QuantizerRow:

@@ -105,6 +105,11 @@ def quantize_trellis(
     return _round(aims, factor, bits)
 
 
+def round_trellis(weight: torch.Tensor, bits: int, group_size: int) -> TrellisMatrix:  # noqa: ARG001 (of the interface)
+    """Quantize one matrix [N, K] by its weights alone; see :func:`quantize_trellis`."""
+    return quantize_trellis(weight[None], None, bits)[0]
+
+
 def _round(aims: torch.Tensor, factor: Factor | None, bits: int) -> list[TrellisMatrix]:
     """Return the codes and scales that come closest to W* [B, N, K]."""
     codes = codes_of_states().to(aims.device).float()

@@ -1,0 +1,92 @@
+"""Quantize matrices in a rotated basis (:mod:`vllm_moeq.format.rotation`): rotate, quantize, and remember the rotation.
+
+Any quantizer can follow. Rounding then meets weights that are nearly normal, and no input stands out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from planner.model.layout import MoeLayer
+from planner.quantization.quantizers.base import QuantizedMatrix
+from vllm_moeq.format import INNER_SIGNS, INPUT_SIGNS, Rotation, pack_signs, rotate, unrotate
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The rotation of a projection's inputs.
+
+    Attributes:
+        signs: 1 or −1, float32 [K].
+        size: inputs per block.
+    """
+
+    signs: torch.Tensor
+    size: int
+
+    def weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return weights [..., N, K] for rotated inputs, float32."""
+        return rotate(weights, self.signs.to(weights.device), self.size)
+
+    def moments(self, moments: torch.Tensor) -> torch.Tensor:
+        """Return the moments [..., K, K] of rotated inputs: Q·M·Qᵀ."""
+        signs = self.signs.to(moments.device)
+        return rotate(rotate(moments, signs, self.size).mT, signs, self.size).mT.contiguous()
+
+    def wrap(self, matrix: QuantizedMatrix) -> Rotated:
+        """Return a matrix that was quantized for rotated inputs."""
+        return Rotated(matrix, self)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A matrix that was quantized for rotated inputs.
+
+    Attributes:
+        matrix: the matrix as it is stored.
+        basis: the rotation of its inputs.
+    """
+
+    matrix: QuantizedMatrix
+    basis: Basis
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weights for inputs that are not rotated, float32 [N, K]."""
+        stored = self.matrix.dequantize()
+        return unrotate(stored, self.basis.signs.to(stored.device), self.basis.size)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See :meth:`planner.quantization.quantizers.base.QuantizedMatrix.tensors`."""
+        return self.matrix.tensors()
+
+    def rows(self, part: slice) -> Rotated:
+        """See :meth:`planner.quantization.quantizers.base.QuantizedMatrix.rows`."""
+        return Rotated(self.matrix.rows(part), self.basis)
+
+
+def bases(layer: MoeLayer, rotation: Rotation | None) -> dict[str, Basis]:
+    """Return the basis of each projection of a layer; none without a rotation.
+
+    Signs are random, but the same for the same layer, so that a resumed run and a worker find them again.
+    """
+    if rotation is None:
+        return {}
+    up, down = layer.projections.gate, layer.projections.down
+    first = Basis(_signs(f"{layer.prefix}.{INPUT_SIGNS}", layer.shapes[up][1]), rotation.input)
+    second = Basis(_signs(f"{layer.prefix}.{INNER_SIGNS}", layer.shapes[down][1]), rotation.inner)
+    return {name: second if name == down else first for name in layer.projections.names()}
+
+
+def sign_tensors(layer: MoeLayer, found: Mapping[str, Basis]) -> dict[str, torch.Tensor]:
+    """Return a layer's signs under their names in a checkpoint, from what :func:`bases` returns."""
+    names = {layer.projections.gate: INPUT_SIGNS, layer.projections.down: INNER_SIGNS}
+    return {f"{layer.prefix}.{name}": pack_signs(found[of].signs) for of, name in names.items() if of in found}
+
+
+def _signs(name: str, count: int) -> torch.Tensor:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+    return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).float().mul_(2).sub_(1)
