@@ -1,8 +1,10 @@
 """This benchmark times one MoE layer on the CPU: the native kernel, vLLM's bfloat16 fused MoE, and memory reads.
 
+The native kernel has up to three layers: grids; trellises of the same widths; the same trellises in a rotated basis.
+
     python benchmarks/kernels/cpu_layer.py --shapes qwen3-30b-a3b,mixtral-8x7b --tokens 1,8,32,128 --mix 2,3 1,2,3 4
 
-The two kernels run in turn, and each pair of calls gets a new routing. So a call finds its experts in memory and not
+The layers run in turn, and each round of calls gets a new routing. So a call finds its experts in memory and not
 in a cache, and a disturbance of the machine slows both. Milliseconds are medians. The share of the bandwidth compares
 the bytes of a call, which reads each of its experts once, with large reads between the calls. It is given against
 their median, and against the best read of the run, which is stricter. vLLM's kernel is the one that its server uses on
@@ -32,10 +34,13 @@ from benchmarks.common.cpu import restart_with_openmp
 from benchmarks.common.results import environment
 from benchmarks.kernels.peers import random_experts
 from benchmarks.kernels.routing import MIXES, MODELS, Shape, bytes_moved, route, spread_widths, width_counts
+from benchmarks.kernels.trellis import trellis_layers
 from vllm_moeq.kernels import PackedExperts, ReferenceLayer
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
 
 GROUP = 128
+SCHEMES = ("trellis", "rotated")
+"""The layers besides the grid's, as :func:`trellis_layers` names them."""
 READ_BYTES = 256 << 20
 """The probe reads this much: many times a cache."""
 PASSES = 4
@@ -133,26 +138,29 @@ class Timing:
     """Measurements for one number of tokens, over all passes."""
 
     tokens: int
-    ours: list[float] = field(default_factory=list)
-    bf16: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     moved: list[int] = field(default_factory=list)
     moved_bf16: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
         """Return the medians and, per call, the mean bytes."""
-        ours, bf16 = statistics.median(self.ours), statistics.median(self.bf16)
+        median = {name: statistics.median(times) for name, times in self.seconds.items()}
+        ours, bf16 = median["ours"], median["bf16"]
         return {
             "tokens": self.tokens, "ms": ours * 1e3, "bf16_ms": bf16 * 1e3, "speedup_vs_bf16": bf16 / ours,
-            "rounds": len(self.ours), "read_bandwidth": statistics.median(self.rates),
+            "rounds": len(self.seconds["ours"]), "read_bandwidth": statistics.median(self.rates),
             "bytes": statistics.fmean(self.moved), "bf16_bytes": statistics.fmean(self.moved_bf16),
+            **{f"{name}_to_grid": median[name] / ours for name in SCHEMES if name in median},
         }  # fmt: skip
 
 
-def measure(timing: Timing, layers: Layers, ours: Call, bits: list[int], probe: ReadProbe, seconds: float) -> None:
-    """Time both in turn, for a part of the row's time."""
-    calls = {"ours": (ours, timing.ours), "bf16": (layers.bf16, timing.bf16)}
-    done, probed, began = len(timing.ours), len(probe.rates), time.monotonic()
+def measure(
+    timing: Timing, layers: Layers, ours: dict[str, Call], bits: list[int], probe: ReadProbe, seconds: float
+) -> None:
+    """Time all in turn, for a part of the row's time."""
+    calls = {name: (call, timing.seconds.setdefault(name, [])) for name, call in {**ours, "bf16": layers.bf16}.items()}
+    done, probed, began = len(timing.seconds["ours"]), len(probe.rates), time.monotonic()
     for round_ in range(-1, MAX_ROUNDS):
         arguments = inputs(layers.shape, timing.tokens, 1000 + done + round_)
         for name in sorted(calls, reverse=bool(round_ % 2)):
@@ -180,17 +188,24 @@ def finish(rows: list[dict[str, Any]], best: float) -> None:
         row["share_of_best"] = row["bandwidth_share"] * rate / best
 
 
+def ratio(row: dict[str, Any], name: str) -> str:
+    """Return how much longer another scheme takes than the grid; a dash where it has no such width."""
+    found = row.get(f"{name}_to_grid")
+    return "–" if found is None else f"{found:.2f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
     columns = ("layer", "widths (average)", "tokens", "GB/s", "ms", "floor", "share (of best)", "bf16, ms", "its floor",
-               "speedup", "error")  # fmt: skip
+               "speedup", "error", *(f"{name} / grid" for name in SCHEMES))  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         lines.append(
             f"| {row['shape']} | {row['mix']} ({row['average_bits']:.2f}) | {row['tokens']} "
             f"| {row['read_bandwidth'] / 1e9:.1f} | {row['ms']:.2f} | {row['floor_ms']:.2f} "
             f"| {row['bandwidth_share']:.0%} ({row['share_of_best']:.0%}) "
-            f"| {row['bf16_ms']:.2f} | {row['bf16_floor_ms']:.2f} | {row['speedup_vs_bf16']:.2f} | {row['error']:.1e} |"
+            f"| {row['bf16_ms']:.2f} | {row['bf16_floor_ms']:.2f} | {row['speedup_vs_bf16']:.2f} | {row['error']:.1e} "
+            f"| {' | '.join(ratio(row, name) for name in SCHEMES)} |"
         )
     return "\n".join(lines)
 
@@ -206,8 +221,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for mix in args.mix:
             bits = widths_of(mix, shape.experts)
             packed = random_experts(bits, shape, GROUP, torch.device("cpu"))
-            ours = NativeLayer(packed)
-            found = relative_error(ours, packed, shape)
+            ours: dict[str, Call] = {"ours": NativeLayer(packed), **trellis_layers(bits, shape)}
+            found = relative_error(ours["ours"], packed, shape)
             del packed
             timings = [Timing(int(tokens)) for tokens in args.tokens.split(",")]
             for _ in range(PASSES):
@@ -217,7 +232,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 row.update(shape=name, mix=mix, average_bits=sum(bits) / len(bits), error=found)
                 rows.append(row)
                 if not args.json:
-                    print(f"{name} {mix} M={row['tokens']}: {row['ms']:.2f} ms, bf16 {row['bf16_ms']:.2f}", flush=True)
+                    ratios = ", ".join(f"{other} / grid {ratio(row, other)}" for other in SCHEMES)
+                    times = f"{row['ms']:.2f} ms, bf16 {row['bf16_ms']:.2f}, {ratios}"
+                    print(f"{name} {mix} M={row['tokens']}: {times}", flush=True)
         result["bf16_kernel"] = f"cpu_fused_moe, {layers.bf16_kernel}"
     finish(rows, max(probe.rates))
     isa = os.environ.get(ISA_VARIABLE) or instruction_sets()[-1]

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
 from vllm_moeq.format import GRID, TRELLIS_SCHEME
-from vllm_moeq.kernels import PackedExperts
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
 from vllm_moeq.kernels.cpu.rotation import BlockRotation, Rotations
@@ -86,6 +86,49 @@ def test_a_rank_s_slice() -> None:
     """Its part of down begins inside a group of the grid, and has sizes that fill no segment."""
     packed = mixed_layer(EXPERTS, 96, 160, 128, 32)
     check(packed, Rotations(random_rotation(96, 32), random_rotation(160, 32)), *inputs(packed, 9))
+
+
+def rank_s_part(
+    part: PackedMatrices, rows: list[tuple[int, int]] | None, columns: tuple[int, int] | None
+) -> PackedMatrices:
+    """Cut spans of rows, or a span of columns, out of every expert as a loader does."""
+    whole, lists = part.matrices, dict[str, list[torch.Tensor]]()
+    for expert, (scheme, bits) in enumerate(zip(whole.schemes, whole.bits, strict=True)):
+        for suffix in scheme.suffixes:
+            tensor = whole.view(part.tensors[suffix], suffix, expert)
+            spans: list[tuple[int, int] | None] = [*rows] if rows else [None]
+            cuts = [scheme.cut(suffix, bits, whole.group_size, rows=span, columns=columns) for span in spans]
+            found = torch.cat([tensor[cut] for cut in cuts])
+            lists.setdefault(suffix, []).append(found.flatten() if suffix == scheme.codes else found)
+    own = ragged(
+        whole.bits,
+        sum(end - begin for begin, end in rows) if rows else whole.rows,
+        columns[1] - columns[0] if columns else whole.columns,
+        whole.group_size,
+        columns[0] % whole.group_size if columns else 0,
+        whole.schemes,
+    )
+    codes = {scheme.codes for scheme in whole.schemes}
+    tensors = ((torch.cat if suffix in codes else torch.stack)(lists[suffix]) for suffix in own.suffixes)
+    return PackedMatrices(own, *tensors)
+
+
+@each_isa
+def test_ranks_add_up_to_the_layer() -> None:
+    """Two ranks hold half of the inner dimension each; down's columns are cut inside a group of the grid."""
+    packed = mixed_layer(EXPERTS, 128, 192)
+    before_up, before_down = random_rotation(128, 64), random_rotation(192, 32)
+    x, weights, ids = inputs(packed, 9)
+    total = torch.zeros(9, 128, dtype=torch.float64)
+    for begin, end in ((0, 96), (96, 192)):
+        own = PackedExperts(
+            rank_s_part(packed.gate_up, [(begin, end), (192 + begin, 192 + end)], None),
+            rank_s_part(packed.down, None, (begin, end)),
+        )
+        inner = BlockRotation(before_down.signs[begin // 32 : end // 32], before_down.size)
+        total += NativeLayer(own, Rotations(before_up, inner))(x, weights, ids).double()
+    whole = NativeLayer(packed, Rotations(before_up, before_down))(x, weights, ids).double()
+    assert (total - whole).norm() <= 2 * LIMIT[torch.float32] * whole.norm()
 
 
 @each_isa

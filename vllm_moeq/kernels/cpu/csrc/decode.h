@@ -92,10 +92,10 @@ struct Decoded {
     static constexpr int kBytes = kSteps * kVector;
 };
 
-template <int BITS>
+template <class Source>
 void decode(const uint8_t* p, int chunks, uint8_t* tile) {
     for (int c = 0; c < chunks; ++c) {
-        Packed<BITS>::chunk(p + c * Packed<BITS>::kBytes, [&](int i, Codes codes) MOEQ_LAMBDA {
+        Source::chunk(p + c * Source::kBytes, [&](int i, Codes codes) MOEQ_LAMBDA {
             store_codes(tile + (c * kSteps + i) * kVector, codes);
         });
     }

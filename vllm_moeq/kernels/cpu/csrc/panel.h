@@ -169,7 +169,7 @@ void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& plane
                 add_all<Packed<BITS>, BITS, DIGITS, kDirectTokens>(tokens, panel, x, w, place);
             } else {
                 constexpr int as = BITS < 3 ? 3 : BITS;  // once decoded, narrower codes need no code of their own
-                decode<BITS>(panel, segment.chunks, tile);
+                decode<Packed<BITS>>(panel, segment.chunks, tile);
                 add_all<Decoded, as, DIGITS, kTokensAtOnce>(tokens, tile, x, w, place);
             }
             panel += segment.chunks * Packed<BITS>::kBytes;
@@ -177,11 +177,13 @@ void multiply_panel(const Matrices& m, const uint8_t* panel, const Planes& plane
     }
 }
 
-// The same for a panel of a trellis. Its codes cost so much to decode that a detour through memory does not count.
-template <int DIGITS>
-void multiply_trellis(int64_t bits, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
-                      int tokens, float* sums) {
+// The same for a panel of a trellis. Its codes cost so much that they are decoded once, for however many tokens; their
+// seven bits need the sums of eight, because three pairs of products do not fit 16 bits.
+template <int BITS, int DIGITS>
+void multiply_trellis(const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows, int tokens,
+                      float* sums) {
     alignas(64) uint8_t tile[kSegmentChunks * kSteps * kVector];
+    static_assert(kDirectTrellis * 4 <= kAccumulators);  // all tokens at once, with four digits
     const uint8_t* header = panel;
     panel += header_bytes(m);
     clear_sums(tokens, sums);
@@ -190,10 +192,14 @@ void multiply_trellis(int64_t bits, const Matrices& m, const uint8_t* panel, con
         const Slice x = slice_of<DIGITS>(planes, rows, s, segment);
         for (int block = 0; block < kBlocks; ++block) {
             const Scales w = {load_scale(header, block, m.wide), splat(kTrellisZero)};
-            decode_trellis(bits, panel, segment.chunks, tile);
-            // Codes of 7 bits need the sums of 8: a pair of products times three does not fit 16 bits.
-            add_all<Decoded, 8, DIGITS, kTokensAtOnce>(tokens, tile, x, w, sums + block * kLanes);
-            panel += segment.chunks * bits * kVector;
+            float* place = sums + block * kLanes;
+            if (tokens <= kDirectTrellis) {
+                add_all<Trellis<BITS>, 8, DIGITS, kDirectTrellis>(tokens, panel, x, w, place);
+            } else {
+                decode<Trellis<BITS>>(panel, segment.chunks, tile);
+                add_all<Decoded, 8, DIGITS, kTokensAtOnce>(tokens, tile, x, w, place);
+            }
+            panel += segment.chunks * BITS * kVector;
         }
     }
 }
@@ -201,7 +207,15 @@ void multiply_trellis(int64_t bits, const Matrices& m, const uint8_t* panel, con
 template <int DIGITS>
 void multiply(Coding coding, const Matrices& m, const uint8_t* panel, const Planes& planes, const int32_t* rows,
               int tokens, float* sums) {
-    if (coding.scheme == kTrellis) return multiply_trellis<DIGITS>(coding.bits, m, panel, planes, rows, tokens, sums);
+    if (coding.scheme == kTrellis) {
+        switch (coding.bits) {
+            case 1: return multiply_trellis<1, DIGITS>(m, panel, planes, rows, tokens, sums);
+            case 2: return multiply_trellis<2, DIGITS>(m, panel, planes, rows, tokens, sums);
+            case 3: return multiply_trellis<3, DIGITS>(m, panel, planes, rows, tokens, sums);
+            case 4: return multiply_trellis<4, DIGITS>(m, panel, planes, rows, tokens, sums);
+            default: __builtin_trap();  // a trellis has no other width
+        }
+    }
     switch (coding.bits) {
         case 1: return multiply_panel<1, DIGITS>(m, panel, planes, rows, tokens, sums);
         case 2: return multiply_panel<2, DIGITS>(m, panel, planes, rows, tokens, sums);

@@ -54,33 +54,26 @@ struct Rows {
     }
 };
 
-template <int BITS, int STEP>
-MOEQ_INLINE void decode_steps(const Rows<BITS>& rows, uint8_t* tile) {
-    if constexpr (STEP < kSteps) {
-        store_codes(tile + STEP * kVector,
-                    codes_of_states(rows.template state<4 * STEP>(), rows.template state<4 * STEP + 1>(),
-                                    rows.template state<4 * STEP + 2>(), rows.template state<4 * STEP + 3>()));
-        decode_steps<BITS, STEP + 1>(rows, tile);
-    }
-}
-
+// Calls step(index, codes) for the eight steps of a chunk, as Packed does.
 template <int BITS>
-void decode_trellis(const uint8_t* p, int chunks, uint8_t* tile) {
-    for (int c = 0; c < chunks; ++c, p += BITS * kVector, tile += kSteps * kVector) {
+struct Trellis {
+    template <class F>
+    static MOEQ_INLINE void chunk(const uint8_t* p, F&& step) {
         for (int i = 0; i < BITS; ++i) prefetch(p + i * kVector);
-        decode_steps<BITS, 0>(Rows<BITS>(p), tile);
+        steps<0>(Rows<BITS>(p), step);
     }
-}
+    static constexpr int kBytes = BITS * kVector;
 
-inline void decode_trellis(int64_t bits, const uint8_t* p, int chunks, uint8_t* tile) {
-    switch (bits) {
-        case 1: return decode_trellis<1>(p, chunks, tile);
-        case 2: return decode_trellis<2>(p, chunks, tile);
-        case 3: return decode_trellis<3>(p, chunks, tile);
-        case 4: return decode_trellis<4>(p, chunks, tile);
-        default: __builtin_trap();  // repacking has checked
+   private:
+    template <int STEP, class F>
+    static MOEQ_INLINE void steps(const Rows<BITS>& rows, F&& step) {
+        if constexpr (STEP < kSteps) {
+            step(STEP, codes_of_states(rows.template state<4 * STEP>(), rows.template state<4 * STEP + 1>(),
+                                       rows.template state<4 * STEP + 2>(), rows.template state<4 * STEP + 3>()));
+            steps<STEP + 1>(rows, step);
+        }
     }
-}
+};
 
 }  // namespace
 }  // namespace moeq

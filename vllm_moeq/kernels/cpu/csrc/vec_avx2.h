@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kAccumulators = 6;  // pairs of registers for sums: twelve of the sixteen registers
 constexpr int kDirectTokens = 2;
+constexpr int kDirectTrellis = 0;  // decoding needs the registers itself
 
 struct Floats {
     __m256 a, b;

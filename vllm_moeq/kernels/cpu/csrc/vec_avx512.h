@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kAccumulators = 16;  // half of the 32 registers
 constexpr int kDirectTokens = 4;
+constexpr int kDirectTrellis = 4;
 
 struct Floats {
     __m512 a;

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kAccumulators = 1;  // sums (one per token and digit) that are kept in registers
 constexpr int kDirectTokens = 2;  // up to this many tokens, codes are decoded anew for each group of tokens
+constexpr int kDirectTrellis = 0;  // the same of a trellis, whose codes are always decoded once
 
 // Inlining is left to the compiler: with sixteen lanes in each of many unrolled steps it would take minutes.
 #define MOEQ_INLINE inline
