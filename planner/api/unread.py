@@ -14,7 +14,7 @@ from planner.plan_file import Plan
 from planner.planning.method import Method
 from planner.planning.methods import METHODS
 from planner.planning.request import resolved_method
-from planner.quantization.quantizers.table import QUANTIZERS, calibrated_names, default_quantizer
+from planner.quantization.quantizers.table import QUANTIZERS, calibrated_names, default_quantizer, tuned_names
 from vllm_moeq.format import UsageError
 
 Values = Mapping[str, Any]
@@ -92,14 +92,14 @@ def _quantizer(values: Values) -> str:
     return str(values["quantizer"] or default_quantizer(values["data"] is not None))
 
 
-def _tuned(values: Values) -> bool:
+def _calibrated(values: Values) -> bool:
     """Tell whether the quantizer reads a text."""
     return QUANTIZERS[_quantizer(values)].calibrated
 
 
 def _text_is_read(values: Values) -> bool:
     """Tell whether the quantizer reads a text, or the method does: it does not where a plan or statistics are given."""
-    if "one_bit" in values and _tuned(values):
+    if "one_bit" in values and _calibrated(values):
         return True
     if values.get("plan") is not None or values.get("stats") is not None:
         return False
@@ -156,7 +156,7 @@ def _nothing(_: Values) -> str:
 
 
 QUANTIZER = f"--quantizer {' or '.join(calibrated_names())}"
-GPTQ = ("damping", "act_order", "static_groups", "symmetric", "scale_search", "calibration", "compat")
+GPTQ = ("act_order", "static_groups", "symmetric", "scale_search", "compat")
 PLANNED = (
     "avg_bits", "budget_gib", "preset", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model",
     "stats", "overrides",
@@ -215,10 +215,15 @@ ROWS: Sequence[ReadOnlyWhere] = (
         ("one_bit",), _one_bit, "--bits that have 1", lambda values: f"--bits {','.join(parts(values['bits']))}"
     ),
     ReadOnlyWhere(
-        (*GPTQ, "min_tokens"), _tuned, QUANTIZER, lambda values: f"--quantizer {_quantizer(values)}",
+        GPTQ, lambda values: QUANTIZERS[_quantizer(values)].tuned, f"--quantizer {' or '.join(tuned_names())}",
+        lambda values: f"--quantizer {_quantizer(values)}",
     ),
     ReadOnlyWhere(
-        ("jobs",), lambda values: values["tasks"] is not None or _tuned(values), f"{QUANTIZER}, or --tasks",
+        ("damping", "calibration", "min_tokens"), _calibrated, QUANTIZER,
+        lambda values: f"--quantizer {_quantizer(values)}",
+    ),
+    ReadOnlyWhere(
+        ("jobs",), lambda values: values["tasks"] is not None or _calibrated(values), f"{QUANTIZER}, or --tasks",
         lambda values: f"--quantizer {_quantizer(values)}", ("compare",),
     ),
     ReadOnlyWhere(

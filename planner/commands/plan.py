@@ -18,7 +18,7 @@ from planner.commands.flags.running import RunFlags
 from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
-from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT
+from planner.quantization.quantizers.table import DEFAULT, DEFAULT_WITH_TEXT, quantizer_names
 
 
 def plan_command(
@@ -32,8 +32,9 @@ def plan_command(
         str | None,
         typer.Option(
             "--quantizer",
-            help="Quantizer that will find the codes: some choices depend on it "
-            f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
+            metavar="NAME",
+            help="Quantizer that will find the codes, because some choices depend on it: "
+            f"{', '.join(quantizer_names())} [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
         ),
         NAMES,
     ] = None,

@@ -6,6 +6,7 @@ trellis rounds best. A layer has one rotation of its input and one of what its d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,8 +35,7 @@ def pack_signs(signs: torch.Tensor) -> torch.Tensor:
 def unpack_signs(words: torch.Tensor) -> torch.Tensor:
     """Return the signs, 1 or −1, float32 [K], from the words of a file, int32 [K / 32]."""
     places = torch.arange(CODES_PER_BLOCK, dtype=torch.int32, device=words.device)
-    negative = (words[:, None] >> places & 1).flatten()
-    return torch.ones(negative.shape, device=words.device).sub(negative, alpha=2)
+    return 1.0 - 2.0 * (words[:, None] >> places & 1).flatten().float()
 
 
 @cache
@@ -44,7 +44,7 @@ def _hadamard(size: int) -> torch.Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), dim=1), torch.cat((matrix, -matrix), dim=1)))
-    return (matrix / size**0.5).float()
+    return (matrix / math.sqrt(size)).float()
 
 
 def rotate(x: torch.Tensor, signs: torch.Tensor, size: int) -> torch.Tensor:

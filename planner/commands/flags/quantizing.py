@@ -48,7 +48,10 @@ class QuantizerFlags:
     quantizer: Annotated[
         str | None,
         typer.Option(
-            "--quantizer", help=f"Quantizer for two bits and more [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}]."
+            "--quantizer",
+            metavar="NAME",
+            help=f"Quantizer for two bits and more: {', '.join(quantizer_names())} "
+            f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
         ),
         NAMES,
     ] = None
@@ -87,9 +90,15 @@ class WrittenQuantizerFlags(QuantizerFlags):
 class ComparedQuantizerFlags(QuantizerFlags):
     """The same for ``moeq compare``, where a text alone chooses no quantizer."""
 
-    quantizer: Annotated[str, typer.Option("--quantizer", help="Quantizer for two bits and more."), NAMES] = (
-        ComparedCodeKeywords.quantizer
-    )
+    quantizer: Annotated[
+        str,
+        typer.Option(
+            "--quantizer",
+            metavar="NAME",
+            help=f"Quantizer for two bits and more: {', '.join(quantizer_names())}.",
+        ),
+        NAMES,
+    ] = ComparedCodeKeywords.quantizer
 
 
 @dataclass(frozen=True)

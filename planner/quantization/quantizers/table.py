@@ -27,6 +27,7 @@ class QuantizerRow:
         scheme: storage scheme of the results.
         wider: name of the quantizer for widths that the scheme lacks; None if it has all.
         one_bit: whether another quantizer is used for one bit without calibration.
+        tuned: whether it reads the flags for the order of columns and the search for scales.
     """
 
     widths: tuple[int, ...] = BIT_WIDTHS
@@ -35,6 +36,7 @@ class QuantizerRow:
     scheme: Scheme = GRID
     wider: str | None = None
     one_bit: bool = True
+    tuned: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -46,7 +48,7 @@ QUANTIZERS: dict[str, QuantizerRow] = {
     "sign": QuantizerRow((1,), {"float": quantize_sign}),
     "hqq": QuantizerRow(rounds={"float": quantize_hqq, "integer": partial(quantize_hqq, zero_points="integer")}),
     "rtn": QuantizerRow(rounds={"float": quantize_rtn, "integer": partial(quantize_rtn, zero_points="integer")}),
-    "gptq": QuantizerRow(fallback="hqq"),
+    "gptq": QuantizerRow(fallback="hqq", tuned=True),
     "viterbi": QuantizerRow(rounds={"float": round_trellis}, scheme=TRELLIS_SCHEME, wider="hqq", one_bit=False),
     "trellis": QuantizerRow(fallback="viterbi", scheme=TRELLIS_SCHEME, wider="gptq", one_bit=False),
 }
@@ -79,6 +81,11 @@ def one_bit_names() -> list[str]:
 def calibrated_names() -> list[str]:
     """Return the names of the quantizers that read a calibration text."""
     return [name for name, row in QUANTIZERS.items() if row.calibrated]
+
+
+def tuned_names() -> list[str]:
+    """Return the names of the quantizers that read the flags for the order of columns and the search for scales."""
+    return [name for name, row in QUANTIZERS.items() if row.tuned]
 
 
 def quantizer_name(bits: int, name: str) -> str:
