@@ -80,6 +80,7 @@ def layer(prefix: str = "model.layers.0.mlp.experts") -> StoredLayer:
         Projections(gate="gate_proj", up="up_proj", down="down_proj"),
         ragged(bits, 2 * SIZE, SIZE, SIZE),
         ragged(bits, SIZE, SIZE, SIZE),
+        (None, None),
         0.0,
     )
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
-from vllm_moeq.format import GRID, TRELLIS_SCHEME
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, BlockRotation
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
-from vllm_moeq.kernels.cpu.rotation import BlockRotation, Rotations
+from vllm_moeq.kernels.cpu.rotation import Rotations
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -30,6 +30,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def random_rotation(columns: int, size: int) -> BlockRotation:
     words = torch.randint(-(2**31), 2**31, (columns // 32,), generator=torch.Generator().manual_seed(columns + size))
     return BlockRotation(words.int(), size)
+
+
+def turned(packed: PackedExperts, rotations: Rotations) -> PackedExperts:
+    """Return a layer as if it were stored in a rotated basis."""
+    both = ((packed.gate_up, rotations.before_up), (packed.down, rotations.before_down))
+    return PackedExperts(
+        *(PackedMatrices(it.matrices, *it.tensors.values(), rotation=rotation) for it, rotation in both)
+    )
 
 
 def rotated(x: torch.Tensor, rotation: BlockRotation | None) -> torch.Tensor:
@@ -52,7 +60,7 @@ def inputs(packed: PackedExperts, tokens: int, dtype: torch.dtype = torch.float3
 def check(
     packed: PackedExperts, rotations: Rotations, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 ) -> None:
-    found = NativeLayer(packed, rotations)(x, weights, ids)
+    found = NativeLayer(turned(packed, rotations))(x, weights, ids)
     before_up = rotated(x, rotations.before_up)
     expected = exact(packed, before_up, weights, ids, lambda inner: rotated(inner, rotations.before_down))
     assert found.dtype == x.dtype
@@ -126,8 +134,8 @@ def test_ranks_add_up_to_the_layer() -> None:
             rank_s_part(packed.down, None, (begin, end)),
         )
         inner = BlockRotation(before_down.signs[begin // 32 : end // 32], before_down.size)
-        total += NativeLayer(own, Rotations(before_up, inner))(x, weights, ids).double()
-    whole = NativeLayer(packed, Rotations(before_up, before_down))(x, weights, ids).double()
+        total += NativeLayer(turned(own, Rotations(before_up, inner)))(x, weights, ids).double()
+    whole = NativeLayer(turned(packed, Rotations(before_up, before_down)))(x, weights, ids).double()
     assert (total - whole).norm() <= 2 * LIMIT[torch.float32] * whole.norm()
 
 
@@ -139,13 +147,13 @@ def test_edge_routings(tokens: int, routing: str) -> None:
     both = Rotations(random_rotation(128, 128), random_rotation(64, 64))
     x, weights, ids = inputs(packed, tokens)
     check(packed, both, x, *edge_routing(routing, weights, ids))
-    assert NativeLayer(packed, both)(x[:0], weights[:0], ids[:0]).shape == (0, 128)
+    assert NativeLayer(turned(packed, both))(x[:0], weights[:0], ids[:0]).shape == (0, 128)
 
 
 @each_isa
 def test_neither_threads_nor_other_tokens_change_a_result() -> None:
     packed = mixed_layer(EXPERTS, 256, 192)
-    kernel = NativeLayer(packed, Rotations(random_rotation(256, 64), random_rotation(192, 64)))
+    kernel = NativeLayer(turned(packed, Rotations(random_rotation(256, 64), random_rotation(192, 64))))
     x, weights, ids = inputs(packed, 21)
     before = torch.get_num_threads()
     try:
@@ -165,7 +173,7 @@ def test_neither_threads_nor_other_tokens_change_a_result() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_row(value: float) -> None:
     packed = mixed_layer(EXPERTS, 128, 64)
-    kernel = NativeLayer(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16)))
+    kernel = NativeLayer(turned(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16))))
     x, weights, ids = inputs(packed, 3, torch.bfloat16)
     before = kernel(x, weights, ids)
     x[1, 7] = value
@@ -176,14 +184,14 @@ def test_what_is_no_number_stays_in_its_row(value: float) -> None:
 
 def test_factors_of_another_size_are_refused() -> None:
     packed = mixed_layer(EXPERTS, 128, 64)
-    kernel = NativeLayer(packed, Rotations(random_rotation(96, 32)))
+    kernel = NativeLayer(turned(packed, Rotations(random_rotation(96, 32))))
     with pytest.raises(RuntimeError, match="expected 128 factors of the rotations, found 96"):
         kernel(*inputs(packed, 1))
 
 
 def test_traced_as_one_operator() -> None:
     packed = mixed_layer(EXPERTS, 128, 64)
-    kernel = NativeLayer(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16)))
+    kernel = NativeLayer(turned(packed, Rotations(random_rotation(128, 32), random_rotation(64, 16))))
     compiled = torch.compile(lambda *each: kernel(*each) * 2, backend="aot_eager", fullgraph=True)
     arguments = inputs(packed, 3, torch.bfloat16)
     assert torch.equal(compiled(*arguments), kernel(*arguments) * 2)

@@ -222,9 +222,11 @@ def test_the_operator_is_well_formed() -> None:
     subject = layer(MIXED)
     operator = torch.ops.vllm_moeq.moe.default
     buffers, schemes = (list(subject.w13.kernel()), list(subject.w2.kernel())), [GRID.name] * len(MIXED)
-    arguments = (*inputs(len(MIXED)), *buffers, subject.w2.codes.shape[2], MIXED, schemes, subject.group_size, 0)
-    results = torch.library.opcheck(operator, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    first = (*inputs(len(MIXED)), *buffers, subject.w2.codes.shape[2], MIXED, schemes, subject.group_size, 0)
+    signs = [torch.zeros(it.codes.shape[2] // 32, dtype=torch.int32) for it in (subject.w13, subject.w2)]
+    for sizes in ([0, 0], [32, 32], [0, 32]):
+        results = torch.library.opcheck(operator, (*first, signs, sizes))
+        assert set(results.values()) == {"SUCCESS"}
 
 
 def test_the_result_is_no_view_of_the_input() -> None:

@@ -28,7 +28,7 @@ class Pair:
     dense: Path
 
 
-def make_pair(source: Path, folder: Path, linear_bits: int) -> Pair:
+def make_pair(source: Path, folder: Path, linear_bits: int, *more: str) -> Pair:
     """Every layer has experts of every width: the first five are fixed, the others share what is left."""
     pair = Pair(source, folder / "quantized", folder / "dense")
     overrides = folder / "overrides.json"
@@ -36,7 +36,7 @@ def make_pair(source: Path, folder: Path, linear_bits: int) -> Pair:
     fixed = {f"{layer['prefix']}.{expert}": bits for layer in prefixes for expert, bits in enumerate(WIDTHS)}
     overrides.write_text(json.dumps(fixed))
     flags: list[str | Path] = ["--avg-bits", "3.25", "--bits", ",".join(map(str, WIDTHS)), "--overrides", overrides]
-    flags += ["--linear-bits", str(linear_bits)]
+    flags += ["--linear-bits", str(linear_bits), *more]
     subprocess.run([MOEQ, "quantize", pair.source, "-o", pair.quantized, *flags], check=True)
     subprocess.run([MOEQ, "export", pair.quantized, "-o", pair.dense], check=True)
     return pair
@@ -61,6 +61,12 @@ def losses(server: Server, texts: list[str]) -> tuple[float, float]:
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """With linears of 8 bits, which only our kernel serves on a CPU; those of 4 bits are vLLM's in half precision."""
     return make_pair(MIXTRAL, tmp_path_factory.mktemp("mixtral"), linear_bits=8)
+
+
+@pytest.fixture(scope="session")
+def trellis(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Trellises of 1 to 4 bits and grids of 8 in every layer, rotated."""
+    return make_pair(MIXTRAL, tmp_path_factory.mktemp("trellis"), 4, "--quantizer", "viterbi")
 
 
 @pytest.fixture(scope="session")

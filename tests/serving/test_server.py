@@ -125,13 +125,23 @@ def test_a_running_server_is_measured(moeq: Callable[..., Outcome], served: Serv
 
 
 @pytest.mark.server
+def test_trellises_answer_like_the_dense_model(trellis: Pair, tmp_path: Path) -> None:
+    """In float32, as in the matrix below."""
+    texts = prompts(trellis.source)
+    export_dense(trellis.quantized, tmp_path / "dense", Progress(quiet=True), torch.float32)
+    flags = ["--enforce-eager", "--dtype", "float32"]
+    ours = ask(trellis.quantized, texts, tmp_path / "ours.log", flags)
+    assert_same(ours, ask(tmp_path / "dense", texts, tmp_path / "dense.log", flags), must_agree=PROMPTS)
+
+
+@pytest.mark.server
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "extra"),
     [(1, []), (2, []), (2, ["--enable-expert-parallel"])],
     ids=["tp1", "tp2", "tp2-ep"],
 )
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "trellis"])
 def test_matrix(
     architecture: str, ranks: int, extra: list[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

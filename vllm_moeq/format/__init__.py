@@ -10,8 +10,8 @@ from vllm_moeq.format.linears import JOINED, LINEAR_SUFFIXES, joined, linear_val
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
 from vllm_moeq.format.problems import first_problem
 from vllm_moeq.format.rotation import (
-    INNER_SIGNS,
-    INPUT_SIGNS,
+    SIGNS,
+    BlockRotation,
     Rotated,
     pack_signs,
     rotate,
@@ -64,8 +64,6 @@ __all__ = [
     "EXPERT_COUNT",
     "FORMAT_VERSIONS",
     "GRID",
-    "INNER_SIGNS",
-    "INPUT_SIGNS",
     "JOINED",
     "LINEAR_SUFFIXES",
     "MULTIPLIER",
@@ -75,6 +73,7 @@ __all__ = [
     "ROW_SCALE",
     "SCALE",
     "SCHEMES",
+    "SIGNS",
     "STATE_BITS",
     "TILE",
     "TRELLIS",
@@ -82,6 +81,7 @@ __all__ = [
     "TRELLIS_WIDTHS",
     "WHOLE_ROW",
     "ZERO",
+    "BlockRotation",
     "CheckpointError",
     "ConfigError",
     "ExpertMatrix",

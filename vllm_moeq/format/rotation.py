@@ -14,8 +14,9 @@ import torch
 
 from vllm_moeq.format.packing import CODES_PER_BLOCK
 
-INPUT_SIGNS, INNER_SIGNS = "input_signs", "inner_signs"
-"""The last part of the names of a layer's signs: for gate and up, and for down."""
+SIGNS = "weight_signs"
+"""The suffix of a layer's signs. They stand beside its first expert's matrices: the gate's for gate and up, and the
+down projection's, because every loader of experts finds them there."""
 ROTATION_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -88,6 +89,23 @@ class Rotated:
             words: the signs as stored.
         """
         return unrotate(weights, unpack_signs(words).to(weights.device), self.size)
+
+
+@dataclass(frozen=True)
+class BlockRotation:
+    """A rotation with its signs: what a kernel does to a layer's input, or to what its down projections take.
+
+    Attributes:
+        signs: the signs as stored, int32 [K / 32]; on a rank, its part of them.
+        size: elements per block.
+    """
+
+    signs: torch.Tensor
+    size: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return Q·x for each vector of the last dimension, computed in float32 and rounded once to x's dtype."""
+        return rotate(x, unpack_signs(self.signs.to(x.device)), self.size).to(x.dtype)
 
 
 def rotation_size(columns: int, most: int = 128) -> int | None:

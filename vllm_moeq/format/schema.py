@@ -20,7 +20,7 @@ from pydantic import (
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
 from vllm_moeq.format.problems import first_problem, refuse_crowds
-from vllm_moeq.format.rotation import INNER_SIGNS, INPUT_SIGNS, Rotated
+from vllm_moeq.format.rotation import SIGNS, Rotated
 from vllm_moeq.format.schemes import GRID, SCHEMES, Scheme
 
 QUANT_METHOD = "moeq"
@@ -231,14 +231,15 @@ class MoeqConfig(Strict):
         """
         if self.rotation is None:
             return None
-        if projection == self.projections.down:
-            return Rotated(f"{prefix}.{INNER_SIGNS}", self.rotation.inner)
-        return Rotated(f"{prefix}.{INPUT_SIGNS}", self.rotation.input)
+        down = projection == self.projections.down
+        beside = self.projections.down if down else self.projections.gate
+        return Rotated(f"{prefix}.0.{beside}.{SIGNS}", self.rotation.inner if down else self.rotation.input)
 
     def signs(self) -> list[str]:
         """Return the names of all layers' signs."""
-        rotated = self.rotation is not None
-        return [f"{prefix}.{name}" for prefix in self.experts for name in (INPUT_SIGNS, INNER_SIGNS) if rotated]
+        both = (self.projections.gate, self.projections.down)
+        found = [self.rotated(prefix, projection) for prefix in self.experts for projection in both]
+        return [rotated.name for rotated in found if rotated is not None]
 
     @model_validator(mode="after")
     def _linears_are_named_once(self) -> MoeqConfig:

@@ -125,11 +125,12 @@ class RoutedExperts(PackedStorage):
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return one expert's outputs [tokens, hidden], rounded where transformers rounds."""
-        first = linear(x, self.packed("gate_up").dense(expert, x.dtype))
+        gate_up, down = self.packed("gate_up"), self.packed("down")
+        first = linear(gate_up.inputs(x), gate_up.dense(expert, x.dtype))
         if self.interleaved:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
         first = self._biased(first, BIASES[0], expert)
-        second = linear(self.activation(first), self.packed("down").dense(expert, x.dtype))
+        second = linear(down.inputs(self.activation(first)), down.dense(expert, x.dtype))
         return self._biased(second, BIASES[1], expert)
 
     def _biased(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_moeq.format import MoeqConfig, Projections, ShardSet, expert_matrices
+from vllm_moeq.format import MoeqConfig, Projections, Rotated, ShardSet, expert_matrices
 from vllm_moeq.kernels import RaggedMatrices, ragged
 
 PARTS = ("gate_up", "down")
@@ -21,6 +21,7 @@ class StoredLayer:
         projections: the names of an expert's matrices.
         gate_up: the layout of [E, 2·intermediate, hidden], gate's rows first; [E, intermediate, hidden] without ``up``.
         down: the layout of [E, hidden, intermediate].
+        rotated: the rotations of :data:`PARTS` in whose basis the experts are stored; None where there is none.
         threshold: a share of a token's largest routing weight; experts with less are skipped. 0 skips none.
     """
 
@@ -28,6 +29,7 @@ class StoredLayer:
     projections: Projections
     gate_up: RaggedMatrices
     down: RaggedMatrices
+    rotated: tuple[Rotated | None, Rotated | None]
     threshold: float
 
     @property
@@ -43,6 +45,10 @@ class StoredLayer:
     def matrices(self, part: str) -> RaggedMatrices:
         """Return the layout of one of :data:`PARTS`."""
         return self.gate_up if part == "gate_up" else self.down
+
+    def rotation(self, part: str) -> Rotated | None:
+        """Return the rotation of the inputs of one of :data:`PARTS`."""
+        return self.rotated[PARTS.index(part)]
 
     def names(self, part: str) -> tuple[str, ...]:
         """Return the projections that are stacked in one of :data:`PARTS`, in order."""
@@ -71,5 +77,6 @@ def read_layers(shards: ShardSet, config: MoeqConfig) -> Iterator[StoredLayer]:
             names,
             ragged(bits, stacked, columns, config.group_size, schemes=schemes),
             ragged(bits, *shapes[prefix, names.down], config.group_size, schemes=schemes),
+            (config.rotated(prefix, names.gate), config.rotated(prefix, names.down)),
             (config.odp or {}).get(prefix, 0.0),
         )

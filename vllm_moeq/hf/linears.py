@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from vllm_moeq.format import LINEAR_SUFFIXES, SCHEMES, MoeqConfig, linear_values
+from vllm_moeq.format import LINEAR_SUFFIXES, SCHEMES, SIGNS, MoeqConfig, linear_values
 
 SOURCES = [rf"\.{suffix}$" for suffix in LINEAR_SUFFIXES]
 ELSEWHERE = "moeq.experts"
@@ -53,6 +53,7 @@ def conversions(config: MoeqConfig, dtypes: Mapping[str, torch.dtype]) -> list[A
         dtypes: the dtype of each parameter, by its name in the model.
     """
     suffixes = dict.fromkeys(suffix for scheme in SCHEMES.values() for suffix in scheme.suffixes)
+    suffixes[SIGNS] = None
     experts = rf"^{_any(config.experts)}\.\d+\.{_any(config.projections.names())}\.{_any(suffixes)}$"
     result: list[Any] = [WeightRenaming(experts, ELSEWHERE)]
     if config.linear.bits != 16:

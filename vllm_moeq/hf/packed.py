@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vllm_moeq.format import CheckpointError, ShardSet, UsageError
+from vllm_moeq.format import CODES_PER_BLOCK, SIGNS, BlockRotation, CheckpointError, ShardSet, UsageError
 from vllm_moeq.hf.layout import PARTS, StoredLayer
 from vllm_moeq.kernels import PackedMatrices, of_one_dtype, wide_enough
 
@@ -29,6 +29,10 @@ class PackedStorage(torch.nn.Module):
         self.layer = layer
         for part, suffix, name in self._stored():
             self.register_buffer(name, layer.matrices(part).empty(suffix), persistent=False)
+        for part in PARTS:
+            if layer.rotation(part) is not None:
+                signs = torch.empty(layer.matrices(part).columns // CODES_PER_BLOCK, dtype=torch.int32)
+                self.register_buffer(f"{part}_{SIGNS}", signs, persistent=False)
 
     def _stored(self) -> Iterator[tuple[str, str, str]]:
         """Yield part, suffix and name of every buffer."""
@@ -45,7 +49,9 @@ class PackedStorage(torch.nn.Module):
     def packed(self, part: str) -> PackedMatrices:
         """Return one of :data:`PARTS` in the form that the kernels take."""
         matrices = self.layer.matrices(part)
-        return PackedMatrices(matrices, *(self.get_buffer(f"{part}_{suffix}") for suffix in matrices.suffixes))
+        rotated, buffers = self.layer.rotation(part), (self.get_buffer(f"{part}_{it}") for it in matrices.suffixes)
+        rotation = None if rotated is None else BlockRotation(self.get_buffer(f"{part}_{SIGNS}"), rotated.size)
+        return PackedMatrices(matrices, *buffers, rotation=rotation)
 
     def load(self, shards: ShardSet) -> None:
         """Copy every tensor of every expert into the buffers, each once.
@@ -63,6 +69,8 @@ class PackedStorage(torch.nn.Module):
                         self._copy(name, shards, part, suffix, expert, (place, len(projections)))
             buffers = of_one_dtype({suffix: self.get_buffer(f"{part}_{suffix}") for suffix in matrices.suffixes})
             self._buffers.update({f"{part}_{suffix}": buffer for suffix, buffer in buffers.items()})
+            if (rotated := self.layer.rotation(part)) is not None:
+                self.get_buffer(f"{part}_{SIGNS}").copy_(shards.load(rotated.name))
 
     def _copy(self, name: str, shards: ShardSet, part: str, suffix: str, expert: int, place: tuple[int, int]) -> None:
         """Copy one tensor; ``place`` is its index in the stack of this part, and the size of the stack."""

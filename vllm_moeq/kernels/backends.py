@@ -49,6 +49,7 @@ class Backend:
         automatic: the device types on which ``auto`` takes it; None means any.
         dtypes: the activation dtypes that it takes; None means any.
         schemes: the names of the schemes that it computes from; None means any.
+        rotated: whether it computes from experts in a rotated basis.
         any_call: whether a layer takes any of ``dtypes`` in each call, not only the dtype that it was made for.
         keeps_loaded: whether a layer computes from the loaded buffers; otherwise they are freed.
         captured: whether CUDA graphs can capture it; otherwise every call waits for the device.
@@ -61,6 +62,7 @@ class Backend:
     automatic: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None = HALF
     schemes: tuple[str, ...] | None = (GRID.name,)
+    rotated: bool = False
     any_call: bool = False
     keeps_loaded: bool = False
     captured: bool = True
@@ -122,12 +124,13 @@ TABLE = (
     Backend("humming", _humming_problem, _make_humming, automatic=()),
     Backend(
         "native", _native_problem, _make_native, automatic=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16), schemes=(GRID.name, TRELLIS_SCHEME.name), any_call=True,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16), schemes=(GRID.name, TRELLIS_SCHEME.name),
+        rotated=True, any_call=True,
         linear=_native_linear,
     ),
     Backend(
         "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,
-        dtypes=None, schemes=None, any_call=True, keeps_loaded=True, captured=False,
+        dtypes=None, schemes=None, rotated=True, any_call=True, keeps_loaded=True, captured=False,
     ),
 )  # fmt: skip
 """All backends in the order in which ``auto`` tries them; the last one runs everywhere, with any dtype and scheme."""
@@ -189,6 +192,8 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
     def obstacle(row: Backend) -> str:
         if unknown := _unknown_schemes(row, packed):
             return f"the {row.name} kernel does not take {unknown}"
+        if packed.rotated and not row.rotated:
+            return f"the {row.name} kernel does not take rotated experts"
         if dtype is not None and not row.takes(dtype):
             return f"the {row.name} kernel does not take {dtype}"
         return row.problem(device)
@@ -224,6 +229,8 @@ def _require_schemes(row: Backend, packed: PackedExperts) -> None:
     if unknown := _unknown_schemes(row, packed):
         known = " or ".join(row.schemes or ())
         raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts of the scheme {known}, found {unknown}")
+    if packed.rotated and not row.rotated:
+        raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts that are not rotated, found rotated ones")
 
 
 def choose_linear(requested: str = AUTO) -> tuple[Backend | None, str]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_moeq.format import PACKED, SCALE, ZERO
+from vllm_moeq.format import PACKED, SCALE, ZERO, BlockRotation
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
@@ -17,15 +17,18 @@ class PackedMatrices:
     Args:
         matrices: the layout: widths, shapes and schemes.
         tensors: the buffers in the order of ``matrices.suffixes``; the grid's are words, scales and zeros.
+        rotation: the rotation of the inputs in whose basis all matrices are stored; None if they are not rotated.
 
     Attributes:
         matrices: the layout.
         tensors: the buffers by suffix.
+        rotation: the rotation of the inputs.
     """
 
-    def __init__(self, matrices: RaggedMatrices, *tensors: torch.Tensor) -> None:
+    def __init__(self, matrices: RaggedMatrices, *tensors: torch.Tensor, rotation: BlockRotation | None = None) -> None:
         self.matrices = matrices
         self.tensors = dict(zip(matrices.suffixes, tensors, strict=True))
+        self.rotation = rotation
 
     @property
     def device(self) -> torch.device:
@@ -47,8 +50,12 @@ class PackedMatrices:
         """The grid's zeros, with the shape and dtype of the scales; w = (q − zero)·scale."""
         return self.tensors[ZERO]
 
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., columns] in the basis of the stored matrices, in its dtype."""
+        return x if self.rotation is None else self.rotation(x)
+
     def dense(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weights of one expert, computed in float32 and rounded once.
+        """Return the stored weights of one expert, computed in float32 and rounded once; see :meth:`inputs`.
 
         Args:
             expert: the expert's local index.
@@ -89,6 +96,11 @@ class PackedExperts:
     def schemes(self) -> tuple[str, ...]:
         """The names of the experts' schemes, each once."""
         return tuple(dict.fromkeys(scheme.name for scheme in self.gate_up.matrices.schemes))
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the experts are stored in a rotated basis."""
+        return self.gate_up.rotation is not None or self.down.rotation is not None
 
     @property
     def hidden(self) -> int:

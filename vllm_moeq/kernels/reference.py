@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_moeq.format import BlockRotation
 from vllm_moeq.kernels.interface import PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
@@ -39,6 +40,7 @@ def moe_reference(
     w13_tensors: Sequence[torch.Tensor],
     w2: RaggedMatrices,
     w2_tensors: Sequence[torch.Tensor],
+    rotations: tuple[BlockRotation | None, BlockRotation | None] = (None, None),
 ) -> torch.Tensor:
     """Return the sum of weight · down(silu(gate(x)) · up(x)) over each token's local experts.
 
@@ -52,19 +54,23 @@ def moe_reference(
         w13_tensors: gate's and up's buffers in the order of ``w13.suffixes``; the grid's are words, scales and zeros.
         w2: the layout of down.
         w2_tensors: down's buffers in the order of ``w2.suffixes``.
+        rotations: the rotations of x and of down's inputs in whose basis the experts are stored. What is rotated is
+            rounded to x's dtype.
 
     Returns:
         [tokens, hidden] in x's dtype; zeros for tokens without a local expert.
     """
-    gate_up, down = PackedMatrices(w13, *w13_tensors), PackedMatrices(w2, *w2_tensors)
+    gate_up = PackedMatrices(w13, *w13_tensors, rotation=rotations[0])
+    down = PackedMatrices(w2, *w2_tensors, rotation=rotations[1])
+    inputs = gate_up.inputs(x)
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(topk_ids).tolist():
         if expert < 0:
             continue
         token, slot = torch.nonzero(topk_ids == expert, as_tuple=True)
         first = gate_up.dense(expert, x.dtype).float()
-        gate, up = (x[token].float() @ first.T).chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        gate, up = (inputs[token].float() @ first.T).chunk(2, dim=-1)
+        hidden = down.inputs((torch.nn.functional.silu(gate) * up).to(x.dtype)).float()
         second = down.dense(expert, x.dtype).float()
         result.index_add_(0, token, (hidden @ second.T) * topk_weights[token, slot, None].float())
     return result.to(x.dtype)

@@ -29,7 +29,8 @@ class ReferenceLayer:
         if torch.compiler.is_compiling():  # it would look inside, and stop where the routing decides what runs
             return moe(x, topk_weights, topk_ids, first, second)
         gate_up, down = (tuple(it.tensors.values()) for it in (first, second))
-        return moe_reference(x, topk_weights, topk_ids, first.matrices, gate_up, second.matrices, down)
+        rotations = (first.rotation, second.rotation)
+        return moe_reference(x, topk_weights, topk_ids, first.matrices, gate_up, second.matrices, down, rotations)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
         """Do nothing: there is nothing to compile."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from vllm_moeq.format import WHOLE_ROW, CheckpointError, MoeqConfig, Scheme, UsageError
+from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, MoeqConfig, Rotated, Scheme, UsageError
 from vllm_moeq.kernels import RaggedMatrices, ragged, wide_enough
 from vllm_moeq.serving.checkpoint import Checkpoint
 
@@ -56,6 +57,11 @@ class Partition:
         own = self.schemes
         return tuple(own[it] if own else self.config.scheme(self.prefix, it) for it in self.local_experts)
 
+    def rotated(self, part: str) -> Rotated | None:
+        """Return the rotation of the inputs of ``w13`` or ``w2``."""
+        names = self.config.projections
+        return self.config.rotated(self.prefix, names.gate if part == "w13" else names.down)
+
     @cached_property
     def w13(self) -> RaggedMatrices:
         """The layout of gate and up; ranks split their rows, so groups stay whole."""
@@ -70,7 +76,9 @@ class Partition:
         Raises:
             UsageError: a scheme cannot be split there; the grid can be split between blocks of 32 codes.
         """
-        step = math.lcm(*(number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)))
+        steps = [number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)]
+        rotated = self.rotated("w2")
+        step = math.lcm(*steps, 1 if rotated is None else rotated.size)
         if self.intermediate % step:
             raise UsageError(
                 f"{self.prefix}: expected an intermediate size per rank that is a multiple of {step}, "
@@ -96,6 +104,33 @@ class ExpertLoader:
         self._projection = dict(zip(("w1", "w3", "w2"), partition.config.projections.names(), strict=True))
         self._loaded: set[str] = set()
         self._closed = False
+
+    def sign_loader(self, shard_id: str) -> WeightLoader:
+        """Return the callback with which vLLM loads a layer's signs; ``shard_id`` is w13 or w2.
+
+        They stand beside the first expert's matrices, but belong to all experts, on every rank.
+        """
+        own = self.partition
+
+        def load(
+            param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, *_: Any, **options: Any
+        ) -> bool:
+            rotated = own.rotated(shard_id)
+            if rotated is None or loaded_weight.dtype != torch.int32:
+                raise CheckpointError(f"{weight_name} belongs to no expert of the config")
+            words = loaded_weight
+            if shard_id == "w2":
+                words = words[own.begin // CODES_PER_BLOCK : (own.begin + own.intermediate) // CODES_PER_BLOCK]
+            if words.shape != param.shape:
+                raise CheckpointError(
+                    f"{self._place(rotated.name)}: expected {list(param.shape)} on this rank, found {list(words.shape)}"
+                )
+            param.data.copy_(words)
+            self._loaded.add(rotated.name)
+            return True
+
+        load.supports_moe_loading = True  # type: ignore[attr-defined]
+        return load
 
     def close(self) -> None:
         """Refuse all further tensors: a kernel has its own copy of the experts."""
@@ -177,4 +212,7 @@ class ExpertLoader:
                     name = f"{self.partition.prefix}.{expert}.{projection}.{suffix}"
                     if name not in self._loaded:
                         raise CheckpointError(f"{self._place(name)} was not loaded: the checkpoint is incomplete")
+        for rotated in map(self.partition.rotated, ("w13", "w2")):
+            if rotated is not None and rotated.name not in self._loaded:
+                raise CheckpointError(f"{self._place(rotated.name)} was not loaded: the checkpoint is incomplete")
         self._loaded.clear()

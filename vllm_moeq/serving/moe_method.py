@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.format import MoeqConfig, Scheme, UsageError, drop_weak
+from vllm_moeq.format import CODES_PER_BLOCK, SIGNS, BlockRotation, MoeqConfig, Scheme, UsageError, drop_weak
 from vllm_moeq.kernels import (
     LayerKernel,
     PackedExperts,
@@ -103,6 +103,11 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 parameter.weight_loader = self._loader.loader_for(suffix)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{part}_{suffix}", parameter)
+            if partition.rotated(part) is not None:
+                words = torch.empty(matrices.columns // CODES_PER_BLOCK, dtype=torch.int32)
+                signs = torch.nn.Parameter(words, requires_grad=False)
+                signs.weight_loader = self._loader.sign_loader(part)  # type: ignore[attr-defined]
+                layer.register_parameter(f"{part}_{SIGNS}", signs)
 
     def _matrices(self, part: str) -> RaggedMatrices:
         """Return the layout of one of :data:`PARTS`."""
@@ -156,7 +161,9 @@ class MoeqMoEMethod(FusedMoEMethodBase):
 
     def _packed(self, layer: RoutedExperts, part: str) -> PackedMatrices:
         tensors = (parameter.data for parameter in self._parameters(layer, part).values())
-        return PackedMatrices(self._matrices(part), *tensors)
+        rotated = self.partition.rotated(part)
+        rotation = None if rotated is None else BlockRotation(getattr(layer, f"{part}_{SIGNS}").data, rotated.size)
+        return PackedMatrices(self._matrices(part), *tensors, rotation=rotation)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """Return None: vLLM's own kernels are not used."""

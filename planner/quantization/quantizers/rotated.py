@@ -13,7 +13,7 @@ import torch
 
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.base import QuantizedMatrix
-from vllm_moeq.format import INNER_SIGNS, INPUT_SIGNS, Rotation, pack_signs, rotate, unrotate
+from vllm_moeq.format import SIGNS, Rotation, pack_signs, rotate, unrotate
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def bases(layer: MoeLayer, rotation: Rotation | None) -> dict[str, Basis]:
     if rotation is None:
         return {}
     up, down = layer.projections.gate, layer.projections.down
-    first = Basis(_signs(f"{layer.prefix}.{INPUT_SIGNS}", layer.shapes[up][1]), rotation.input)
-    second = Basis(_signs(f"{layer.prefix}.{INNER_SIGNS}", layer.shapes[down][1]), rotation.inner)
+    first = Basis(_signs(f"{layer.prefix}.{up}", layer.shapes[up][1]), rotation.input)
+    second = Basis(_signs(f"{layer.prefix}.{down}", layer.shapes[down][1]), rotation.inner)
     return {name: second if name == down else first for name in layer.projections.names()}
 
 
 def sign_tensors(layer: MoeLayer, found: Mapping[str, Basis]) -> dict[str, torch.Tensor]:
     """Return a layer's signs under their names in a checkpoint, from what :func:`bases` returns."""
-    names = {layer.projections.gate: INPUT_SIGNS, layer.projections.down: INNER_SIGNS}
-    return {f"{layer.prefix}.{name}": pack_signs(found[of].signs) for of, name in names.items() if of in found}
+    beside = (layer.projections.gate, layer.projections.down)
+    return {f"{layer.prefix}.0.{name}.{SIGNS}": pack_signs(found[name].signs) for name in beside if name in found}
 
 
 def _signs(name: str, count: int) -> torch.Tensor:

@@ -15,8 +15,6 @@ from vllm_moeq.kernels.ragged import RaggedMatrices
 SCHEMES = (GRID, TRELLIS_SCHEME)
 """The schemes that the kernel computes from, in the order of ``Scheme`` in ``csrc/core.h``."""
 
-NOT_ROTATED = Rotations()
-
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
 """The variable that forces an instruction set: scalar, avx2, avx512, or vnni (avx512 with dot products of bytes)."""
 
@@ -45,7 +43,6 @@ class NativeLayer:
 
     Args:
         packed: the layer as loaded, on the CPU; it is not kept.
-        rotations: the rotations in whose basis the experts are stored.
 
     Raises:
         UsageError: the kernel cannot be built, or this processor lacks the instruction set in :data:`ISA_VARIABLE`.
@@ -53,10 +50,10 @@ class NativeLayer:
 
     name = "native"
 
-    def __init__(self, packed: PackedExperts, rotations: Rotations = NOT_ROTATED) -> None:
+    def __init__(self, packed: PackedExperts) -> None:
         if problem():
             raise UsageError(problem())
-        isa = forced_instruction_set()
+        isa, rotations = forced_instruction_set(), Rotations(packed.gate_up.rotation, packed.down.rotation)
         self.hidden, self.intermediate = packed.hidden, packed.intermediate
         wide = any(is_wide(part) for part in (packed.gate_up, packed.down))
         self.gate_up, first = repack(packed.gate_up, gated=True, wide=wide)

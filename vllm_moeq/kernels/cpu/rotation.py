@@ -6,23 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class BlockRotation:
-    """One rotation: signs, then a Hadamard matrix over √size for each block of columns.
-
-    Attributes:
-        signs: int32 [columns/32]; bit j of word i is 1 where the sign of column 32·i + j is negative.
-        size: columns of a block, a power of two from 16 to 256 that divides the columns.
-    """
-
-    signs: torch.Tensor
-    size: int
-
-    def factors(self) -> torch.Tensor:
-        """Return each column's sign over √size, float32 [columns]."""
-        negative = self.signs[:, None] >> torch.arange(32, dtype=torch.int32) & 1
-        return (1 - 2 * negative).flatten().float().mul(self.size**-0.5)
+from vllm_moeq.format import BlockRotation, unpack_signs
 
 
 @dataclass(frozen=True)
@@ -43,5 +27,5 @@ class Rotations:
 
     def factors(self) -> torch.Tensor:
         """Return the factors of both, one after the other."""
-        parts = [each.factors() for each in (self.before_up, self.before_down) if each]
+        parts = [unpack_signs(each.signs).mul(each.size**-0.5) for each in (self.before_up, self.before_down) if each]
         return torch.cat([torch.empty(0), *parts])

@@ -1,0 +1,56 @@
+"""Checkpoints with trellis codes in a rotated basis, beside grids: as their dense exports, in transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.by_hand import quantize_by_hand
+from tests.hf.conftest import Pair, dense_of, logits
+from tests.paths import MODELS, SHIPPED
+from vllm_moeq.format import load_config, verify
+from vllm_moeq.hf.experts import RoutedExperts
+from vllm_moeq.kernels import VARIABLE
+
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Experts of every width in every layer; those of 8 bits are grids."""
+    folder = tmp_path_factory.mktemp("trellis")
+    quantize_by_hand(
+        MODELS / request.param, folder / "quantized",
+        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="viterbi",
+    )  # fmt: skip
+    return dense_of(folder / "quantized", folder / "dense", request.param)
+
+
+def test_the_checkpoint_has_both_schemes(mixed: Pair) -> None:
+    config = load_config(mixed.quantized)
+    assert config.format_version == 2
+    assert config.rotation is not None
+    assert {name for names in (config.schemes or {}).values() for name in names} == {"grid", "trellis"}
+    assert verify(mixed.quantized).layers == len(config.experts)
+
+
+def difference(packed: Any, dense: Any) -> float:
+    """Return the largest difference of logits, relative to the largest logit."""
+    expected = logits(dense)
+    return float((logits(packed) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_logits_are_the_dense_exports(mixed: Pair, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, backend)
+    packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float32)
+    assert difference(packed, mixed.load("dense", torch.float32)) < 2e-5
+    assert {module._backend.name for module in packed.modules() if isinstance(module, RoutedExperts)} == {backend}
+
+
+def test_experts_that_no_kernel_takes_are_rotated_too(mixed: Pair) -> None:
+    packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float32)
+    for module in packed.modules():
+        if isinstance(module, RoutedExperts):
+            module.fused = False
+    assert difference(packed, mixed.load("dense", torch.float32)) < 2e-5
