@@ -65,6 +65,13 @@ class Scheme(ABC):
     row_step: ClassVar[int] = 1
     column_step: ClassVar[int] = 1
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same scheme, maybe unpickled in another process."""
+        return isinstance(other, Scheme) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def codes(self) -> str:
         """The suffix of the codes, the only tensor whose size may depend on the width."""
