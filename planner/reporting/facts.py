@@ -207,7 +207,7 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Checkpoi
     metadata = half = 0
     names: set[str] = set()
     for matrix in expert_matrices(shards, config):
-        first, *beside = (shards.info(name).nbytes for name in matrix.names())
+        first, *beside = (shards.info(name).nbytes for name in matrix.names() if name not in names)
         codes[matrix.bits] += first
         metadata += sum(beside)
         half += HALF * matrix.weights

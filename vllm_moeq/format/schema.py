@@ -262,15 +262,6 @@ class MoeqConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _version_is_the_lowest(self) -> MoeqConfig:
-        """Have one version for one content, so that a reader knows by the number whether it can read a checkpoint."""
-        needed = version_for(self.linear, self.schemes, self.rotation)
-        if self.format_version != needed:
-            why = "linear.widths, schemes or rotation is there" if needed == 2 else "no key needs a later one"
-            raise ValueError(f"format_version: expected {needed}, as {why}, found {self.format_version}")
-        return self
-
-    @model_validator(mode="after")
     def _schemes_fit(self) -> MoeqConfig:
         """Refuse schemes that are unknown, lack an expert's width, or say nothing."""
         if self.schemes == {}:
@@ -291,6 +282,15 @@ class MoeqConfig(Strict):
                     )
             if set(names) == {GRID.name}:
                 raise ValueError(f"schemes: {prefix}: expected another scheme than {GRID.name}, found only that")
+        return self
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> MoeqConfig:
+        """Have one version for one content, so that a reader knows by the number whether it can read a checkpoint."""
+        needed = version_for(self.linear, self.schemes, self.rotation)
+        if self.format_version != needed:
+            why = "linear.widths, schemes or rotation is there" if needed == 2 else "no key needs a later one"
+            raise ValueError(f"format_version: expected {needed}, as {why}, found {self.format_version}")
         return self
 
     @model_validator(mode="after")

@@ -104,6 +104,8 @@ def _packed(shards: Tensors, config: MoeqConfig) -> Iterator[Packed]:
             raise UsageError(
                 f"{shards.place(name)}: expected the scheme {GRID.name}, found {matrix.scheme.name}; {HOW}"
             )
+        if matrix.rotated is not None:
+            raise UsageError(f"{shards.place(matrix.rotated.name)}: expected experts that are not rotated; {HOW}")
         experts[matrix.name(PACKED)] = matrix.bits
     for name in shards.tensors:
         base, _, suffix = name.rpartition(".")
