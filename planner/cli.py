@@ -49,7 +49,10 @@ COMMANDS = {
         tasks=True,
     ),
     "verify": Row(
-        "verify", "verify_command", "Check every tensor of a checkpoint: presence, shapes, widths, finite scales."
+        "verify",
+        "verify_command",
+        "Check every tensor of a checkpoint: presence, shapes, widths, finite scales.",
+        looks=True,
     ),
     "export": Row(
         "exchange",

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from planner.commands.given import USAGE_ERROR, given, raw_values, refuse_empty
 from planner.common.interrupts import interruptible
-from planner.common.light import without
+from planner.common.light import HEAVY, UNRUN, without
 from planner.common.progress import Progress
 
 LATE = ("params", "callback", "help")
@@ -32,6 +32,7 @@ class Row:
         summary: the first paragraph of the function's docstring.
         long: whether it works so long that it says at once that it has begun.
         tasks: whether it may run lm-eval's tasks, which need all of transformers' optional packages.
+        looks: whether it looks at models' classes and files alone, and runs no model.
         settings: settings of the parser.
     """
 
@@ -40,6 +41,7 @@ class Row:
     summary: str
     long: bool = False
     tasks: bool = False
+    looks: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +90,8 @@ class LateCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an interruption ends with a line that says what is kept."""
-        with interruptible(), nullcontext() if self.row.tasks else without():
+        hidden = (*HEAVY, *UNRUN) if self.row.looks else HEAVY
+        with interruptible(), nullcontext() if self.row.tasks else without(hidden):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

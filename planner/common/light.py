@@ -10,6 +10,10 @@ HEAVY = ("hqq", "sklearn")
 """Packages that transformers imports with its first model where they are installed: 180 MB and a second or two. It
 needs them for speculative decoding and for models in HQQ's own format."""
 
+UNRUN = ("scipy", "triton")
+"""Packages that torch's compiler and transformers' losses import besides: 100 MB. A command that looks at a model's
+class and never runs it has no use for them."""
+
 
 @contextmanager
 def without(names: tuple[str, ...] = HEAVY) -> Iterator[None]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
-from tests.attacks.cases import CORPUS, Attack
+from tests.attacks.cases import CORPUS
+from tests.attacks.damages.attack import Attack
 from tests.conftest import one_line
 from vllm_moeq.format import PACKED, SCALE, ZERO, MoeqError, load_config, verify
 from vllm_moeq.serving.checkpoint import Checkpoint

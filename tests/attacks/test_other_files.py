@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from planner.calibration.statistics import LayerStatistics, json_path, read_statistics, write_statistics
 from planner.model.layout import Layout, read_layout
 from planner.model.source import SourceModel
-from tests.attacks.cases import ESCAPE, nested
+from tests.attacks.damages.attack import ESCAPE
+from tests.attacks.damages.configs import nested
 from tests.attacks.forge import LAYER, with_header
 from tests.attacks.test_corpus import bounded
 from vllm_moeq.format import MoeqError

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
+from vllm_moeq.completeness.against_files import check_against_files
 from vllm_moeq.completeness.compare import check_tied, compare
 from vllm_moeq.completeness.config_values import check_values
 from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
-from vllm_moeq.completeness.sizes import check_layer_counts, check_top_k
 from vllm_moeq.format import (
     LINEAR_SUFFIXES,
     CheckpointError,
-    ConfigError,
     MoeqConfig,
     ShardSet,
     Summary,
@@ -31,15 +30,8 @@ from vllm_moeq.format import (
 
 WORDS = LINEAR_SUFFIXES[0]
 
-
-FIRST_NUMBER = re.compile(r"([^\d]*)\.(\d+)\.")
-"""The beginning of a tensor's name, when it is in a numbered layer: the stack, and the layer's index."""
-
 LAYER = re.compile(r"(.*\.\d+\.)")
 """The beginning of an experts' prefix, up to its layer's index."""
-
-MANY_EXPERTS = 32768
-"""Experts of all layers that any config may describe; above, files must hold a quarter of what it describes."""
 
 
 def verify_whole(folder: Path, *, values: bool = True) -> Summary:
@@ -62,7 +54,7 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
     config: dict[str, Any] = read_json(path)
     parsed = load_config(folder)
     with ShardSet(folder) as shards:
-        _check_config(shards, config, parsed, path)
+        check_against_files(shards, config, parsed, path)
         found = _decoded(shards, parsed)
         summary.only_experts = no_class(config)
         if summary.only_experts is None:
@@ -71,22 +63,6 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
             if values:
                 check_tied(shards, expected)
     return summary
-
-
-def _check_config(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig, path: Path) -> None:
-    """Compare the sizes in config.json with the files, before a model of them is built.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if not isinstance(config.get("model_type"), str):
-        raise ConfigError(f"{path}: model_type: expected the name of an architecture, found none")
-    check_top_k(config, path)
-    layers = _count_layers(shards)
-    check_layer_counts(config, path, layers)
-    experts = [len(widths) for widths in parsed.experts.values()]
-    if layers * max(experts) > max(MANY_EXPERTS, 4 * sum(experts)):
-        raise ConfigError(f"{path}: {layers} layers of {max(experts)} experts: expected files for them, found a few")
 
 
 def _compare(shards: ShardSet, expected: Expected, found: dict[str, TensorInfo], parsed: MoeqConfig) -> None:
@@ -101,16 +77,6 @@ def _compare(shards: ShardSet, expected: Expected, found: dict[str, TensorInfo],
         elsewhere |= theirs
         besides |= ours
     compare(shards, expected, found, elsewhere=elsewhere, besides=besides)
-
-
-def _count_layers(shards: ShardSet) -> int:
-    """Return the number of layers of the deepest stack in the files."""
-    stacks: dict[str, set[str]] = {}
-    for name in shards.tensors:
-        found = FIRST_NUMBER.match(name)
-        if found is not None:
-            stacks.setdefault(found[1], set()).add(found[2])
-    return max(map(len, stacks.values()), default=0)
 
 
 def _decoded(shards: ShardSet, parsed: MoeqConfig) -> dict[str, TensorInfo]:

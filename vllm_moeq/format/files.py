@@ -88,8 +88,10 @@ def parse_json(data: bytes, where: str) -> Any:
     if values > MAX_JSON_VALUES:
         raise ConfigError(f"{where}: expected at most {MAX_JSON_VALUES} values, found {values}")
     try:
+        text = data.decode("utf-8")
+        del data  # the caller may keep none: a long text is in memory once
         with _no_collection():
-            parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+            parsed = json.loads(text, object_pairs_hook=_unique)
         if _is_deep(parsed):
             raise RecursionError
     except RecursionError:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_moeq.format.errors import CheckpointError
+from vllm_moeq.format.files import MAX_WIDE_BYTES
 
 MAX_HEADER_BYTES = 24 << 20
 MAX_TENSORS = 100_000
@@ -90,12 +91,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: damaged or truncated shard of {whole} bytes (expected a header of at most "
                     f"{MAX_HEADER_BYTES} bytes inside the file, found one of {length})"
                 )
-            text = file.read(length)
+            entries = _parse(file.read(length), path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read ({error.strerror})") from None
-    entries = _parse(text, path)
-    if len(str(entries.pop(METADATA, ""))) > MAX_METADATA:
-        raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
+    _check_metadata(entries.pop(METADATA, None) or {}, path)
     found: dict[str, TensorInfo] = {}
     end = 0
     for name, begin, until, shape, dtype in sorted(
@@ -118,6 +117,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if (count := text.count(b"{")) > MAX_TENSORS:
         raise CheckpointError(f"{path}: expected at most {MAX_TENSORS} tensors in a shard, found {count}")
+    if len(text) > MAX_WIDE_BYTES and not (text.isascii() and b"\\u" not in text):
+        raise CheckpointError(f"{path}: expected at most {MAX_WIDE_BYTES} bytes of a header that is not all ASCII")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry: dict[str, Any] = {}
@@ -129,12 +130,22 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         return entry
 
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        decoded = text.decode("utf-8")
+        del text  # the caller keeps none: a long header is in memory once
+        entries = json.loads(decoded, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: damaged or truncated shard (header: expected an object)")
     return entries
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    """Refuse metadata that is long or no object of texts, without making another text of it."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: {METADATA}: expected an object of texts, found another value")
+    if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA:
+        raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
