@@ -118,6 +118,7 @@ class ExpertLoader:
             rotated = own.rotated(shard_id)
             if rotated is None or loaded_weight.dtype != torch.int32:
                 raise CheckpointError(f"{weight_name} belongs to no expert of the config")
+            self._admit(rotated.name)
             words = loaded_weight
             if shard_id == "w2":
                 words = words[own.begin // CODES_PER_BLOCK : (own.begin + own.intermediate) // CODES_PER_BLOCK]
@@ -159,14 +160,7 @@ class ExpertLoader:
     def _load(
         self, param: torch.nn.Parameter, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int
     ) -> None:
-        if self._closed:
-            raise UsageError(
-                "reload_weights: packed experts cannot be replaced while they are served; expected a new server"
-            )
-        if not self._loaded and self._checkpoint is not None:
-            self._checkpoint.check()
-        if name in self._loaded:
-            raise CheckpointError(f"{self._place(name)} is in the checkpoint twice")
+        self._admit(name)
         matrices = self.partition.w2 if shard_id == "w2" else self.partition.w13
         scheme = matrices.schemes[local]
         part = tensor[self._share(tensor, name, suffix, shard_id, local)]
@@ -182,6 +176,22 @@ class ExpertLoader:
             )
         target.copy_(part)
         self._loaded.add(name)
+
+    def _admit(self, name: str) -> None:
+        """Check that a tensor, of an expert or of the layer, may be loaded now; the first one checks the files.
+
+        Raises:
+            CheckpointError: the files are damaged, or the tensor is there twice.
+            UsageError: a kernel has its own copy of the experts.
+        """
+        if self._closed:
+            raise UsageError(
+                "reload_weights: packed experts cannot be replaced while they are served; expected a new server"
+            )
+        if not self._loaded and self._checkpoint is not None:
+            self._checkpoint.check()
+        if name in self._loaded:
+            raise CheckpointError(f"{self._place(name)} is in the checkpoint twice")
 
     def _share(self, tensor: torch.Tensor, name: str, suffix: str, shard_id: str, local: int) -> tuple[slice, ...]:
         """Check a tensor's suffix, dtype and number of dimensions; return the index of this rank's part."""
