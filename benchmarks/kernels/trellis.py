@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.kernels.routing import Shape
-from vllm_moeq.format import TRELLIS_SCHEME, TRELLIS_WIDTHS
+from vllm_moeq.format import TRELLIS_SCHEME, TRELLIS_WIDTHS, BlockRotation
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
 from vllm_moeq.kernels.cpu.layer import NativeLayer
-from vllm_moeq.kernels.cpu.rotation import BlockRotation, Rotations
 
 SIZES = (128, 64, 32, 16)
 DEVIATION = 18
@@ -37,9 +36,10 @@ def trellis_layers(bits: Sequence[int], shape: Shape) -> dict[str, NativeLayer]:
     """Return a layer of trellises and the same in a rotated basis, by name; none if there is no such width."""
     if not set(bits) <= set(TRELLIS_WIDTHS):
         return {}
-    packed = PackedExperts(
-        random_matrices(bits, 2 * shape.intermediate, shape.hidden, 1),
-        random_matrices(bits, shape.hidden, shape.intermediate, 2),
+    up = random_matrices(bits, 2 * shape.intermediate, shape.hidden, 1)
+    down = random_matrices(bits, shape.hidden, shape.intermediate, 2)
+    turned = PackedExperts(
+        PackedMatrices(up.matrices, *up.tensors.values(), rotation=rotation(shape.hidden, 3)),
+        PackedMatrices(down.matrices, *down.tensors.values(), rotation=rotation(shape.intermediate, 4)),
     )
-    both = Rotations(rotation(shape.hidden, 3), rotation(shape.intermediate, 4))
-    return {"trellis": NativeLayer(packed), "rotated": NativeLayer(packed, both)}
+    return {"trellis": NativeLayer(PackedExperts(up, down)), "rotated": NativeLayer(turned)}
