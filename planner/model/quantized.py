@@ -90,7 +90,8 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     found: dict[str, Matrix] = {}
     for it in expert_matrices(files, config):
         base = f"{it.prefix}.{it.expert}.{it.projection}"
-        suffixes = tuple(f".{suffix}" for suffix in it.scheme.suffixes)
+        # Its layer's signs are a part of the matrix that they stand beside.
+        suffixes = tuple(name.removeprefix(base) for name in it.names() if name.startswith(f"{base}."))
         rotated = (it.rotated, files.load(it.rotated.name)) if it.rotated else None
         codec = PackedExpert(suffixes, it.bits, torch.float32, it.scheme, it.group_size, rotated)
         found[f"{base}.weight"] = Matrix(base, codec, it.rows, it.columns)
