@@ -1,4 +1,4 @@
-"""What a whole process of ``moeq verify`` takes on a damaged checkpoint: time, and memory with all imports."""
+"""What a whole process of ``moeq verify`` takes on a damaged checkpoint: time, and memory besides the imports."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.attacks.damages.attack import Attack
 
 pytestmark = pytest.mark.slow
 
-MOST_MIB, MOST_SECONDS = 300, 10.0
+MOST_MIB, MOST_SECONDS = 60, 10.0
 
 LARGER = {
-    "no last norm": 400,  # only transformers' class knows that there is one
-    "three hundred thousand empty tensors": 400,  # so many names may be in an honest index
+    "no last norm": 200,  # only transformers' class knows that there is one
+    "three hundred thousand empty tensors": 200,  # so many names may be in an honest index
 }
-"""The damages that take more, and their bounds."""
+"""The damages that take more, and their bounds in MiB besides the imports."""
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +69,4 @@ def test_a_damaged_checkpoint(
 def test_a_good_checkpoint(quantized_mixtral: Path, verifier: subprocess.Popen[str]) -> None:
     found = taken(verifier, quantized_mixtral)
     assert found["code"] == 0, found
-    assert found["mib"] < 400, found
+    assert found["mib"] < 200, found
