@@ -139,6 +139,22 @@ def test_ranks_add_up_to_the_layer() -> None:
     assert (total - whole).norm() <= 2 * LIMIT[torch.float32] * whole.norm()
 
 
+@pytest.mark.parametrize("before_up", [None, random_rotation(128, 64)])
+def test_torchs_default_dtype_changes_nothing(before_up: BlockRotation | None) -> None:
+    """vLLM makes the model's dtype the default while it loads."""
+    packed = mixed_layer(EXPERTS, 128, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernel = NativeLayer(turned(packed, Rotations(before_up, random_rotation(64, 32))))
+        plain = NativeLayer(packed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, weights, ids = inputs(packed, 3)
+    expected = NativeLayer(turned(packed, Rotations(before_up, random_rotation(64, 32))))(x, weights, ids)
+    assert torch.equal(kernel(x, weights, ids), expected)
+    assert torch.equal(plain(x, weights, ids), NativeLayer(packed)(x, weights, ids))
+
+
 @each_isa
 @pytest.mark.parametrize("routing", EDGE_ROUTINGS)
 @pytest.mark.parametrize("tokens", [1, 9, 200])

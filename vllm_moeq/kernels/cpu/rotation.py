@@ -28,4 +28,4 @@ class Rotations:
     def factors(self) -> torch.Tensor:
         """Return the factors of both, one after the other."""
         parts = [unpack_signs(each.signs).mul(each.size**-0.5) for each in (self.before_up, self.before_down) if each]
-        return torch.cat([torch.empty(0), *parts])
+        return torch.cat([torch.empty(0, dtype=torch.float32), *parts])
