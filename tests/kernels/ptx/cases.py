@@ -1,0 +1,160 @@
+"""Layers and routings that go through the emulator, and what they must give."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import vllm_moeq.kernels.triton.layer as module
+from tests.kernels.layers import EDGE_ROUTINGS, dense, edge_routing, exact, random_layer, random_routing
+from tests.kernels.ptx.emulator.device import Change, emulate
+from tests.kernels.ptx.emulator.findings import Kind
+from tests.kernels.ptx.emulator.outcome import Outcome
+from vllm_moeq.kernels import PackedExperts, PackedMatrices
+from vllm_moeq.kernels.triton.schedule import FEW_TOKENS, Schedule
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3}
+"""The limit of ‖error‖ / ‖exact‖ against float64."""
+
+STEP = {"bf16": 2.0**-7, "fp16": 2.0**-10}
+"""The limit of any difference to the reference that rounds where the kernel does: a step at the largest value."""
+
+HARMLESS = {Kind.UNWRITTEN}
+"""Unused slots of a tile read the first pair's hidden activations, which nothing wrote if its expert is not local. They
+are no numbers in the emulator, so an effect on the result would show."""
+
+FIRST_AND_LAST = "first and last"
+"""The first expert has one token, the last expert all others."""
+
+ROUTINGS = ("mixed", FIRST_AND_LAST, *EDGE_ROUTINGS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one call.
+
+    Attributes:
+        arch: the architecture.
+        dtype: a key of :data:`DTYPES`.
+        bits: the width of each expert.
+        shape: hidden and intermediate size, group size, and this rank's offset within a group.
+        tokens: the number of tokens.
+        top_k: experts per token.
+        routing: one of :data:`ROUTINGS`.
+        wide_scales: whether scales are float32.
+        splits: the parts of down's input dimension; None leaves the choice to the layer.
+        schedule: the variant to run; None leaves the choice to the layer.
+    """
+
+    arch: str
+    dtype: str = "bf16"
+    bits: tuple[int, ...] = (3, 3, 3, 3)
+    shape: tuple[int, int, int, int] = (320, 160, 32, 0)
+    tokens: int = 1
+    top_k: int = 2
+    routing: str = "mixed"
+    wide_scales: bool = False
+    splits: int | None = None
+    schedule: Schedule | None = None
+
+    def __str__(self) -> str:
+        tile = f" {self.schedule.rows}x{self.schedule.tokens}" if self.schedule else ""
+        return (
+            f"{self.arch} {self.dtype} {','.join(map(str, sorted(set(self.bits))))} {self.tokens}{tile} {self.routing}"
+        )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of the two large kernels' PTX, by a regular expression."""
+
+    pattern: str
+    replacement: str
+
+    def __call__(self, name: str, text: str) -> str:
+        """Return a kernel's text, changed."""
+        return re.sub(self.pattern, self.replacement, text) if name.endswith("_tokens") else text
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far a layer's result is from exact ones.
+
+    Attributes:
+        error: ‖error‖ / ‖exact‖ against float64.
+        rounding: the part of it that rounding alone makes.
+        step: the largest difference to the reference that rounds where the kernel does, over the largest value.
+        outcome: what the sanitizer saw.
+        problems: what is wrong, in words.
+    """
+
+    error: float
+    rounding: float
+    step: float
+    outcome: Outcome
+    problems: list[str]
+
+
+def routed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return routing weights and ids."""
+    weights, ids = random_routing(case.tokens, len(case.bits), case.top_k)
+    if case.routing in EDGE_ROUTINGS:
+        return edge_routing(case.routing, weights, ids)
+    if case.routing == FIRST_AND_LAST:
+        ids[:, 0], ids[:, 1:], ids[0, 0] = len(case.bits) - 1, -1, 0
+    return weights, ids
+
+
+def packed_of(case: Case) -> PackedExperts:
+    """Return the layer."""
+    packed = random_layer(case.bits, *case.shape)
+    if not case.wide_scales:
+        return packed
+    parts = (packed.gate_up, packed.down)
+    return PackedExperts(*(PackedMatrices(m.matrices, m.words, m.scales.float(), m.zeros.float()) for m in parts))
+
+
+def rounded(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the exact result, but with hidden activations rounded to x's dtype, and the output too.
+
+    For many tokens each expert's output is rounded as well.
+    """
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in range(len(packed.bits)):
+        token, slot = torch.nonzero(ids == expert, as_tuple=True)
+        gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
+        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).double()
+        value = hidden @ dense(packed.down, expert).double().T * weights[token, slot, None].double()
+        result.index_add_(0, token, value.to(x.dtype).double() if len(x) > FEW_TOKENS else value)
+    return result.to(x.dtype).double()
+
+
+def run(case: Case, change: Change | None = None) -> Figures:
+    """Run a layer as the project does, with the GPU emulated."""
+    packed, (weights, ids) = packed_of(case), routed(case)
+    x = torch.randn((case.tokens, packed.hidden), generator=torch.Generator().manual_seed(3)).to(DTYPES[case.dtype])
+    with pytest.MonkeyPatch.context() as patch:
+        if case.splits is not None:
+            patch.setattr(module.TritonLayer, "_splits", lambda *_: case.splits)
+        if case.schedule is not None:
+            patch.setattr(module, "schedule_few", lambda _: case.schedule)
+            patch.setattr(module, "schedule_many", lambda *_: case.schedule)
+        layer = module.TritonLayer(packed)
+        with emulate(case.arch, change) as session:
+            found = layer(x, weights, ids)
+    expected, close = exact(packed, x, weights, ids), rounded(packed, x, weights, ids)
+    norm, top = max(float(expected.norm()), 1e-300), max(float(expected.abs().max()), 1e-300)
+    error, rounding = (float((value - expected).norm()) / norm for value in (found.double(), close))
+    step = float((found.double() - close).abs().max()) / top
+    outcome = session.outcome(error)
+    wrong = [line for line in outcome.lines if not line.startswith(tuple(HARMLESS))]
+    if not found.isfinite().all() or error >= TOLERANCE[case.dtype] or step >= STEP[case.dtype]:
+        wrong.append(f"‖error‖ / ‖exact‖ {error:.1e}, largest difference {step:.1e} of the largest value")
+    if found[(ids < 0).all(1)].any():
+        wrong.append("a token without local experts got a result")
+    return Figures(error, rounding, step, outcome, wrong)

@@ -1,0 +1,48 @@
+"""The cases of both tiers, from which the table of errors is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tests.kernels.ptx.cases import Case
+from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
+
+MIXED = (1, 2, 3, 4, 8)
+SHAPES = {
+    (1,) * 4: (256, 192, 64, 0), (2,) * 4: (320, 96, -1, 0), (3,) * 4: (512, 160, 128, 32), (4,) * 4: (288, 128, 32, 0),
+    (8,) * 4: (448, 320, 64, 0), MIXED: (512, 384, 128, 0),
+}  # fmt: skip
+"""Widths of the experts, and a shape for each: even and odd numbers of tiles, blocks with and without padding."""
+
+
+SMALL = (256, 96, 32, 0)
+"""Three tiles of gate and up: an odd number."""
+
+EVERY_RUN = (
+    Case("sm_80", "bf16", (1, 1, 1), SMALL, tokens=2, schedule=FEW[0]),
+    Case("sm_90", "fp16", (2, 2, 2, 2), SMALL, tokens=9, routing="half local", schedule=FEW[1]),
+    Case("sm_90", "bf16", (3, 3, 3), SMALL, tokens=17, schedule=MANY[0]),
+    Case("sm_80", "fp16", (4, 4, 4, 4), SMALL, tokens=33, routing="padding rows", schedule=MANY[1]),
+    Case("sm_90", "bf16", (3, 3, 3), SMALL, tokens=100, routing="first and last", schedule=MANY[2]),
+)
+"""Every schedule on one architecture; compiling takes most of the time."""
+
+
+def tokens_of(schedule: Schedule) -> int:
+    """Return a number of tokens that the schedule is meant for."""
+    return schedule.tokens if schedule in FEW else max(17, schedule.tokens + 1)
+
+
+def cases(architectures: Sequence[str] = ("sm_80", "sm_89", "sm_90", "sm_120")) -> Iterator[Case]:
+    """Yield every schedule with every width and a mixture, in both dtypes; then routings, splits and wide scales."""
+    for arch in architectures:
+        for dtype in ("bf16", "fp16"):
+            for bits, shape in SHAPES.items():
+                for schedule in (*FEW, *MANY):
+                    yield Case(arch, dtype, bits, shape, tokens_of(schedule), schedule=schedule)
+        for tokens in (8, 33):
+            for routing in ("padding rows", "nothing local", "half local", "one expert", "first and last"):
+                yield Case(arch, "bf16", tokens=tokens, routing=routing)
+        for splits in (2, 4, 8):
+            yield Case(arch, "bf16", shape=(256, 2048, 128, 0), tokens=4, splits=splits)
+        yield Case(arch, "bf16", tokens=4, wide_scales=True)
