@@ -29,8 +29,8 @@ from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 TARGETS = {
-    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 120)},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
 }
 CODES_PER_LANE = 16
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
@@ -180,7 +180,9 @@ def kind_of(opcode: str) -> str:
 def main() -> None:
     """Print a Markdown table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=[a for a in TARGETS if a != "gfx942"])
+    parser.add_argument(
+        "--arch", nargs="+", default=["sm_80", "sm_90"], choices=[a for a in TARGETS if TARGETS[a].backend == "cuda"]
+    )
     parser.add_argument("--widths", nargs="+", default=["1,2,3", "1,2,3,4,8"])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16"])
     parser.add_argument("--group-size", type=int, default=128)
