@@ -10,7 +10,7 @@ from tests.tiers import thorough
 
 pytestmark = pytest.mark.compiler
 
-ARCHITECTURES = thorough(["sm_80", "sm_89", "sm_90", "sm_120"], ["sm_80", "sm_90"])
+ARCHITECTURES = thorough(["sm_80", "sm_89", "sm_90", "sm_120"], ["sm_80", "sm_90", "sm_120"])
 DTYPES = ["bf16", "fp16"]
 
 

@@ -105,6 +105,8 @@ def arithmetic(registers: Registers, instruction: Instruction) -> Step | None:
     make: Maker | None = None
     if kind == "pred" and instruction.name in PREDICATES:
         make = plain(PREDICATES[instruction.name])
+    elif kind in HALVES and "f32" in mods and instruction.name in ("add", "sub", "fma"):
+        make = mixed(PACKED_FLOATS[instruction.name])
     elif (base in HALVES or kind == "f32x2") and instruction.name in PACKED_FLOATS:
         make = half_fma if instruction.name == "fma" and base == "bf16" else packed(PACKED_FLOATS[instruction.name])
     elif kind == "f32" and instruction.name in WIDE_FLOATS:
@@ -214,6 +216,24 @@ def packed(function: Function) -> Maker:
             target[:] = narrow(function(*(widen(source, kind).astype(np.float64) for source in sources)), kind)
 
         return Step(run, [registers.raw(instruction.args[0])])
+
+    return make
+
+
+def mixed(function: Function) -> Maker:
+    """Return what makes a float32 step whose operands are of 16 bits, except for the last one."""
+
+    def make(registers: Registers, instruction: Instruction) -> Step:
+        kind = instruction.mods[-1]
+        target = registers.target(instruction.args[0], "f32")
+        narrower = [registers.full(arg, "b16") for arg in instruction.args[1:-1]]
+        last = registers.full(instruction.args[-1], "f32")
+
+        def run() -> None:
+            values = [*(widen(source, kind) for source in narrower), last]
+            np.copyto(target, function(*(value.astype(np.float64) for value in values)).astype(np.float32))
+
+        return Step(run, [target])
 
     return make
 
