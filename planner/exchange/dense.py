@@ -37,7 +37,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     Raises:
         MoeqError: a damaged checkpoint, an output that exists, a full disk.
     """
-    check_checkpoint(folder, values=False)
+    check_checkpoint(folder)
     config = load_config(folder)
     source = read_json(folder / "config.json")
     name = str(dtype).removeprefix("torch.")

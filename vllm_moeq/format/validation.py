@@ -157,7 +157,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
             bit_sum += matrix.weights * matrix.bits
             for suffix in matrix.scheme.checked if values else ():
                 name = matrix.name(suffix)
-                matrix.scheme.check_values(shards.load(name), suffix, shards.place(name))
+                matrix.scheme.check_values(shards.map(name), suffix, shards.place(name))
         summary.expert_bytes += sum(shards.info(name).nbytes for name in config.signs())
         _refuse_strays(shards, config, known)
         summary.linears = dict(check_linears(shards, config, known))
