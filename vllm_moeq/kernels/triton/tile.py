@@ -89,9 +89,11 @@ def expert_tile(
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     first = tile * (ROWS // TILE)
+    # The last program may reach past the last tile: it reads that one again, and stores nothing of it.
+    among = first + tl.minimum(row // TILE, tiles - 1 - first) if ROWS > TILE else first + row // TILE
     inner = row % TILE
     groups = blocks * GROUPS if GROUPS else 1
-    meta = (expert.to(tl.int64) * tiles + first + row // TILE) * groups * TILE + inner
+    meta = (expert.to(tl.int64) * tiles + among) * groups * TILE + inner
     source = tl.where(valid, source, 0).to(tl.int64)
     inputs = x + source[None, :] * columns + lane[:, None]
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
@@ -100,7 +102,7 @@ def expert_tile(
     for WIDTH in tl.static_range(1, 9):
         if WIDTHS & (1 << WIDTH):
             if width == WIDTH:
-                at = (first + row // TILE) * (blocks * WIDTH * TILE * LANES) + inner * LANES
+                at = among * (blocks * WIDTH * TILE * LANES) + inner * LANES
                 total = _multiply(
                     base + at[:, None] + lane[None, :], scales + meta, inputs, input_sums,
                     lane[:, None], columns, begin, end,
