@@ -170,7 +170,7 @@ def test_slices_that_would_tear_words_tiles_or_blocks_are_refused(
     """Before any buffer is allocated; the message says how many ranks fit."""
     config = make_config(128).model_copy(
         update={
-            "rotation": None if inner is None else Rotation(input=64, inner=inner),
+            "rotation": None if inner is None else Rotation.model_validate({"input": 64, "inner": inner}),
             "schemes": {"layer.experts": [schemes, schemes, "grid"]},
         }
     )
