@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -18,7 +20,6 @@ from vllm_moeq.format import GRID, TRELLIS_SCHEME, BlockRotation
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
-from vllm_moeq.kernels.cpu.rotation import Rotations
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -33,6 +34,13 @@ each_isa = pytest.mark.usefixtures("isa")
 @pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ISA_VARIABLE, request.param)
+
+
+class Rotations(NamedTuple):
+    """The rotations of a layer's input, and of what its down projections take."""
+
+    before_up: BlockRotation | None = None
+    before_down: BlockRotation | None = None
 
 
 def random_rotation(columns: int, size: int) -> BlockRotation:
