@@ -22,7 +22,7 @@ MOST_MIB, MOST_SECONDS = 60, 10.0
 
 LARGER = {
     "no last norm": 200,  # only transformers' class knows that there is one
-    "three hundred thousand empty tensors": 200,  # so many names may be in an honest index
+    "three hundred thousand empty tensors": 150,  # so many names may be in an honest index
 }
 """The damages that take more, and their bounds in MiB besides the imports."""
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.by_hand import quantize_by_hand
-from tests.hf.conftest import Pair, dense_of, logits
-from tests.paths import MODELS, SHIPPED
+from tests.hf.conftest import Pair, logits, shipped_pair
+from tests.paths import SHIPPED
 from vllm_moeq.format import load_config, verify
 from vllm_moeq.hf.experts import RoutedExperts
 from vllm_moeq.kernels import VARIABLE
@@ -19,13 +18,8 @@ pytestmark = pytest.mark.compiler
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Experts of every width in every layer; those of 8 bits are grids."""
-    folder = tmp_path_factory.mktemp("trellis")
-    quantize_by_hand(
-        MODELS / request.param, folder / "quantized",
-        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="viterbi",
-    )  # fmt: skip
-    return dense_of(folder / "quantized", folder / "dense", request.param)
+    """Trellises in a rotated basis; the experts of 8 bits are grids."""
+    return shipped_pair(request.param, tmp_path_factory.mktemp("trellis"), "viterbi")
 
 
 def test_the_checkpoint_has_both_schemes(mixed: Pair) -> None:

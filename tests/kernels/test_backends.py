@@ -2,14 +2,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.kernels.layers import exact, random_layer, random_routing
 from tests.paths import ROOT
-from vllm_moeq.format import PACKED, UsageError
-from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
+from vllm_moeq.format import PACKED, BlockRotation, UsageError
+from vllm_moeq.kernels import (
+    BACKENDS,
+    FALLBACK,
+    TABLE,
+    PackedExperts,
+    PackedMatrices,
+    choose,
+    choose_linear,
+    make_layer,
+)
 from vllm_moeq.kernels.cpu import build
 
 
@@ -43,6 +53,32 @@ def test_the_table_is_whole() -> None:
     for row in TABLE[:-1]:
         assert row.automatic is not None
         assert row.schemes == (("grid", "trellis") if row.name == "native" else ("grid",))
+
+
+def rotated(packed: PackedExperts) -> PackedExperts:
+    """Return the layer as if its inputs had to be rotated."""
+    first, rotation = packed.gate_up, BlockRotation(torch.zeros(packed.hidden // 32, dtype=torch.int32), 64)
+    return PackedExperts(PackedMatrices(first.matrices, *first.tensors.values(), rotation=rotation), packed.down)
+
+
+@pytest.mark.parametrize("backend", [row.name for row in TABLE if not row.rotated])
+def test_a_kernel_that_cannot_rotate_is_refused(
+    packed: PackedExperts, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moeq.kernels.humming.available", lambda: True)
+    with pytest.raises(
+        UsageError, match=f"the {backend} kernel takes experts that are not rotated, found rotated ones"
+    ):
+        make_layer(rotated(packed), torch.float16, backend)
+    assert choose(packed, backend).backend == backend
+
+
+def test_auto_passes_over_a_kernel_that_cannot_rotate(packed: PackedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "vllm_moeq.kernels.backends.TABLE", tuple(replace(row, rotated=row is FALLBACK) for row in TABLE)
+    )
+    choice = choose(rotated(packed))
+    assert (choice.backend, choice.reason) == ("reference", "the native kernel does not take rotated experts")
 
 
 def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    Coding,
+    check_same_bits,
+    edge_routing,
+    exact,
+    mixed_layer,
+    random_routing,
+)
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, BlockRotation
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
-from vllm_moeq.kernels.cpu.rotation import Rotations
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -25,6 +34,13 @@ each_isa = pytest.mark.usefixtures("isa")
 @pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ISA_VARIABLE, request.param)
+
+
+class Rotations(NamedTuple):
+    """The rotations of a layer's input, and of what its down projections take."""
+
+    before_up: BlockRotation | None = None
+    before_down: BlockRotation | None = None
 
 
 def random_rotation(columns: int, size: int) -> BlockRotation:
@@ -169,20 +185,8 @@ def test_edge_routings(tokens: int, routing: str) -> None:
 @each_isa
 def test_neither_threads_nor_other_tokens_change_a_result() -> None:
     packed = mixed_layer(EXPERTS, 256, 192)
-    kernel = NativeLayer(turned(packed, Rotations(random_rotation(256, 64), random_rotation(192, 64))))
-    x, weights, ids = inputs(packed, 21)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        together = kernel(x, weights, ids)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel(x, weights, ids), together)
-    finally:
-        torch.set_num_threads(before)
-    for token in range(21):
-        one = slice(token, token + 1)
-        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
+    both = Rotations(random_rotation(256, 64), random_rotation(192, 64))
+    check_same_bits(NativeLayer(turned(packed, both)), *inputs(packed, 21))
 
 
 @each_isa
