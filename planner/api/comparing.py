@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from planner.output.paths import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import GRID, UsageError
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         calibration=wanted.resolved_calibration(),
     )
     check_sizes(source, layout, settings)
+    if set(wanted.schemes()) != {GRID.name}:
+        check_sizes(source, layout, replace(settings, scheme="trellis"))
     return settings
 
 
@@ -191,4 +193,5 @@ def _comparison(names: tuple[str, ...], settings: QuantizeSettings, wanted: Comp
         tasks=wanted.task_names(),
         limit=wanted.limit,
         odp=wanted.thresholds(),
+        schemes=wanted.schemes(),
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from planner.calibration.kl.gradients import head_rows
 from planner.calibration.reading.decoder import compute_dtype
 from planner.common.memory import resident_bytes
-from planner.comparison.entries import choices_of, gives, varies
+from planner.comparison.entries import choices_of, gives, measures_of, schemes_of, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.request import ComparisonRun
 from planner.estimates.memory import FLOAT, Reading, hidden_bytes, reading_ram
@@ -56,7 +56,7 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
 def _models(run: ComparisonRun, name: str) -> int:
     """Return the number of models of a method."""
     averages = sum(gives(name, average) for average in run.wanted.averages)
-    return averages * (run.wanted.seeds if varies(name) else 1)
+    return averages * len(schemes_of(run, name)) * (run.wanted.seeds if varies(name) else 1)
 
 
 def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
@@ -72,7 +72,7 @@ def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
 def _statistics_passes(run: ComparisonRun) -> float:
     """Return the number of forward passes over calibration texts. Methods with equal measures share statistics."""
     distinct = {
-        (METHODS[name].measures, choices_of(run, name) if METHODS[name].measures else ())
+        (measures_of(run, name), choices_of(run, name) if METHODS[name].measures else ())
         for name in run.wanted.methods
         if METHODS[name].calibrated
     }

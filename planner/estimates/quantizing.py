@@ -85,10 +85,12 @@ def quantizing_seconds(
 ) -> float:
     """Return the seconds of quantizing by a plan; the arguments are those of :func:`quantize_needs`."""
     device = devices[0]
-    if reading is not None and reading.gptq:
-        return reading_seconds(config, layout, reading, COUNTING_PASSES, device)
     workers = torch.get_num_threads() if device.type == "cpu" else len(devices)
-    return rounding_seconds(layout, experts, settings, workers, device)
+    calibrated = reading is not None and reading.gptq
+    seconds = rounding_seconds(layout, experts, settings, workers, device, grids=not calibrated)
+    if reading is not None and calibrated:
+        seconds += reading_seconds(config, layout, reading, COUNTING_PASSES, device)
+    return seconds
 
 
 def calibrate_needs(

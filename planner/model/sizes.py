@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
-from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
+from vllm_moeq.format import GRID, SCHEMES, Linear, Scheme, TensorInfo, UsageError
 
 SHAPE_BYTES = 16
 """Bytes of the shape that a packed linear stores."""
@@ -48,14 +48,21 @@ class Storage:
     Attributes:
         scheme: the scheme of the widths that it has; the others are grids.
         rotated: whether layers have signs of a rotation.
+        chosen: experts prefix → name of each expert's scheme, where a plan says it.
     """
 
     scheme: Scheme = GRID
     rotated: bool = False
+    chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def scheme_of(self, bits: int) -> Scheme:
-        """Return the scheme of experts of a width."""
+        """Return the scheme of experts of a width where no plan says it."""
         return self.scheme if bits in self.scheme.widths else GRID
+
+    def schemes(self, prefix: str, widths: Sequence[int]) -> list[Scheme]:
+        """Return the scheme of each expert of a layer."""
+        names = self.chosen.get(prefix) if self.rotated else None
+        return [self.scheme_of(bits) for bits in widths] if names is None else [SCHEMES[name] for name in names]
 
     def shared_bytes(self, layer: MoeLayer) -> int:
         """Return the bytes that a layer's experts share: a sign for each input of gate and up, and of down."""
@@ -66,15 +73,15 @@ class Storage:
 GRIDS = Storage()
 
 
-def expert_bytes(layer: MoeLayer, bits: int, group_size: int, storage: Storage = GRIDS) -> int:
+def expert_bytes(layer: MoeLayer, bits: int, group_size: int, scheme: Scheme = GRID) -> int:
     """Return the bytes of one expert of a width, in bits."""
-    scheme = storage.scheme_of(bits)
     return sum(scheme.nbytes(rows, columns, bits, group_size) for rows, columns in layer.shapes.values())
 
 
 def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, storage: Storage = GRIDS) -> int:
     """Return the bytes of a layer's quantized experts."""
-    experts = sum(count * expert_bytes(layer, bits, group_size, storage) for bits, count in Counter(widths).items())
+    kinds = Counter(zip(widths, storage.schemes(layer.prefix, widths), strict=True))
+    experts = sum(count * expert_bytes(layer, bits, group_size, scheme) for (bits, scheme), count in kinds.items())
     return experts + storage.shared_bytes(layer)
 
 

@@ -19,7 +19,7 @@ from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
 from planner.quantization.quantizers import Quantizer, quantize_linear
 from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
-from planner.quantization.quantizers.rotated import Basis
+from planner.quantization.quantizers.rotated import Basis, rounded_in
 from vllm_moeq.format import CheckpointError, Linear
 from vllm_moeq.format.linears import SHAPE
 
@@ -108,9 +108,7 @@ def quantize_rows(
     """
 
     def part(rows: torch.Tensor) -> PackedMatrix:
-        if basis is None:
-            return pack_matrix(rows, quantizer(rows, bits, group_size))
-        return pack_matrix(rows, basis.wrap(quantizer(basis.weights(rows), bits, group_size)))
+        return pack_matrix(rows, rounded_in(basis, quantizer, rows, bits, group_size))
 
     parts = threads.parts(part, model, name, step)
     if len({found.dtypes for found in parts}) > 1:

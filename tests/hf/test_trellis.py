@@ -23,7 +23,7 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("trellis")
     quantize_by_hand(
         MODELS / request.param, folder / "quantized",
-        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="viterbi",
+        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), scheme="trellis",
     )  # fmt: skip
     return dense_of(folder / "quantized", folder / "dense", request.param)
 
