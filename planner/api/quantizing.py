@@ -26,6 +26,7 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
 from planner.estimates import Needs, Reading, serving_needs
+from planner.estimates.needs import largest
 from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
 from planner.model.hub import has_tokenizer
@@ -39,7 +40,7 @@ from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
-from planner.quantization.quantizers.table import AUTO_SCHEME, QUANTIZERS, check_widths
+from planner.quantization.quantizers.table import AUTO_SCHEME, QUANTIZERS, check_widths, possible_schemes
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
@@ -310,7 +311,11 @@ def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Ne
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.streams)
     devices, settings = work.wanted.job_devices(), work.settings.with_plan(made)
-    return quantize_needs(work.source, work.layout, made.experts, sizes, settings, devices, reading, measures)
+    open_ = work.wanted.resolved_scheme == AUTO_SCHEME and work.plan is None
+    ways = [replace(settings, scheme=it) for it in possible_schemes(AUTO_SCHEME)] if open_ else [settings]
+    return largest(
+        [quantize_needs(work.source, work.layout, made.experts, sizes, it, devices, reading, measures) for it in ways]
+    )
 
 
 def _serve_command(work: _Work) -> str | None:

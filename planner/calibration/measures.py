@@ -268,7 +268,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "others": Measure(
         ("gain_trellis_{bits}", "gain_rotated_{bits}", "gain_viterbi_{bits}"), _others, _share, check_trellises,
-        parts=lambda layout, _: ((TRYING_OTHERS, 12.0 if _is_small(layout) else 2.0),),
+        parts=lambda layout, _: ((TRYING_OTHERS, 7.0 if _is_small(layout) else 1.0),),
     ),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda *_: (("gradients", 9.0),)),
     "hessian": Measure(

@@ -59,7 +59,7 @@ def quantize_needs(
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
-    ram = rounding_ram(sizes, torch.get_num_threads(), jobs)
+    ram = rounding_ram(layout, sizes, settings.storage.scheme.row_step, torch.get_num_threads(), jobs)
     seconds = quantizing_seconds(config, layout, experts, settings, devices, reading)
     if reading is not None:
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))

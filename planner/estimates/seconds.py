@@ -16,12 +16,16 @@ from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.rows import TILES
 from planner.quantization.settings import QuantizeSettings
 from planner.sensitivity import max_variance_of_rows
 from vllm_moeq.format import GRID, WHOLE_ROW, Scheme
 
+LONG = 1.0
+"""Seconds of a run that is not repeated: the search for a trellis without the native library is slow."""
+
 SIDE = 1024
-"""Side of the square matrices whose product is timed."""
+"""Side of the square matrices whose product is timed, and the most columns of which a trellis is."""
 
 
 def rounding_seconds(
@@ -88,7 +92,11 @@ def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens
 
 def _rate(bits: int, scheme: Scheme, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
     """Return the number of weights that one thread quantizes per second."""
-    rows = max(1, BLOCK_WEIGHTS // (columns * scheme.row_step)) * scheme.row_step
+    if scheme is GRID:
+        rows = max(1, BLOCK_WEIGHTS // columns)
+    else:
+        columns = min(columns, SIDE)  # the time of a weight hardly depends on them
+        rows = TILES * scheme.row_step
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
     quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points, scheme)
     group = columns if settings.group_size == WHOLE_ROW else settings.group_size
@@ -107,7 +115,7 @@ def _product_rate(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of three runs."""
+    """Return the seconds of the fastest of three runs, or of the first if it takes long."""
     found = []
     for _ in range(3):
         began = time.perf_counter()
@@ -115,4 +123,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
+        if found[-1] > LONG:
+            break
     return min(found)

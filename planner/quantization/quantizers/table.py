@@ -75,6 +75,11 @@ SchemeChoice = Literal["auto", "grid", "trellis"]
 AUTO_SCHEME: SchemeChoice = "auto"
 
 
+def possible_schemes(choice: SchemeChoice) -> tuple[SchemeName, ...]:
+    """Return the schemes that a plan may choose."""
+    return ("grid", "trellis") if choice == "auto" else (choice,)
+
+
 def scheme_for(bits: int, name: str) -> Scheme:
     """Return the scheme of experts of a width where ``name`` is asked for: a grid where the named one lacks it."""
     scheme = SCHEMES[name]

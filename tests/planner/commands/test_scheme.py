@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
-from vllm_moeq.format import load_config, verify
+from vllm_moeq.format import GRID, load_config, verify
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,37 @@ def test_a_budget_gives_trellises_more_bits(moeq: Run) -> None:
     assert trellis["achieved_avg_bits"] > grid["achieved_avg_bits"]
     for found in (grid, trellis):
         assert 0.0017 * 2**30 < found["sizes"]["total_bytes"] <= 0.002 * 2**30
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that does not get slower while others work on it."""
+    monkeypatch.setattr("planner.estimates.seconds._rate", lambda _bits, scheme, *_: 1e6 if scheme is GRID else 1e5)
+    monkeypatch.setattr("planner.estimates.seconds._product_rate", lambda _: 1e9)
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_is_not_known_yet_is_estimated_by_its_largest(moeq: Run, tmp_path: Path) -> None:
+    flags = (*TEXT, "--method", "kl-estimated", "--avg-bits", 2, "--dry-run", "--json", "-o", tmp_path / "out")
+    found = {
+        scheme: json.loads(moeq("quantize", MIXTRAL, *flags, "--scheme", scheme).out)
+        for scheme in ("grid", "trellis", "auto")
+    }
+    assert found["auto"]["sizes"] == found["grid"]["sizes"]
+    assert found["trellis"]["sizes"]["total_bytes"] < found["grid"]["sizes"]["total_bytes"]
+    seconds = {scheme: it["needs"]["seconds"] for scheme, it in found.items()}
+    assert seconds["grid"] < seconds["trellis"] == pytest.approx(seconds["auto"], rel=0.1)
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_comparison_counts_the_search(moeq: Run, tmp_path: Path) -> None:
+    flags = ("--methods", "uniform", "--avg-bits", 2, "--held-out", CALIBRATION_TEXT, "--max-tokens", 64, "--dry-run")
+    seconds = [
+        json.loads(moeq("compare", MIXTRAL, *flags, "--json", "--scheme", it, "-o", tmp_path / "out").out)["needs"]
+        for it in ("grid", "grid,trellis")
+    ]
+    assert seconds[0]["seconds"] < seconds[1]["seconds"]
+    assert seconds[0]["written_bytes"] < seconds[1]["written_bytes"]
 
 
 @pytest.mark.parametrize(
