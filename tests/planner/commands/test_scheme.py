@@ -84,6 +84,15 @@ def test_a_text_becomes_a_checkpoint_of_trellises(moeq: Run, tmp_path: Path) -> 
     assert load_config(output).schemes is not None
 
 
+def test_auto_fills_a_budget(moeq: Run, stats: Path, tmp_path: Path) -> None:
+    """The plan is kept in the unfinished folder, with the average that the budget allows for each scheme."""
+    flags = ("--method", "kl-estimated", "--stats", stats, "--budget-gib", 0.002, "--scheme", "auto", *TEXT[:2])
+    made = moeq("quantize", MIXTRAL, *flags, "--samples", 4, "--seq-len", 64, "-o", tmp_path / "out", "--json")
+    assert made.code == 0, made.err
+    assert 0.0019 * 2**30 < json.loads(made.out)["sizes"]["total_bytes"] <= 0.002 * 2**30
+    assert content(tmp_path / "out" / "plan.json")["schemes"]
+
+
 def test_a_budget_gives_trellises_more_bits(moeq: Run) -> None:
     flags = ("--method", "router-norm", "--budget-gib", 0.002, "--dry-run", "--json")
     grid, trellis = (json.loads(moeq("plan", MIXTRAL, *flags, "--scheme", it).out) for it in ("grid", "trellis"))
