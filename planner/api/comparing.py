@@ -32,8 +32,9 @@ from planner.model.source import SourceModel
 from planner.output.paths import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers import QUANTIZERS
+from planner.quantization.quantizers.table import POSSIBLE
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from vllm_moeq.format import GRID, UsageError
+from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,8 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         linear_quantizer=wanted.resolved_linear_quantizer(QUANTIZERS[wanted.quantizer].calibrated),
         calibration=wanted.resolved_calibration(),
     )
-    check_sizes(source, layout, settings)
-    if set(wanted.schemes()) != {GRID.name}:
-        check_sizes(source, layout, replace(settings, scheme="trellis"))
+    for scheme in dict.fromkeys(scheme for choice in wanted.schemes() for scheme in POSSIBLE[choice]):
+        check_sizes(source, layout, replace(settings, scheme=scheme))
     return settings
 
 

@@ -40,7 +40,7 @@ from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
-from planner.quantization.quantizers.table import AUTO_SCHEME, QUANTIZERS, check_widths, possible_schemes
+from planner.quantization.quantizers.table import AUTO_SCHEME, POSSIBLE, QUANTIZERS, check_widths
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
@@ -153,9 +153,8 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
             wanted.resolved_calibration(wanted.compat), wanted.settled_scheme,
         )  # fmt: skip
         check_output(Path(wanted.output))
-        check_sizes(source, layout, settings)
-        if wanted.resolved_scheme == AUTO_SCHEME:
-            check_sizes(source, layout, replace(settings, scheme="trellis"))
+        for scheme in POSSIBLE[wanted.resolved_scheme]:
+            check_sizes(source, layout, replace(settings, scheme=scheme))
         devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
         wanted = with_preset(wanted, source, layout, settings, wanted.data is not None)
         read = calibrated or wanted.data is not None
@@ -311,8 +310,8 @@ def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Ne
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.streams)
     devices, settings = work.wanted.job_devices(), work.settings.with_plan(made)
-    open_ = work.wanted.resolved_scheme == AUTO_SCHEME and work.plan is None
-    ways = [replace(settings, scheme=it) for it in possible_schemes(AUTO_SCHEME)] if open_ else [settings]
+    schemes = POSSIBLE[work.wanted.resolved_scheme] if work.plan is None else (settings.scheme,)
+    ways = (replace(settings, scheme=scheme) for scheme in schemes)
     return largest(
         [quantize_needs(work.source, work.layout, made.experts, sizes, it, devices, reading, measures) for it in ways]
     )

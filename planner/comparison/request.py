@@ -13,7 +13,7 @@ from planner.calibration.reading.text import CalibrationText, calibration_text, 
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
-from planner.quantization.quantizers.table import SchemeChoice
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 
@@ -56,7 +56,7 @@ class Comparison:
 
     def settings_of(self, scheme: SchemeChoice) -> QuantizeSettings:
         """Return the settings for a scheme before there is a plan: a grid's bound the sizes of ``auto``."""
-        return replace(self.settings, scheme="trellis") if scheme == "trellis" else self.settings
+        return replace(self.settings, scheme=POSSIBLE[scheme][0])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

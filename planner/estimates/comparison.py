@@ -18,7 +18,7 @@ from planner.estimates.serving import text_config
 from planner.evaluation.passes import FILES, LOGITS_BESIDE
 from planner.model.sizes import estimate
 from planner.planning.methods import METHODS
-from planner.quantization.quantizers.table import SchemeChoice, possible_schemes
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
 
 ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
 """Bytes of a row in table, CSV and JSON together, and of the plot."""
@@ -71,7 +71,7 @@ def _quantizing(run: ComparisonRun, reading: Reading | None, scheme: SchemeChoic
     bits = round(sum(wanted.averages) / len(wanted.averages))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
     found = []
-    for settings in {it: wanted.settings_of(it) for it in possible_schemes(scheme)}.values():
+    for settings in map(wanted.settings_of, POSSIBLE[scheme]):
         sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
         found.append(quantize_needs(run.model, run.layout, experts, sizes, settings, [run.device], reading))
     return largest(found)

@@ -11,7 +11,7 @@ from planner.model.layout import Layout
 from planner.model.sizes import expert_bytes
 from planner.planning.method import ROTATED, CostTable, Method, Scores
 from planner.planning.request import PlanOptions
-from planner.quantization.quantizers.table import AUTO_SCHEME, quantizer_name, scheme_for
+from planner.quantization.quantizers.table import POSSIBLE, quantizer_name, scheme_for
 from vllm_moeq.format import GRID, SCHEMES, TRELLIS_SCHEME, Scheme
 
 T = TypeVar("T")
@@ -57,10 +57,9 @@ def priced(layout: Layout, method: Method, scores: Scores, options: PlanOptions)
         scores: its scores.
         options: the options of the plan.
     """
-    if options.scheme != AUTO_SCHEME:
-        return [_of_scheme(layout, method, scores, options, SCHEMES[options.scheme])]
-    if method.costs is None:  # an estimate ranks nothing, and grids are larger
-        return [_of_scheme(layout, method, scores, options, GRID)]
+    first, *others = POSSIBLE[options.scheme]
+    if not others or method.costs is None:  # an estimate ranks nothing, and grids are larger
+        return [_of_scheme(layout, method, scores, options, SCHEMES[first])]
     average = options.avg_bits if options.trellis_bits is None else options.trellis_bits
     grids = _of_scheme(layout, method, scores, options, GRID)
     trellises = _of_scheme(layout, method, scores, replace(options, avg_bits=average), TRELLIS_SCHEME)

@@ -17,6 +17,7 @@ from planner.quantization.quantizers.linear import LINEAR_QUANTIZERS, default_li
 from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_ONE_BIT,
+    POSSIBLE,
     QUANTIZERS,
     SchemeChoice,
     SchemeName,
@@ -147,8 +148,7 @@ class SchemeKeyword:
     @property
     def settled_scheme(self) -> SchemeName:
         """The scheme of the settings before there is a plan: a grid's sizes bound those of ``auto``."""
-        found = self.resolved_scheme
-        return QuantizeSettings.scheme if found == "auto" else found
+        return POSSIBLE[self.resolved_scheme][0]
 
 
 @dataclass(frozen=True, kw_only=True)

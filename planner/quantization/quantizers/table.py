@@ -74,10 +74,12 @@ SchemeChoice = Literal["auto", "grid", "trellis"]
 
 AUTO_SCHEME: SchemeChoice = "auto"
 
-
-def possible_schemes(choice: SchemeChoice) -> tuple[SchemeName, ...]:
-    """Return the schemes that a plan may choose."""
-    return ("grid", "trellis") if choice == "auto" else (choice,)
+POSSIBLE: dict[SchemeChoice, tuple[SchemeName, ...]] = {
+    "auto": ("grid", "trellis"),
+    "grid": ("grid",),
+    "trellis": ("trellis",),
+}
+"""What is asked for → the schemes that a plan may choose. The first one stands for it until there is a plan."""
 
 
 def scheme_for(bits: int, name: str) -> Scheme:
