@@ -20,7 +20,7 @@ from planner.plan_file import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
-from planner.quantization.quantizers.table import SchemeChoice
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS, UsageError
 
@@ -81,12 +81,20 @@ def possible(run: ComparisonRun) -> dict[str, list[Fraction]]:
             f"--avg-bits: expected a width among {', '.join(map(str, BIT_WIDTHS))} for --methods "
             f"{','.join(wanted.methods)}, found {', '.join(f'{float(average):g}' for average in wanted.averages)}"
         )
+    if not any(schemes_of(run, name) for name in wanted.methods):
+        able = " or ".join(name for name, method in METHODS.items() if method.gains is not None)
+        raise UsageError(
+            f"--scheme {','.join(wanted.schemes)}: expected --methods with {able}, found {','.join(wanted.methods)}"
+        )
     given: dict[str, list[Fraction]] = {}
     for name in wanted.methods:
         averages = [average for average in run.wanted.averages if gives(name, average)]
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
+        for scheme in wanted.schemes:
+            if scheme not in schemes_of(run, name):
+                run.progress.line(f"{name}: not with --scheme {scheme}, which it does not measure")
         check_measures(measures_of(run, name), run.model, run.layout, run.device)
         for scheme in schemes_of(run, name):
             for average in averages:
@@ -106,8 +114,14 @@ def _options(
 
 
 def schemes_of(run: ComparisonRun, name: str) -> tuple[SchemeChoice, ...]:
-    """Return the schemes in which a method's plans are made: what no checkpoint can hold has grids alone."""
-    return ("grid",) if METHODS[name].only_compared else run.wanted.schemes
+    """Return the schemes in which a method's plans are made.
+
+    What no checkpoint can hold has grids alone. A choice of schemes needs a method that measures them.
+    """
+    method = METHODS[name]
+    if method.only_compared:
+        return ("grid",)
+    return tuple(it for it in run.wanted.schemes if len(POSSIBLE[it]) == 1 or method.gains is not None)
 
 
 def measures_of(run: ComparisonRun, name: str) -> tuple[str, ...]:

@@ -132,6 +132,19 @@ def test_a_comparison_counts_the_search(moeq: Run, tmp_path: Path) -> None:
     assert seconds[0]["written_bytes"] < seconds[1]["written_bytes"]
 
 
+COMPARED = ("--held-out", CALIBRATION_TEXT, "--max-tokens", 64, *TEXT, "--quantizer", "gptq", "--avg-bits", 2)
+
+
+def test_a_method_that_measures_no_schemes_is_left_out(moeq: Run, tmp_path: Path) -> None:
+    flags = ("--methods", "kl-estimated,uniform,slim", "--scheme", "grid,auto", *COMPARED, "--dry-run")
+    found = moeq("compare", MIXTRAL, *flags, "-o", tmp_path / "out")
+    assert found.code == 0, found.err
+    left_out = [line for line in found.err.splitlines() if "not with --scheme" in line]
+    assert left_out == [f"{it}: not with --scheme auto, which it does not measure" for it in ("uniform", "slim")]
+    refused = one_line(moeq("compare", MIXTRAL, "--methods", "uniform,pmq", "--scheme", "auto", *COMPARED, "-o", "x"))
+    assert refused == "error: --scheme auto: expected --methods with kl or kl-estimated, found uniform,pmq"
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
