@@ -149,17 +149,20 @@ def average_for_budget(
         raise UsageError(f"--budget-gib: expected a positive number, found {budget_gib:g}")
     fixed = linear_bytes(model, layout, linear)
     fixed += sum(model.shards.info(name).nbytes for name in layout.kept)
-    weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
+    taken = {
+        bits: fixed + sum(layer_bytes(it, [bits] * it.num_experts, group_size, storage) for it in layout.layers)
+        for bits in bit_choices
+    }
     low, high = min(bit_choices), max(bit_choices)
-    # What experts take besides their codes does not depend on their width.
-    experts = sum(layer_bytes(layer, [low] * layer.num_experts, group_size, storage) for layer in layout.layers)
-    fixed += experts - weights * low // 8
-    average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
-    if average < low:
-        needed = (fixed + weights * low / 8) / GIB
+    budget = Fraction(str(budget_gib)) * GIB
+    if budget < taken[low]:
+        codes = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers) * low / 8
         raise UsageError(
-            f"--budget-gib: {low} bits for every expert take {needed:.4g} GiB "
-            f"({fixed / GIB:.4g} GiB of it not expert codes), found {budget_gib:g}"
+            f"--budget-gib: {low} bits for every expert take {taken[low] / GIB:.4g} GiB "
+            f"({(taken[low] - codes) / GIB:.4g} GiB of it not expert codes), found {budget_gib:g}"
         )
+    # A width of another scheme may take more for a bit than the others; all bits may be spent on it.
+    steps = [Fraction(taken[bits] - taken[low], bits - low) for bits in bit_choices if bits > low]
+    average = low + (budget - taken[low]) / max(steps) if steps else Fraction(low)
     # Six decimals, rounded down: plan.json stores the average as a decimal number.
     return min(Fraction(math.floor(average * 10**6), 10**6), Fraction(high))
