@@ -222,6 +222,10 @@ ROWS: Sequence[ReadOnlyWhere] = (
         ("bits",), _some_method(_with_choices), "a method that chooses among widths", _found_methods, ("compare",)
     ),
     ReadOnlyWhere(
+        ("scheme",), _some_method(lambda method, _: method.gains is not None),
+        _methods_that(lambda method: method.gains), lambda values: f"--for {values['methods']}", ("calibrate",),
+    ),
+    ReadOnlyWhere(
         ("bits",), _measured_widths, "a method that measures widths",
         lambda values: f"--for {values['methods']}", ("calibrate",),
     ),

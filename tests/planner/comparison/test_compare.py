@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +190,7 @@ def test_gptq(moeq: Moeq, tmp_path: Path, rows: list[Row]) -> None:
     assert "## Experts that fell back from calibration" in (tmp_path / "out" / "compare.md").read_text()
 
 
-@pytest.mark.parametrize("quantizer", ["hqq", "gptq"])
+@pytest.mark.parametrize("quantizer", thorough(["hqq", "gptq"], ["hqq"]))
 def test_schemes_side_by_side(moeq: Moeq, tmp_path: Path, quantizer: str) -> None:
     text = READ if quantizer == "gptq" else ()
     flags = ("--methods", "uniform", "--avg-bits", 2, "--scheme", "grid,trellis", "--quantizer", quantizer, *text)
