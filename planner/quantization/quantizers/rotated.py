@@ -15,6 +15,9 @@ from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.base import QuantizedMatrix, Quantizer
 from vllm_moeq.format import SIGNS, Rotation, pack_signs, rotate, rotation_size, unrotate
 
+AT_A_TIME = 256
+"""Rows of moments that are rotated together."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -33,9 +36,12 @@ class Basis:
         return rotate(weights, self.signs.to(weights.device), self.size)
 
     def moments(self, moments: torch.Tensor) -> torch.Tensor:
-        """Return the moments [..., K, K] of rotated inputs: Q·M·Qᵀ."""
+        """Return the moments [..., K, K] of rotated inputs, Q·M·Qᵀ, float32 in the place of M: they may fill memory."""
         signs = self.signs.to(moments.device)
-        return rotate(rotate(moments, signs, self.size).mT, signs, self.size).mT.contiguous()
+        for turned in (moments, moments.mT):
+            for part in turned.split(AT_A_TIME, dim=-2):
+                part.copy_(rotate(part, signs, self.size))
+        return moments
 
     def wrap(self, matrix: QuantizedMatrix) -> Rotated:
         """Return a matrix that was quantized for rotated inputs."""
