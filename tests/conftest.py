@@ -166,7 +166,7 @@ def trellis_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory
 
     output = tmp_path_factory.mktemp("quantized") / "trellis-mixtral"
     return quantize_by_hand(
-        tiny_mixtral, output, lambda layer: WIDTHS[::-1] if layer.index else WIDTHS, quantizer="viterbi"
+        tiny_mixtral, output, lambda layer: WIDTHS[::-1] if layer.index else WIDTHS, scheme="trellis"
     )
 
 

@@ -69,7 +69,7 @@ def test_other_rotations_are_refused(rotation: object) -> None:
 def whole(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("version_two") / "quantized"
     return quantize_by_hand(
-        tiny_mixtral, folder, lambda layer: [8, 2, 3, 1] * (layer.num_experts // 4), quantizer="viterbi"
+        tiny_mixtral, folder, lambda layer: [8, 2, 3, 1] * (layer.num_experts // 4), scheme="trellis"
     )
 
 

@@ -46,11 +46,11 @@ def dense_of(quantized: Path, folder: Path, name: str) -> Pair:
     return Pair(name, quantized, folder)
 
 
-def shipped_pair(name: str, folder: Path, quantizer: str) -> Pair:
+def shipped_pair(name: str, folder: Path, **settings: Any) -> Pair:
     """Quantize a shipped model, with experts of every width but 1 in every layer."""
     quantize_by_hand(
         MODELS / name, folder / "quantized",
-        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer=quantizer,
+        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), **settings,
     )  # fmt: skip
     return dense_of(folder / "quantized", folder / "dense", name)
 

@@ -20,7 +20,7 @@ PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return shipped_pair(request.param, tmp_path_factory.mktemp("shipped"), "rtn")
+    return shipped_pair(request.param, tmp_path_factory.mktemp("shipped"), quantizer="rtn")
 
 
 def test_greedy_tokens_are_the_same(shipped: Pair) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.compiler
 @pytest.fixture(scope="module", params=SHIPPED)
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Trellises in a rotated basis; the experts of 8 bits are grids."""
-    return shipped_pair(request.param, tmp_path_factory.mktemp("trellis"), "viterbi")
+    return shipped_pair(request.param, tmp_path_factory.mktemp("trellis"), scheme="trellis")
 
 
 def test_the_checkpoint_has_both_schemes(mixed: Pair) -> None:
