@@ -6,16 +6,24 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.layers import exact, random_layer, random_routing
+from tests.kernels.layers import Coding, exact, mixed_layer, random_layer, random_routing
+from tests.kernels.rotations import random_rotation, turned
 from tests.paths import ROOT
-from vllm_moeq.format import PACKED, UsageError
+from vllm_moeq.format import GRID, PACKED, TRELLIS_SCHEME, UsageError
 from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
 from vllm_moeq.kernels.cpu import build
+from vllm_moeq.kernels.cpu.rotation import Rotations
 
 
 @pytest.fixture
 def packed() -> PackedExperts:
     return random_layer([3, 1, 2], 128, 64, 64)
+
+
+def rotated_layer(experts: list[Coding], sizes: tuple[int, int]) -> PackedExperts:
+    """Return a layer with rotations of these sizes; 0 stands for none."""
+    both = (random_rotation(columns, size) if size else None for columns, size in zip((128, 64), sizes, strict=True))
+    return turned(mixed_layer(experts, 128, 64), Rotations(*both))
 
 
 def pretend_on_gpu(packed: PackedExperts) -> None:
@@ -42,7 +50,36 @@ def test_the_table_is_whole() -> None:
     assert FALLBACK.problem(torch.device("meta")) == ""
     for row in TABLE[:-1]:
         assert row.automatic is not None
-        assert row.schemes == (("grid", "trellis") if row.name == "native" else ("grid",))
+        assert row.rotated == (row.name != "humming")
+        assert row.schemes == (("grid", "trellis") if row.rotated else ("grid",))
+
+
+TRELLISES: list[Coding] = [(TRELLIS_SCHEME, 2), (GRID, 3)]
+
+
+@pytest.mark.parametrize(("experts", "sizes"), [(TRELLISES, (0, 0)), ([(GRID, 3)], (0, 32)), (TRELLISES, (64, 32))])
+def test_a_gpu_gets_triton_for_trellises_and_rotated_layers(experts: list[Coding], sizes: tuple[int, int]) -> None:
+    packed = rotated_layer(experts, sizes)
+    packed.gate_up.tensors[packed.gate_up.matrices.suffixes[0]] = type("W", (), {"device": torch.device("cuda")})()
+    assert choose(packed).backend == "triton"
+    assert choose(packed, dtype=torch.bfloat16).backend == "triton"
+    assert choose(packed, dtype=torch.float32).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "message"),
+    [
+        (TRELLISES, (0, 0), "takes experts of the scheme grid, found trellis"),
+        ([(GRID, 3)], (0, 32), "takes experts that are not rotated, found rotated ones"),
+    ],
+)
+def test_humming_refuses(
+    experts: list[Coding], sizes: tuple[int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moeq.kernels.humming.available", lambda: True)
+    for ask in (choose, lambda packed, backend: make_layer(packed, torch.float16, backend)):
+        with pytest.raises(UsageError, match=f"^VLLM_MOEQ_BACKEND: the humming kernel {message}$"):
+            ask(rotated_layer(experts, sizes), "humming")
 
 
 def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:
