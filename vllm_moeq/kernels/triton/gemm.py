@@ -80,7 +80,7 @@ def few_tokens(
         return
     total = expert_tile(
         x, sums, words, scales, table, expert, tile, split, parts, found // SHARE, pairs // SHARE, valid, columns,
-        ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
+        tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
     _finish(total, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
 
@@ -114,6 +114,6 @@ def many_tokens(
         return
     total = expert_tile(
         x, sums, words, scales, table, expert, tile, 0, 1, pair // SHARE, pairs // SHARE, valid, columns,
-        ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
+        tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
     _finish(total, out, out_sums, weights, pair, valid, tile, tile * 0, pairs, rows, sum_columns, ROWS, TOKENS, GATED)

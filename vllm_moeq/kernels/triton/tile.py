@@ -94,7 +94,7 @@ def _multiply(
 
 @triton.jit
 def expert_tile(
-    x, sums, words, scales, table, expert, tile, split, splits, source, sources, valid, columns,
+    x, sums, words, scales, table, expert, tile, split, splits, source, sources, valid, columns, tiles,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +110,8 @@ def expert_tile(
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     first = tile * (ROWS // TILE)
+    # The last program may reach past the last tile: it reads that one again, and stores nothing of it.
+    among = first + tl.minimum(row // TILE, tiles - 1 - first) if ROWS > TILE else first + row // TILE
     inner = row % TILE
     source = tl.where(valid, source, 0).to(tl.int64)
     inputs = x + source[None, :] * columns + lane[:, None]
@@ -119,12 +121,12 @@ def expert_tile(
     for CODING in tl.static_range(COUNT):
         if CODINGS & (1 << CODING):
             if coding == CODING:
-                at = (first + row // TILE) * (blocks * width_of(CODING) * TILE * LANES)
+                at = among * (blocks * width_of(CODING) * TILE * LANES)
                 groups = 1 if is_ring(CODING) or not GROUPS else blocks * GROUPS
                 total = _multiply(
                     base + (at + inner * LANES)[:, None] + lane[None, :],
                     base + (at + _row_before(inner, GATED) * LANES)[:, None] + lane[None, :],
-                    scales + (first_scale.to(tl.int64) + (first + row // TILE) * groups) * TILE + inner,
+                    scales + (first_scale.to(tl.int64) + among * groups) * TILE + inner,
                     inputs + sources.to(tl.int64) * columns * copy_of(CODING, CODINGS), input_sums,
                     lane[:, None], columns, begin, end,
                     ROWS, TOKENS, width_of(CODING), is_ring(CODING), LANES, 0 if is_ring(CODING) else GROUPS,
