@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_moeq.kernels.triton.arrange import arrange
 from vllm_moeq.kernels.triton.codings import CODINGS, rings_in, set_of
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
@@ -37,14 +38,9 @@ TARGETS = {
 }
 CODES_PER_LANE = 16
 NUMBERS = {f"{coding.scheme.name}{coding.width}": number for number, coding in enumerate(CODINGS)}
-DEFAULT = (
-    "grid1,grid2,grid3",
-    "grid1,grid2,grid3,grid4,grid8",
-    "trellis1,trellis2,trellis3,trellis4",
-    "grid2,trellis2",
-)
+DEFAULT = ("grid1,grid2,grid3", "grid1,grid2,grid3,grid4,grid8", "trellis1,trellis2,trellis3,trellis4")
 ISSUES = 29e12
-"""The instructions of single lanes that an H100 or H200 (132 multiprocessors) issues in a second, about."""
+"""The instructions of single lanes that an H100 or H200 (132 multiprocessors) can issue in a second, about."""
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 KINDS = (
@@ -105,16 +101,16 @@ def constants_of(variant: Variant, arch: str) -> dict[str, Any]:
     return constants if variant.gated and True not in rings else {**constants, "out_sums": None}
 
 
-def compile_variant(variant: Variant, arch: str) -> Any:
-    """Compile ahead of time; return Triton's compiled kernel."""
-    few, schedule = variant.kernel == "few_tokens", variant.schedule
-    kernel = few_tokens if few else many_tokens
-    constants = constants_of(variant, arch)
-    out = variant.dtype if variant.gated or not few else "fp32"
-    pointers = {
-        "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
-        "words": "i16", "scales": "i32", "table": "i32", "splits": "i32", "out": out, "out_sums": "fp32",
-    }  # fmt: skip
+def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], arch: str, **options: int) -> Any:
+    """Compile ahead of time, as a call on aligned tensors does; return Triton's compiled kernel.
+
+    Args:
+        kernel: the kernel.
+        constants: its compile-time parameters.
+        pointers: the dtypes of its tensors; other parameters are integers.
+        arch: a key of :data:`TARGETS`.
+        options: Triton's, such as the number of warps.
+    """
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -124,11 +120,30 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         if name not in ("pairs", "blocks", "ids", "weights"):  # not specialized on
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[arch], options=options)
+
+
+def compile_variant(variant: Variant, arch: str) -> Any:
+    """Compile a projection; see :func:`compiled`."""
+    few, schedule = variant.kernel == "few_tokens", variant.schedule
+    constants = constants_of(variant, arch)
+    pointers = {
+        "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
+        "words": "i16", "scales": "i32", "table": "i32", "splits": "i32",
+        "out": variant.dtype if variant.gated or not few else "fp32", "out_sums": "fp32",
+    }  # fmt: skip
     options = {"num_warps": schedule.warps}
     limit = schedule.register_limit(len(variant.codings))
     if limit is not None and constants["MODE"] == "ptx":
         options["maxnreg"] = limit
-    return triton.compile(source, target=TARGETS[arch], options=options)
+    return compiled(few_tokens if few else many_tokens, constants, pointers, arch, **options)
+
+
+def compile_arrange(size: int, dtype: str, arch: str) -> Any:
+    """Compile the launch before down in a layer with grids and trellises; ``size``: of the rotation, or 0."""
+    constants = {"LANES": 16, "SIZE": size, "PLAIN": True, "RINGS": True, "SUM": 128}
+    pointers = {"x": dtype, "ids": "i32", "signs": "i32", "out": dtype, "sums": "fp32"}
+    return compiled(arrange, constants if size else {**constants, "signs": None}, pointers, arch, num_warps=2)
 
 
 @dataclass(frozen=True)
@@ -147,11 +162,35 @@ class Report:
     async_copies_in_loop: int
     per_weight: dict[str, float]
 
+    @property
+    def total(self) -> float:
+        """Instructions of one lane per weight."""
+        return sum(self.per_weight.values())
 
-def cuobjdump(flag: str, cubin: Path) -> str:
-    """Run the cuobjdump of Triton's wheel."""
+    @property
+    def bandwidth(self) -> str:
+        """The terabytes of codes per second at which :data:`ISSUES` is reached, if there is only one coding."""
+        if len(self.codings) > 1:
+            return ""
+        return f"{ISSUES / self.total * CODINGS[NUMBERS[self.codings[0]]].width / 8 / 1e12:.2f}"
+
+
+def cuobjdump(flag: str, kernel: Any) -> str:
+    """Run the cuobjdump of Triton's wheel on a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def usage_of(kernel: Any) -> tuple[int, int]:
+    """Return the registers of a thread, and the bytes that it spills."""
+    usage = cuobjdump("-res-usage", kernel)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage}")
+    return int(found[1]), int(found[2])
 
 
 def loops_of(sass: str) -> list[Counter[str]]:
@@ -175,19 +214,13 @@ def loops_of(sass: str) -> list[Counter[str]]:
 def report(variant: Variant, arch: str) -> Report:
     """Compile for an NVIDIA GPU and read the machine code."""
     kernel = compile_variant(variant, arch)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage, sass = cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage}")
-    loops = loops_of(sass)
+    registers, spilled = usage_of(kernel)
+    loops = loops_of(cuobjdump("-sass", kernel))
     schedule = variant.schedule
     lanes = schedule.warps * 32 / (schedule.rows * CODES_PER_LANE * variant.lanes)
     kinds = [Counter(kind_of(opcode) for opcode in loop.elements()) for loop in loops]
     return Report(
-        arch, variant.name, variant.dtype, variant.codings, int(found[1]), int(found[2]), int(kernel.metadata.shared),
+        arch, variant.name, variant.dtype, variant.codings, registers, spilled, int(kernel.metadata.shared),
         loops=len(loops),
         i2f_in_loop=max(sum(n for op, n in loop.items() if op.startswith("I2F")) for loop in loops),
         async_copies_in_loop=min(loop["LDGSTS"] for loop in loops),
@@ -224,15 +257,15 @@ def main() -> None:
         return
     kinds = [name for name, _ in KINDS]
     print("| arch | kernel | dtype | codings | registers | spill bytes | shared KiB | I2F | async copies |", end="")
-    print(" | ".join(["", *kinds])[2:] + " |")
-    print("|" + "---|" * (9 + len(kinds)))
+    print(" | ".join(["", *kinds, "all", "TB/s"])[2:] + " |")
+    print("|" + "---|" * (11 + len(kinds)))
     for row in rows:
         codings = ",".join(row.codings)
         print(
             f"| {row.arch} | {row.variant} | {row.dtype} | {codings} | {row.registers} | {row.spill_bytes} "
             f"| {row.shared_bytes / 1024:.1f} | {row.i2f_in_loop} | {row.async_copies_in_loop} | "
             + " | ".join(f"{row.per_weight[kind]:.2f}" for kind in kinds)
-            + " |"
+            + f" | {row.total:.2f} | {row.bandwidth} |"
         )
 
 
