@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.layers import Coding, exact, mixed_layer, random_layer, random_routing
-from tests.kernels.rotations import random_rotation, turned
+from tests.kernels.rotations import random_rotation, rotated, turned
 from tests.paths import ROOT
 from vllm_moeq.format import GRID, PACKED, TRELLIS_SCHEME, UsageError
 from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
@@ -164,6 +164,19 @@ except UsageError as error:
 def test_float32_activations_are_refused(packed: PackedExperts) -> None:
     with pytest.raises(UsageError, match=r"--dtype: the triton kernels take float16 or bfloat16, found torch\.float32"):
         make_layer(packed, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "native"])
+def test_backends_agree_on_rotated_trellises(backend: str) -> None:
+    if backend == "native" and build.problem():
+        pytest.skip(build.problem())
+    packed = rotated_layer([(TRELLIS_SCHEME, 2), (GRID, 3), (TRELLIS_SCHEME, 3)], (64, 32))
+    layer = make_layer(packed, torch.float16, backend)
+    weights, ids = random_routing(3, 3, 2)
+    x = torch.randn((3, 128), generator=torch.Generator().manual_seed(0)).half()
+    before_up = rotated(x, packed.gate_up.rotation)
+    expected = exact(packed, before_up, weights, ids, lambda inner: rotated(inner, packed.down.rotation))
+    assert (layer(x, weights, ids).double() - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "native"])

@@ -187,6 +187,20 @@ def test_no_tokens() -> None:
     assert layer(torch.empty((0, 128), dtype=torch.float16, device=DEVICE), empty, empty.int()).shape == (0, 128)
 
 
+def test_torchs_default_dtype_changes_nothing() -> None:
+    """vLLM makes the model's dtype the default while it loads."""
+    packed = turned(mixed_layer(FOUR[:2], 64, 32), Rotations(random_rotation(64, 32), random_rotation(32, 16)))
+    x = torch.randn((2, 64), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    weights, ids = (tensor.to(DEVICE) for tensor in random_routing(2, 2, 1))
+    expected = layer_of(packed)(x, weights, ids)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = layer_of(packed)(x, weights, ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("schedule", [*FEW, *MANY], ids=str)
 def test_every_schedule(schedule: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_module, "schedule_few", lambda _: schedule)
