@@ -38,7 +38,7 @@ class Schedule:
 
 FEW_CODINGS = 3
 
-FEW = (Schedule(8, 64, 2, 3, registers=128, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
+FEW = (Schedule(8, 64, 2, 3, registers=144, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
 MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3, registers_for_many=168), Schedule(64, 128, 8, 2))
 
 
