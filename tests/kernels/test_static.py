@@ -38,7 +38,7 @@ SETTINGS = [
         pytest.param(f"--arch {arch} --codings {codings} --dtype {dtype} --group-size {group}", marks=pytest.mark.full)
         for arch in ("sm_80", "sm_90")
         for dtype, group in (("bf16", 128), ("fp16", 32))
-        for codings in (WIDTHS, f"{RINGS},grid8")
+        for codings in (WIDTHS, RINGS)
     ),
 ]
 
