@@ -44,6 +44,21 @@ def test_logits_are_the_dense_exports(mixed: Pair, backend: str, monkeypatch: py
     assert {module._backend.name for module in packed.modules() if isinstance(module, RoutedExperts)} == {backend}
 
 
+def test_the_fused_kernel(mixed: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Triton's interpreter without a GPU."""
+    found = []
+    torch.manual_seed(0)
+    x, ids, weights = torch.randn(2, 128).half(), torch.tensor([[3, 0], [1, 2]]), torch.rand(2, 2)
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv(VARIABLE, backend)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float16)
+        module = next(it for it in packed.modules() if isinstance(it, RoutedExperts))
+        found.append(module(x, ids, weights).float())
+        assert module._backend.name == backend
+    assert (found[1] - found[0]).norm() < 0.002 * found[0].norm()
+
+
 def test_experts_that_no_kernel_takes_are_rotated_too(mixed: Pair) -> None:
     packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float32)
     for module in packed.modules():
