@@ -15,8 +15,9 @@ from planner.common.progress import Progress
 from planner.common.units import GIB
 from planner.estimates.paper_formula import count_weights
 from planner.estimates.serving import Service, cache_per_request, serving_needs, text_config
-from planner.model.architectures import ARCHITECTURES, find_architecture
+from planner.model.architectures import ARCHITECTURES
 from planner.model.layout import Layout, read_layout
+from planner.model.recognize import find_architecture
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
