@@ -1,0 +1,147 @@
+"""Build a tiny model of every family of ``families.py``, quantize, verify and calibrate it: a table of what happens.
+
+python -m benchmarks.coverage [FAMILY …]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import planner
+from benchmarks.models.families import FAMILIES, build, classes
+from planner.calibration.reading.decoder import Decoder
+from planner.calibration.reading.exact import advance
+from planner.calibration.reading.routed import first_hidden
+from planner.model.layout import architecture_of, read_layout
+from planner.model.source import SourceModel
+from planner.model.whole import check_checkpoint
+
+CLOSE = 1e-4
+"""Largest relative distance of logits computed layer by layer from transformers' own, in float32."""
+
+HEADER = "| `model_type` | quantized and verified | calibrated | kernels for its experts |\n|---|---|---|---|\n"
+
+
+@dataclass
+class Outcome:
+    """What happened to one family.
+
+    Attributes:
+        name: the family.
+        quantized: "yes", or the error in one line.
+        calibrated: the same of its forward pass layer by layer.
+        served: "yes", or the reason why our kernels do not compute its experts.
+        broken: whether an error was no refusal but an exception.
+        said: the lines of progress.
+    """
+
+    name: str
+    quantized: str = "no"
+    calibrated: str = "no"
+    served: str = "no"
+    broken: bool = False
+    said: list[str] = field(default_factory=list)
+
+
+def quantize(folder: Path, output: Path, said: list[str]) -> str:
+    """Quantize a model and check every tensor of the output."""
+    planner.quantize(
+        str(folder),
+        output=str(output),
+        avg_bits=2.5,
+        group_size=32,
+        quantizer="rtn",
+        progress=lambda event: said.append(str(event)),
+    )
+    check_checkpoint(output)
+    return "yes"
+
+
+@torch.no_grad()
+def calibrate(name: str, folder: Path, work: Path) -> str:
+    """Run a model over a text one layer at a time, and compare the logits with transformers' own.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    tokens = torch.randint(5, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
+    with SourceModel(folder) as source:
+        decoder = Decoder(source, read_layout(source), torch.device("cpu"), torch.float32)
+        store = first_hidden(decoder, tokens, work)
+        for index in range(len(decoder)):
+            advance(decoder, index, store.load(index), store.create(index + 1), store)
+            store.complete(index + 1)
+        with decoder.head() as head:
+            logits = head(store.load(len(decoder)))
+    config, kind = classes(name)
+    model = kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    expected = model(input_ids=tokens, use_cache=False).logits
+    error = float((logits.reshape(expected.shape) - expected).norm() / expected.norm())
+    if not error < CLOSE:
+        raise ValueError(f"logits differ from transformers' by {error:.2g}")
+    return "yes"
+
+
+def outcome(name: str, folder: Path) -> Outcome:
+    """Return what happens to one family.
+
+    Args:
+        name: the family.
+        folder: an empty folder for its files.
+    """
+    found = Outcome(name)
+    try:
+        build(name, folder / "model")
+    except AttributeError as error:
+        found.quantized = found.calibrated = found.served = str(error)
+        return found
+
+    def attempt(do: Callable[[], str]) -> str:
+        try:
+            return do()
+        except planner.MoeqError as error:
+            return str(error).replace(str(folder / "model"), name)
+        except Exception as error:  # what this table is there to show
+            found.broken = True
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+
+    found.quantized = attempt(lambda: quantize(folder / "model", folder / "quantized", found.said))
+    found.calibrated = attempt(lambda: calibrate(name, folder / "model", folder))
+    found.served = attempt(lambda: _served(folder / "model"))
+    return found
+
+
+def _served(folder: Path) -> str:
+    with SourceModel(folder) as source:
+        return architecture_of(source).unserved or "yes"
+
+
+def table(found: Iterable[Outcome]) -> str:
+    """Return the table, with the number of families that pass each step."""
+    rows = list(found)
+    lines = [f"| `{row.name}` | {row.quantized} | {row.calibrated} | {row.served} |\n" for row in rows]
+    counts = [sum(getattr(row, key) == "yes" for row in rows) for key in ("quantized", "calibrated", "served")]
+    total = " | ".join(f"{count} of {len(rows)}" for count in counts)
+    return f"{HEADER}{''.join(lines)}| | {total} |\n"
+
+
+def main(names: Iterable[str]) -> int:
+    """Print the table; return 1 if a family ended in anything but success or a refusal in one line."""
+    found = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(outcome(name, Path(folder)))
+    print(table(found), end="")
+    return int(any(row.broken for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or FAMILIES))
