@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from planner.calibration.reading.routed import first_hidden
 from planner.model.layout import architecture_of, read_layout
 from planner.model.source import SourceModel
 from planner.model.whole import check_checkpoint
+
+TEXT = Path(__file__).with_name("models") / "calibration.jsonl"
 
 CLOSE = 1e-4
 """Largest relative distance of logits computed layer by layer from transformers' own, in float32."""
@@ -36,7 +39,7 @@ class Outcome:
     Attributes:
         name: the family.
         quantized: "yes", or the error in one line.
-        calibrated: the same of its forward pass layer by layer.
+        calibrated: the same of quantizing with a text, which runs it layer by layer.
         served: "yes", or the reason why our kernels do not compute its experts.
         broken: whether an error was no refusal but an exception.
         said: the lines of progress.
@@ -50,26 +53,53 @@ class Outcome:
     said: list[str] = field(default_factory=list)
 
 
-def quantize(folder: Path, output: Path, said: list[str]) -> str:
-    """Quantize a model and check every tensor of the output."""
+def quantize(folder: Path, output: Path, said: list[str], **text: Any) -> str:
+    """Quantize a model and check every tensor of the output.
+
+    Args:
+        folder: the model.
+        output: the checkpoint to write.
+        said: gets the lines of progress.
+        text: arguments of :func:`planner.quantize` besides; without any, weights are rounded.
+    """
+    how = text or {"quantizer": "rtn"}
     planner.quantize(
         str(folder),
         output=str(output),
         avg_bits=2.5,
         group_size=32,
-        quantizer="rtn",
         progress=lambda event: said.append(str(event)),
+        **how,
     )
     check_checkpoint(output)
     return "yes"
 
 
-@torch.no_grad()
 def calibrate(name: str, folder: Path, work: Path) -> str:
-    """Run a model over a text one layer at a time, and compare the logits with transformers' own.
+    """Check a model's forward pass layer by layer, and quantize it with a text by the default method and quantizer.
+
+    Args:
+        name: the family.
+        folder: the model.
+        work: folder for other files.
 
     Raises:
-        ValueError: the logits differ.
+        ValueError: the forward pass gives other logits than transformers'.
+    """
+    error = distance(name, folder, work)
+    if not error < CLOSE:
+        raise ValueError(f"logits differ from transformers' by {error:.2g}")
+    return quantize(folder, work / "calibrated", [], data=str(TEXT), samples=4, seq_len=32)
+
+
+@torch.no_grad()
+def distance(name: str, folder: Path, work: Path) -> float:
+    """Return the relative distance of logits that are computed one layer at a time from transformers' own.
+
+    Args:
+        name: the family.
+        folder: the model.
+        work: folder for hidden states.
     """
     tokens = torch.randint(5, 2000, (2, 24), generator=torch.Generator().manual_seed(1))
     with SourceModel(folder) as source:
@@ -79,14 +109,11 @@ def calibrate(name: str, folder: Path, work: Path) -> str:
             advance(decoder, index, store.load(index), store.create(index + 1), store)
             store.complete(index + 1)
         with decoder.head() as head:
-            logits = head(store.load(len(decoder)))
+            logits = head(store.load(len(decoder)).flatten(0, 1))
     config, kind = classes(name)
     model = kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     expected = model(input_ids=tokens, use_cache=False).logits
-    error = float((logits.reshape(expected.shape) - expected).norm() / expected.norm())
-    if not error < CLOSE:
-        raise ValueError(f"logits differ from transformers' by {error:.2g}")
-    return "yes"
+    return float((logits.reshape(expected.shape) - expected).norm() / expected.norm())
 
 
 def outcome(name: str, folder: Path) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+TOKENIZER = Path(__file__).with_name("stdlib-mixtral")
 HIDDEN, EXPERTS, LAYERS = 128, 8, 2
 BASE: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": LAYERS,
@@ -89,14 +91,15 @@ def named(*renamed: tuple[str, str]) -> Callable[[Tensors], Tensors]:
     return rename
 
 
+_QWEN3_VL: dict[str, Any] = {**HEADS, **NUMBER, "moe_intermediate_size": 96}
 _DENSE_APART = named((r"block_sparse_moe\.((gate|up|down)_proj)", r"mlp.\1"))
 
 FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": Family(name="Qwen3_5Moe", sizes=GATED_DELTA, vision=VISION, model=_SEES),
     "qwen3_5_moe_text": Family(name="Qwen3_5MoeText", sizes=GATED_DELTA),
-    "qwen3_vl_moe": Family(name="Qwen3VLMoe", sizes={**HEADS, **MOE, **NUMBER}, vision=VISION, model=_SEES),
+    "qwen3_vl_moe": Family(name="Qwen3VLMoe", sizes=_QWEN3_VL, vision=VISION, model=_SEES),
     "qwen3_vl_moe-exchanged": Family(
-        name="Qwen3VLMoe", sizes={**HEADS, **MOE, **NUMBER}, vision=VISION, model=_SEES, convert=exchange_last_two
+        name="Qwen3VLMoe", sizes=_QWEN3_VL, vision=VISION, model=_SEES, convert=exchange_last_two
     ),
     "deepseek_v32": Family(name="DeepseekV32", sizes={**MLA, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST, **INDEXER}),
     "glm_moe_dsa": Family(
@@ -277,6 +280,8 @@ def build(name: str, folder: Path) -> Any:
     model.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **family.published}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
     if family.convert is not None:
         weights = folder / "model.safetensors"
         save_file(family.convert(load_file(weights)), weights, metadata={"format": "pt"})

@@ -49,10 +49,10 @@ def computed(prefix: str, module: torch.nn.Module) -> Computed:
     act = getattr(module, "act_fn", None)
     name = getattr(act, "__name__", type(act).__name__)
     biased = any(parameter.endswith("bias") for parameter, _ in module.named_parameters(recurse=False))
-    if unloaded is None and not biased and has_default_gate(module):
-        return Computed(f"{name} with a gate", None, unserved)
-    words = "biases" if biased else "a gate of its own" if getattr(module, "has_gate", True) else f"{name}, no gate"
-    return Computed(words, unserved, unserved, unloaded)
+    plain = not getattr(module, "has_gate", True)
+    words = "biases" if biased else f"{name} without a gate" if plain else f"{name} with a gate"
+    own = not plain and not has_default_gate(module)
+    return Computed("a gate of its own" if own else words, unserved, unserved, unloaded)
 
 
 def _reason(prefix: str, module: torch.nn.Module, require: Callable[[str, torch.nn.Module], None]) -> str | None:

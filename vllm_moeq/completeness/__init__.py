@@ -3,7 +3,7 @@
 Building the class takes neither weights nor memory: its tensors are on torch's meta device.
 """
 
-from vllm_moeq.completeness.classes import meta_model, no_class, parse_config, silence
+from vllm_moeq.completeness.classes import cannot_build, meta_model, no_class, parse_config, silence
 from vllm_moeq.completeness.compare import check_tied, compare, refuse_bytes
 from vllm_moeq.completeness.config_values import check_values
 from vllm_moeq.completeness.expected import Expected, expected_tensors, saved
@@ -13,6 +13,7 @@ from vllm_moeq.completeness.verify import verify_whole
 __all__ = [
     "MAX_INTEGER",
     "Expected",
+    "cannot_build",
     "check_tied",
     "check_top_k",
     "check_values",

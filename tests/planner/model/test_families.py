@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.coverage import quantize
+from benchmarks.coverage import calibrate, quantize
 from benchmarks.models.families import FAMILIES, build
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
+from tests.planner.model.test_structure import NOT_SERVED
 from tests.tiers import thorough
-from vllm_moeq.format import load_config, verify
+from vllm_moeq.format import UsageError, load_config, verify
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,29 @@ def test_a_family_is_quantized_and_verified(name: str, tmp_path: Path) -> None:
     how = [line for line in said if "has no row of its own and was recognized by transformers'" in line]
     assert len(how) == 1
     assert how[0].startswith(f"note: {name.split('-')[0]} ")
+
+
+CALIBRATED = [name for name in READ if name.split("-")[0] not in NOT_SERVED]
+EVERY_FORM = ("qwen3_vl_moe-exchanged", "glm_moe_dsa", "granitemoehybrid", "kimi_linear")
+"""A part that sees images; layers that return two things; no rotary embedding, Mamba; parts joined to one tensor."""
+
+
+@pytest.mark.parametrize("name", thorough(CALIBRATED, EVERY_FORM))
+def test_a_family_is_calibrated(name: str, tmp_path: Path) -> None:
+    """Its logits layer by layer are transformers', and it is quantized with a text by the default method."""
+    build(name, tmp_path / "model")
+    assert calibrate(name, tmp_path / "model", tmp_path) == "yes"
+
+
+@pytest.mark.parametrize("name", thorough(NOT_SERVED, ("gemma4",)))
+def test_what_cannot_be_computed_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path / "model")
+    with pytest.raises(UsageError) as error:
+        calibrate(name, tmp_path / "model", tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'model'}: {name} cannot be calibrated: transformers' ")
+    assert NOT_SERVED[name] in message
+    assert "\n" not in message
 
 
 def test_fused_experts_are_the_same_in_either_orientation(tmp_path: Path) -> None:
