@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of
+from planner.model.recognize import why_unserved
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
 from planner.planning.methods import PAPER
@@ -41,8 +42,8 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
         progress.line(f"note: {row.recognized}")
     if row.unloaded is not None:
         progress.line(f"note: neither vLLM nor transformers can run it quantized: {row.unloaded}")
-    elif row.unserved is not None:
-        progress.line(f"note: vLLM cannot serve it: {row.unserved}; transformers can load it (import vllm_moeq.hf)")
+    elif (reason := why_unserved(source.config)) is not None:
+        progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
     if layout.odd:
         shape = list(source.shards.info(layout.odd[0]).shape)
         progress.line(

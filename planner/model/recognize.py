@@ -46,6 +46,18 @@ def architecture_for(config: Mapping[str, Any], folder: Path, tensors: Iterable[
     )
 
 
+def why_unserved(config: Mapping[str, Any]) -> str | None:
+    """Return the reason why vLLM cannot serve the quantized model of a config.json, or None.
+
+    A row says what holds for all models of its type. What this one's experts compute, transformers' class says.
+    """
+    row = _row(config)
+    if row is not None and row.unserved is not None:
+        return row.unserved
+    found = _recognized(config, Path(CONFIG))
+    return found.unserved if isinstance(found, Architecture) else None
+
+
 def _row(config: Mapping[str, Any]) -> Architecture | None:
     model_type = config.get("model_type")
     return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None

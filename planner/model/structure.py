@@ -24,6 +24,9 @@ INSIDE = re.compile(r"(.+?)\.(\d+)\.(.+)")
 EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 """The name on disk of one expert's matrix: the experts' prefix, the expert's number, and the projection."""
 
+PLAIN = (".indexer.wk.weight", ".indexer.weights_proj.weight")
+"""Endings of names on disk of linears that vLLM does not quantize: DeepSeek's choice of the tokens to attend to."""
+
 PROJECTIONS = {
     "gate_up_proj": Projections(gate="gate_proj", up="up_proj", down="down_proj"),
     "up_proj": Projections(gate="up_proj", down="down_proj"),
@@ -91,7 +94,7 @@ def read_structure(model: Any, model_type: str, where: str) -> Architecture:
         fused=fused,
         stacks=(Stack(layers=names.stack, length=len(model.get_submodule(experts.stack))),),
         renamed=names.renamed(experts.inside, prefix),
-        kept=names.kept(router),
+        kept=(*names.kept(router), *PLAIN),
         uncalibrated=does.uncalibrated,
         unserved=does.unserved,
         unloaded=does.unloaded,

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.models.families import FAMILIES, config_json
 from planner.model.architectures import ARCHITECTURES, Architecture
-from planner.model.recognize import architecture_for, find_architecture
+from planner.model.recognize import architecture_for, find_architecture, why_unserved
 from planner.model.structure import read_structure
 from tests.architectures import SIZES, TINY
 from vllm_moeq.completeness import meta_model
@@ -90,6 +90,26 @@ def test_a_family_without_a_row_is_recognized(name: str) -> None:
     assert "\n" not in found.recognized
     assert NOT_SERVED.get(name, "") in (found.unserved or "")
     assert (found.unserved is not None) == (name in NOT_SERVED)
+
+
+def test_what_one_model_of_a_row_computes_is_derived() -> None:
+    import transformers
+
+    tiny = TINY["mixtral"]
+    sizes = {**SIZES, **tiny.sizes}
+    plain, gelu = (
+        json.loads(transformers.MixtralConfig(**sizes, hidden_act=act).to_json_string()) for act in ("silu", "gelu")
+    )
+    assert why_unserved(plain) is None
+    assert why_unserved(gelu) == "transformers' MixtralExperts.act_fn: expected SiLU, found GELUActivation"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_linears_that_vllm_does_not_quantize_stay(name: str) -> None:
+    found = find_architecture(config_json(name))
+    assert found is not None
+    prefix = "model.layers.0.self_attn.indexer"
+    assert [f"{prefix}.{leaf}.weight".endswith(found.kept) for leaf in ("wk", "weights_proj", "wq_b")] == [1, 1, 0]
 
 
 def test_all_families_have_a_place() -> None:
