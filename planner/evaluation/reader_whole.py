@@ -16,7 +16,8 @@ from planner.calibration.reading.routed import batches
 from planner.common.install import require
 from planner.common.progress import Progress
 from planner.output.files import sync, write_json
-from vllm_moeq.format import ConfigError, read_json
+from vllm_moeq.completeness import cannot_load
+from vllm_moeq.format import read_json
 
 
 class WholeReader:
@@ -36,7 +37,7 @@ class WholeReader:
         try:
             text = AutoConfig.from_pretrained(folder).get_text_config()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+            raise cannot_load(folder, error) from None
         self.vocabulary, self._hidden = int(text.vocab_size), int(text.hidden_size)
         self._device, self._dtype, self._batch = device, compute_dtype(device), batch
         self.state_bytes = self._hidden * self._dtype.itemsize
@@ -117,4 +118,4 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+        raise cannot_load(folder, error) from None

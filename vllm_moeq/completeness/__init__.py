@@ -3,7 +3,7 @@
 Building the class takes neither weights nor memory: its tensors are on torch's meta device.
 """
 
-from vllm_moeq.completeness.classes import cannot_build, meta_model, no_class, parse_config, silence
+from vllm_moeq.completeness.classes import cannot_build, cannot_load, meta_model, no_class, parse_config, silence
 from vllm_moeq.completeness.compare import check_tied, compare, refuse_bytes
 from vllm_moeq.completeness.config_values import check_values
 from vllm_moeq.completeness.expected import Expected, expected_tensors, saved
@@ -14,6 +14,7 @@ __all__ = [
     "MAX_INTEGER",
     "Expected",
     "cannot_build",
+    "cannot_load",
     "check_tied",
     "check_top_k",
     "check_values",

@@ -84,8 +84,17 @@ def meta_model(config: Mapping[str, Any], path: Path) -> Any:
 
 def cannot_build(path: Path, error: Exception) -> ConfigError:
     """Return the error for a config of which transformers makes no model."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"{path}: transformers cannot build the model ({reason:.300})")
+    return ConfigError(f"{path}: transformers cannot build the model ({_in_one_line(error)})")
+
+
+def cannot_load(folder: Path, error: Exception) -> ConfigError:
+    """Return the error for a model that transformers does not load."""
+    return ConfigError(f"{folder}: transformers cannot load it ({_in_one_line(error)})")
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the beginning of an error's message; some of transformers' have a line per class that it knows."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 @contextmanager
