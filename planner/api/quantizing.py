@@ -30,7 +30,8 @@ from planner.estimates.needs import largest
 from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
 from planner.model.hub import has_tokenizer
-from planner.model.layout import Layout, architecture_of, read_layout
+from planner.model.layout import Layout, read_layout
+from planner.model.recognize import why_unserved
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
@@ -321,7 +322,7 @@ def _serve_command(work: _Work) -> str | None:
     """Return the command that serves the output, or None if vLLM cannot; say so if it needs a tokenizer."""
     source, output, progress = work.source, work.output, work.progress
     serve = ["moeq", "serve", str(output)]
-    if architecture_of(source).unserved is not None:
+    if why_unserved(source.config) is not None:
         return None
     if has_tokenizer(source.folder):
         try:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from planner.common.progress import Progress
-from planner.model.architectures import Architecture, find_architecture
+from planner.model.architectures import Architecture
 from planner.model.hub import companions
+from planner.model.recognize import find_architecture
 from planner.model.tensors import fuse
 from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter

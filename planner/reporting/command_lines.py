@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 
 from planner.evaluation.record import TaskResult, TextResult
-from planner.model.architectures import find_architecture
+from planner.model.recognize import find_architecture
 from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT
