@@ -80,7 +80,7 @@ transformers: setup
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	mkdir -p build/fuzz
-	for target in schema headers unpack texts tokenizers card; do \
+	for target in $$($(BIN)/python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)'); do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target -max_total_time=$(FUZZ_SECONDS) \
 			-print_final_stats=1 -artifact_prefix=build/fuzz/ || exit 1; \
 	done

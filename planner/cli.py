@@ -101,6 +101,7 @@ COMMANDS = {
         "bench",
         "bench_command",
         "Serve a checkpoint with vLLM, send requests, print tokens per second and waiting times. Compares two models.",
+        behind="vLLM's",
     ),
     "env": Row(
         "env",

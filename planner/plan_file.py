@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from planner.model.layout import Layout
 from planner.output.files import validated, write_json
-from vllm_moeq.format import BIT_WIDTHS, ConfigError, PlanSummary, read_json, split_width
+from vllm_moeq.format import BIT_WIDTHS, SCHEMES, ConfigError, PlanSummary, read_json, split_width
 from vllm_moeq.format.schema import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -19,12 +19,16 @@ from vllm_moeq.format.schema import (
     Ids,
     LinearBits,
     Name,
+    SchemeNames,
     Strict,
     Widths,
 )
 
 IMPORTED = "imported"
 """Method in the plan of a checkpoint that another program quantized."""
+
+LATER = ("linears", "schemes")
+"""Keys that plans of version 1 have had only since some release."""
 
 Scores = Annotated[list[float], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 
@@ -52,6 +56,7 @@ class Plan(Strict):
         promoted: a layer's experts that MaxVar moved up.
         linears: name of a linear outside the experts, without ``.weight`` → its width: of all linears, or empty where
             the plan leaves them to ``--linear-bits``.
+        schemes: the schemes of a layer's experts: of all layers, or empty where the plan leaves them to ``--scheme``.
         near_ties: neighbours in the order whose first score differs by at most one part in a million.
     """
 
@@ -62,6 +67,7 @@ class Plan(Strict):
     achieved_avg_bits: Average
     experts: Annotated[dict[Name, Widths], Field(min_length=1, max_length=MAX_LAYERS)]
     linears: Annotated[dict[Name, LinearBits], Field(max_length=MAX_LINEARS)] = Field(default_factory=dict)
+    schemes: Annotated[dict[Name, SchemeNames], Field(max_length=MAX_LAYERS)] = Field(default_factory=dict)
     order: dict[Name, Ids] = Field(default_factory=dict)
     scores: dict[Name, dict[Name, Scores]] = Field(default_factory=dict)
     promoted: dict[Name, Ids] = Field(default_factory=dict)
@@ -71,10 +77,10 @@ class Plan(Strict):
     cost: dict[str, float] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
-    def _without_empty_linears(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``linears`` out where it is empty: then readers that do not know it take the plan too."""
+    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave :data:`LATER` out where they are empty: then readers that do not know them take the plan too."""
         values: dict[str, Any] = handler(self)
-        return values if self.linears else {key: value for key, value in values.items() if key != "linears"}
+        return {key: value for key, value in values.items() if value or key not in LATER}
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
@@ -88,6 +94,22 @@ class Plan(Strict):
             order = self.order.get(prefix)
             if order is not None and sorted(order) != list(range(len(widths))):
                 raise ValueError(f"{prefix}: order is no permutation of {len(widths)} experts")
+        return self
+
+    @model_validator(mode="after")
+    def _schemes_fit(self) -> Plan:
+        for prefix in self.experts if self.schemes else ():
+            if prefix not in self.schemes:
+                raise ValueError(f"schemes: {prefix}: expected the schemes of its experts, found none")
+        for prefix, names in self.schemes.items():
+            widths = self.experts.get(prefix, [])
+            if len(names) != len(widths):
+                raise ValueError(f"schemes: {prefix}: expected {len(widths)} names, found {len(names)}")
+            for expert, (name, bits) in enumerate(zip(names, widths, strict=True)):
+                able = [scheme.name for scheme in SCHEMES.values() if bits in scheme.widths]
+                if name not in able:
+                    wanted = " or ".join(able)
+                    raise ValueError(f"schemes: {prefix}: expert {expert}: expected {wanted}, found {name!r}")
         return self
 
     def summary(self, quantizer: str) -> PlanSummary:

@@ -159,6 +159,17 @@ def quantized_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFacto
     )
 
 
+@pytest.fixture(scope="session")
+def trellis_mixtral(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same widths in format version 2: rotated trellises beside a grid of 8 bits; not to be changed."""
+    from tests.by_hand import quantize_by_hand
+
+    output = tmp_path_factory.mktemp("quantized") / "trellis-mixtral"
+    return quantize_by_hand(
+        tiny_mixtral, output, lambda layer: WIDTHS[::-1] if layer.index else WIDTHS, scheme="trellis"
+    )
+
+
 @pytest.fixture
 def quantized_copy(quantized_mixtral: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized_mixtral, tmp_path / "quantized-copy"))

@@ -1,6 +1,8 @@
 """This script compiles the Triton kernels without a GPU and counts registers, spills and each loop's instructions.
 
-python benchmarks/kernels/kernel_static.py [--arch sm_90 …] [--widths 1,2,3 …] [--json]
+python benchmarks/kernels/kernel_static.py [--arch sm_90 …] [--codings grid2,grid3 trellis2 …] [--json]
+
+A coding is a scheme at a width. Each group of them, joined by commas, is compiled into one kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_moeq.kernels.triton.arrange import arrange
+from vllm_moeq.kernels.triton.codings import CODINGS, rings_in, set_of
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
 
@@ -33,6 +37,10 @@ TARGETS = {
     **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
 }
 CODES_PER_LANE = 16
+NUMBERS = {f"{coding.scheme.name}{coding.width}": number for number, coding in enumerate(CODINGS)}
+DEFAULT = ("grid1,grid2,grid3", "grid1,grid2,grid3,grid4,grid8", "trellis1,trellis2,trellis3,trellis4")
+ISSUES = 29e12
+"""The instructions of single lanes that an H100 or H200 (132 multiprocessors) can issue in a second, about."""
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 KINDS = (
@@ -47,12 +55,16 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at fixed compile-time parameters."""
+    """One kernel at fixed compile-time parameters.
+
+    Attributes:
+        codings: names of codings, of :data:`NUMBERS`.
+    """
 
     kernel: str
     gated: bool
     schedule: Schedule
-    widths: tuple[int, ...]
+    codings: tuple[str, ...]
     group_size: int = 128
     lanes: int = 16
     dtype: str = "bf16"
@@ -65,33 +77,40 @@ class Variant:
         return f"{self.kernel} {projection} {schedule.rows}x{schedule.tokens}"
 
 
-def variants(widths: Sequence[int], dtype: str = "bf16", group_size: int = 128) -> Iterator[Variant]:
+def variants(codings: Sequence[str], dtype: str = "bf16", group_size: int = 128) -> Iterator[Variant]:
     """Every schedule of both kernels and both projections."""
     for kernel, schedules in (("few_tokens", FEW), ("many_tokens", MANY)):
         for schedule in schedules:
             for gated in (True, False):
-                yield Variant(kernel, gated, schedule, tuple(widths), group_size, dtype=dtype)
+                yield Variant(kernel, gated, schedule, tuple(codings), group_size, dtype=dtype)
 
 
-def compile_variant(variant: Variant, arch: str) -> Any:
-    """Compile ahead of time; return Triton's compiled kernel."""
-    few, schedule = variant.kernel == "few_tokens", variant.schedule
-    kernel = few_tokens if few else many_tokens
-    block = CODES_PER_LANE * variant.lanes
-    chunked = few and not variant.gated
+def constants_of(variant: Variant, arch: str) -> dict[str, Any]:
+    """Return the compile-time parameters, as a layer of these codings has them."""
+    few, schedule, block = variant.kernel == "few_tokens", variant.schedule, CODES_PER_LANE * variant.lanes
+    codings = set_of(NUMBERS[name] for name in variant.codings)
+    rings = rings_in(codings)
+    groups = block // variant.group_size if False in rings else 0
+    chunked = few and not variant.gated and True not in rings
     constants: dict[str, Any] = {
-        "SHARE": 1, "ROWS": schedule.rows, "TOKENS": schedule.tokens, "LANES": variant.lanes,
-        "WIDTHS": sum(1 << width for width in variant.widths), "GROUPS": block // variant.group_size,
-        "SUM": 32 if chunked else variant.group_size, "EVEN": True, "GATED": variant.gated, "STAGES": schedule.stages,
-        "MODE": "plain" if TARGETS[arch].backend == "hip" else "ptx",
+        "SHARE": 1, "ROWS": schedule.rows, "TOKENS": schedule.tokens, "LANES": variant.lanes, "CODINGS": codings,
+        "GROUPS": groups, "SUM": 32 if chunked else block // max(groups, 1), "EVEN": True, "GATED": variant.gated,
+        "STAGES": schedule.stages, "MODE": "plain" if TARGETS[arch].backend == "hip" else "ptx",
     }  # fmt: skip
     constants |= {"PAIRS": 8 * schedule.tokens} if few else {"EXPERTS": 128, "TOGETHER": 8}
-    out = variant.dtype if variant.gated or not few else "fp32"
-    pointers = {
-        "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
-        "words": "i16", "scales": "i32", "widths": "i32", "offsets": "i32", "splits": "i32",
-        "out": out, "out_sums": "fp32",
-    }  # fmt: skip
+    return constants if variant.gated and True not in rings else {**constants, "out_sums": None}
+
+
+def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], arch: str, **options: int) -> Any:
+    """Compile ahead of time, as a call on aligned tensors does; return Triton's compiled kernel.
+
+    Args:
+        kernel: the kernel.
+        constants: its compile-time parameters.
+        pointers: the dtypes of its tensors; other parameters are integers.
+        arch: a key of :data:`TARGETS`.
+        options: Triton's, such as the number of warps.
+    """
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -101,21 +120,40 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         if name not in ("pairs", "blocks", "ids", "weights"):  # not specialized on
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[arch], options=options)
+
+
+def compile_variant(variant: Variant, arch: str) -> Any:
+    """Compile a projection; see :func:`compiled`."""
+    few, schedule = variant.kernel == "few_tokens", variant.schedule
+    constants = constants_of(variant, arch)
+    pointers = {
+        "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
+        "words": "i16", "scales": "i32", "table": "i32", "splits": "i32",
+        "out": variant.dtype if variant.gated or not few else "fp32", "out_sums": "fp32",
+    }  # fmt: skip
     options = {"num_warps": schedule.warps}
-    limit = schedule.register_limit(len(variant.widths))
+    limit = schedule.register_limit(len(variant.codings))
     if limit is not None and constants["MODE"] == "ptx":
         options["maxnreg"] = limit
-    return triton.compile(source, target=TARGETS[arch], options=options)
+    return compiled(few_tokens if few else many_tokens, constants, pointers, arch, **options)
+
+
+def compile_arrange(size: int, dtype: str, arch: str) -> Any:
+    """Compile the launch before down in a layer with grids and trellises; ``size``: of the rotation, or 0."""
+    constants = {"LANES": 16, "SIZE": size, "PLAIN": True, "RINGS": True, "SUM": 128}
+    pointers = {"x": dtype, "ids": "i32", "signs": "i32", "out": dtype, "sums": "fp32"}
+    return compiled(arrange, constants if size else {**constants, "signs": None}, pointers, arch, num_warps=2)
 
 
 @dataclass(frozen=True)
 class Report:
-    """One row of the table; counts per loop are the worst of the widths' loops."""
+    """One row of the table; counts per loop are the worst of the codings' loops."""
 
     arch: str
     variant: str
     dtype: str
-    widths: tuple[int, ...]
+    codings: tuple[str, ...]
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -124,11 +162,35 @@ class Report:
     async_copies_in_loop: int
     per_weight: dict[str, float]
 
+    @property
+    def total(self) -> float:
+        """Instructions of one lane per weight."""
+        return sum(self.per_weight.values())
 
-def cuobjdump(flag: str, cubin: Path) -> str:
-    """Run the cuobjdump of Triton's wheel."""
+    @property
+    def bandwidth(self) -> str:
+        """The terabytes of codes per second at which :data:`ISSUES` is reached, if there is only one coding."""
+        if len(self.codings) > 1:
+            return ""
+        return f"{ISSUES / self.total * CODINGS[NUMBERS[self.codings[0]]].width / 8 / 1e12:.2f}"
+
+
+def cuobjdump(flag: str, kernel: Any) -> str:
+    """Run the cuobjdump of Triton's wheel on a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def usage_of(kernel: Any) -> tuple[int, int]:
+    """Return the registers of a thread, and the bytes that it spills."""
+    usage = cuobjdump("-res-usage", kernel)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage}")
+    return int(found[1]), int(found[2])
 
 
 def loops_of(sass: str) -> list[Counter[str]]:
@@ -152,19 +214,13 @@ def loops_of(sass: str) -> list[Counter[str]]:
 def report(variant: Variant, arch: str) -> Report:
     """Compile for an NVIDIA GPU and read the machine code."""
     kernel = compile_variant(variant, arch)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage, sass = cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage}")
-    loops = loops_of(sass)
+    registers, spilled = usage_of(kernel)
+    loops = loops_of(cuobjdump("-sass", kernel))
     schedule = variant.schedule
     lanes = schedule.warps * 32 / (schedule.rows * CODES_PER_LANE * variant.lanes)
     kinds = [Counter(kind_of(opcode) for opcode in loop.elements()) for loop in loops]
     return Report(
-        arch, variant.name, variant.dtype, variant.widths, int(found[1]), int(found[2]), int(kernel.metadata.shared),
+        arch, variant.name, variant.dtype, variant.codings, registers, spilled, int(kernel.metadata.shared),
         loops=len(loops),
         i2f_in_loop=max(sum(n for op, n in loop.items() if op.startswith("I2F")) for loop in loops),
         async_copies_in_loop=min(loop["LDGSTS"] for loop in loops),
@@ -183,7 +239,7 @@ def main() -> None:
     parser.add_argument(
         "--arch", nargs="+", default=["sm_80", "sm_90"], choices=[a for a in TARGETS if TARGETS[a].backend == "cuda"]
     )
-    parser.add_argument("--widths", nargs="+", default=["1,2,3", "1,2,3,4,8"])
+    parser.add_argument("--codings", nargs="+", default=DEFAULT, help=f"of {', '.join(NUMBERS)}")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16"])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at a time")
@@ -192,9 +248,9 @@ def main() -> None:
     work = [
         (variant, arch)
         for arch in args.arch
-        for text in args.widths
+        for text in args.codings
         for dtype in args.dtype
-        for variant in variants([int(width) for width in text.split(",")], dtype, args.group_size)
+        for variant in variants(text.split(","), dtype, args.group_size)
     ]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(report, *zip(*work, strict=True)))
@@ -202,16 +258,16 @@ def main() -> None:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
     kinds = [name for name, _ in KINDS]
-    print("| arch | kernel | dtype | widths | registers | spill bytes | shared KiB | I2F | async copies |", end="")
-    print(" | ".join(["", *kinds])[2:] + " |")
-    print("|" + "---|" * (9 + len(kinds)))
+    print("| arch | kernel | dtype | codings | registers | spill bytes | shared KiB | I2F | async copies |", end="")
+    print(" | ".join(["", *kinds, "all", "TB/s"])[2:] + " |")
+    print("|" + "---|" * (11 + len(kinds)))
     for row in rows:
-        widths = ",".join(map(str, row.widths))
+        codings = ",".join(row.codings)
         print(
-            f"| {row.arch} | {row.variant} | {row.dtype} | {widths} | {row.registers} | {row.spill_bytes} "
+            f"| {row.arch} | {row.variant} | {row.dtype} | {codings} | {row.registers} | {row.spill_bytes} "
             f"| {row.shared_bytes / 1024:.1f} | {row.i2f_in_loop} | {row.async_copies_in_loop} | "
             + " | ".join(f"{row.per_weight[kind]:.2f}" for kind in kinds)
-            + " |"
+            + f" | {row.total:.2f} | {row.bandwidth} |"
         )
 
 

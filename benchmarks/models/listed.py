@@ -51,16 +51,3 @@ MODELS = (
     Listed("openai/gpt-oss-20b", 21),
 )
 """In the order of the page."""
-
-NOT_YET = {
-    "kimi_k2": "Kimi K2",
-    "deepseek_v32": "DeepSeek-V3.2",
-    "glm4_moe_lite": "GLM-4.7-Flash",
-    "glm_moe_dsa": "GLM-5",
-    "qwen3_5_moe": "Qwen3.5",
-    "qwen3_vl_moe": "Qwen3-VL",
-    "hunyuan_v1_moe": "Hunyuan-A13B",
-    "gemma4": "Gemma 4",
-    "nemotron_h": "Nemotron-3",
-}
-"""``model_type`` → models that people serve and that have no row in ``ARCHITECTURES`` yet."""

@@ -12,6 +12,7 @@ import torch
 
 from planner.api import notes
 from planner.api.call import takes
+from planner.api.keywords.codes import SchemeKeyword
 from planner.api.keywords.common import PathName, ProgressKeyword, parts
 from planner.api.keywords.running import RunKeywords
 from planner.api.keywords.text import TextKeywords
@@ -35,7 +36,7 @@ from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
-class CalibrateKeywords(ProgressKeyword, RunKeywords, TextKeywords):
+class CalibrateKeywords(ProgressKeyword, RunKeywords, TextKeywords, SchemeKeyword):
     """The arguments of :func:`calibrate`.
 
     Attributes:
@@ -64,7 +65,8 @@ class CalibrateKeywords(ProgressKeyword, RunKeywords, TextKeywords):
             if name not in known:
                 raise UsageError(f"--for: expected methods that use a text ({', '.join(known)}), found {name!r}")
         rows = [METHODS[name] for name in names]
-        wanted = [measure for row in rows for measure in (*row.measures, row.linears) if measure is not None]
+        more = [(*row.other_measures(self.resolved_scheme), row.linears) for row in rows]
+        wanted = [name for row, others in zip(rows, more, strict=True) for name in (*row.measures, *others) if name]
         measures = tuple(dict.fromkeys(wanted))
         own = tuple(sorted({width for name in names for width in METHODS[name].choices}))
         return StatisticsRequest(measures, own if self.bits is None else read_choices(self.bits), self.seed)

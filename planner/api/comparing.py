@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from planner.model.source import SourceModel
 from planner.output.paths import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers import QUANTIZERS
+from planner.quantization.quantizers.table import POSSIBLE
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
@@ -152,7 +153,8 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         linear_quantizer=wanted.resolved_linear_quantizer(QUANTIZERS[wanted.quantizer].calibrated),
         calibration=wanted.resolved_calibration(),
     )
-    check_sizes(source, layout, settings)
+    for scheme in dict.fromkeys(scheme for choice in wanted.schemes() for scheme in POSSIBLE[choice]):
+        check_sizes(source, layout, replace(settings, scheme=scheme))
     return settings
 
 
@@ -191,4 +193,5 @@ def _comparison(names: tuple[str, ...], settings: QuantizeSettings, wanted: Comp
         tasks=wanted.task_names(),
         limit=wanted.limit,
         odp=wanted.thresholds(),
+        schemes=wanted.schemes(),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of
+from planner.model.recognize import why_unserved
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
 from planner.planning.methods import PAPER
 from planner.planning.request import PlanOptions
+from vllm_moeq.format import CODES_PER_BLOCK
 
 
 def announce(options: PlanOptions, progress: Progress) -> None:
@@ -35,8 +37,18 @@ def refuse_incomplete(source: SourceModel, layout: Layout, progress: Progress) -
 
 def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None:
     """Name the limits of the output before the work starts."""
-    reason = architecture_of(source).unserved
-    if reason is not None:
+    row = architecture_of(source)
+    if row.recognized is not None:
+        progress.line(f"note: {row.recognized}")
+    if row.unloaded is not None:
+        progress.line(f"note: neither vLLM nor transformers can run it quantized: {row.unloaded}")
+    elif (reason := why_unserved(source.config)) is not None:
         progress.line(f"note: vLLM cannot serve it: {reason}; transformers can load it (import vllm_moeq.hf)")
+    if layout.odd:
+        shape = list(source.shards.info(layout.odd[0]).shape)
+        progress.line(
+            f"note: linears whose input dimension {CODES_PER_BLOCK} does not divide stay in 16 bits: "
+            f"{len(layout.odd)}, the first {layout.odd[0]} {shape}"
+        )
     if layout.left_out:
         progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")

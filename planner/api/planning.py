@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.api import notes
 from planner.api.call import takes
-from planner.api.keywords.codes import QuantizerKeyword, StorageKeywords
+from planner.api.keywords.codes import QuantizerKeyword, SchemeKeyword, StorageKeywords
 from planner.api.keywords.common import PathName
 from planner.api.keywords.running import RunKeywords
 from planner.api.keywords.text import TextKeywords
@@ -40,7 +40,7 @@ from vllm_moeq.format import UsageError
 
 
 @dataclass(frozen=True)
-class PlanKeywords(PresetKeywords, RunKeywords, StorageKeywords, TextKeywords, QuantizerKeyword):
+class PlanKeywords(PresetKeywords, RunKeywords, SchemeKeyword, StorageKeywords, TextKeywords, QuantizerKeyword):
     """The arguments of :func:`plan`.
 
     Attributes:
@@ -101,8 +101,9 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
     if wanted.output is not None:
         raise UsageError("-o and --dry-run: expected one of them, found both")
     with _opened(wanted, dry_run=True) as work:
-        source, layout, settings = work.source, work.layout, work.settings
+        source, layout = work.source, work.layout
         made = make_plan(source, layout, work.options, work.progress)
+        settings = work.settings.with_plan(made)
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
         check_sizes(source, layout, settings)
         found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.storage)
@@ -129,11 +130,13 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
             group_size=group_size,
             linear=linear,
             linear_quantizer=default_linear_quantizer(QUANTIZERS[quantizer].calibrated),
+            scheme=wanted.settled_scheme,
         )
         wanted = with_preset(wanted, source, layout, settings, given)
         options = wanted.plan_options(
-            source, layout, settings, text=given, ranked=not dry_run, linears=wanted.linears_compete
-        )
+            source, layout, settings, text=given, ranked=not dry_run, scheme=wanted.resolved_scheme,
+            linears=wanted.linears_compete,
+        )  # fmt: skip
         check_options(options)
         text = wanted.read_text(source, wanted.seed, progress) if given else None
         notes.announce(options, progress)
@@ -142,7 +145,7 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
 
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint that a plan makes."""
-    settings = work.settings.with_linears(made.linears)
+    settings = work.settings.with_plan(made)
     return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.storage)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from planner.api import notes
 from planner.api.call import takes
-from planner.api.keywords.codes import GptqKeywords, StorageKeywords, WrittenCodeKeywords
+from planner.api.keywords.codes import GptqKeywords, SchemeKeyword, StorageKeywords, WrittenCodeKeywords
 from planner.api.keywords.common import PathName
 from planner.api.keywords.running import QuantizeRunKeywords
 from planner.api.keywords.text import TextKeywords
@@ -26,10 +26,12 @@ from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
 from planner.estimates import Needs, Reading, serving_needs
+from planner.estimates.needs import largest
 from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
 from planner.model.hub import has_tokenizer
-from planner.model.layout import Layout, architecture_of, read_layout
+from planner.model.layout import Layout, read_layout
+from planner.model.recognize import why_unserved
 from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
@@ -39,7 +41,7 @@ from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
-from planner.quantization.quantizers.table import QUANTIZERS, check_widths
+from planner.quantization.quantizers.table import AUTO_SCHEME, POSSIBLE, QUANTIZERS, check_widths
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
@@ -54,6 +56,7 @@ class QuantizeKeywords(
     QuantizeRunKeywords,
     GptqKeywords,
     TextKeywords,
+    SchemeKeyword,
     StorageKeywords,
     WrittenCodeKeywords,
 ):
@@ -148,10 +151,11 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
         settings = QuantizeSettings(
             quantizer, wanted.one_bit, wanted.checked_group_size(), wanted.linear(source, layout), wanted.zero_points,
             tuned if calibrated else None, wanted.min_tokens, wanted.resolved_linear_quantizer(calibrated),
-            wanted.resolved_calibration(wanted.compat),
+            wanted.resolved_calibration(wanted.compat), wanted.settled_scheme,
         )  # fmt: skip
         check_output(Path(wanted.output))
-        check_sizes(source, layout, settings)
+        for scheme in POSSIBLE[wanted.resolved_scheme]:
+            check_sizes(source, layout, replace(settings, scheme=scheme))
         devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
         wanted = with_preset(wanted, source, layout, settings, wanted.data is not None)
         read = calibrated or wanted.data is not None
@@ -168,7 +172,7 @@ def _options(work: _Work, ranked: bool = True) -> PlanOptions:
     """
     options = work.wanted.plan_options(
         work.source, work.layout, work.settings, text=work.text is not None, ranked=ranked,
-        linears=work.wanted.linears_compete,
+        scheme=work.wanted.resolved_scheme, linears=work.wanted.linears_compete,
     )  # fmt: skip
     check_options(options)
     notes.announce(options, work.progress)
@@ -263,6 +267,7 @@ def _given_plan(
     progress, fingerprint = wanted.display(), source.fingerprint()
     made.check_against(layout, where)
     _check_linear_bits(wanted, made, where)
+    _check_scheme(wanted, made, where)
     for widths in made.experts.values():
         check_widths(settings.quantizer, widths)
     if made.source.get("fingerprint", fingerprint) != fingerprint:
@@ -285,24 +290,39 @@ def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None
         )
 
 
+def _check_scheme(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
+    """Raise UsageError where a plan and the argument both say, or leave open, how experts are stored."""
+    if made.schemes and wanted.scheme is not None:
+        raise UsageError(f"--scheme: expected none, as {where} gives experts their schemes, found {wanted.scheme}")
+    if wanted.scheme == AUTO_SCHEME:
+        raise UsageError(
+            f"--scheme {AUTO_SCHEME}: expected a plan with schemes, which moeq plan --scheme {AUTO_SCHEME} may make; "
+            f"found none in {where}"
+        )
+
+
 def _sizes(work: _Work, made: Plan) -> Sizes:
     """Return the bytes of the source, and of the checkpoint."""
-    settings = work.settings.with_linears(made.linears)
+    settings = work.settings.with_plan(made)
     return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.storage)
 
 
 def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Needs:
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.streams)
-    devices, settings = work.wanted.job_devices(), work.settings.with_linears(made.linears)
-    return quantize_needs(work.source, work.layout, made.experts, sizes, settings, devices, reading, measures)
+    devices, settings = work.wanted.job_devices(), work.settings.with_plan(made)
+    schemes = POSSIBLE[work.wanted.resolved_scheme] if work.plan is None else (settings.scheme,)
+    ways = (replace(settings, scheme=scheme) for scheme in schemes)
+    return largest(
+        [quantize_needs(work.source, work.layout, made.experts, sizes, it, devices, reading, measures) for it in ways]
+    )
 
 
 def _serve_command(work: _Work) -> str | None:
     """Return the command that serves the output, or None if vLLM cannot; say so if it needs a tokenizer."""
     source, output, progress = work.source, work.output, work.progress
     serve = ["moeq", "serve", str(output)]
-    if architecture_of(source).unserved is not None:
+    if why_unserved(source.config) is not None:
         return None
     if has_tokenizer(source.folder):
         try:

@@ -15,7 +15,7 @@ from planner.planning.method import Method
 from planner.planning.methods import METHODS
 from planner.planning.request import resolved_method
 from planner.quantization.quantizers.table import QUANTIZERS, calibrated_names, default_quantizer, tuned_names
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
 
 Values = Mapping[str, Any]
 """Parameter → value, of all parameters of a command, as a flag's text or a value of Python; others are missing."""
@@ -151,6 +151,20 @@ def _for_a_gpu(values: Values) -> bool:
     return values["preset"] is not None and PRESETS[values["preset"]].service is not None
 
 
+def _schemes(values: Values) -> tuple[str, ...]:
+    """Return the schemes that the command is asked for; none where it has no such flag or leaves it to the default."""
+    return parts(values["scheme"]) if values.get("scheme") is not None else ()
+
+
+def _some_grids(values: Values) -> bool:
+    """Tell whether experts of less than 8 bits may be grids."""
+    return set(_schemes(values)) != {TRELLIS_SCHEME.name}
+
+
+def _found_schemes(values: Values) -> str:
+    return f"--scheme {','.join(_schemes(values))}"
+
+
 def _nothing(_: Values) -> str:
     return "none"
 
@@ -208,6 +222,10 @@ ROWS: Sequence[ReadOnlyWhere] = (
         ("bits",), _some_method(_with_choices), "a method that chooses among widths", _found_methods, ("compare",)
     ),
     ReadOnlyWhere(
+        ("scheme",), _some_method(lambda method, _: method.gains is not None),
+        _methods_that(lambda method: method.gains), lambda values: f"--for {values['methods']}", ("calibrate",),
+    ),
+    ReadOnlyWhere(
         ("bits",), _measured_widths, "a method that measures widths",
         lambda values: f"--for {values['methods']}", ("calibrate",),
     ),
@@ -217,6 +235,10 @@ ROWS: Sequence[ReadOnlyWhere] = (
     ReadOnlyWhere(
         GPTQ, lambda values: QUANTIZERS[_quantizer(values)].tuned, f"--quantizer {' or '.join(tuned_names())}",
         lambda values: f"--quantizer {_quantizer(values)}",
+    ),
+    ReadOnlyWhere((*GPTQ, "one_bit"), _some_grids, "--scheme grid", _found_schemes),
+    ReadOnlyWhere(
+        ("zero_points",), lambda values: set(_schemes(values)) <= {GRID.name}, "--scheme grid", _found_schemes
     ),
     ReadOnlyWhere(
         ("damping", "calibration", "min_tokens"), _calibrated, QUANTIZER,

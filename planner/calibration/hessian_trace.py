@@ -21,6 +21,7 @@ from planner.common.memory import available_bytes, explained_if_out_of_memory, o
 from planner.common.progress import Progress
 from planner.model.layout import Layout, architecture_of
 from planner.model.source import SourceModel
+from vllm_moeq.completeness import cannot_load
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError
 
 PARTS = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -166,7 +167,7 @@ def load_network(model: SourceModel, device: torch.device) -> torch.nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         if out_of_memory(error):
             raise
-        raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
+        raise cannot_load(model.folder, error) from None
     if report["missing_keys"]:  # transformers fills them at random
         raise CheckpointError(f"{model.folder}: expected the weights {sorted(report['missing_keys'])}, found none")
     made: torch.nn.Module = network.eval().requires_grad_(False)

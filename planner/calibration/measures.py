@@ -9,11 +9,13 @@ import torch
 
 from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.kl.divergence import MEASURED_TOKENS, Effort, divergences
-from planner.calibration.kl.gains import gptq_gains
+from planner.calibration.kl.gains import Reach, Trial, gains
 from planner.calibration.kl.linears.costs import linear_costs, runs
 from planner.calibration.kl.linears.estimated import ESTIMATING
 from planner.calibration.kl.linears.gains import TRYING
 from planner.calibration.kl.linears.measured import MEASURING
+from planner.calibration.kl.others import TRYING as TRYING_OTHERS
+from planner.calibration.kl.others import check_trellises, other_gains
 from planner.calibration.kl.second_order import elementwise, second_order
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
@@ -33,6 +35,9 @@ Facts = dict[str, float]
 
 Parts = Sequence[tuple[str, float]]
 """(name of the work in the progress, passes of the text through the model)."""
+
+GAINING = "gains of GPTQ"
+"""Name in the progress of the work of trying GPTQ."""
 
 READING = "calibrating"
 """Name of the work of a measure that is taken while the model reads the text."""
@@ -123,10 +128,11 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
     scale = len(tokens) / len(run.tokens)
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
     found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
-    gains = gptq_gains(run.decoder, run.store, len(tokens), run.widths, _is_small(run.decoder.layout), run.progress)
+    reach = Reach(_is_small(run.decoder.layout))
+    gained = gains(run.decoder, run.store, len(tokens), run.widths, {"": Trial()}, reach, GAINING, run.progress)[""]
     named = {
         prefix: {f"{name}_{bits}": value for bits, value in table.items()}
-        | {f"{name}_gptq_{bits}": value * gains[prefix][bits] for bits, value in table.items()}
+        | {f"{name}_gptq_{bits}": value * gained[prefix][bits] for bits, value in table.items()}
         for prefix, table in found.items()
     }
     return named, {"measured": measured, "measured_tokens": effort.tokens, "estimated_tokens": tokens.numel()}
@@ -158,6 +164,17 @@ def _measured_linears(run: MeasureInputs) -> tuple[Found, Facts]:
 
 def _estimated_linears(run: MeasureInputs) -> tuple[Found, Facts]:
     return _linears(run, "kl_estimated", Effort(), ESTIMATED_SHARE)
+
+
+def _others(run: MeasureInputs) -> tuple[Found, Facts]:
+    sequences = max(1, len(run.tokens) // _share(run.decoder.layout))
+    small = _is_small(run.decoder.layout)
+    gained = other_gains(run.decoder, run.store, sequences, run.widths, small, run.progress)
+    named: Found = {}
+    for name, layers in gained.items():
+        for prefix, table in layers.items():
+            named.setdefault(prefix, {}).update({f"gain_{name}_{bits}": value for bits, value in table.items()})
+    return named, {}
 
 
 def _gradient_error(run: MeasureInputs) -> tuple[Found, Facts]:
@@ -217,7 +234,7 @@ def check_measures(names: Iterable[str], model: SourceModel, layout: Layout, dev
 def _kl_parts(layout: Layout, _tokens: int) -> Parts:
     if not _is_small(layout):
         return ESTIMATED_PARTS
-    return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), ("gains of GPTQ", 3.0))
+    return (("gradients", 9.0), ("measuring KL", 12.0), ("measuring KL", 12.0), (GAINING, 3.0))
 
 
 def _linear_parts(layout: Layout, tokens: int) -> Parts:
@@ -231,7 +248,7 @@ def _linear_parts(layout: Layout, tokens: int) -> Parts:
 ESTIMATED_LINEARS: Parts = ((ESTIMATING, 1.5), (TRYING, 0.1))
 """The work of an estimate of the KL divergence that linears add."""
 
-ESTIMATED_PARTS: Parts = (("gradients", 1.5), ("gains of GPTQ", 0.5))
+ESTIMATED_PARTS: Parts = (("gradients", 1.5), (GAINING, 0.5))
 """The work of an estimate of the KL divergence."""
 
 MEASURES: dict[str, Measure] = {
@@ -248,6 +265,10 @@ MEASURES: dict[str, Measure] = {
     "kl-estimated-linears": Measure(
         ("kl_estimated_{bits}", "kl_estimated_gptq_{bits}"), _estimated_linears, lambda _: ESTIMATED_SHARE,
         parts=lambda *_: ESTIMATED_LINEARS, of_linears=True,
+    ),
+    "others": Measure(
+        ("gain_trellis_{bits}", "gain_rotated_{bits}", "gain_viterbi_{bits}"), _others, _share, check_trellises,
+        parts=lambda layout, _: ((TRYING_OTHERS, 7.0 if _is_small(layout) else 1.0),),
     ),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda *_: (("gradients", 9.0),)),
     "hessian": Measure(

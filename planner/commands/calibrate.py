@@ -18,6 +18,7 @@ from planner.commands import show
 from planner.commands.completion import some_of
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Bits, DryRun, Json, Model, Seed, keywords_of
+from planner.commands.flags.quantizing import Scheme
 from planner.commands.flags.running import RunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
@@ -43,6 +44,7 @@ def calibrate_command(
     ] = OURS,
     bits: Bits = None,
     seed: Seed = 0,
+    scheme: Scheme = None,
     run: RunFlags,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -51,7 +53,7 @@ def calibrate_command(
 
     Example: moeq calibrate mistralai/Mixtral-8x7B-v0.1 --data wikitext2 -o stats.safetensors
     """
-    keywords = {**keywords_of(text, run), "methods": methods, "bits": bits, "seed": seed}
+    keywords = {**keywords_of(text, run), "methods": methods, "bits": bits, "seed": seed, "scheme": scheme}
     if dry_run:
         needs = estimate(calibrate, model, output=output, progress=Progress(), **keywords)
         report_needs("calibrating", needs, as_json)

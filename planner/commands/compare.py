@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -24,9 +24,13 @@ from planner.common.progress import Progress
 from planner.common.shown import say
 from planner.comparison.report import print_rows
 from planner.planning.methods import METHODS
+from planner.quantization.quantizers.table import SchemeChoice
 
-NAMES, AVERAGES = (",".join(parts(value)) for value in (CandidateKeywords.methods, CandidateKeywords.avg_bits))
-"""The methods and averages unless flags say otherwise, as flags have them."""
+NAMES, AVERAGES, SCHEMES = (
+    ",".join(parts(value))
+    for value in (CandidateKeywords.methods, CandidateKeywords.avg_bits, CandidateKeywords.scheme)
+)
+"""The methods, averages and schemes unless flags say otherwise, as flags have them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ class CandidateFlags:
     ] = NAMES
     avg_bits: Annotated[str, typer.Option("--avg-bits", metavar="LIST", help="Average bits, such as 2,2.5.")] = AVERAGES
     bits: Bits = None
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            metavar="LIST",
+            autocompletion=some_of(get_args(SchemeChoice)),
+            help=f"How experts are stored, some of {', '.join(get_args(SchemeChoice))}: every plan is made in each.",
+        ),
+    ] = SCHEMES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ PANELS = {
     "Output": ("output", "as_json", "save", "png", "private", "revision", "format_", "zero_points"),
     "Plan": ("planning", "candidates", "plan", "methods", "bits", "seed", "quantizer"),
     "Calibration": ("text",),
-    "Quantizer": ("codes", "storage"),
+    "Quantizer": ("codes", "scheme", "storage"),
     "GPTQ": ("gptq",),
     "Evaluation": ("predicted", "measured", "held_out"),
     "Tasks": ("asked",),

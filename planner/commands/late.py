@@ -33,6 +33,7 @@ class Row:
         long: whether it works so long that it says at once that it has begun.
         tasks: whether it may run lm-eval's tasks, which need all of transformers' optional packages.
         looks: whether it looks at models' classes and files alone, and runs no model.
+        behind: whose flags stand behind ``--``; an error about an unknown flag says so.
         settings: settings of the parser.
     """
 
@@ -42,6 +43,7 @@ class Row:
     long: bool = False
     tasks: bool = False
     looks: bool = False
+    behind: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,10 +64,12 @@ class LateCommand(TyperCommand):
         return vars(self)[name]
 
     def _complete(self, error: Any, ctx: Any, args: list[str]) -> None:
-        """Add to an error of the parser what it leaves out: the command, or the value that it found."""
+        """Add to an error of the parser what it leaves out: the command, the value that it found, or a flag's place."""
         if error.ctx is None:
             error.ctx = ctx
         error.message = error.message.removeprefix("Value error, ")
+        if self.row.behind and hasattr(error, "option_name") and "--" not in args:
+            error.message = f"{error.message}; {self.row.behind} flags stand behind --"
         parameter = getattr(error, "param", None)
         found = None if parameter is None else raw_values(self, ctx, args).get(parameter.name)
         if found is not None and repr(found) not in error.message:

@@ -13,7 +13,7 @@ from planner.commands import show
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Json, Model, keywords_of
 from planner.commands.flags.planning import PlanFlags
-from planner.commands.flags.quantizing import NAMES, StorageFlags
+from planner.commands.flags.quantizing import NAMES, Scheme, StorageFlags
 from planner.commands.flags.running import RunFlags
 from planner.commands.flags.service import ServiceFlags
 from planner.commands.show_needs import report_needs
@@ -38,6 +38,7 @@ def plan_command(
         ),
         NAMES,
     ] = None,
+    scheme: Scheme = None,
     text: TextFlags,
     run: RunFlags,
     storage: StorageFlags,
@@ -51,7 +52,7 @@ def plan_command(
 
     Example: moeq plan mistralai/Mixtral-8x7B-v0.1 --avg-bits 2.5 --data wikitext2 -o plan.json
     """
-    keywords = {**keywords_of(planning, text, run, storage, service), "quantizer": quantizer}
+    keywords = {**keywords_of(planning, text, run, storage, service), "quantizer": quantizer, "scheme": scheme}
     if dry_run:
         needs = estimate(plan, model, output=output, progress=Progress(), **keywords)
         report_needs("planning", needs, as_json)

@@ -14,7 +14,9 @@ from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.model.layout import MoeLayer
 from planner.model.quantized import DequantizedModel
 from planner.quantization.quantizers import quantizer_for
-from vllm_moeq.format import ShardSet
+from planner.quantization.quantizers.rotated import bases, rounded_in
+from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import Scheme, ShardSet
 
 
 class Weights(Protocol):
@@ -36,27 +38,30 @@ class RoundedWeights:
 
     Attributes:
         widths: experts prefix → bits per expert.
-        quantizer: name of the quantizer for two bits and more.
-        one_bit: name of the quantizer for one bit.
-        group_size: weights per scale, or −1 for whole rows.
+        settings: how they are quantized, with what their plan says.
     """
 
     widths: Mapping[str, Sequence[int]]
-    quantizer: str
-    one_bit: str
-    group_size: int
+    settings: QuantizeSettings
 
     def key(self, layer: MoeLayer, expert: int) -> Hashable:
         """See :class:`Weights`."""
-        return self.quantizer, self.one_bit, self.group_size, self.widths[layer.prefix][expert]
+        chosen = self.settings
+        kind = self._scheme(layer, expert), chosen.storage.rotated, self.widths[layer.prefix][expert]
+        return chosen.quantizer, chosen.one_bit, chosen.group_size, kind
+
+    def _scheme(self, layer: MoeLayer, expert: int) -> Scheme:
+        return self.settings.storage.schemes(layer.prefix, self.widths[layer.prefix])[expert]
 
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
-        bits = self.widths[layer.prefix][expert]
-        quantizer = quantizer_for(bits, self.quantizer, self.one_bit)
+        bits, chosen, found = self.widths[layer.prefix][expert], self.settings, []
+        quantizer = quantizer_for(bits, chosen.quantizer, chosen.one_bit, scheme=self._scheme(layer, expert))
         exact = load_expert(decoder.model, layer, expert, decoder.device, torch.float32)
-        matrices = (quantizer(matrix, bits, self.group_size).dequantize() for matrix in exact.matrices())
-        return ExpertWeights(*(matrix.to(decoder.dtype) for matrix in matrices))
+        turned = bases(layer, chosen.rotation(layer))
+        for projection, matrix in zip(layer.projections.names(), exact.matrices(), strict=True):
+            found.append(rounded_in(turned.get(projection), quantizer, matrix, bits, chosen.group_size).dequantize())
+        return ExpertWeights(*(matrix.to(decoder.dtype) for matrix in found))
 
     def linears(self) -> None:
         """See :class:`Weights`."""

@@ -21,8 +21,9 @@ from planner.output.unfinished import PartialRun
 from planner.text.documents import digest
 
 Row = dict[str, Any]
-"""One result: method, average, seed, odp, achieved, bytes, cost, scores, ``fallbacks`` (how many experts a quantizer
-with calibration could not calibrate; None without calibration), and [value, standard error] of each task."""
+"""One result: method, average, seed, odp, scheme, achieved, ``stored`` (bits per expert weight with scales), bytes,
+cost, scores, ``fallbacks`` (how many experts a quantizer with calibration could not calibrate; None without
+calibration), and [value, standard error] of each task."""
 
 
 def compare(
@@ -80,16 +81,19 @@ def rows_of(run: ComparisonRun, found: Sequence[Entry], scores: Mapping[str, dic
 
 def _row(run: ComparisonRun, entry: Entry, scores: dict[str, Any]) -> Row:
     """Return the row of an entry."""
-    settings = run.wanted.settings
+    settings = entry.settings(run.wanted)
     same = {layer.prefix: [int(entry.average)] * layer.num_experts for layer in run.layout.layers}
     experts: Mapping[str, Sequence[int]] = entry.plan.experts if entry.plan else same
     sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
+    weights = sum(layer.num_experts * layer.weights_per_expert for layer in run.layout.layers)
     return {
         "method": entry.method,
         "average": float(entry.average),
         "seed": entry.seed,
         "odp": entry.odp,
+        "scheme": entry.scheme,
         "achieved": entry.plan.achieved_avg_bits if entry.plan else float(entry.average),
+        "stored": 8 * sizes.expert_bytes / weights,
         "bytes": sizes.total_bytes,
         "cost": entry.cost,
         "model": key_of(run, entry),

@@ -15,11 +15,13 @@ from planner.calibration.reading.text import calibration_facts
 from planner.calibration.statistics import json_path
 from planner.common.memory import resident_bytes
 from planner.common.progress import Progress
-from planner.comparison.request import ComparisonRun
+from planner.comparison.request import Comparison, ComparisonRun
 from planner.plan_file import Plan, read_plan
 from planner.planning.make import make_plan
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
+from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS, UsageError
 
 QUIET = Progress(quiet=True)
@@ -36,6 +38,7 @@ class Entry:
         plan: the plan; None for slim, whose widths per group no plan can hold.
         cost: seconds, bytes of memory and forward passes for the choice of widths.
         odp: see :class:`planner.comparison.candidates.Candidate`.
+        scheme: the scheme of experts that was asked for.
     """
 
     method: str
@@ -44,6 +47,12 @@ class Entry:
     plan: Plan | None
     cost: dict[str, float]
     odp: float = 0.0
+    scheme: SchemeChoice = "grid"
+
+    def settings(self, wanted: Comparison) -> QuantizeSettings:
+        """Return the settings with which the entry's model is quantized."""
+        found = wanted.settings_of(self.scheme)
+        return found if self.plan is None else found.with_plan(self.plan)
 
 
 def entries(run: ComparisonRun) -> list[Entry]:
@@ -54,8 +63,9 @@ def entries(run: ComparisonRun) -> list[Entry]:
     """
     found: list[Entry] = []
     for name, averages in possible(run).items():
-        for seed in range(run.wanted.seeds if varies(name) else 1):
-            found += _of_method(run, name, averages, seed)
+        for scheme in schemes_of(run, name):
+            for seed in range(run.wanted.seeds if varies(name) else 1):
+                found += _of_method(run, name, averages, seed, scheme)
     return found
 
 
@@ -71,23 +81,54 @@ def possible(run: ComparisonRun) -> dict[str, list[Fraction]]:
             f"--avg-bits: expected a width among {', '.join(map(str, BIT_WIDTHS))} for --methods "
             f"{','.join(wanted.methods)}, found {', '.join(f'{float(average):g}' for average in wanted.averages)}"
         )
+    if not any(schemes_of(run, name) for name in wanted.methods):
+        able = " or ".join(name for name, method in METHODS.items() if method.gains is not None)
+        raise UsageError(
+            f"--scheme {','.join(wanted.schemes)}: expected --methods with {able}, found {','.join(wanted.methods)}"
+        )
     given: dict[str, list[Fraction]] = {}
     for name in wanted.methods:
         averages = [average for average in run.wanted.averages if gives(name, average)]
         for average in run.wanted.averages:
             if average not in averages:
                 run.progress.line(f"{name}: not at {float(average):g} bits, which one width for all does not give")
-        check_measures(METHODS[name].measures, run.model, run.layout, run.device)
-        for average in averages:
-            check_options(_options(run, name, average, 0, None))
+        for scheme in wanted.schemes:
+            if scheme not in schemes_of(run, name):
+                run.progress.line(f"{name}: not with --scheme {scheme}, which it does not measure")
+        check_measures(measures_of(run, name), run.model, run.layout, run.device)
+        for scheme in schemes_of(run, name):
+            for average in averages:
+                check_options(_options(run, name, average, 0, None, scheme))
         given[name] = averages
     return given
 
 
-def _options(run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None) -> PlanOptions:
-    choices = (int(average),) if whole_bits(name) else choices_of(run, name)
-    quantizer = run.wanted.settings.quantizer
-    return PlanOptions(average, choices, method=name, stats=stats, seed=seed, quantizer=quantizer)
+def _options(
+    run: ComparisonRun, name: str, average: Fraction, seed: int, stats: Path | None, scheme: SchemeChoice
+) -> PlanOptions:
+    choices, settings = (int(average),) if whole_bits(name) else choices_of(run, name), run.wanted.settings
+    return PlanOptions(
+        average, choices, method=name, stats=stats, seed=seed, quantizer=settings.quantizer, scheme=scheme,
+        group_size=settings.group_size,
+    )  # fmt: skip
+
+
+def schemes_of(run: ComparisonRun, name: str) -> tuple[SchemeChoice, ...]:
+    """Return the schemes in which a method's plans are made.
+
+    What no checkpoint can hold has grids alone. A choice of schemes needs a method that measures them.
+    """
+    method = METHODS[name]
+    if method.only_compared:
+        return ("grid",)
+    return tuple(it for it in run.wanted.schemes if len(POSSIBLE[it]) == 1 or method.gains is not None)
+
+
+def measures_of(run: ComparisonRun, name: str) -> tuple[str, ...]:
+    """Return the measures that a method needs for all of the schemes; a plan's cost counts those of its own scheme."""
+    method = METHODS[name]
+    others = (measure for scheme in schemes_of(run, name) for measure in method.other_measures(scheme))
+    return tuple(dict.fromkeys((*method.measures, *others)))
 
 
 def varies(name: str) -> bool:
@@ -107,16 +148,19 @@ def gives(name: str, average: Fraction) -> bool:
     return True
 
 
-def _of_method(run: ComparisonRun, name: str, averages: list[Fraction], seed: int) -> Iterator[Entry]:
-    """Yield a method's plans for one seed. The cost of calibration counts for each plan."""
+def _of_method(
+    run: ComparisonRun, name: str, averages: list[Fraction], seed: int, scheme: SchemeChoice
+) -> Iterator[Entry]:
+    """Yield a method's plans for one seed and scheme. The cost of calibration counts for each plan."""
     method = METHODS[name]
     stats = _statistics(run, name, seed) if method.calibrated and averages else None
     for average in averages:
         if method.only_compared:
             yield Entry(name, average, seed, None, {})
             continue
-        options = _options(run, name, average, seed, stats)
-        path = run.folder / f"plan-{name}-{''.join(map(str, options.bit_choices))}-{float(average):g}-{seed}.json"
+        options = _options(run, name, average, seed, stats, scheme)
+        widths = "".join(map(str, options.bit_choices))
+        path = run.folder / f"plan-{name}-{widths}-{float(average):g}-{seed}-{scheme}.json"
         if not path.is_file():
             idle = resident_bytes()
             plan = make_plan(run.model, run.layout, options, QUIET)
@@ -128,7 +172,7 @@ def _of_method(run: ComparisonRun, name: str, averages: list[Fraction], seed: in
             "bytes": max(plan.cost["added_bytes"], plan.cost.get("calibration_added_bytes", 0.0)),
             "forward_passes": float(method.calibrated),
         }
-        yield Entry(name, average, seed, plan, cost)
+        yield Entry(name, average, seed, plan, cost, scheme=scheme)
 
 
 def choices_of(run: ComparisonRun, name: str) -> tuple[int, ...]:
@@ -141,7 +185,7 @@ def _statistics(run: ComparisonRun, name: str, seed: int) -> Path:
 
     Only the method's own measures are collected, so that its cost contains no others.
     """
-    measures, choices = METHODS[name].measures, choices_of(run, name)
+    measures, choices = measures_of(run, name), choices_of(run, name)
     known = "-".join(("statistics", *measures, "".join(map(str, choices)) if measures else "counts", str(seed)))
     path = run.folder / f"{known}.safetensors"
     if not (path.is_file() and json_path(path).is_file()):

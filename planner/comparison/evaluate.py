@@ -30,7 +30,7 @@ from planner.evaluation.reader_by_layer import read_layers
 from planner.evaluation.scores import windows
 from planner.output.files import write_json
 from planner.quantization.runners.processes import ProcessRunner
-from vllm_moeq.format import read_json
+from vllm_moeq.format import GRID, read_json
 
 AT_A_TIME = 1 << 30
 """Maximum bytes of hidden states of the candidates that are evaluated together."""
@@ -83,7 +83,8 @@ def key_of(run: ComparisonRun, entry: Entry) -> str:
     """Return a key for an entry's model. Entries that lead to the same model share the key."""
     text = entry.seed if run.wanted.settings.calibrated or entry.plan is None else 0
     widths = entry.plan.experts if entry.plan else f"{entry.method} at {entry.average}"
-    return hashlib.sha256(repr((widths, entry.odp, text)).encode()).hexdigest()[:16]
+    schemes = entry.plan.schemes if entry.plan else {}
+    return hashlib.sha256(repr((widths, schemes, entry.odp, text)).encode()).hexdigest()[:16]
 
 
 def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
@@ -95,9 +96,10 @@ def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
     for entry in found:
         folder = _folder(run, entry)
         if entry.plan is not None and not folder.exists():
-            label = f"{_label(entry)}: {settings.quantizer}"
-            text = run.text(entry.seed) if settings.calibrated else None
-            tasks[folder] = QuantizeTask(label, run.model.folder, entry.plan, folder, settings, text)
+            own = entry.settings(run.wanted)
+            label = f"{_label(entry)}: {own.quantizer}"
+            text = run.text(entry.seed) if own.calibrated else None
+            tasks[folder] = QuantizeTask(label, run.model.folder, entry.plan, folder, own, text)
     threads = torch.get_num_threads()
     if run.jobs == 1:
         for task in tasks.values():
@@ -114,7 +116,8 @@ def _quantize_all(run: ComparisonRun, found: Sequence[Entry]) -> None:
 
 
 def _label(entry: Entry) -> str:
-    return f"{entry.method}, {float(entry.average):g} bits, seed {entry.seed}"
+    scheme = "" if entry.scheme == GRID.name else f" {entry.scheme}"
+    return f"{entry.method}{scheme}, {float(entry.average):g} bits, seed {entry.seed}"
 
 
 def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
@@ -123,7 +126,7 @@ def _weights(run: ComparisonRun, decoder: Decoder, entry: Entry) -> Weights:
     if entry.plan is not None and (settings.calibrated or run.wanted.tasks):
         return CheckpointWeights(folder, settings.linears_calibrated)
     if entry.plan is not None:
-        return RoundedWeights(entry.plan.experts, settings.quantizer, settings.one_bit, settings.group_size)
+        return RoundedWeights(entry.plan.experts, entry.settings(run.wanted))
     if not (folder / INDEX).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         tokens, bits = run.text(entry.seed).tokens, int(entry.average)

@@ -23,13 +23,14 @@ from planner.comparison.evaluate import ORIGINAL
 from planner.comparison.request import Comparison
 from planner.output.files import atomic, make_new, write_json
 from planner.planning.methods import METHODS, OURS
+from vllm_moeq.format import GRID
 
 Value = tuple[float, float]
 """(mean over seeds, spread). The spread is the standard deviation over seeds, or with one seed the standard error."""
 
 COLUMNS = (
-    "method", "average", "achieved", "seed", "odp", "bytes", "perplexity", "perplexity_error", "kl", "kl_error",
-    "kl_median", "kl_99", "kl_max", "same_top", "tokens", "fallbacks",
+    "method", "scheme", "average", "achieved", "stored", "seed", "odp", "bytes", "perplexity", "perplexity_error", "kl",
+    "kl_error", "kl_median", "kl_99", "kl_max", "same_top", "tokens", "fallbacks",
 )  # fmt: skip
 
 
@@ -48,12 +49,18 @@ def task_cell(rows: Sequence[Row], task: str) -> Value:
     return (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else (values[0], error)
 
 
+def line_of(row: Row) -> str:
+    """Return the name of a row's line in tables and plot: its method, and its scheme unless that is the grid."""
+    scheme = row.get("scheme", GRID.name)
+    return str(row["method"]) if scheme == GRID.name else f"{row['method']}, {scheme}"
+
+
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float], dict[float, list[Row]]]:
-    """Return (method, ODP threshold) → average → rows of all seeds."""
+    """Return (:func:`line_of`, ODP threshold) → average → rows of all seeds."""
     found: dict[tuple[str, float], dict[float, list[Row]]] = {}
     for row in rows:
         if row["method"] != ORIGINAL:
-            found.setdefault((row["method"], row["odp"]), {}).setdefault(row["average"], []).append(row)
+            found.setdefault((line_of(row), row["odp"]), {}).setdefault(row["average"], []).append(row)
     return found
 
 
@@ -102,6 +109,8 @@ def _shown(rows: Sequence[Row]) -> list[Shown]:
         Shown("99th percentile of the KL divergence over tokens, nats", lambda of: seeds(of, "kl_99"), 4),
         Shown("Largest KL divergence of any token, nats", lambda of: seeds(of, "kl_max"), 3),
     ]
+    if len({row["scheme"] for row in rows if "scheme" in row}) > 1:
+        found.insert(0, Shown("Stored bits per expert weight, with scales", lambda of: seeds(of, "stored"), 3))
     if any(row.get("fallbacks") is not None for row in rows):
         found.append(Shown("Experts that fell back from calibration", lambda of: seeds(of, "fallbacks"), 0))
     for task, (value, _) in original.get("tasks", {}).items():
@@ -145,7 +154,7 @@ def markdown(rows: Sequence[Row], wanted: Comparison, model: str) -> str:
     lines = [
         f"# {Path(model).name}: methods compared",
         "",
-        f"Widths {_widths(wanted)}; {settings.quantizer}, {settings.one_bit} at one bit, "
+        f"Widths {_widths(wanted)}; {_schemes(wanted)}{settings.quantizer}, {settings.one_bit} at one bit, "
         f"groups of {settings.group_size}, other linears at {' or '.join(map(str, settings.linear.choices))} bits. "
         f"{rows[0]['tokens']:,} held-out tokens, windows of {wanted.window}.",
     ]
@@ -170,6 +179,11 @@ def _widths(wanted: Comparison) -> str:
     return "; ".join([*texts, f"{', '.join(map(str, parts[-1][0]))}{' for the others' if texts else ''}"])
 
 
+def _schemes(wanted: Comparison) -> str:
+    """Return a phrase with the schemes, where they are not grids alone."""
+    return "" if wanted.schemes == (GRID.name,) else f"experts stored as {' and as '.join(wanted.schemes)}; "
+
+
 def _line(values: Sequence[str]) -> str:
     return f"| {' | '.join(values)} |"
 
@@ -190,7 +204,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Plot KL divergence and perplexity against average bits, with one line per method.
+    """Plot KL divergence and perplexity against stored bits, with one line per method and scheme.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -203,9 +217,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     titles = ("KL divergence to the original (nats per token)", "perplexity")
     for axes, name, title in zip(figure.subplots(1, 2), names, titles, strict=True):
         for number, (key, found) in enumerate(grouped(rows).items()):
-            points = sorted((average, *cell(of, name)) for average, of in found.items())
-            x, y, error = zip(*points, strict=True)
-            ours = key[0] == OURS
+            points = sorted((seeds(of, "stored") or (average,), *cell(of, name)) for average, of in found.items())
+            x, y, error = zip(*((at[0], *rest) for at, *rest in points), strict=True)
+            ours = any(row["method"] == OURS for of in found.values() for row in of)
             style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 9} if ours else {"linewidth": 1.2}
             marker, line = "osD^vP*X<>hp"[number % 12], "--" if number >= 10 and not ours else "-"
             axes.errorbar(x, y, yerr=error, label=_label(*key), marker=marker, linestyle=line, markersize=4, **style)
@@ -213,7 +227,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-        axes.set_xlabel("average bits per expert weight")
+        axes.set_xlabel("stored bits per expert weight, with scales")
         axes.set_ylabel(title)
         axes.grid(visible=True, which="both", alpha=0.25)
     if rows[0]["perplexity"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from planner.calibration.reading.text import CalibrationText, calibration_text, 
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import UsageError
 
@@ -35,6 +36,7 @@ class Comparison:
         tasks: names of lm-eval tasks, or task files.
         limit: maximum number of documents per task; None for all.
         odp: further ODP thresholds at which every plan is evaluated.
+        schemes: the schemes of experts, in each of which every plan is made.
     """
 
     methods: tuple[str, ...]
@@ -50,6 +52,11 @@ class Comparison:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     odp: tuple[float, ...] = ()
+    schemes: tuple[SchemeChoice, ...] = ("grid",)
+
+    def settings_of(self, scheme: SchemeChoice) -> QuantizeSettings:
+        """Return the settings for a scheme before there is a plan: a grid's bound the sizes of ``auto``."""
+        return replace(self.settings, scheme=POSSIBLE[scheme][0])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -7,17 +7,18 @@ from dataclasses import replace
 from planner.calibration.kl.gradients import head_rows
 from planner.calibration.reading.decoder import compute_dtype
 from planner.common.memory import resident_bytes
-from planner.comparison.entries import choices_of, gives, varies
+from planner.comparison.entries import choices_of, gives, measures_of, schemes_of, varies
 from planner.comparison.evaluate import AT_A_TIME
 from planner.comparison.request import ComparisonRun
 from planner.estimates.memory import FLOAT, Reading, hidden_bytes, reading_ram
-from planner.estimates.needs import Needs
+from planner.estimates.needs import Needs, largest
 from planner.estimates.quantizing import passes_of, quantize_needs
 from planner.estimates.seconds import reading_seconds
 from planner.estimates.serving import text_config
 from planner.evaluation.passes import FILES, LOGITS_BESIDE
 from planner.model.sizes import estimate
 from planner.planning.methods import METHODS
+from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
 
 ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
 """Bytes of a row in table, CSV and JSON together, and of the plot."""
@@ -31,48 +32,55 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
         tokens: number of tokens of the held-out text.
     """
     wanted, config = run.wanted, run.model.config
-    models = sum(_models(run, name) for name in wanted.methods)
-    rows = models * (1 + len(wanted.odp))
+    models = {scheme: sum(_models(run, name, scheme) for name in wanted.methods) for scheme in wanted.schemes}
+    rows = sum(models.values()) * (1 + len(wanted.odp))
     gptq = wanted.settings.calibrated
     text = Reading(wanted.samples, wanted.length, wanted.settings.streams)
-    one, passes = _quantizing(run, text if gptq else None), _statistics_passes(run)
+    each, passes = {it: _quantizing(run, text if gptq else None, it) for it in models}, _statistics_passes(run)
+    one = max(each.values(), key=lambda needs: needs.written_bytes)
     stored = gptq or bool(wanted.tasks)
     state = compute_dtype(run.device).itemsize * tokens * int(text_config(config).get("hidden_size") or 0)
     together = min(rows, max(1, AT_A_TIME // max(1, state)))
     states = state * (2 + FILES * together)
-    seconds = one.seconds * models / (run.jobs if stored else 1)
+    ram = max(needs.ram_bytes for needs in each.values())
+    seconds = sum(each[it].seconds * count for it, count in models.items()) / (run.jobs if stored else 1)
     held_out = Reading(max(1, tokens // wanted.window), wanted.window)
     for reading, count in ((replace(text, streams=0), passes), (held_out, 1.0 + rows)):
         seconds += reading_seconds(config, run.layout, reading, count, run.device) if count else 0.0
     return Needs(
         written_bytes=PLOT_BYTES + ROW_BYTES * (1 + rows),
         temporary_bytes=states + together * one.written_bytes * stored + hidden_bytes(config, text) * (passes > 0),
-        ram_bytes=max(_evaluation_ram(run, tokens, states), _making_ram(run, text, passes, one.ram_bytes * stored)),
+        ram_bytes=max(_evaluation_ram(run, tokens, states), _making_ram(run, text, passes, ram * stored)),
         device_bytes=one.device_bytes,
         seconds=seconds,
     )
 
 
-def _models(run: ComparisonRun, name: str) -> int:
-    """Return the number of models of a method."""
+def _models(run: ComparisonRun, name: str, scheme: SchemeChoice) -> int:
+    """Return the number of models of a method in a scheme; what has grids alone counts with the first scheme."""
+    known, wanted = schemes_of(run, name), run.wanted.schemes
+    if scheme not in (known if set(known) <= set(wanted) else wanted[:1]):
+        return 0
     averages = sum(gives(name, average) for average in run.wanted.averages)
     return averages * (run.wanted.seeds if varies(name) else 1)
 
 
-def _quantizing(run: ComparisonRun, reading: Reading | None) -> Needs:
-    """Return the needs of quantizing one model with the mean budget for all experts."""
+def _quantizing(run: ComparisonRun, reading: Reading | None, scheme: SchemeChoice) -> Needs:
+    """Return the needs of quantizing one model in a scheme with the mean budget for all experts."""
     wanted = run.wanted
     bits = round(sum(wanted.averages) / len(wanted.averages))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
-    settings = wanted.settings
-    sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
-    return quantize_needs(run.model, run.layout, experts, sizes, wanted.settings, [run.device], reading)
+    found = []
+    for settings in map(wanted.settings_of, POSSIBLE[scheme]):
+        sizes = estimate(run.model, run.layout, experts, settings.group_size, settings.linear, settings.storage)
+        found.append(quantize_needs(run.model, run.layout, experts, sizes, settings, [run.device], reading))
+    return largest(found)
 
 
 def _statistics_passes(run: ComparisonRun) -> float:
     """Return the number of forward passes over calibration texts. Methods with equal measures share statistics."""
     distinct = {
-        (METHODS[name].measures, choices_of(run, name) if METHODS[name].measures else ())
+        (measures_of(run, name), choices_of(run, name) if METHODS[name].measures else ())
         for name in run.wanted.methods
         if METHODS[name].calibrated
     }

@@ -17,7 +17,7 @@ from planner.model.sizes import Sizes
 from planner.output.files import SHARD_COPIES
 from planner.quantization.quantizers.hessian import FACTOR_COPIES
 from planner.quantization.quantizers.target import SHIFT_COPIES
-from planner.quantization.rows import PART_BYTES
+from planner.quantization.rows import part_bytes
 
 FLOAT = 4
 
@@ -58,9 +58,18 @@ class Reading:
         return self.sequences * self.length
 
 
-def rounding_ram(sizes: Sizes, threads: int, jobs: int) -> int:
-    """Return the resident bytes of quantizing without calibration, for this process and its workers together."""
-    own, working = resident_bytes(), SHARD_COPIES * sizes.largest_shard_bytes + threads * PART_BYTES
+def rounding_ram(layout: Layout, sizes: Sizes, row_step: int, threads: int, jobs: int) -> int:
+    """Return the resident bytes of quantizing without calibration, for this process and its workers together.
+
+    Args:
+        layout: the source's layout.
+        sizes: sizes of the output.
+        row_step: rows that the experts' scheme keeps together.
+        threads: number of threads of each process.
+        jobs: number of processes that quantize.
+    """
+    part = max(part_bytes(columns, row_step) for layer in layout.layers for _, columns in layer.shapes.values())
+    own, working = resident_bytes(), SHARD_COPIES * sizes.largest_shard_bytes + threads * part
     return own + working if jobs == 1 else own + jobs * (own + working)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -27,3 +28,8 @@ class Needs:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for ``--json``."""
         return asdict(self)
+
+
+def largest(found: Sequence[Needs]) -> Needs:
+    """Return the most that any of several ways needs of each resource, where it is not known which one is taken."""
+    return Needs(**{item.name: max(getattr(needs, item.name) for needs in found) for item in fields(Needs)})

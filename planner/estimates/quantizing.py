@@ -59,7 +59,7 @@ def quantize_needs(
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
-    ram = rounding_ram(sizes, torch.get_num_threads(), jobs)
+    ram = rounding_ram(layout, sizes, settings.storage.scheme.row_step, torch.get_num_threads(), jobs)
     seconds = quantizing_seconds(config, layout, experts, settings, devices, reading)
     if reading is not None:
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
@@ -85,10 +85,12 @@ def quantizing_seconds(
 ) -> float:
     """Return the seconds of quantizing by a plan; the arguments are those of :func:`quantize_needs`."""
     device = devices[0]
-    if reading is not None and reading.gptq:
-        return reading_seconds(config, layout, reading, COUNTING_PASSES, device)
     workers = torch.get_num_threads() if device.type == "cpu" else len(devices)
-    return rounding_seconds(layout, experts, settings, workers, device)
+    calibrated = reading is not None and reading.gptq
+    seconds = rounding_seconds(layout, experts, settings, workers, device, grids=not calibrated)
+    if reading is not None and calibrated:
+        seconds += reading_seconds(config, layout, reading, COUNTING_PASSES, device)
+    return seconds
 
 
 def calibrate_needs(

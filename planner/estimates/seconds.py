@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,24 +16,38 @@ from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantizer_for
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
+from planner.quantization.rows import TILES
 from planner.quantization.settings import QuantizeSettings
 from planner.sensitivity import max_variance_of_rows
-from vllm_moeq.format import WHOLE_ROW
+from vllm_moeq.format import GRID, WHOLE_ROW, Scheme
+
+LONG = 1.0
+"""Seconds of a run that is not repeated: the search for a trellis without the native library is slow."""
 
 SIDE = 1024
-"""Side of the square matrices whose product is timed."""
+"""Side of the square matrices whose product is timed, and the most columns of which a trellis is."""
 
 
 def rounding_seconds(
-    layout: Layout, experts: Mapping[str, Sequence[int]], settings: QuantizeSettings, threads: int, device: torch.device
+    layout: Layout,
+    experts: Mapping[str, Sequence[int]],
+    settings: QuantizeSettings,
+    threads: int,
+    device: torch.device,
+    grids: bool = True,
 ) -> float:
-    """Return the seconds to quantize all experts without calibration on ``threads`` threads or GPUs."""
+    """Return the seconds to quantize all experts without calibration on ``threads`` threads or GPUs.
+
+    Without ``grids`` only other schemes count: what the search for their codes takes with calibration too.
+    """
     columns = max(columns for layer in layout.layers for _, columns in layer.shapes.values())
-    weights: dict[int, int] = {}
+    weights: Counter[tuple[int, Scheme]] = Counter()
     for layer in layout.layers:
-        for bits in experts[layer.prefix]:
-            weights[bits] = weights.get(bits, 0) + layer.weights_per_expert
-    return sum(count / _rate(bits, columns, settings, device) for bits, count in weights.items()) / threads
+        widths = experts[layer.prefix]
+        for bits, scheme in zip(widths, settings.storage.schemes(layer.prefix, widths), strict=True):
+            if grids or scheme is not GRID:
+                weights[bits, scheme] += layer.weights_per_expert
+    return sum(count / _rate(*kind, columns, settings, device) for kind, count in weights.items()) / threads
 
 
 def reading_seconds(
@@ -75,12 +90,15 @@ def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens
     return total
 
 
-def _rate(bits: int, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
+def _rate(bits: int, scheme: Scheme, columns: int, settings: QuantizeSettings, device: torch.device) -> float:
     """Return the number of weights that one thread quantizes per second."""
-    step = settings.storage.scheme_of(bits).row_step
-    rows = max(1, BLOCK_WEIGHTS // (columns * step)) * step
+    if scheme is GRID:
+        rows = max(1, BLOCK_WEIGHTS // columns)
+    else:
+        columns = min(columns, SIDE)  # the time of a weight hardly depends on them
+        rows = TILES * scheme.row_step
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
-    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
+    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points, scheme)
     group = columns if settings.group_size == WHOLE_ROW else settings.group_size
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,7 +115,7 @@ def _product_rate(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of three runs."""
+    """Return the seconds of the fastest of three runs, or of the first if it takes long."""
     found = []
     for _ in range(3):
         began = time.perf_counter()
@@ -105,4 +123,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
+        if found[-1] > LONG:
+            break
     return min(found)

@@ -8,7 +8,7 @@ from planner.model.hub import companion_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import GRIDS, Sizes, Storage
 from planner.model.source import SourceModel
-from vllm_moeq.format import LINEAR_SUFFIXES, Linear
+from vllm_moeq.format import LINEAR_SUFFIXES, SCHEMES, Linear
 
 HEADER_ENTRY = 72
 """Bytes of a tensor's entry in a shard's header without its name: dtype, shape, offsets."""
@@ -46,8 +46,9 @@ def _names(layout: Layout, linear: Linear, storage: Storage) -> Iterator[str]:
     """Yield the names of the output's tensors."""
     for layer in layout.layers:
         for expert in range(layer.num_experts):
+            scheme = SCHEMES[storage.chosen[layer.prefix][expert]] if layer.prefix in storage.chosen else storage.scheme
             for projection in layer.projections.names():
-                for suffix in storage.scheme.suffixes:
+                for suffix in scheme.suffixes:
                     yield f"{layer.prefix}.{expert}.{projection}.{suffix}"
     for name in layout.linears:
         base = name.removesuffix(".weight")

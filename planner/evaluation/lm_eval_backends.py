@@ -16,7 +16,7 @@ import torch
 from planner.common.install import require
 from planner.common.progress import Progress
 from planner.evaluation.vllm_server import Server, cpu_environment
-from vllm_moeq.format import ConfigError
+from vllm_moeq.completeness import cannot_load
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _in_transformers(
                 batch_size=batch_size, trust_remote_code=False,
             )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+        raise cannot_load(folder, error) from None
     yield model
 
 

@@ -12,9 +12,9 @@ import torch
 from planner.common.progress import Progress
 from planner.evaluation.reader_by_layer import LayerReader
 from planner.evaluation.reader_whole import WholeReader
-from planner.model.architectures import find_architecture
 from planner.model.encodings import DECODED
 from planner.model.quantized import is_moeq
+from planner.model.recognize import find_architecture
 from vllm_moeq.format import ConfigError, read_json
 
 

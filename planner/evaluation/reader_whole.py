@@ -11,34 +11,13 @@ import torch
 
 from planner.calibration.reading.decoder import ROWS, compute_dtype
 from planner.calibration.reading.hidden import file_tensor
+from planner.calibration.reading.replay import StoredOutputs
 from planner.calibration.reading.routed import batches
 from planner.common.install import require
 from planner.common.progress import Progress
 from planner.output.files import sync, write_json
-from vllm_moeq.format import ConfigError, read_json
-
-
-class _Output:
-    """The output of a base model as a head uses it: hidden states, and None for every other field."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        self.last_hidden_state = states
-
-    def __getattr__(self, _name: str) -> None:
-        return None
-
-    def __getitem__(self, _index: int) -> torch.Tensor:
-        return self.last_hidden_state
-
-
-class _StoredOutputs(torch.nn.Module):
-    """A stand-in for a model's base, that is everything but the head. It returns hidden states computed earlier."""
-
-    states = torch.empty(0)
-
-    def forward(self, *_arguments: Any, **_options: Any) -> _Output:
-        """Return the hidden states in the form of the base's output."""
-        return _Output(self.states)
+from vllm_moeq.completeness import cannot_load
+from vllm_moeq.format import read_json
 
 
 class WholeReader:
@@ -58,7 +37,7 @@ class WholeReader:
         try:
             text = AutoConfig.from_pretrained(folder).get_text_config()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+            raise cannot_load(folder, error) from None
         self.vocabulary, self._hidden = int(text.vocab_size), int(text.hidden_size)
         self._device, self._dtype, self._batch = device, compute_dtype(device), batch
         self.state_bytes = self._hidden * self._dtype.itemsize
@@ -88,7 +67,7 @@ class WholeReader:
         """See :class:`planner.evaluation.reader.Reader`."""
         if self._model is None:
             self._load()
-        replaying = _StoredOutputs()
+        replaying = StoredOutputs()
         setattr(self._model, self._name, replaying)
 
         def logits(states: torch.Tensor) -> torch.Tensor:
@@ -105,7 +84,7 @@ class WholeReader:
     def release(self) -> None:
         """See :class:`planner.evaluation.reader.Reader`."""
         if self._base is not None:
-            setattr(self._model, self._name, _StoredOutputs())
+            setattr(self._model, self._name, StoredOutputs())
         self._base = None
 
     def close(self) -> None:
@@ -139,4 +118,4 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it ({error})") from None
+        raise cannot_load(folder, error) from None

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from planner.common.progress import Progress
-from planner.model.architectures import Architecture, find_architecture
+from planner.model.architectures import Architecture
 from planner.model.hub import companions
+from planner.model.recognize import find_architecture
 from planner.model.tensors import fuse
 from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
@@ -37,7 +38,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     Raises:
         MoeqError: a damaged checkpoint, an output that exists, a full disk.
     """
-    check_checkpoint(folder, values=False)
+    check_checkpoint(folder)
     config = load_config(folder)
     source = read_json(folder / "config.json")
     name = str(dtype).removeprefix("torch.")

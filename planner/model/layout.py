@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from planner.model.architectures import Architecture, Stack, architecture_for
+from planner.model.architectures import Architecture, Stack
 from planner.model.encodings import DECODED
+from planner.model.recognize import architecture_for
 from planner.model.source import SourceModel
-from vllm_moeq.format import EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
+from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
 
 ROWS_MULTIPLE = 32
 """A matrix whose number of output neurons is no multiple of this is a gate or the like; no low-bit kernel takes it."""
@@ -69,6 +70,7 @@ class Layout:
         plain: the matrices among ``kept``; vLLM may have a linear layer for them, so the config must list them as
             unquantized.
         left_out: tensors of layers for speculative decoding; the output does not have them.
+        odd: the matrices among ``plain`` that would be linears if a block of codes divided their input dimension.
     """
 
     model_type: str
@@ -78,6 +80,7 @@ class Layout:
     kept: tuple[str, ...]
     plain: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -126,7 +129,7 @@ def read_layout(model: SourceModel) -> Layout:
     """
     row = architecture_of(model)
     _refuse_quantized(model)
-    places = [(stack, index) for stack in row.stacks for index in range(model.integer(*stack.count))]
+    places = [(stack, index) for stack in row.stacks for index in range(stack.length or model.integer(*stack.count))]
     layers = [_read_layer(model, row, *place) for place in places if _has_experts(model, row, *place)]
     if not layers:
         raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
@@ -140,6 +143,7 @@ def read_layout(model: SourceModel) -> Layout:
         kept=tuple(sorted(kept)),
         plain=tuple(sorted(name for name in kept if _is_plain(name, model.shards.info(name)))),
         left_out=tuple(sorted(left_out)),
+        odd=tuple(sorted(name for name in kept if _is_odd(name, model.shards.info(name), row, blocks, layers))),
     )
 
 
@@ -196,8 +200,19 @@ def _is_of_an_expert(model: SourceModel, name: str, prefixes: tuple[str, ...], r
 
 
 def _is_linear(name: str, info: TensorInfo, row: Architecture) -> bool:
+    return _is_matrix(name, info, row) and info.shape[1] % CODES_PER_BLOCK == 0
+
+
+def _is_matrix(name: str, info: TensorInfo, row: Architecture) -> bool:
+    """Tell whether a tensor is a matrix that may be quantized, if its inputs fit."""
     matrix = name.endswith(".weight") and len(info.shape) == 2 and info.dtype.is_floating_point
     return matrix and not name.endswith(row.kept) and info.shape[0] % ROWS_MULTIPLE == 0
+
+
+def _is_odd(name: str, info: TensorInfo, row: Architecture, blocks: Sequence[str], layers: Sequence[MoeLayer]) -> bool:
+    """Tell whether a matrix in a layer is no linear for the size of its input dimension alone."""
+    inside = any(head in blocks for head in _heads(name)) and name not in {layer.router for layer in layers}
+    return inside and _is_matrix(name, info, row) and info.shape[1] % CODES_PER_BLOCK != 0
 
 
 def _is_plain(name: str, info: TensorInfo) -> bool:
@@ -215,7 +230,7 @@ def _read_layer(model: SourceModel, row: Architecture, stack: Stack, index: int)
     """Check one layer's router, and that each of its experts has all matrices in the same shapes; return the layer."""
     block = f"{stack.layers}.{index}"
     router, prefix = f"{block}.{stack.inside}{row.router}", f"{block}.{stack.inside}{row.experts}"
-    num_experts = model.integer(*EXPERT_COUNT)
+    num_experts = row.num_experts or model.integer(*EXPERT_COUNT)
     info = model.shards.info(router)
     if len(info.shape) != 2 or info.shape[0] != num_experts or 0 in info.shape:
         raise CheckpointError(

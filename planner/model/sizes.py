@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
-from vllm_moeq.format import GRID, Linear, Scheme, TensorInfo, UsageError
+from vllm_moeq.format import GRID, SCHEMES, Linear, Scheme, TensorInfo, UsageError
 
 SHAPE_BYTES = 16
 """Bytes of the shape that a packed linear stores."""
@@ -48,14 +48,21 @@ class Storage:
     Attributes:
         scheme: the scheme of the widths that it has; the others are grids.
         rotated: whether layers have signs of a rotation.
+        chosen: experts prefix → name of each expert's scheme, where a plan says it.
     """
 
     scheme: Scheme = GRID
     rotated: bool = False
+    chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def scheme_of(self, bits: int) -> Scheme:
-        """Return the scheme of experts of a width."""
+        """Return the scheme of experts of a width where no plan says it."""
         return self.scheme if bits in self.scheme.widths else GRID
+
+    def schemes(self, prefix: str, widths: Sequence[int]) -> list[Scheme]:
+        """Return the scheme of each expert of a layer."""
+        names = self.chosen.get(prefix) if self.rotated else None
+        return [self.scheme_of(bits) for bits in widths] if names is None else [SCHEMES[name] for name in names]
 
     def shared_bytes(self, layer: MoeLayer) -> int:
         """Return the bytes that a layer's experts share: a sign for each input of gate and up, and of down."""
@@ -66,15 +73,15 @@ class Storage:
 GRIDS = Storage()
 
 
-def expert_bytes(layer: MoeLayer, bits: int, group_size: int, storage: Storage = GRIDS) -> int:
+def expert_bytes(layer: MoeLayer, bits: int, group_size: int, scheme: Scheme = GRID) -> int:
     """Return the bytes of one expert of a width, in bits."""
-    scheme = storage.scheme_of(bits)
     return sum(scheme.nbytes(rows, columns, bits, group_size) for rows, columns in layer.shapes.values())
 
 
 def layer_bytes(layer: MoeLayer, widths: Sequence[int], group_size: int, storage: Storage = GRIDS) -> int:
     """Return the bytes of a layer's quantized experts."""
-    experts = sum(count * expert_bytes(layer, bits, group_size, storage) for bits, count in Counter(widths).items())
+    kinds = Counter(zip(widths, storage.schemes(layer.prefix, widths), strict=True))
+    experts = sum(count * expert_bytes(layer, bits, group_size, scheme) for (bits, scheme), count in kinds.items())
     return experts + storage.shared_bytes(layer)
 
 
@@ -142,17 +149,20 @@ def average_for_budget(
         raise UsageError(f"--budget-gib: expected a positive number, found {budget_gib:g}")
     fixed = linear_bytes(model, layout, linear)
     fixed += sum(model.shards.info(name).nbytes for name in layout.kept)
-    weights = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers)
+    taken = {
+        bits: fixed + sum(layer_bytes(it, [bits] * it.num_experts, group_size, storage) for it in layout.layers)
+        for bits in bit_choices
+    }
     low, high = min(bit_choices), max(bit_choices)
-    # What experts take besides their codes does not depend on their width.
-    experts = sum(layer_bytes(layer, [low] * layer.num_experts, group_size, storage) for layer in layout.layers)
-    fixed += experts - weights * low // 8
-    average = Fraction(8) * (Fraction(str(budget_gib)) * GIB - fixed) / weights
-    if average < low:
-        needed = (fixed + weights * low / 8) / GIB
+    budget = Fraction(str(budget_gib)) * GIB
+    if budget < taken[low]:
+        codes = sum(layer.weights_per_expert * layer.num_experts for layer in layout.layers) * low / 8
         raise UsageError(
-            f"--budget-gib: {low} bits for every expert take {needed:.4g} GiB "
-            f"({fixed / GIB:.4g} GiB of it not expert codes), found {budget_gib:g}"
+            f"--budget-gib: {low} bits for every expert take {taken[low] / GIB:.4g} GiB "
+            f"({(taken[low] - codes) / GIB:.4g} GiB of it not expert codes), found {budget_gib:g}"
         )
+    # A width of another scheme may take more for a bit than the others; all bits may be spent on it.
+    steps = [Fraction(taken[bits] - taken[low], bits - low) for bits in bit_choices if bits > low]
+    average = low + (budget - taken[low]) / max(steps) if steps else Fraction(low)
     # Six decimals, rounded down: plan.json stores the average as a decimal number.
     return min(Fraction(math.floor(average * 10**6), 10**6), Fraction(high))

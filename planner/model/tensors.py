@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from planner.model.architectures import Architecture, Fused, find_architecture
+from planner.model.architectures import Architecture, Fused
 from planner.model.encodings import PLAIN, Codec, codec_of
+from planner.model.recognize import find_architecture
 from planner.model.renamed import PublishedNames
 from vllm_moeq.format import CheckpointError, ShardSet, TensorInfo
 from vllm_moeq.format.tensors import Tensors
@@ -162,13 +163,14 @@ def _fused(files: Tensors, row: Architecture, fused: Fused, block: str) -> dict[
     if names.up is None:
         return {}
     found: dict[str, Matrix] = {}
+    exchanged = _exchanged(files, f"{block}{fused.gate_up}", f"{block}{fused.down}", fused.transposed)
     for stored, projections in ((fused.gate_up, (names.gate, names.up)), (fused.down, (names.down,))):
         name = f"{block}{stored}"
         codec = codec_of(name, files.tensors)
         if next(iter(codec.tensors(name).values())) not in files.tensors:
             continue
         shape = codec.shape(name, files)
-        transposed = fused.transposed and codec is PLAIN
+        transposed = exchanged and codec is PLAIN
         if len(shape) != 3 or shape[1 + transposed] % len(projections):
             raise CheckpointError(
                 f"{files.folder}: tensor {name}: expected [experts, {len(projections)} × outputs, inputs]"
@@ -183,6 +185,26 @@ def _fused(files: Tensors, row: Architecture, fused: Fused, block: str) -> dict[
                 logical = f"{block}{row.experts}.{expert}.{projection}.weight"
                 found[logical] = replace(whole, index=expert, first=first, step=step)
     return found
+
+
+def _exchanged(files: Tensors, gate_up: str, down: str, usual: bool) -> bool:
+    """Tell by shapes whether two fused tensors have their last two dimensions exchanged.
+
+    Qwen3-VL exists in both forms. The shapes of the two together are those of one form only.
+
+    Args:
+        files: the stored tensors.
+        gate_up: name of the tensor of gate and up.
+        down: name of the tensor of down.
+        usual: the answer for tensors that fit neither form, or that are encoded.
+    """
+    first, second = (files.tensors.get(name) for name in (gate_up, down))
+    if first is None or second is None or len(first.shape) != 3 or len(second.shape) != 3:
+        return usual
+    (_, rows, columns), (_, outputs, inputs) = first.shape, second.shape
+    if (rows, columns) == (2 * inputs, outputs):
+        return False
+    return (rows, columns) == (inputs, 2 * outputs) or usual
 
 
 def fuse(fused: Fused, experts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from planner.model.architectures import find_architecture
 from planner.model.companions import check_companions
 from planner.model.layout import COUNTS, Layout, architecture_of, read_layout
 from planner.model.quantized import is_moeq
+from planner.model.recognize import find_architecture
 from planner.model.skeleton import ConfigModel, SkeletonTensors
 from planner.model.source import CONFIG, SourceModel
 from planner.model.tensors import SourceTensors

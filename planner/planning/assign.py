@@ -99,7 +99,7 @@ def layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptio
         raise UsageError(f"--overrides: expected a method for single experts, found {options.resolved_method}")
     prefixes = [layer.prefix for layer in layout.layers]
     sizes = [layer.num_experts for layer in layout.layers]
-    method_costs = method.costs_for(options.calibrated_quantizer)
+    method_costs = method.costs_for(options.quantizer)
     if method_costs is not None:
         tables = method_costs(scores, options.bit_choices)
         costs = [[sum(column) for column in zip(*tables[prefix], strict=True)] for prefix in prefixes]

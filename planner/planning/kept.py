@@ -50,6 +50,7 @@ class PlanRequest:
         kept |= {
             "method": options.resolved_method,
             "avg_bits": str(options.avg_bits),
+            "trellis_bits": None if options.trellis_bits is None else str(options.trellis_bits),
             "linears": None if options.linears is None else asdict(options.linears),
             "stats": _digest(options.stats) if options.stats is not None and options.stats.is_file() else None,
             "initial_model": _stamps(options.initial_model) if options.initial_model is not None else None,

@@ -25,6 +25,7 @@ from planner.planning.assign import (
 )
 from planner.planning.method import Method, Scores
 from planner.planning.methods import METHODS, UNRANKED
+from planner.planning.priced import Priced, priced
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.scores import linear_scores, score_experts
 from planner.planning.together import linear_table, objective, solve_together
@@ -35,13 +36,21 @@ NEAR_TIE = 1e-6
 
 @dataclass
 class _Choice:
-    """The widths and the order that a method chooses."""
+    """The widths and the order that a method chooses for one way of storing experts, and what they cost."""
 
+    way: Priced
     widths: Widths = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)
     promoted: dict[str, list[int]] = field(default_factory=dict)
     linears: dict[str, int] = field(default_factory=dict)
-    linears_cost: float = 0.0
+    cost: float = 0.0
+
+    def experts(self, layout: Layout) -> dict[str, list[int]]:
+        """Return experts prefix → bits per expert."""
+        return {
+            layer.prefix: [self.widths[layer.prefix, expert] for expert in range(layer.num_experts)]
+            for layer in layout.layers
+        }
 
 
 def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress: Progress) -> Plan:
@@ -57,18 +66,13 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
     if method.only_compared:
         raise UsageError(f"--method {options.resolved_method}: {method.only_compared}")
     scores, cost = score_experts(model, layout, method, options, progress)
-    if method.layerwise:
-        chosen = _layerwise(layout, method, scores, options)
-    elif method.linears is not None and options.linears is not None:
-        chosen = _together(model, layout, method, scores, options)
-    else:
-        chosen = _choose(layout, method, scores, options)
-    experts = {
-        layer.prefix: [chosen.widths[layer.prefix, expert] for expert in range(layer.num_experts)]
-        for layer in layout.layers
-    }
+    chosen = min(
+        (_chosen(model, layout, method, scores, way) for way in priced(layout, method, scores, options)),
+        key=lambda found: found.cost,
+    )
+    experts = chosen.experts(layout)
     if method.costs is not None:
-        cost["objective"] = _objective(method, scores, experts, options) + chosen.linears_cost
+        cost["objective"] = chosen.cost
     total = sum(sum(widths) for widths in experts.values())
     cost |= {"seconds": round(time.monotonic() - began, 3), "peak_bytes": peak_bytes()}
     return Plan.model_validate(
@@ -76,10 +80,11 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
             "version": 1,
             "method": options.resolved_method,
             "bit_choices": list(options.bit_choices),
-            "avg_bits": float(options.avg_bits),
+            "avg_bits": float(chosen.way.options.avg_bits),
             "achieved_avg_bits": total / layout.num_experts,
             "experts": experts,
             "linears": chosen.linears,
+            "schemes": chosen.way.names(experts),
             "order": chosen.order,
             "scores": scores,
             "promoted": chosen.promoted,
@@ -91,15 +96,26 @@ def make_plan(model: SourceModel, layout: Layout, options: PlanOptions, progress
     )
 
 
-def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
+def _chosen(model: SourceModel, layout: Layout, method: Method, scores: Scores, way: Priced) -> _Choice:
+    """Give every expert its width for one way of storing experts."""
+    if method.layerwise:
+        found = _layerwise(layout, method, scores, way)
+    elif method.linears is not None and way.options.linears is not None:
+        found = _together(model, layout, method, way)
+    else:
+        found = _choose(layout, method, scores, way)
+    if method.costs is not None:
+        found.cost += _objective(way, found.experts(layout))
+    return found
+
+
+def _choose(layout: Layout, method: Method, scores: Scores, way: Priced) -> _Choice:
     """Give every expert its width, one competing group after the other."""
-    found = _Choice(order={layer.prefix: [] for layer in layout.layers})
+    options, found = way.options, _Choice(way, order={layer.prefix: [] for layer in layout.layers})
     groups = ranking_groups(layout, options.ranking or method.scope)
-    costs = method.costs_for(options.calibrated_quantizer)
-    tables = costs(scores, options.bit_choices) if costs else {}
     for index, (members, total_bits) in enumerate(zip(groups, group_budgets(groups, options), strict=True)):
         if method.costs is not None:
-            widths = solve(members, total_bits, method, tables, options)
+            widths = solve(members, total_bits, method, way.tables, options)
             ranked = sorted(members, key=lambda member: -widths[member])
         else:
             ranked = ranked_experts(members, method, scores, options, index)
@@ -113,35 +129,32 @@ def _choose(layout: Layout, method: Method, scores: Scores, options: PlanOptions
     return found
 
 
-def _together(model: SourceModel, layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
+def _together(model: SourceModel, layout: Layout, method: Method, way: Priced) -> _Choice:
     """Give every expert and every linear its width, all from one budget."""
-    costs = method.costs_for(options.calibrated_quantizer)
-    linear_costs = method.costs_for(options.linears is not None and options.linears.calibrated)
-    if costs is None or linear_costs is None or options.stats is None:
+    options = way.options
+    costs = None if options.linears is None else method.costs_for(options.linears.quantizer)
+    if costs is None or options.stats is None:
         raise ValueError("expected a method with costs, and statistics")
-    table = linear_table(linear_costs, linear_scores(options.stats, layout, options))
-    widths, linears = solve_together(model, layout, options, costs(scores, options.bit_choices), table)
-    found = _Choice(widths, {layer.prefix: [] for layer in layout.layers}, linears=linears)
-    found.linears_cost = objective(layout, table, linears)
+    table = linear_table(costs, linear_scores(options.stats, layout, options))
+    widths, linears = solve_together(model, layout, way, table)
+    found = _Choice(way, widths, {layer.prefix: [] for layer in layout.layers}, linears=linears)
+    found.cost = objective(layout, table, linears)
     for prefix, expert in sorted(widths, key=lambda member: -widths[member]):
         found.order[prefix].append(expert)
     return found
 
 
-def _layerwise(layout: Layout, method: Method, scores: Scores, options: PlanOptions) -> _Choice:
+def _layerwise(layout: Layout, method: Method, scores: Scores, way: Priced) -> _Choice:
     """Give every layer its width; the experts within a layer keep their order."""
-    _, widths = layerwise(layout, method, scores, options)
-    return _Choice(widths, {layer.prefix: list(range(layer.num_experts)) for layer in layout.layers})
+    _, widths = layerwise(layout, method, scores, way.options)
+    return _Choice(way, widths, {layer.prefix: list(range(layer.num_experts)) for layer in layout.layers})
 
 
-def _objective(method: Method, scores: Scores, experts: Mapping[str, Sequence[int]], options: PlanOptions) -> float:
-    """Return the sum of the method's costs over all experts."""
-    costs = method.costs_for(options.calibrated_quantizer)
-    if costs is None:
-        raise ValueError("expected a method with costs")
-    tables = costs(scores, options.bit_choices)
+def _objective(way: Priced, experts: Mapping[str, Sequence[int]]) -> float:
+    """Return the sum of the costs of all experts."""
+    choices = way.options.bit_choices
     return math.fsum(
-        tables[prefix][expert][options.bit_choices.index(bits)]
+        way.tables[prefix][expert][choices.index(bits)]
         for prefix, widths in experts.items()
         for expert, bits in enumerate(widths)
     )
@@ -156,7 +169,7 @@ def _settings(method: Method, options: PlanOptions) -> PlanSettings:
             "counts": options.counts if method.order else None,
             "ranking": _scope(method, options),
             "seed": options.seed if method.random else None,
-            "quantizer": options.quantizer if method.calibrated_costs else None,
+            "quantizer": options.quantizer if method.quantizer_costs else None,
             "stats": str(options.stats) if options.stats and not options.temporary_stats else None,
             "initial_model": str(options.initial_model) if options.initial_model else None,
             "budget_gib": options.budget_gib,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from vllm_moeq.format import GRID
 
 LayerScores = Mapping[str, Sequence[float]]
 """Metric → one value per expert."""
@@ -14,6 +16,9 @@ Scores = Mapping[str, LayerScores]
 
 CostTable = Sequence[Sequence[float]]
 """[experts][widths]."""
+
+ROTATED = "rotated"
+"""The name under which :attr:`Method.quantizer_costs` has the costs of GPTQ's grids beside trellises."""
 
 Scope = Literal["layer", "global"]
 """The experts that compete for bits: those of one layer, or those of all layers."""
@@ -43,7 +48,10 @@ class Method:
         order: function that orders experts, highest precision first; widths are assigned down the order, by counts.
         costs: function that returns the cost of each width of each expert; the plan is the cheapest choice within the
             budget.
-        calibrated_costs: the same for a quantizer with calibration; None if it makes no difference.
+        quantizer_costs: name of a quantizer, or :data:`ROTATED` → the same for codes that it finds, where it makes a
+            difference.
+        gains: measure that the costs of other schemes than the grid need besides, a row of
+            ``planner.calibration.measures.MEASURES``; None if they need none.
         kept_widths: with costs, keep at least one expert at each of this many highest widths.
         scope: experts that compete, unless ``--ranking`` says otherwise.
         layerwise: all experts of a layer get one width; a layer's score is its first expert's, its costs are sums.
@@ -62,7 +70,8 @@ class Method:
     measures: tuple[str, ...] = ()
     order: Order | None = None
     costs: Costs | None = None
-    calibrated_costs: Costs | None = None
+    quantizer_costs: Mapping[str, Costs] = field(default_factory=dict)
+    gains: str | None = None
     kept_widths: int = 0
     scope: Scope = "layer"
     layerwise: bool = False
@@ -73,9 +82,13 @@ class Method:
     linears: str | None = None
     only_compared: str | None = None
 
-    def costs_for(self, calibrated: bool) -> Costs | None:
-        """Return the costs for a quantizer with or without calibration."""
-        return self.calibrated_costs if calibrated and self.calibrated_costs is not None else self.costs
+    def costs_for(self, quantizer: str) -> Costs | None:
+        """Return the costs for the codes that a quantizer finds."""
+        return self.quantizer_costs.get(quantizer, self.costs)
+
+    def other_measures(self, scheme: str) -> tuple[str, ...]:
+        """Return the measures that a scheme needs besides; ``auto`` needs those of all."""
+        return (self.gains,) if self.gains is not None and scheme != GRID.name else ()
 
     @property
     def calibrated(self) -> bool:
@@ -100,6 +113,22 @@ def measured(name: str) -> Costs:
         return {
             prefix: list(zip(*(found[f"{name}_{bits}"] for bits in widths), strict=True))
             for prefix, found in scores.items()
+        }
+
+    return costs
+
+
+def gained(name: str, gain: str) -> Costs:
+    """Return a function that scales the costs ``<name>_<bits>`` by what a quantizer gains, ``gain_<gain>_<bits>``."""
+
+    def costs(scores: Scores, widths: Sequence[int]) -> dict[str, CostTable]:
+        plain, factors = measured(name)(scores, widths), measured(f"gain_{gain}")(scores, widths)
+        return {
+            prefix: [
+                [cost * factor for cost, factor in zip(*rows, strict=True)]
+                for rows in zip(table, factors[prefix], strict=True)
+            ]
+            for prefix, table in plain.items()
         }
 
     return costs

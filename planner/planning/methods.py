@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from planner.allocation import rank_experts
 from planner.planning.method import (
+    ROTATED,
     CostTable,
     LayerScores,
     Method,
@@ -14,6 +15,7 @@ from planner.planning.method import (
     Scores,
     ascending,
     descending,
+    gained,
     measured,
 )
 from planner.sensitivity.spectrum import MATRICES, alpha_costs
@@ -47,7 +49,11 @@ def _divergence(measure: str, name: str) -> Method:
     return Method(
         measures=(measure,),
         costs=measured(name),
-        calibrated_costs=measured(f"{name}_gptq"),
+        quantizer_costs={
+            "gptq": measured(f"{name}_gptq"),
+            **{gain: gained(name, gain) for gain in ("trellis", "viterbi", ROTATED)},
+        },
+        gains="others",
         scope="global",
         choices=(1, 2, 3, 4),
         linears=f"{measure}-linears",

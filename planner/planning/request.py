@@ -12,7 +12,14 @@ from typing import Any
 from planner.model.layout import Layout
 from planner.planning.method import Method
 from planner.planning.methods import METHODS, OURS, PAPER
-from planner.quantization.quantizers.table import DEFAULT, QUANTIZERS, check_widths
+from planner.quantization.quantizers.table import (
+    AUTO_SCHEME,
+    DEFAULT,
+    QUANTIZERS,
+    SchemeChoice,
+    calibrated_names,
+    check_widths,
+)
 from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
 
 
@@ -21,14 +28,12 @@ class LinearChoice:
     """The linears outside the experts get a width each, from the same bytes as the experts.
 
     Attributes:
-        group_size: expert weights per scale, or −1 for whole rows.
         linear_group_size: weights of linears per scale.
-        calibrated: whether the quantizer of linears reads a text.
+        quantizer: name of the quantizer of linears.
     """
 
-    group_size: int
     linear_group_size: int
-    calibrated: bool
+    quantizer: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class PlanOptions:
         ranked: False skips scores and order and assigns widths by index, for estimates from headers alone.
         calibrated: a text is given, so that statistics will follow.
         linears: how linears outside the experts compete with experts; None if the plan gives them no widths.
+        scheme: the scheme of experts, or ``auto``.
+        group_size: weights per scale of a grid, or −1 for whole rows.
+        trellis_bits: with ``auto`` and a budget, the average that the budget allows with trellises.
     """
 
     avg_bits: Fraction
@@ -59,18 +67,27 @@ class PlanOptions:
     ranked: bool = True
     calibrated: bool = False
     linears: LinearChoice | None = None
+    scheme: SchemeChoice = "grid"
+    group_size: int = 128
+    trellis_bits: Fraction | None = None
+
+    @property
+    def filled_by_average(self) -> bool:
+        """Whether the average alone keeps the plan within a budget of bytes."""
+        return self.budget_gib is not None and self.linears is None
+
+    @property
+    def expert_measures(self) -> tuple[str, ...]:
+        """The measures of experts that the method needs for the scheme."""
+        method = METHODS[self.resolved_method]
+        return (*method.measures, *method.other_measures(self.scheme))
 
     @property
     def measures(self) -> tuple[str, ...]:
         """The measures that the method needs, rows of ``planner.calibration.measures.MEASURES``."""
         method = METHODS[self.resolved_method]
         own = (method.linears,) if self.linears is not None and method.linears is not None else ()
-        return (*method.measures, *own)
-
-    @property
-    def calibrated_quantizer(self) -> bool:
-        """Whether the quantizer that will find the codes reads a text."""
-        return QUANTIZERS[self.quantizer].calibrated
+        return (*self.expert_measures, *own)
 
     @property
     def resolved_method(self) -> str:
@@ -116,9 +133,21 @@ def check_options(options: PlanOptions) -> None:
         )
     if options.linears is not None:
         _check_linears(options, method)
+    if options.scheme == AUTO_SCHEME:
+        _check_auto_scheme(options, method)
     check_widths(options.quantizer, options.bit_choices)
     if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
+
+
+def _check_auto_scheme(options: PlanOptions, method: Method) -> None:
+    """Raise UsageError where nothing measures what each scheme costs."""
+    if method.gains is None or not QUANTIZERS[options.quantizer].calibrated:
+        able = " or ".join(name for name, row in METHODS.items() if row.gains is not None)
+        raise UsageError(
+            f"--scheme {AUTO_SCHEME}: expected --method {able} with --quantizer {' or '.join(calibrated_names())}, "
+            f"which measure both schemes, found {options.resolved_method} with {options.quantizer}"
+        )
 
 
 def _check_linears(options: PlanOptions, method: Method) -> None:

@@ -26,7 +26,7 @@ from planner.quantization.rows import open_threads
 from planner.sensitivity import max_variance_of_rows, router_norm, spectral_scores
 from planner.sensitivity.max_var import BLOCK_WEIGHTS
 from planner.sensitivity.spectrum import MATRICES
-from vllm_moeq.format import CheckpointError, ShardSet, UsageError
+from vllm_moeq.format import GRID, CheckpointError, ShardSet, UsageError
 
 READERS = 8
 """Maximum number of threads that score matrices: more would only keep more of the model in memory."""
@@ -132,7 +132,7 @@ def _from_statistics(found: LayerStatistics | None, method: Method, options: Pla
     if found is None:
         return {}
     entry = {name: getattr(found, name).double().tolist() for name in method.observed}
-    for measure in method.measures:
+    for measure in options.expert_measures if method.measures else ():
         names = MEASURES[measure].all_names(options.bit_choices)
         entry |= {name: found.measured[name].double().tolist() for name in names}
     return entry
@@ -199,11 +199,14 @@ def linear_scores(path: Path, layout: Layout, options: PlanOptions) -> dict[str,
 
 def _require(found: dict[str, LayerStatistics], method: Method, options: PlanOptions) -> None:
     """Refuse statistics that lack values which the method needs; the message names the command that makes them."""
-    names = [name for measure in method.measures for name in MEASURES[measure].all_names(options.bit_choices)]
+    known = options.expert_measures if method.measures else ()
+    names = [name for measure in known for name in MEASURES[measure].all_names(options.bit_choices)]
     missing = sorted({name for name in names if any(name not in layer.measured for layer in found.values())})
     if missing:
         widths = ",".join(map(str, options.bit_choices))
+        scheme = "" if options.scheme == GRID.name else f" --scheme {options.scheme}"
         raise UsageError(
             f"--stats: {options.stats}: expected {', '.join(names)} for --method {options.resolved_method}, found no "
-            f"{', '.join(missing)}; make them with moeq calibrate --for {options.resolved_method} --bits {widths}"
+            f"{', '.join(missing)}; make them with moeq calibrate --for {options.resolved_method} "
+            f"--bits {widths}{scheme}"
         )

@@ -11,12 +11,12 @@ from planner.calibration.kl.linears.costs import WIDTHS as COSTLY
 from planner.common.units import GIB
 from planner.model.layout import Layout
 from planner.model.linear_groups import LinearGroup, linear_groups
-from planner.model.sizes import SHAPE_BYTES, Storage, expert_bytes, layer_bytes, stored_bytes
+from planner.model.sizes import SHAPE_BYTES, Storage, expert_bytes, stored_bytes
 from planner.model.source import SourceModel
 from planner.planning.assign import ExpertId, Widths
 from planner.planning.method import Costs
-from planner.planning.request import LinearChoice, PlanOptions
-from planner.quantization.quantizers.table import storage_of
+from planner.planning.priced import Priced
+from planner.planning.request import LinearChoice
 from vllm_moeq.format import Linear, UsageError
 
 WIDTHS = (*COSTLY, 16)
@@ -29,8 +29,7 @@ ALL = "linears"
 def solve_together(
     model: SourceModel,
     layout: Layout,
-    options: PlanOptions,
-    tables: Mapping[str, Sequence[Sequence[float]]],
+    way: Priced,
     linears: Sequence[Sequence[float]],
 ) -> tuple[Widths, dict[str, int]]:
     """Return the cheapest widths of experts and linears within the bytes; overridden experts keep theirs.
@@ -38,8 +37,7 @@ def solve_together(
     Args:
         model: the source.
         layout: its layers.
-        options: the options of the plan, with :class:`planner.planning.request.LinearChoice`.
-        tables: experts prefix → costs [experts][widths].
+        way: how experts are stored, with options that have a :class:`planner.planning.request.LinearChoice`.
         linears: costs [groups][widths], see :func:`linear_table`.
 
     Returns:
@@ -48,24 +46,24 @@ def solve_together(
     Raises:
         UsageError: the overrides leave too little for the others.
     """
+    options = way.options
     choice, choices = options.linears, options.bit_choices
     if choice is None:
         raise ValueError("expected options that choose widths of linears")
     members: list[tuple[ExpertId, tuple[int, ...]]] = []
     items: list[Item] = []
     for layer in layout.layers:
-        each = {bits: expert_bytes(layer, bits, choice.group_size, _storage(options)) for bits in choices}
-        for expert, row in enumerate(tables[layer.prefix]):
+        for expert, (row, schemes) in enumerate(zip(way.tables[layer.prefix], way.schemes[layer.prefix], strict=True)):
             fixed = options.overrides.get(f"{layer.prefix}.{expert}")
             free = choices if fixed is None else (fixed,)
             members.append(((layer.prefix, expert), free))
-            items.append(
-                Item(tuple(each[bits] for bits in free), tuple(float(row[choices.index(bits)]) for bits in free))
-            )
+            places = [choices.index(bits) for bits in free]
+            sizes = (expert_bytes(layer, choices[at], options.group_size, schemes[at]) for at in places)
+            items.append(Item(tuple(sizes), tuple(float(row[at]) for at in places)))
     groups = linear_groups(layout)
     sized = [_sizes(model, group, choice) for group in groups]
     items += [Item(sizes, tuple(map(float, row))) for sizes, row in zip(sized, linears, strict=True)]
-    chosen = solve_items(items, _limit(model, layout, options, choice.group_size, sum(sizes[0] for sizes in sized)))
+    chosen = solve_items(items, _limit(model, layout, way, sum(sizes[0] for sizes in sized)))
     if chosen is None:
         raise UsageError("--overrides: the widths given leave too few bytes for the others; lower an override")
     widths = {member: free[place] for (member, free), place in zip(members, chosen, strict=False)}
@@ -84,10 +82,6 @@ def objective(layout: Layout, linears: Sequence[Sequence[float]], widths: Mappin
     return math.fsum(row[WIDTHS.index(widths[group.bases[0]])] for group, row in pairs)
 
 
-def _storage(options: PlanOptions) -> Storage:
-    return storage_of(options.quantizer)
-
-
 def _sizes(model: SourceModel, group: LinearGroup, choice: LinearChoice) -> tuple[int, ...]:
     """Return the bytes of a group's linears for each width.
 
@@ -101,7 +95,7 @@ def _sizes(model: SourceModel, group: LinearGroup, choice: LinearChoice) -> tupl
     )
 
 
-def _limit(model: SourceModel, layout: Layout, options: PlanOptions, group_size: int, least: int) -> int:
+def _limit(model: SourceModel, layout: Layout, way: Priced, least: int) -> int:
     """Return the bytes for experts and linears: the whole budget, or what the average gives without this choice.
 
     Without it, experts get a whole number of bits, the average times their number.
@@ -109,15 +103,20 @@ def _limit(model: SourceModel, layout: Layout, options: PlanOptions, group_size:
     Args:
         model: the source.
         layout: its layers.
-        options: the options of the plan.
-        group_size: expert weights per scale, or −1 for whole rows.
+        way: how experts are stored.
         least: bytes of all linears at the first width.
     """
+    options = way.options
     if options.budget_gib is not None:
         kept = sum(model.shards.info(name).nbytes for name in layout.kept)
-        return math.floor(Fraction(str(options.budget_gib)) * GIB) - kept
-    low, storage = options.bit_choices[0], _storage(options)
-    smallest = sum(layer_bytes(layer, [low] * layer.num_experts, group_size, storage) for layer in layout.layers)
+        signs = sum(Storage(rotated=way.rotated).shared_bytes(layer) for layer in layout.layers)
+        return math.floor(Fraction(str(options.budget_gib)) * GIB) - kept - signs
+    low = options.bit_choices[0]
+    smallest = sum(
+        expert_bytes(layer, low, options.group_size, schemes[0])
+        for layer in layout.layers
+        for schemes in way.schemes[layer.prefix]
+    )
     weights = sum(layer.num_experts * layer.weights_per_expert for layer in layout.layers)
     average = Fraction(math.floor(options.avg_bits * layout.num_experts), layout.num_experts)
     return least + smallest + math.floor((average - low) * weights / 8)

@@ -151,13 +151,15 @@ def quantize_expert(
     layer, bits, settings = task.layer, task.widths[expert], task.settings
     if layer is None:
         raise ValueError(f"{task.label} has no experts")
-    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points)
+    scheme = settings.storage.schemes(layer.prefix, task.widths)[expert]
+    quantizer = quantizer_for(bits, settings.quantizer, settings.one_bit, settings.zero_points, scheme)
     matrices, found = {}, bases(layer, settings.rotation(layer))
-    step = settings.storage.scheme_of(bits).row_step
     for projection in layer.projections.names():
         name, basis = layer.weight(expert, projection), found.get(projection)
-        matrices[projection] = quantize_rows(threads, model, name, quantizer, bits, settings.group_size, basis, step)
-    return pack_expert(layer, expert, bits, matrices, settings.without_text(bits))
+        matrices[projection] = quantize_rows(
+            threads, model, name, quantizer, bits, settings.group_size, basis, scheme.row_step
+        )
+    return pack_expert(layer, expert, bits, matrices, settings.without_text(bits, scheme))
 
 
 def other_tensors(

@@ -19,7 +19,7 @@ from planner.quantization.packed import PackedMatrix, join_rows, pack_matrix
 from planner.quantization.quantizers import Quantizer, quantize_linear
 from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
-from planner.quantization.quantizers.rotated import Basis
+from planner.quantization.quantizers.rotated import Basis, rounded_in
 from vllm_moeq.format import CheckpointError, Linear
 from vllm_moeq.format.linears import SHAPE
 
@@ -33,8 +33,20 @@ BLOCKS = 4
 WORKING_BYTES_PER_WEIGHT = 24
 """Bytes per weight of a quantizer's float32 copies and temporaries while it works on one matrix."""
 
-PART_BYTES = BLOCKS * BLOCK_WEIGHTS * WORKING_BYTES_PER_WEIGHT
-"""Bytes of the temporaries of one part, which a thread quantizes at a time."""
+TILES = 8
+"""Least number of a scheme's tiles, one above the other, in one part: the search for the codes of a trellis takes half
+as long with eight as with one."""
+
+
+def part_rows(columns: int, multiple: int = 1) -> int:
+    """Return the rows of a part of a matrix on a CPU, a multiple of ``multiple``."""
+    step = BLOCKS * max(1, BLOCK_WEIGHTS // columns)
+    return max(-(-step // multiple), TILES if multiple > 1 else 1) * multiple
+
+
+def part_bytes(columns: int, multiple: int = 1) -> int:
+    """Return the bytes of the temporaries of one part, which a thread quantizes at a time."""
+    return max(part_rows(columns, multiple) * columns, BLOCKS * BLOCK_WEIGHTS) * WORKING_BYTES_PER_WEIGHT
 
 
 class Threads:
@@ -53,8 +65,7 @@ class Threads:
             CheckpointError: the matrix cannot be read, or ``function`` raised one; the message names file and tensor.
         """
         rows, columns = model.shards.info(name).shape
-        step = BLOCKS * max(1, BLOCK_WEIGHTS // columns) if self.device.type == "cpu" else rows
-        step = -(-step // multiple) * multiple
+        step = part_rows(columns, multiple) if self.device.type == "cpu" else rows
 
         def part(begin: int) -> T:
             weight = model.shards.read_rows(name, begin, min(begin + step, rows)).to(self.device)
@@ -108,9 +119,7 @@ def quantize_rows(
     """
 
     def part(rows: torch.Tensor) -> PackedMatrix:
-        if basis is None:
-            return pack_matrix(rows, quantizer(rows, bits, group_size))
-        return pack_matrix(rows, basis.wrap(quantizer(basis.weights(rows), bits, group_size)))
+        return pack_matrix(rows, rounded_in(basis, quantizer, rows, bits, group_size))
 
     parts = threads.parts(part, model, name, step)
     if len({found.dtypes for found in parts}) > 1:

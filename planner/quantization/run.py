@@ -63,7 +63,8 @@ def build_config(layout: Layout, plan: Plan, settings: QuantizeSettings) -> Moeq
 def _schemes(plan: Plan, settings: QuantizeSettings) -> dict[str, list[str]] | None:
     """Return the schemes of the layers that do not have grids alone, or None if there are none."""
     names = {
-        prefix: [settings.storage.scheme_of(bits).name for bits in widths] for prefix, widths in plan.experts.items()
+        prefix: [scheme.name for scheme in settings.storage.schemes(prefix, widths)]
+        for prefix, widths in plan.experts.items()
     }
     return {prefix: found for prefix, found in names.items() if set(found) != {GRID.name}} or None
 
@@ -76,9 +77,7 @@ def _rotation(layout: Layout, settings: QuantizeSettings) -> Rotation | None:
     """
     found = {settings.rotation(layer) for layer in layout.layers}
     if len(found) > 1:
-        raise UsageError(
-            f"--quantizer {settings.quantizer}: expected layers of one size, found rotations of several sizes"
-        )
+        raise UsageError(f"--scheme {settings.scheme}: expected layers of one size, found rotations of several sizes")
     return found.pop()
 
 
@@ -86,8 +85,9 @@ def _check_schemes(config: MoeqConfig, settings: QuantizeSettings) -> None:
     """Refuse quantizers whose results belong to another scheme than the config says."""
     for prefix, widths in config.experts.items():
         for expert, bits in enumerate(widths):
-            stored, alone = config.scheme(prefix, expert), settings.without_text(bits)
-            for name in (alone, settings.quantizer_of(bits)) if settings.calibrated else (alone,):
+            stored = config.scheme(prefix, expert)
+            alone = settings.without_text(bits, stored)
+            for name in (alone, settings.quantizer_of(stored)) if settings.calibrated else (alone,):
                 if (own := QUANTIZERS[name].scheme) is not stored:
                     raise UsageError(
                         f"quantizer {name}: expected results of the scheme {stored.name}, which format version "
@@ -153,7 +153,7 @@ def quantize(
         MoeqError: what the headers reveal, before anything is written; later a damaged tensor or a full disk.
     """
     plan.check_against(layout, "plan")
-    settings = settings.with_linears(plan.linears)
+    settings = settings.with_plan(plan)
     check_sizes(model, layout, settings)
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.storage)

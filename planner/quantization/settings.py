@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from planner.model.layout import Layout, MoeLayer
 from planner.model.sizes import Storage
 from planner.model.source import SourceModel
+from planner.plan_file import Plan
 from planner.quantization.quantizers import QUANTIZERS, ZeroPoints, linear_group_size
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_QUANTIZERS
+from planner.quantization.quantizers.rotated import rotation_of
 from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_ONE_BIT,
+    SchemeName,
     check_zero_points,
     name_without_text,
     quantizer_name,
-    storage_of,
 )
 from vllm_moeq.format import (
     CODES_PER_BLOCK,
+    GRID,
+    SCHEMES,
     WHOLE_ROW,
     CheckpointError,
     Linear,
     Rotation,
+    Scheme,
     UsageError,
-    rotation_size,
     split_width,
 )
 
@@ -51,6 +55,9 @@ class QuantizeSettings:
         min_tokens: minimum number of calibration tokens; an expert that saw fewer is quantized without calibration.
         linear_quantizer: name of the quantizer of linears; one with calibration needs a quantizer with calibration.
         calibration: see :data:`Calibration`; without meaning for a quantizer without calibration.
+        scheme: scheme of the experts whose width it has, where no plan says it. All experts of a checkpoint with
+            another scheme than the grid are rotated.
+        schemes: experts prefix → name of each expert's scheme, where a plan says it.
 
     The fingerprint of a run contains every field, so a new field needs no other change there.
 
@@ -67,6 +74,8 @@ class QuantizeSettings:
     min_tokens: int = 64
     linear_quantizer: str = LINEAR_DEFAULT
     calibration: Calibration = "asymmetric"
+    scheme: SchemeName = "grid"
+    schemes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_zero_points(self.quantizer, self.zero_points)
@@ -78,19 +87,16 @@ class QuantizeSettings:
     @property
     def storage(self) -> Storage:
         """How the experts are stored."""
-        return storage_of(self.quantizer)
+        scheme = SCHEMES[self.scheme]
+        return Storage(scheme, scheme is not GRID, self.schemes)
 
     def rotation(self, layer: MoeLayer) -> Rotation | None:
         """Return the sizes of a layer's rotation; None where experts are not rotated."""
-        if not self.storage.rotated:
-            return None
-        up, down = (layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down))
-        sizes = rotation_size(up), rotation_size(down)
-        return Rotation.model_validate(dict(zip(("input", "inner"), sizes, strict=True)))
+        return rotation_of(layer) if self.storage.rotated else None
 
-    def quantizer_of(self, bits: int) -> str:
-        """Return the name of the quantizer for experts of this width."""
-        return quantizer_name(bits, self.quantizer)
+    def quantizer_of(self, scheme: Scheme) -> str:
+        """Return the name of the quantizer for experts of a scheme."""
+        return quantizer_name(scheme, self.quantizer)
 
     @property
     def calibrated(self) -> bool:
@@ -112,17 +118,16 @@ class QuantizeSettings:
         """Number of streams of hidden states that quantizing carries; 0 without calibration."""
         return (2 if self.asymmetric else 1) if self.calibrated else 0
 
-    def with_linears(self, widths: Mapping[str, int]) -> QuantizeSettings:
-        """Return the settings with the widths that a plan gives linears; the same where it gives none.
+    def with_plan(self, plan: Plan) -> QuantizeSettings:
+        """Return the settings with what a plan says of linears and schemes; the same where it says nothing."""
+        made = self
+        if plan.linears:
+            made = replace(made, linear=made.linear.model_copy(update={"widths": dict(plan.linears)}))
+        return replace(made, scheme="trellis", schemes=plan.schemes) if plan.schemes else made
 
-        Args:
-            widths: name of a linear, without ``.weight`` → its width.
-        """
-        return replace(self, linear=self.linear.model_copy(update={"widths": dict(widths)})) if widths else self
-
-    def without_text(self, bits: int) -> str:
-        """Return the name of the quantizer for experts of this width that uses the weights alone."""
-        return name_without_text(bits, self.quantizer, self.one_bit)
+    def without_text(self, bits: int, scheme: Scheme = GRID) -> str:
+        """Return the name of the quantizer for experts of this width and scheme that uses the weights alone."""
+        return name_without_text(bits, self.quantizer, self.one_bit, scheme)
 
 
 def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:

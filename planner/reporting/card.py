@@ -132,6 +132,8 @@ def _plan(facts: Facts) -> str:
     quantizer = f" Codes: {markdown(named(plan.quantizer))}" if plan.quantizer else " Codes: quantizer not recorded"
     group = facts.config.group_size
     groups = "one scale per row" if group < 0 else f"groups of {group}"
+    if facts.config.rotation is not None:
+        groups += " of grids; experts in a rotated basis"
     return (
         f"## Plan\n\nMethod {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
         f"{plan.achieved_avg_bits:.4f} achieved{promoted}.{quantizer}, {groups}; other linears have "

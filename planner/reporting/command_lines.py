@@ -6,13 +6,15 @@ import shlex
 from collections.abc import Iterable
 
 from planner.evaluation.record import TaskResult, TextResult
-from planner.model.architectures import find_architecture
+from planner.model.recognize import find_architecture
 from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings
 from planner.quantization.quantizers.linear import LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT
+from planner.quantization.quantizers.table import AUTO_SCHEME
 from planner.quantization.record import printable, without_folder
 from planner.quantization.settings import QuantizeSettings
 from planner.reporting.facts import Facts
+from vllm_moeq.format import GRID, TRELLIS_SCHEME
 
 UNNAMED = "SOURCE"
 """Placeholder for a source that is not recorded."""
@@ -25,6 +27,8 @@ def quantize_line(facts: Facts, output: str) -> str:
     flags = _plan_flags(facts)
     if flags is None:
         flags = ["--plan", f"{output}/plan.json"]
+    if facts.config.rotation is not None and (flags[0] != "--plan" or not (facts.plan and facts.plan.schemes)):
+        flags += ["--scheme", _scheme(facts)]
     words = ["moeq", "quantize", facts.name or UNNAMED, *flags, *_quantizer_flags(facts), "-o", output]
     return shlex.join(words)
 
@@ -73,6 +77,12 @@ def _quantizer_flags(facts: Facts) -> list[str]:
             ("--linear-quantizer", recorded.settings.linear_quantizer or LINEAR_DEFAULT, LINEAR_DEFAULT_WITH_TEXT)
         ]
     return _flags(given) + _gptq_flags(facts)
+
+
+def _scheme(facts: Facts) -> str:
+    """Return the scheme that was asked for: ``auto`` alone leaves a grid where a trellis could be."""
+    mixed = any(scheme == GRID.name and bits in TRELLIS_SCHEME.widths for bits, scheme in facts.kinds)
+    return AUTO_SCHEME if mixed else TRELLIS_SCHEME.name
 
 
 def _gptq_flags(facts: Facts) -> list[str]:

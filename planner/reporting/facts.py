@@ -13,6 +13,7 @@ from planner.evaluation.record import Evaluations, read_evaluations
 from planner.plan_file import IMPORTED, Plan, read_plan
 from planner.quantization.record import Recorded, printable, read_recorded
 from vllm_moeq.format import (
+    GRID,
     ConfigError,
     MoeqConfig,
     ShardSet,
@@ -37,6 +38,7 @@ class LayerFacts:
         widths: bits per expert.
         promoted: indices of experts that MaxVar moved to a larger width.
         fallbacks: index of an expert that was not quantized as requested → reason.
+        schemes: name of each expert's scheme.
     """
 
     prefix: str
@@ -44,6 +46,7 @@ class LayerFacts:
     widths: tuple[int, ...]
     promoted: frozenset[int]
     fallbacks: Mapping[int, str]
+    schemes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,17 @@ class Facts:
         return dict(sorted(Counter(bits for layer in self.layers for bits in layer.widths).items()))
 
     @property
+    def kinds(self) -> dict[tuple[int, str], int]:
+        """(width, scheme) → number of experts, ascending."""
+        pairs = (pair for layer in self.layers for pair in zip(layer.widths, layer.schemes, strict=True))
+        return dict(sorted(Counter(pairs).items()))
+
+    @property
+    def grids_alone(self) -> bool:
+        """Whether no expert has another scheme than the grid."""
+        return all(name == GRID.name for _, name in self.kinds)
+
+    @property
     def num_experts(self) -> int:
         """Number of experts of all layers together."""
         return sum(len(layer.widths) for layer in self.layers)
@@ -190,7 +204,8 @@ def _layers(config: MoeqConfig, plan: Plan | None, recorded: Recorded) -> tuple[
         fallbacks = dict.fromkeys((config.plan.fallback or {}).get(prefix, ()), "reason not recorded")
         fallbacks |= {index: it.fallback for index, it in recorded.experts(prefix).items() if it.fallback is not None}
         promoted = plan.promoted.get(prefix, ()) if plan else ()
-        found.append(LayerFacts(prefix, label, tuple(config.experts[prefix]), frozenset(promoted), fallbacks))
+        schemes = tuple(config.scheme(prefix, expert).name for expert in range(len(config.experts[prefix])))
+        found.append(LayerFacts(prefix, label, tuple(config.experts[prefix]), frozenset(promoted), fallbacks, schemes))
     return tuple(found)
 
 
@@ -225,7 +240,8 @@ def _sizes(shards: ShardSet, config: MoeqConfig, recorded: Recorded) -> Checkpoi
         else:
             kept += info.nbytes
     parts = [Part(f"experts of {bits} bit{'s' if bits > 1 else ''}", codes[bits], bits) for bits in sorted(codes)]
-    parts.append(Part("experts’ scales and zero points", metadata))
+    signs = ", and signs of the rotation" if config.rotation is not None else ""
+    parts.append(Part(f"experts’ scales and zero points{signs}", metadata))
     parts += [Part(f"other linears, {bits} bits", linears[bits]) for bits in sorted(linears)]
     parts.append(Part("routers, embeddings, norms and other tensors, as in the source", kept))
     return CheckpointSizes(tuple(parts), half + kept, recorded.source.bytes if recorded.source else None)

@@ -141,7 +141,8 @@ def _swatch(fill: str, mark: str = "") -> str:
 def _widths(facts: Facts) -> str:
     total = facts.num_experts
     keys = [
-        (_swatch(f"b{bits}"), f"{bits} bit{'s' if bits > 1 else ''}", count) for bits, count in facts.widths.items()
+        (_swatch(f"b{bits}"), f"{bits} bit{'s' if bits > 1 else ''}{_stored(facts, scheme)}", count)
+        for (bits, scheme), count in facts.kinds.items()
     ]
     keys.append((_swatch("blank", "M0 0h8l-8 8z"), "promoted by MaxVar", facts.num_promoted))
     keys.append((_swatch("blank", "M14 14h-6v-6h6z"), "fallback, not quantized as asked for", facts.num_fallbacks))
@@ -150,6 +151,11 @@ def _widths(facts: Facts) -> str:
     )
     figure = f'<figure class="widths">{width_map(facts, ROOM)}</figure>'
     return _section("Widths", f'<ul class="key">{items}</ul>{figure}', HINT, _reasons(facts))
+
+
+def _stored(facts: Facts, scheme: str) -> str:
+    """Return a scheme behind a width; nothing where all are grids."""
+    return "" if facts.grids_alone else f", {scheme}"
 
 
 def _reasons(facts: Facts) -> str:
@@ -228,12 +234,14 @@ def _values(facts: Facts, grids: ValueMaps) -> str:
         for expert, why in sorted(layer.fallbacks.items()):
             notes.setdefault(f"{index} {expert}", []).append(f"fallback: {named(why)}")
     known = [[grid.title, grid.unit, [list(map(_rounded, row)) for row in grid.values]] for grid in grids.known]
-    value = {
+    value: dict[str, object] = {
         "layers": [layer.label for layer in facts.layers],
         "widths": [layer.widths for layer in facts.layers],
         "grids": known,
         "notes": notes,
     }
+    if not facts.grids_alone:
+        value["schemes"] = [layer.schemes for layer in facts.layers]
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -74,9 +74,13 @@ def named(text: str) -> str:
 
 
 def width_table(facts: Facts) -> Table:
-    """Return the table of widths with the number and the share of their experts."""
-    rows = [(str(bits), f"{count:,}", f"{count / facts.num_experts:.1%}") for bits, count in facts.widths.items()]
-    return Table(("bits", "experts", "share"), tuple(rows))
+    """Return the table of widths, and of schemes if not all are grids, with the number and the share of experts."""
+    shown = 1 if facts.grids_alone else 2
+    rows = [
+        (*(str(bits), scheme)[:shown], f"{count:,}", f"{count / facts.num_experts:.1%}")
+        for (bits, scheme), count in facts.kinds.items()
+    ]
+    return Table((*("bits", "scheme")[:shown], "experts", "share"), tuple(rows))
 
 
 def size_table(facts: Facts) -> Table:

@@ -11,7 +11,8 @@ const cell = { map: null, layer: 0, expert: 0 };
 
 function describe(layer, expert) {
   const bits = known.widths[layer][expert];
-  const lines = [`layer ${known.layers[layer]}, expert ${expert}: ${bits} bit${bits === 1 ? "" : "s"}`];
+  const scheme = known.schemes ? `, ${known.schemes[layer][expert]}` : "";
+  const lines = [`layer ${known.layers[layer]}, expert ${expert}: ${bits} bit${bits === 1 ? "" : "s"}${scheme}`];
   for (const [title, unit, values] of known.grids) {
     const value = values[layer][expert];
     if (value !== null) lines.push(`${title}  ${value} ${unit}`);

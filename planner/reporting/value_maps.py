@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from planner.model.architectures import find_architecture
 from planner.model.layout import read_layout
+from planner.model.recognize import find_architecture
 from planner.model.source import SourceModel
 from planner.planning.scores import METRICS, READERS
 from planner.quantization.record import ExpertRecord

@@ -17,7 +17,7 @@ from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 from tests.attacks.cases import CORPUS
 from tests.attacks.damages.attack import Attack
 from tests.conftest import one_line
-from vllm_moeq.format import PACKED, SCALE, ZERO, MoeqError, load_config, verify
+from vllm_moeq.format import CODES_PER_BLOCK, SIGNS, MoeqError, load_config, verify
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
@@ -51,9 +51,11 @@ def check_message(message: str, attack: Attack) -> None:
 
 
 @pytest.fixture
-def attacked(request: pytest.FixtureRequest, quantized_copy: Path) -> Path:
-    request.param.change(quantized_copy)
-    return quantized_copy
+def attacked(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    attack: Attack = request.param
+    folder = Path(shutil.copytree(request.getfixturevalue(attack.base), tmp_path / "attacked"))
+    attack.change(folder)
+    return folder
 
 
 attacks = pytest.mark.parametrize(
@@ -101,9 +103,9 @@ class VllmLoad:
             for prefix, (loader, parameters) in layers.items():
                 if name.startswith(f"{prefix}."):
                     expert, projection, suffix = name.removeprefix(f"{prefix}.").split(".")
-                    loader.loader_for(suffix)(
-                        parameters["w2" if projection == "w2" else "w13", suffix], tensor, name, projection, int(expert)
-                    )
+                    part = "w2" if projection == "w2" else "w13"
+                    load = loader.sign_loader(part) if suffix == SIGNS else loader.loader_for(suffix)
+                    load(parameters[part, suffix], tensor, name, projection, int(expert))
         for loader, _ in layers.values():
             loader.check_complete()
 
@@ -113,17 +115,17 @@ class VllmLoad:
         part = Partition(prefix, plugin.moeq, widths, tuple(range(len(widths))), HIDDEN, INTERMEDIATE, 0)
         parameters = {}
         for name, matrices in (("w13", part.w13), ("w2", part.w2)):
-            scales = torch.empty(len(widths), matrices.rows, matrices.groups, dtype=torch.float16)
-            words = torch.empty(matrices.num_words, dtype=torch.int32)
-            for suffix, value in ((PACKED, words), (SCALE, scales), (ZERO, scales.clone())):
+            signs = torch.empty(matrices.columns // CODES_PER_BLOCK, dtype=torch.int32)
+            for suffix, value in ((SIGNS, signs), *((suffix, matrices.empty(suffix)) for suffix in matrices.suffixes)):
                 parameters[name, suffix] = torch.nn.Parameter(value, requires_grad=False)
         return ExpertLoader(part, Checkpoint(str(folder))), parameters
 
 
 @pytest.fixture(scope="module")
-def vllm_load(quantized_mixtral: Path) -> VllmLoad:
+def vllm_load(quantized_mixtral: Path, trellis_mixtral: Path) -> VllmLoad:
     load = VllmLoad()
-    load(quantized_mixtral, None)  # accepts the checkpoint as it was; imports happen here
+    for folder in (quantized_mixtral, trellis_mixtral):
+        load(folder, None)  # accepts the checkpoint as it was; imports happen here
     return load
 
 
@@ -144,8 +146,9 @@ def load_in_transformers(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def transformers_load(quantized_mixtral: Path) -> Callable[[Path], None]:
-    load_in_transformers(quantized_mixtral)
+def transformers_load(quantized_mixtral: Path, trellis_mixtral: Path) -> Callable[[Path], None]:
+    for folder in (quantized_mixtral, trellis_mixtral):
+        load_in_transformers(folder)
     return load_in_transformers
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+from benchmarks.coverage import line, outcome
+from benchmarks.models.families import FAMILIES
 from benchmarks.models.listed import MODELS, Listed
-from benchmarks.models.table import CONFIGS, page, row
+from benchmarks.models.table import CONFIGS, RECOGNIZED, page, row
 from planner.cli import app
 from tests.conftest import Outcome
 from tests.paths import ROOT
@@ -34,7 +37,8 @@ def cells(listed: Listed) -> list[str]:
 
 
 def test_the_page_is_the_scripts() -> None:
-    assert page(lines()) == PAGE.read_text()
+    _, _, families = PAGE.read_text().partition(RECOGNIZED)
+    assert page(lines(), families) == PAGE.read_text()
     assert len(lines()) == len(MODELS) >= 20
     assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(listed.short for listed in MODELS)
 
@@ -44,6 +48,14 @@ def test_the_page_is_the_scripts() -> None:
 )
 def test_a_row_is_the_scripts(listed: Listed) -> None:
     assert row(listed) in lines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", thorough(FAMILIES, ("gemma4", "longcat_flash", "lfm2_moe")))
+def test_a_familys_line_is_what_happens(name: str, tmp_path: Path) -> None:
+    found = outcome(name, tmp_path)
+    assert not found.broken
+    assert line(found) in PAGE.read_text().splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("listed", MODELS, ids=lambda it: it.short)

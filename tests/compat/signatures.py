@@ -64,8 +64,8 @@ FIELDS = {
         "moe_config",
     ],
     (f"{LAYERS}.fused_moe.config", "FusedMoEConfig"): [
-        "activation", "experts_per_token", "has_bias", "intermediate_pad", "is_lora_enabled", "moe_parallel_config",
-        "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+        "activation", "experts_per_token", "has_bias", "intermediate_pad", "intermediate_size", "is_lora_enabled",
+        "moe_parallel_config", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
     ],
     (f"{LAYERS}.fused_moe.expert_map_manager", "ExpertMapManager"): ["num_fused_shared_experts"],
     (f"{LAYERS}.fused_moe.config", "FusedMoEParallelConfig"): [

@@ -1,4 +1,4 @@
-"""A header's text is in memory once, and its metadata is counted without another text of it."""
+"""Texts of headers and of the index are in memory once, and metadata is counted without another text of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.files import MAX_WIDE_BYTES
 from vllm_moeq.format.headers import read_header
+from vllm_moeq.format.shards import index_shards
 
 
 def written(path: Path, header: Any) -> Path:
@@ -53,3 +54,13 @@ def test_metadata_of_many_levels_is_refused(tmp_path: Path) -> None:
     nested = b'{"__metadata__":' + b'{"a":' * 900 + b"1" + b"}" * 901
     with pytest.raises(CheckpointError):
         read_header(written(tmp_path / "a.safetensors", nested))
+
+
+def test_a_shard_s_name_is_in_memory_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    shards = ("a.safetensors", "b.safetensors")
+    path.write_text(json.dumps({"weight_map": {f"t{number}": shards[number % 2] for number in range(1000)}}))
+    found = index_shards(path)
+    assert len(found) == 1000
+    assert {found[f"t{number}"] for number in (0, 1)} == set(shards)
+    assert len(set(map(id, found.values()))) == 2

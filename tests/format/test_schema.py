@@ -123,6 +123,13 @@ def test_bad_projection_names_are_refused(name: object) -> None:
     assert "projections.gate" in refusal(changed(name, "projections", "gate"))
 
 
+@pytest.mark.parametrize(("key", "name"), [("gate", "up_proj"), ("up", "down_proj"), ("down", "gate_proj")])
+def test_a_name_for_two_projections_is_refused(key: str, name: str) -> None:
+    assert f"projections: expected a name for each matrix, found {name} twice" in refusal(
+        changed(name, "projections", key)
+    )
+
+
 @pytest.mark.parametrize("names", ["lm_head", [""], ["../x"], [1], {"a": 1}, None])
 def test_bad_unquantized_lists_are_refused(names: object) -> None:
     assert "unquantized" in refusal(changed(names, "unquantized"))

@@ -257,7 +257,7 @@ def test_a_rank_is_cut_where_all_its_schemes_can_be(checkpoint: Path) -> None:
     """48 columns are three steps of 16, which bytes want, and no multiple of the grid's 32."""
     config = load_config(checkpoint)
     assert Partition(LAYER, config, WIDTHS, (0,), HIDDEN, 48, 0).w2.columns == 48
-    with pytest.raises(UsageError, match="a multiple of 32, found 48"):
+    with pytest.raises(UsageError, match="an intermediate size in multiples of 32, found 48"):
         _ = Partition(LAYER, config, WIDTHS, (0, 1), HIDDEN, 48, 0).w2
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.by_hand import quantize_by_hand
 from tests.format.test_schema import PREFIX, VALID, refusal
-from vllm_moeq.format import SIGNS, CheckpointError, load_config, parse_config, verify
+from vllm_moeq.format import SIGNS, CheckpointError, ShardSet, expert_matrices, load_config, parse_config, verify
 
 TRELLISES = ["trellis", "grid", "trellis", "trellis"]
 ROTATION = {"input": 128, "inner": 64}
@@ -69,7 +69,7 @@ def test_other_rotations_are_refused(rotation: object) -> None:
 def whole(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("version_two") / "quantized"
     return quantize_by_hand(
-        tiny_mixtral, folder, lambda layer: [8, 2, 3, 1] * (layer.num_experts // 4), quantizer="viterbi"
+        tiny_mixtral, folder, lambda layer: [8, 2, 3, 1] * (layer.num_experts // 4), scheme="trellis"
     )
 
 
@@ -121,6 +121,13 @@ def test_signs_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         verify(edited(whole, tmp_path / "edited", edit))
+
+
+def test_signs_are_checked_before_a_matrix_is_handed_out(whole: Path, tmp_path: Path) -> None:
+    """Readers take matrices one by one, and turn each back by its signs at once."""
+    folder = edited(whole, tmp_path / "edited", lambda tensors, name: tensors.update({name: tensors[name].float()}))
+    with ShardSet(folder) as shards, pytest.raises(CheckpointError, match="expected torch"):
+        next(expert_matrices(shards, load_config(folder)))
 
 
 def test_signs_without_a_rotation_are_refused(whole: Path, tmp_path: Path) -> None:

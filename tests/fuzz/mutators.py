@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
-    None, True, 0, 1, 2, 3, 5, 32, 128, -1, 1 << 31, 1 << 63, 1 << 64, 10**400, 1.5, float("nan"), float("inf"),
-    "", "a", "moeq", "\x1b[31m", "../a", "re:.*", "x" * 600, [], {},
+    None, True, 0, 1, 2, 3, 5, 16, 32, 128, -1, 1 << 31, 1 << 63, 1 << 64, 10**400, 1.5, float("nan"), float("inf"),
+    "", "a", "moeq", "grid", "trellis", "\x1b[31m", "../a", "re:.*", "x" * 600, [], {},
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 5, 8, 16, 32, -1, 1 << 31, 1 << 63, 1 << 64, 1.5)
 
@@ -67,9 +67,18 @@ def mutate_header(data: bytes, generator: random.Random) -> bytes:
     return index + separator + len(changed).to_bytes(8, "little") + changed + shard[8 + size :]
 
 
+def mutate_experts(data: bytes, generator: random.Random) -> bytes:
+    """Change a config, or the header of the shard behind it."""
+    if generator.random() < 0.5:
+        return mutate_header(data, generator)
+    config, separator, shard = data.partition(b"\x00")
+    return mutate_json(config, generator) + separator + shard
+
+
 MUTATORS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "schema": mutate_json,
     "headers": mutate_header,
+    "experts": mutate_experts,
     "tokenizers": mutate_json,
 }
 """By target, where bytes are not enough."""

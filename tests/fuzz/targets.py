@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,7 +19,19 @@ from planner.plan_file import Plan
 from planner.reporting.card import BEGIN, END, refresh_card
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer
-from vllm_moeq.format import BIT_WIDTHS, MoeqError, ShardSet, pack, parse_config, parse_json, unpack
+from vllm_moeq.format import (
+    BIT_WIDTHS,
+    GRID,
+    SIGNS,
+    TRELLIS_SCHEME,
+    MoeqError,
+    ShardSet,
+    expert_matrices,
+    pack,
+    parse_config,
+    parse_json,
+    unpack,
+)
 from vllm_moeq.format.problems import first_problem
 
 LIMIT = 1 << 16
@@ -34,10 +47,17 @@ CONFIG = {
     "plan": {**PLAN, "zeta": 3.0, "fallback": {"model.layers.0.experts": [0]}},
     "odp": {"model.layers.0.experts": 0.5},
 }
-WITH_WIDTHS = {
+WITH_WIDTHS: dict[str, Any] = {
     **CONFIG,
     "format_version": 2,
     "linear": {"bits": 4, "group_size": 32, "widths": {"model.layers.0.self_attn.o_proj": 8}},
+}
+SECOND: dict[str, Any] = {
+    **WITH_WIDTHS,
+    "experts": {"model.layers.0.experts": [2, 8]},
+    "plan": {**PLAN, "bit_choices": [2, 8]},
+    "schemes": {"model.layers.0.experts": ["trellis", "grid"]},
+    "rotation": {"input": 32, "inner": 16},
 }
 WHOLE_PLAN = {
     "version": 1,
@@ -113,6 +133,31 @@ def _reads_alike(shards: ShardSet, name: str, size: int) -> None:
         return
     for other in others:
         assert torch.equal(other.contiguous().view(-1).view(torch.uint8), whole.contiguous().view(-1).view(torch.uint8))
+
+
+def experts(data: bytes) -> None:
+    """A config, a NUL and its shard: an error of one line, or matrices whose weights can be read."""
+    config, _, shard = data.partition(b"\x00")
+    with _folder() as folder:
+        (folder / "model.safetensors").write_bytes(shard)
+        try:
+            found = parse_config(parse_json(config, "fuzz"), "fuzz")
+            with ShardSet(folder) as shards:
+                for matrix in expert_matrices(shards, found):
+                    assert matrix.dequantize(shards).shape == (matrix.rows, matrix.columns)
+        except MoeqError as error:
+            _one_line(error)
+
+
+def _shard_of_experts() -> bytes:
+    """Return the shard of the experts that :data:`SECOND` describes, 32 neurons wide."""
+    prefix = next(iter(SECOND["experts"]))
+    tensors = {f"{prefix}.0.{name}.{SIGNS}": torch.tensor([7], dtype=torch.int32) for name in ("w1", "w2")}
+    for expert, (scheme, bits) in enumerate(((TRELLIS_SCHEME, 2), (GRID, 8))):
+        for name in ("w1", "w2", "w3"):
+            for suffix, it in scheme.layout(32, 32, bits, 32).items():
+                tensors[f"{prefix}.{expert}.{name}.{suffix}"] = torch.ones(it.shape, dtype=it.dtypes[0])
+    return save(tensors, {"format": "pt"})
 
 
 def unpacking(data: bytes) -> None:
@@ -198,6 +243,7 @@ def card(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "schema": schema,
     "headers": headers,
+    "experts": experts,
     "unpack": unpacking,
     "texts": texts,
     "tokenizers": tokenizers,
@@ -208,7 +254,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 def seeds(target: str) -> list[bytes]:
     """Return inputs that a target accepts, to start from."""
     if target == "schema":
-        return [json.dumps(value).encode() for value in (CONFIG, WITH_WIDTHS, WHOLE_PLAN)]
+        return [json.dumps(value).encode() for value in (CONFIG, WITH_WIDTHS, SECOND, WHOLE_PLAN)]
+    if target == "experts":
+        return [json.dumps(SECOND).encode() + b"\x00" + _shard_of_experts()]
     if target == "headers":
         shard = save({"a": torch.arange(6).view(2, 3).int(), "b": torch.ones(2, 2).bfloat16()}, {"format": "pt"})
         index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}).encode()

@@ -15,7 +15,7 @@ from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-RUNS = {"schema": 3000, "headers": 600, "unpack": 1500, "texts": 3000, "tokenizers": 300, "card": 1500}
+RUNS = {"schema": 3000, "headers": 600, "experts": 600, "unpack": 1500, "texts": 3000, "tokenizers": 300, "card": 1500}
 
 
 def mutate(data: bytes, generator: random.Random) -> bytes:

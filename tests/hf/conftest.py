@@ -14,6 +14,8 @@ import vllm_moeq.hf  # noqa: F401  (registers the method)
 from planner.common.progress import Progress
 from planner.exchange.dense import export_dense
 from tests.architectures import TINY, build, quantize
+from tests.by_hand import quantize_by_hand
+from tests.paths import MODELS
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Pair:
 def dense_of(quantized: Path, folder: Path, name: str) -> Pair:
     export_dense(quantized, folder, Progress(quiet=True), torch.float32)
     return Pair(name, quantized, folder)
+
+
+def shipped_pair(name: str, folder: Path, **settings: Any) -> Pair:
+    """Quantize a shipped model, with experts of every width but 1 in every layer."""
+    quantize_by_hand(
+        MODELS / name, folder / "quantized",
+        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), **settings,
+    )  # fmt: skip
+    return dense_of(folder / "quantized", folder / "dense", name)
 
 
 @pytest.fixture(scope="module", params=TINY)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.by_hand import quantize_by_hand
-from tests.hf.conftest import Pair, dense_of, logits
-from tests.paths import MIXTRAL, MODELS, SHIPPED
+from tests.hf.conftest import Pair, logits, shipped_pair
+from tests.paths import MIXTRAL, SHIPPED
 from tests.tasks import write_task
 
 pytestmark = pytest.mark.compiler
@@ -21,12 +20,7 @@ PROMPTS = ["def main(", "import os\n\nclass Path"]
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("shipped")
-    quantize_by_hand(
-        MODELS / request.param, folder / "quantized",
-        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="rtn",
-    )  # fmt: skip
-    return dense_of(folder / "quantized", folder / "dense", request.param)
+    return shipped_pair(request.param, tmp_path_factory.mktemp("shipped"), quantizer="rtn")
 
 
 def test_greedy_tokens_are_the_same(shipped: Pair) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.by_hand import quantize_by_hand
-from tests.hf.conftest import Pair, dense_of, logits
-from tests.paths import MODELS, SHIPPED
+from tests.hf.conftest import Pair, logits, shipped_pair
+from tests.paths import SHIPPED
 from vllm_moeq.format import load_config, verify
 from vllm_moeq.hf.experts import RoutedExperts
 from vllm_moeq.kernels import VARIABLE
@@ -19,13 +18,8 @@ pytestmark = pytest.mark.compiler
 
 @pytest.fixture(scope="module", params=SHIPPED)
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Experts of every width in every layer; those of 8 bits are grids."""
-    folder = tmp_path_factory.mktemp("trellis")
-    quantize_by_hand(
-        MODELS / request.param, folder / "quantized",
-        lambda layer: [8, 4, 3, 2, 4, 4, 3, 4] * (layer.num_experts // 8), quantizer="viterbi",
-    )  # fmt: skip
-    return dense_of(folder / "quantized", folder / "dense", request.param)
+    """Trellises in a rotated basis; the experts of 8 bits are grids."""
+    return shipped_pair(request.param, tmp_path_factory.mktemp("trellis"), scheme="trellis")
 
 
 def test_the_checkpoint_has_both_schemes(mixed: Pair) -> None:
@@ -48,6 +42,21 @@ def test_logits_are_the_dense_exports(mixed: Pair, backend: str, monkeypatch: py
     packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float32)
     assert difference(packed, mixed.load("dense", torch.float32)) < 2e-5
     assert {module._backend.name for module in packed.modules() if isinstance(module, RoutedExperts)} == {backend}
+
+
+def test_the_fused_kernel(mixed: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Triton's interpreter without a GPU."""
+    found = []
+    torch.manual_seed(0)
+    x, ids, weights = torch.randn(2, 128).half(), torch.tensor([[3, 0], [1, 2]]), torch.rand(2, 2)
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv(VARIABLE, backend)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        packed = mixed.kind.from_pretrained(mixed.quantized, dtype=torch.float16)
+        module = next(it for it in packed.modules() if isinstance(it, RoutedExperts))
+        found.append(module(x, ids, weights).float())
+        assert module._backend.name == backend
+    assert (found[1] - found[0]).norm() < 0.002 * found[0].norm()
 
 
 def test_experts_that_no_kernel_takes_are_rotated_too(mixed: Pair) -> None:

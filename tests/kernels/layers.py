@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_moeq.format import GRID, ROW_SCALE, TRELLIS, TRELLIS_SCHEME, Scheme, pack
-from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
+from vllm_moeq.kernels import LayerKernel, PackedExperts, PackedMatrices, ragged
 
 Coding = tuple[Scheme, int]
 """A scheme and a width."""
@@ -87,6 +87,22 @@ def exact(
         value = rotate(torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
         result.index_add_(0, token, value * weights[token, slot, None].double())
     return result
+
+
+def check_same_bits(kernel: LayerKernel, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    """Check that neither the number of threads nor the other tokens of a batch change a token's result."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        together = kernel(x, weights, ids)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel(x, weights, ids), together)
+    finally:
+        torch.set_num_threads(before)
+    for token in range(len(x)):
+        one = slice(token, token + 1)
+        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
 
 
 def random_routing(tokens: int, experts: int, top_k: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

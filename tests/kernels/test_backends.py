@@ -2,20 +2,37 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.kernels.layers import exact, random_layer, random_routing
+from tests.kernels.layers import Coding, exact, mixed_layer, random_layer, random_routing
+from tests.kernels.rotations import Rotations, random_rotation, rotated, turned
 from tests.paths import ROOT
-from vllm_moeq.format import PACKED, UsageError
-from vllm_moeq.kernels import BACKENDS, FALLBACK, TABLE, PackedExperts, choose, choose_linear, make_layer
+from vllm_moeq.format import GRID, PACKED, TRELLIS_SCHEME, BlockRotation, UsageError
+from vllm_moeq.kernels import (
+    BACKENDS,
+    FALLBACK,
+    TABLE,
+    PackedExperts,
+    PackedMatrices,
+    choose,
+    choose_linear,
+    make_layer,
+)
 from vllm_moeq.kernels.cpu import build
 
 
 @pytest.fixture
 def packed() -> PackedExperts:
     return random_layer([3, 1, 2], 128, 64, 64)
+
+
+def rotated_layer(experts: list[Coding], sizes: tuple[int, int]) -> PackedExperts:
+    """Return a layer with rotations of these sizes; 0 stands for none."""
+    both = (random_rotation(columns, size) if size else None for columns, size in zip((128, 64), sizes, strict=True))
+    return turned(mixed_layer(experts, 128, 64), Rotations(*both))
 
 
 def pretend_on_gpu(packed: PackedExperts) -> None:
@@ -42,7 +59,62 @@ def test_the_table_is_whole() -> None:
     assert FALLBACK.problem(torch.device("meta")) == ""
     for row in TABLE[:-1]:
         assert row.automatic is not None
-        assert row.schemes == (("grid", "trellis") if row.name == "native" else ("grid",))
+        assert row.rotated == (row.name != "humming")
+        assert row.schemes == (("grid", "trellis") if row.rotated else ("grid",))
+
+
+TRELLISES: list[Coding] = [(TRELLIS_SCHEME, 2), (GRID, 3)]
+
+
+@pytest.mark.parametrize(("experts", "sizes"), [(TRELLISES, (0, 0)), ([(GRID, 3)], (0, 32)), (TRELLISES, (64, 32))])
+def test_a_gpu_gets_triton_for_trellises_and_rotated_layers(experts: list[Coding], sizes: tuple[int, int]) -> None:
+    packed = rotated_layer(experts, sizes)
+    packed.gate_up.tensors[packed.gate_up.matrices.suffixes[0]] = type("W", (), {"device": torch.device("cuda")})()
+    assert choose(packed).backend == "triton"
+    assert choose(packed, dtype=torch.bfloat16).backend == "triton"
+    assert choose(packed, dtype=torch.float32).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "message"),
+    [
+        (TRELLISES, (0, 0), "takes experts of the scheme grid, found trellis"),
+        ([(GRID, 3)], (0, 32), "takes experts that are not rotated, found rotated ones"),
+    ],
+)
+def test_humming_refuses(
+    experts: list[Coding], sizes: tuple[int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moeq.kernels.humming.available", lambda: True)
+    for ask in (choose, lambda packed, backend: make_layer(packed, torch.float16, backend)):
+        with pytest.raises(UsageError, match=f"^VLLM_MOEQ_BACKEND: the humming kernel {message}$"):
+            ask(rotated_layer(experts, sizes), "humming")
+
+
+def as_if_rotated(packed: PackedExperts) -> PackedExperts:
+    """Return the layer as if its inputs had to be rotated."""
+    first, rotation = packed.gate_up, BlockRotation(torch.zeros(packed.hidden // 32, dtype=torch.int32), 64)
+    return PackedExperts(PackedMatrices(first.matrices, *first.tensors.values(), rotation=rotation), packed.down)
+
+
+@pytest.mark.parametrize("backend", [row.name for row in TABLE if not row.rotated])
+def test_a_kernel_that_cannot_rotate_is_refused(
+    packed: PackedExperts, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moeq.kernels.humming.available", lambda: True)
+    with pytest.raises(
+        UsageError, match=f"the {backend} kernel takes experts that are not rotated, found rotated ones"
+    ):
+        make_layer(as_if_rotated(packed), torch.float16, backend)
+    assert choose(packed, backend).backend == backend
+
+
+def test_auto_passes_over_a_kernel_that_cannot_rotate(packed: PackedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "vllm_moeq.kernels.backends.TABLE", tuple(replace(row, rotated=row is FALLBACK) for row in TABLE)
+    )
+    choice = choose(as_if_rotated(packed))
+    assert (choice.backend, choice.reason) == ("reference", "the native kernel does not take rotated experts")
 
 
 def test_auto_minds_the_dtype_if_it_is_told(packed: PackedExperts) -> None:
@@ -127,6 +199,19 @@ except UsageError as error:
 def test_float32_activations_are_refused(packed: PackedExperts) -> None:
     with pytest.raises(UsageError, match=r"--dtype: the triton kernels take float16 or bfloat16, found torch\.float32"):
         make_layer(packed, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "native"])
+def test_backends_agree_on_rotated_trellises(backend: str) -> None:
+    if backend == "native" and build.problem():
+        pytest.skip(build.problem())
+    packed = rotated_layer([(TRELLIS_SCHEME, 2), (GRID, 3), (TRELLIS_SCHEME, 3)], (64, 32))
+    layer = make_layer(packed, torch.float16, backend)
+    weights, ids = random_routing(3, 3, 2)
+    x = torch.randn((3, 128), generator=torch.Generator().manual_seed(0)).half()
+    before_up = rotated(x, packed.gate_up.rotation)
+    expected = exact(packed, before_up, weights, ids, lambda inner: rotated(inner, packed.down.rotation))
+    assert (layer(x, weights, ids).double() - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "native"])

@@ -8,7 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from vllm_moeq.format import BIT_WIDTHS
+from vllm_moeq.format import BIT_WIDTHS, codes_of_states
+from vllm_moeq.kernels.triton import rings
 from vllm_moeq.kernels.triton.fields import PTX
 
 
@@ -32,7 +33,7 @@ def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def execute(text: str, inputs: list[np.ndarray], dtype: str) -> np.ndarray:
-    """Run the four instructions that the snippets use, on arrays of 32-bit registers."""
+    """Run the instructions that the snippets use, on arrays of 32-bit registers."""
     registers = {f"${index + 1}": value.astype(np.uint32) for index, value in enumerate(inputs)}
 
     def value(name: str) -> np.ndarray:
@@ -51,6 +52,17 @@ def execute(text: str, inputs: list[np.ndarray], dtype: str) -> np.ndarray:
         elif opcode == "lop3.b32":
             assert operands[3] == "0xEA"
             result = (value(operands[0]) & value(operands[1])) | value(operands[2])
+        elif opcode == "and.b32":
+            result = value(operands[0]) & value(operands[1])
+        elif opcode == "mul.lo.u32":
+            result = value(operands[0]) * value(operands[1])
+        elif opcode == "prmt.b32":
+            both = np.stack([value(operands[0]), value(operands[1])], axis=-1).astype("<u4").view(np.uint8)
+            selected = [int(operands[2], 0) >> 4 * place & 7 for place in range(4)]
+            result = np.ascontiguousarray(both[..., selected]).view("<u4")[..., 0]
+        elif opcode == "dp4a.u32.u32":
+            left, right = (value(name).astype("<u4")[..., None].view(np.uint8) for name in operands[:2])
+            result = (left.astype(np.uint32) * right).sum(-1, dtype=np.uint32) + value(operands[2])
         else:
             assert opcode == {"bf16": "fma.rn.bf16x2", "fp16": "fma.rn.f16x2"}[dtype]
             halves = []
@@ -83,6 +95,21 @@ def test_every_code_of_every_word(width: int, dtype: str) -> None:
         result = execute(PTX[code, width, dtype], registers, dtype)
         assert np.array_equal(to_float(result & 0xFFFF, dtype), expected_code(lows, code, width))
         assert np.array_equal(to_float(result >> 16, dtype), expected_code(highs, code, width))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("place", range(16))
+def test_every_state_of_a_ring(place: int, dtype: str) -> None:
+    """The window of twelve bits that ends at a place of a word begins in the word before."""
+    generator = np.random.default_rng(place)
+    before, own = (generator.integers(0, 1 << 32, 1 << 17, dtype=np.uint32) for _ in range(2))
+    result = execute(rings.PTX[place, dtype], [before, own], dtype)
+    codes = codes_of_states().numpy().astype(np.float64)
+    for lane in (0, 16):
+        both = ((before >> lane) & 0xFFFF) | ((own >> lane) & 0xFFFF) << 16
+        states = (both >> (place + 5)) & 0xFFF
+        assert len(np.unique(states)) == 4096
+        assert np.array_equal(to_float((result >> lane) & 0xFFFF, dtype), codes[states] - rings.OFFSET)
 
 
 def test_struct_agrees_with_numpy() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.layers import EDGE_ROUTINGS, dense, edge_routing, exact, random_layer, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    check_same_bits,
+    dense,
+    edge_routing,
+    exact,
+    random_layer,
+    random_routing,
+)
 from vllm_moeq.format import BIT_WIDTHS, UsageError, pack
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ReferenceLayer, make_layer, ragged
 from vllm_moeq.kernels.cpu import build
@@ -127,20 +135,7 @@ def test_unit_vectors_read_out_the_weights_bit_for_bit(bits: int, dtype: torch.d
 @each_isa
 def test_neither_threads_nor_other_tokens_change_a_result() -> None:
     packed = random_layer([2, 3, 1, 8], 256, 192, 64)
-    kernel = NativeLayer(packed)
-    x, weights, ids = inputs(packed, 40, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        together = kernel(x, weights, ids)
-        for threads in (2, 3, 7):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel(x, weights, ids), together)
-    finally:
-        torch.set_num_threads(before)
-    for token in range(40):
-        one = slice(token, token + 1)
-        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
+    check_same_bits(NativeLayer(packed), *inputs(packed, 40, torch.float32))
 
 
 @each_isa

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    Coding,
+    check_same_bits,
+    edge_routing,
+    exact,
+    mixed_layer,
+    random_routing,
+)
+from tests.kernels.rotations import Rotations, random_rotation, rank_s_part, rotated, turned
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, BlockRotation
-from vllm_moeq.kernels import PackedExperts, PackedMatrices, ragged
+from vllm_moeq.kernels import PackedExperts
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
-from vllm_moeq.kernels.cpu.rotation import Rotations
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -25,30 +33,6 @@ each_isa = pytest.mark.usefixtures("isa")
 @pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ISA_VARIABLE, request.param)
-
-
-def random_rotation(columns: int, size: int) -> BlockRotation:
-    words = torch.randint(-(2**31), 2**31, (columns // 32,), generator=torch.Generator().manual_seed(columns + size))
-    return BlockRotation(words.int(), size)
-
-
-def turned(packed: PackedExperts, rotations: Rotations) -> PackedExperts:
-    """Return a layer as if it were stored in a rotated basis."""
-    both = ((packed.gate_up, rotations.before_up), (packed.down, rotations.before_down))
-    return PackedExperts(
-        *(PackedMatrices(it.matrices, *it.tensors.values(), rotation=rotation) for it, rotation in both)
-    )
-
-
-def rotated(x: torch.Tensor, rotation: BlockRotation | None) -> torch.Tensor:
-    """Multiply by the matrix that the format defines, entry by entry."""
-    if rotation is None:
-        return x.double()
-    signs = [-1.0 if int(word) >> j & 1 else 1.0 for word in rotation.signs for j in range(32)]
-    size = range(rotation.size)
-    matrix = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in size] for i in size], dtype=torch.float64)
-    blocks = (x.double() * torch.tensor(signs, dtype=torch.float64)).unflatten(-1, (-1, rotation.size))
-    return (blocks @ (matrix / rotation.size**0.5).T).flatten(-2)
 
 
 def inputs(packed: PackedExperts, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -94,31 +78,6 @@ def test_a_rank_s_slice() -> None:
     """Its part of down begins inside a group of the grid, and has sizes that fill no segment."""
     packed = mixed_layer(EXPERTS, 96, 160, 128, 32)
     check(packed, Rotations(random_rotation(96, 32), random_rotation(160, 32)), *inputs(packed, 9))
-
-
-def rank_s_part(
-    part: PackedMatrices, rows: list[tuple[int, int]] | None, columns: tuple[int, int] | None
-) -> PackedMatrices:
-    """Cut spans of rows, or a span of columns, out of every expert as a loader does."""
-    whole, lists = part.matrices, dict[str, list[torch.Tensor]]()
-    for expert, (scheme, bits) in enumerate(zip(whole.schemes, whole.bits, strict=True)):
-        for suffix in scheme.suffixes:
-            tensor = whole.view(part.tensors[suffix], suffix, expert)
-            spans: list[tuple[int, int] | None] = [*rows] if rows else [None]
-            cuts = [scheme.cut(suffix, bits, whole.group_size, rows=span, columns=columns) for span in spans]
-            found = torch.cat([tensor[cut] for cut in cuts])
-            lists.setdefault(suffix, []).append(found.flatten() if suffix == scheme.codes else found)
-    own = ragged(
-        whole.bits,
-        sum(end - begin for begin, end in rows) if rows else whole.rows,
-        columns[1] - columns[0] if columns else whole.columns,
-        whole.group_size,
-        columns[0] % whole.group_size if columns else 0,
-        whole.schemes,
-    )
-    codes = {scheme.codes for scheme in whole.schemes}
-    tensors = ((torch.cat if suffix in codes else torch.stack)(lists[suffix]) for suffix in own.suffixes)
-    return PackedMatrices(own, *tensors)
 
 
 @each_isa
@@ -169,20 +128,8 @@ def test_edge_routings(tokens: int, routing: str) -> None:
 @each_isa
 def test_neither_threads_nor_other_tokens_change_a_result() -> None:
     packed = mixed_layer(EXPERTS, 256, 192)
-    kernel = NativeLayer(turned(packed, Rotations(random_rotation(256, 64), random_rotation(192, 64))))
-    x, weights, ids = inputs(packed, 21)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        together = kernel(x, weights, ids)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(kernel(x, weights, ids), together)
-    finally:
-        torch.set_num_threads(before)
-    for token in range(21):
-        one = slice(token, token + 1)
-        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
+    both = Rotations(random_rotation(256, 64), random_rotation(192, 64))
+    check_same_bits(NativeLayer(turned(packed, both)), *inputs(packed, 21))
 
 
 @each_isa

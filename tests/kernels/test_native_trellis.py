@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.layers import EDGE_ROUTINGS, Coding, edge_routing, exact, mixed_layer, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    Coding,
+    check_same_bits,
+    edge_routing,
+    exact,
+    mixed_layer,
+    random_routing,
+)
 from vllm_moeq.format import (
     CENTRE,
     GRID,
@@ -115,19 +123,7 @@ def test_edge_routings(tokens: int, routing: str) -> None:
 @each_isa
 def test_neither_threads_nor_other_tokens_change_a_result() -> None:
     packed = mixed_layer(MIXED, 256, 192, 64)
-    kernel = NativeLayer(packed)
-    x, weights, ids = inputs(packed, 40)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        together = kernel(x, weights, ids)
-        torch.set_num_threads(2)
-        assert torch.equal(kernel(x, weights, ids), together)
-    finally:
-        torch.set_num_threads(before)
-    for token in range(40):
-        one = slice(token, token + 1)
-        assert torch.equal(kernel(x[one], weights[one], ids[one]), together[one])
+    check_same_bits(NativeLayer(packed), *inputs(packed, 40))
 
 
 @each_isa

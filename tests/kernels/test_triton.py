@@ -20,7 +20,7 @@ from tests.kernels.layers import (
 from tests.tiers import thorough, thorough_rows
 from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
-from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer, sums_of
+from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer
 from vllm_moeq.kernels.triton.repack import repack
 from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, schedule_few, schedule_many
 
@@ -61,7 +61,7 @@ def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch
         routing.order, routing.counts = layer._sort(routing)
     schedule = schedule_few(tokens) if tokens <= FEW_TOKENS else schedule_many(tokens, len(bits))
     out = torch.full((1, tokens, rows), float("nan"), device=DEVICE)
-    layer.project(layer.down, x, sums_of(x, layer.down), routing, schedule, out)
+    layer.project(layer.down, layer.before_down(x), routing, schedule, out)
     expected = torch.stack([dense(packed, int(ids[t]))[:, picked[t]] for t in range(tokens)])
     assert torch.equal(out[0], expected)
 
@@ -168,7 +168,7 @@ def test_repacked_size_is_the_format_s(lanes: int) -> None:
 def test_warm_up_covers_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = TritonLayer(random_layer([2, 3] * 4, 128, 64, 64, device=DEVICE))
     seen = []
-    monkeypatch.setattr(TritonLayer, "project", lambda *arguments, **_: seen.append(arguments[5]))
+    monkeypatch.setattr(TritonLayer, "project", lambda *arguments, **_: seen.append(arguments[4]))
     layer.warm_up(torch.float16, 2)
     assert set(seen) == {*FEW, *MANY}
 

@@ -66,7 +66,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="session")
 def trellis(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Trellises of 1 to 4 bits and grids of 8 in every layer, rotated."""
-    return make_pair(MIXTRAL, tmp_path_factory.mktemp("trellis"), 4, "--quantizer", "viterbi")
+    return make_pair(MIXTRAL, tmp_path_factory.mktemp("trellis"), 4, "--scheme", "trellis")
 
 
 @pytest.fixture(scope="session")

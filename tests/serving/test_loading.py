@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from planner.quantization.quantizers import Quantized, quantize_rtn
-from vllm_moeq.format import PACKED, SCALE, ZERO, CheckpointError, MoeqConfig, UsageError, pack, parse_config
+from vllm_moeq.format import (
+    PACKED,
+    SCALE,
+    ZERO,
+    CheckpointError,
+    MoeqConfig,
+    Rotation,
+    UsageError,
+    pack,
+    parse_config,
+)
 from vllm_moeq.kernels import dense_expert
 from vllm_moeq.serving.loading import ExpertLoader, Partition
 
@@ -139,7 +149,37 @@ def test_bfloat16_scales_beyond_half_precision_are_kept_exactly() -> None:
     assert torch.equal(stored, scales.float())
 
 
-def test_split_inside_a_packing_block_is_refused() -> None:
-    partition = Partition("layer.experts", make_config(128), WIDTHS, (0, 1, 2), HIDDEN, 16, 1)
-    with pytest.raises(UsageError, match="--tensor-parallel-size"):
-        _ = partition.w2
+SMALLER = "lower --tensor-parallel-size or add --enable-expert-parallel"
+
+
+@pytest.mark.parametrize(
+    ("schemes", "inner", "whole", "ranks", "fitting", "step"),
+    [
+        ("grid", None, 256, 16, "1 or 2 or 4 or 8", 32),
+        ("grid", None, 96, 2, "1", 32),
+        ("trellis", None, 96, 6, "1 or 3", 32),
+        ("trellis", 128, 768, 4, "1 or 2", 128),
+        ("grid", 128, 768, 12, "1 or 2 or 3 or 6", 128),
+        ("trellis", 16, 256, 16, "1 or 2 or 4 or 8", 32),
+    ],
+)
+@pytest.mark.parametrize("part", ["w13", "w2"])
+def test_slices_that_would_tear_words_tiles_or_blocks_are_refused(
+    schemes: str, inner: int | None, whole: int, ranks: int, fitting: str, step: int, part: str
+) -> None:
+    """Before any buffer is allocated; the message says how many ranks fit."""
+    config = make_config(128).model_copy(
+        update={
+            "rotation": None if inner is None else Rotation.model_validate({"input": 64, "inner": inner}),
+            "schemes": {"layer.experts": [schemes, schemes, "grid"]},
+        }
+    )
+    with pytest.raises(UsageError) as error:
+        getattr(Partition("layer.experts", config, WIDTHS, (0, 1, 2), HIDDEN, whole // ranks, 1, ranks), part)
+    size = f"so that each gets a multiple of {step} of the intermediate size {whole}"
+    assert str(error.value) == (
+        f"layer.experts: expected {fitting} as the number of ranks, {size}, found {ranks}; {SMALLER}"
+    )
+    for fewer in map(int, fitting.split(" or ")):
+        share = Partition("layer.experts", config, WIDTHS, (0, 1, 2), HIDDEN, whole // fewer, fewer - 1, fewer)
+        assert share.w2.columns == whole // fewer

@@ -158,15 +158,22 @@ def test_matrix(
 
 @pytest.mark.server
 @pytest.mark.full
-@pytest.mark.parametrize(("ranks", "extra"), [(1, []), (2, ["--enable-expert-parallel"])], ids=["tp1", "tp2-ep"])
-def test_fused_kernel_in_the_server(ranks: int, extra: list[str], mixtral: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "ranks", "extra"),
+    [("mixtral", 1, []), ("mixtral", 2, ["--enable-expert-parallel"]), ("trellis", 2, [])],
+    ids=["tp1", "tp2-ep", "trellis-tp2"],
+)
+def test_fused_kernel_in_the_server(
+    model: str, ranks: int, extra: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The GPU's way through vLLM, with Triton's interpreter in the GPU's place: a second per layer and step."""
+    pair: Pair = request.getfixturevalue(model)
     small = ["--enforce-eager", "--max-num-batched-tokens", "64", "--max-model-len", "64", "--max-num-seqs", "2"]
     flags = [*small, "--tensor-parallel-size", str(ranks), *extra]
-    texts = [text[:80] for text in prompts(mixtral.source)[:2]]
+    texts = [text[:80] for text in prompts(pair.source)[:2]]
     interpreted = {"TRITON_INTERPRET": "1", "VLLM_MOEQ_BACKEND": "triton"}
-    fused = ask(mixtral.quantized, texts, tmp_path / "fused.log", flags, ranks, new_tokens=6, variables=interpreted)
-    reference = ask(mixtral.quantized, texts, tmp_path / "reference.log", flags, ranks, new_tokens=6)
+    fused = ask(pair.quantized, texts, tmp_path / "fused.log", flags, ranks, new_tokens=6, variables=interpreted)
+    reference = ask(pair.quantized, texts, tmp_path / "reference.log", flags, ranks, new_tokens=6)
     assert_same(fused, reference, must_agree=1)
     assert "moeq: triton kernel: VLLM_MOEQ_BACKEND asks for it" in (tmp_path / "fused.log").read_text()
 

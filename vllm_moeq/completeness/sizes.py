@@ -61,7 +61,8 @@ def check_sizes(config: Mapping[str, Any], parsed: Any, path: Path) -> None:
         ConfigError: naming the key.
     """
     for size in SIZES:
-        if hasattr(parsed, size):
+        # Where the class computes a size from others, as LongCat does, config.json need not have it.
+        if hasattr(parsed, size) and not isinstance(getattr(type(parsed), size, None), property):
             positive_integer(config, (parsed.attribute_map.get(size, size),), path)
     positive_integer(config, EXPERT_COUNT, path)
 

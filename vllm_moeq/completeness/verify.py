@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from vllm_moeq.completeness.against_files import check_against_files
+from vllm_moeq.completeness.classes import no_class
 from vllm_moeq.completeness.compare import check_tied, compare
 from vllm_moeq.completeness.config_values import check_values
-from vllm_moeq.completeness.expected import Expected, expected_tensors, no_class
+from vllm_moeq.completeness.expected import Expected, expected_tensors
 from vllm_moeq.format import (
     LINEAR_SUFFIXES,
     CheckpointError,

@@ -17,6 +17,13 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_moeq.format.agreement import (
+    check_choices,
+    check_linears,
+    check_projections,
+    check_schemes,
+    check_thresholds,
+)
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK
 from vllm_moeq.format.problems import first_problem, refuse_crowds
@@ -242,78 +249,19 @@ class MoeqConfig(Strict):
         return [rotated.name for rotated in found if rotated is not None]
 
     @model_validator(mode="after")
-    def _linears_are_named_once(self) -> MoeqConfig:
-        """Refuse widths that say nothing, or something else than another key."""
-        linear, unquantized = self.linear, set(self.unquantized)
-        experts = tuple(f"{prefix}." for prefix in self.experts)
-        if linear.widths and linear.bits == 16:
-            raise ValueError("linear.widths: expected none, as linear.bits is 16")
-        for name, bits in linear.widths.items():
-            if bits == 16:
-                raise ValueError(
-                    f"linear.widths: {name}: expected 4 or 8, as `unquantized` names those of 16, found 16"
-                )
-            if bits == linear.bits:
-                raise ValueError(f"linear.widths: {name}: expected another width than linear.bits, found {bits}")
-            if name in unquantized:
-                raise ValueError(f"linear.widths: {name}: expected a packed linear, found it among `unquantized` too")
-            if name.startswith(experts):
-                raise ValueError(f"linear.widths: {name}: expected a linear outside the experts, found an expert's")
-        return self
-
-    @model_validator(mode="after")
-    def _schemes_fit(self) -> MoeqConfig:
-        """Refuse schemes that are unknown, lack an expert's width, or say nothing."""
-        if self.schemes == {}:
-            raise ValueError("schemes: expected a layer, found none")
-        for prefix, names in (self.schemes or {}).items():
-            widths = self.experts.get(prefix)
-            if widths is None:
-                raise ValueError(f"schemes: {prefix} is not among experts")
-            if len(names) != len(widths):
-                raise ValueError(f"schemes: {prefix}: expected {len(widths)} names, found {len(names)}")
-            for expert, (name, bits) in enumerate(zip(names, widths, strict=True)):
-                if name not in SCHEMES:
-                    raise ValueError(f"schemes: {prefix}: expert {expert}: expected {_known()}, found {name!r}")
-                if bits not in SCHEMES[name].widths:
-                    known = ", ".join(map(str, SCHEMES[name].widths))
-                    raise ValueError(
-                        f"schemes: {prefix}: expert {expert}: expected one of {known} bits for {name}, found {bits}"
-                    )
-            if set(names) == {GRID.name}:
-                raise ValueError(f"schemes: {prefix}: expected another scheme than {GRID.name}, found only that")
-        return self
-
-    @model_validator(mode="after")
-    def _version_is_the_lowest(self) -> MoeqConfig:
-        """Have one version for one content, so that a reader knows by the number whether it can read a checkpoint."""
-        needed = version_for(self.linear, self.schemes, self.rotation)
+    def _keys_agree(self) -> MoeqConfig:
+        linear, experts = self.linear, self.experts
+        check_projections(self.projections.names())
+        check_linears(linear.bits, linear.widths, self.unquantized, experts)
+        check_schemes(self.schemes, experts)
+        # One version for one content: a reader knows by the number whether it can read a checkpoint.
+        needed = version_for(linear, self.schemes, self.rotation)
         if self.format_version != needed:
             why = "linear.widths, schemes or rotation is there" if needed == 2 else "no key needs a later one"
             raise ValueError(f"format_version: expected {needed}, as {why}, found {self.format_version}")
+        check_choices(self.plan.bit_choices, experts)
+        check_thresholds(self.odp, experts)
         return self
-
-    @model_validator(mode="after")
-    def _widths_are_among_the_choices(self) -> MoeqConfig:
-        choices = set(self.plan.bit_choices)
-        for prefix, widths in self.experts.items():
-            for expert, bits in enumerate(widths):
-                if bits not in choices:
-                    raise ValueError(
-                        f"{prefix}: expert {expert} has {bits} bits, which is not among bit_choices {sorted(choices)}"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _thresholds_belong_to_layers(self) -> MoeqConfig:
-        for prefix in self.odp or {}:
-            if prefix not in self.experts:
-                raise ValueError(f"odp: {prefix} is not among experts")
-        return self
-
-
-def _known() -> str:
-    return " or ".join(SCHEMES)
 
 
 def version_for(

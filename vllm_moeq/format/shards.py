@@ -38,12 +38,12 @@ def index_shards(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{path}: expected an object 'weight_map' with the shard of every tensor")
-    plain: set[str] = set()
+    plain: dict[str, str] = {}
     for name, shard in weight_map.items():
         check_name(name, path)
         if not isinstance(shard, str) or (shard not in plain and not _is_plain(shard)):
             raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r:.80}")
-        plain.add(shard)
+        weight_map[name] = plain.setdefault(shard, shard)  # one text per shard, not one per tensor
     if len(plain) > MAX_SHARDS:
         raise ConfigError(f"{path}: expected at most {MAX_SHARDS} shards")
     return weight_map

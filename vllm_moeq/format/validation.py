@@ -101,15 +101,16 @@ def expert_matrices(shards: Tensors, config: MoeqConfig) -> Iterator[ExpertMatri
                         f"{shards.folder}: {matrix.name(matrix.scheme.codes)}: expected {list(first)} weights "
                         f"as in expert 0, found {list(shape)}"
                     )
-                yield replace(matrix, rotated=config.rotated(prefix, projection))
+                rotated = config.rotated(prefix, projection)
+                if expert == 0:
+                    _check_signs(shards, rotated, matrix.columns)
+                yield replace(matrix, rotated=rotated)
         gate, down = shapes[config.projections.gate], shapes[config.projections.down]
         up = gate if config.projections.up is None else shapes[config.projections.up]
         if gate != up or down != (gate[1], gate[0]):
             raise CheckpointError(
                 f"{shards.folder}: {prefix}: gate {list(gate)}, up {list(up)} and down {list(down)} do not fit"
             )
-        for projection, (_, columns) in shapes.items():
-            _check_signs(shards, config.rotated(prefix, projection), columns)
 
 
 def _check_signs(shards: Tensors, rotated: Rotated | None, columns: int) -> None:
@@ -157,7 +158,7 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
             bit_sum += matrix.weights * matrix.bits
             for suffix in matrix.scheme.checked if values else ():
                 name = matrix.name(suffix)
-                matrix.scheme.check_values(shards.load(name), suffix, shards.place(name))
+                matrix.scheme.check_values(shards.map(name), suffix, shards.place(name))
         summary.expert_bytes += sum(shards.info(name).nbytes for name in config.signs())
         _refuse_strays(shards, config, known)
         summary.linears = dict(check_linears(shards, config, known))

@@ -13,6 +13,8 @@ from vllm_moeq.format import UsageError
 
 MATRICES = ("gate_up_proj", "down_proj")
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
+UNGATED = ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias")
+"""The tensors of experts without a gate."""
 
 INTEGRATION = "transformers.integrations.moe"
 """The module of transformers' default gate, act(gate)·up."""
@@ -44,30 +46,49 @@ PLAIN = frozenset(vars(torch.nn.Module()))
 """Attributes that every module has."""
 
 
-def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> None:
-    """Refuse experts of which something would be left out.
+def require_stored(prefix: str, source: torch.nn.Module, marked: bool = True, ungated: bool = False) -> None:
+    """Refuse experts that store more, or otherwise, than two stacks of matrices with or without biases.
 
     Transformers marks the classes whose experts are down(gate(gate_up(x))) times the routing weight, whatever a class
-    is called. A class without the marks may do anything. In a marked one, an attribute that is neither in the tables of
-    this file nor read by the gate may change the result. So may a tensor of the gate itself, which nobody would load.
+    is called. A class without the marks may do anything. So may a tensor of the gate itself, which nobody would load.
 
     Args:
         prefix: where the experts are, for the message.
         source: transformers' module of experts.
         marked: whether the marks are required.
+        ungated: whether experts without a gate, down(act(up(x))), will do too.
 
     Raises:
         UsageError: there is such a part; the message names it.
     """
     attributes = _attributes(source)
-    for name, values in COMPUTED.items() if marked else ():
+    plain = ungated and attributes.get("has_gate") is False
+    computed = {**COMPUTED, "has_gate": (False,)} if plain else COMPUTED
+    for name, values in computed.items() if marked else ():
         if attributes.get(name) not in values:
             expected = " or ".join(map(str, values))
             raise refusal(prefix, source, name, expected, repr(attributes[name]) if name in attributes else "nothing")
-    require_tensors(prefix, source, (*MATRICES, *BIASES))
+    require_tensors(prefix, source, UNGATED if plain else (*MATRICES, *BIASES))
     for name, module in source.named_children():
         if name != "act_fn":
             raise refusal(prefix, source, name, "no module but act_fn", type(module).__name__)
+
+
+def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> None:
+    """Refuse experts of which something would be left out.
+
+    An attribute that is neither in the tables of this file nor read by the gate may change the result.
+
+    Args:
+        prefix: where the experts are, for the message.
+        source: transformers' module of experts.
+        marked: see :func:`require_stored`.
+
+    Raises:
+        UsageError: there is such a part; the message names it.
+    """
+    require_stored(prefix, source, marked)
+    attributes = _attributes(source)
     for name in sorted(set(attributes) - set(COMPUTED) - set(HARMLESS) - {"act_fn"} - _read_by_gate(source)):
         if attributes[name] is not None and attributes[name] is not False:
             raise refusal(prefix, source, name, "experts without it", f"{attributes[name]!r:.80}")

@@ -120,7 +120,10 @@ def _native_linear(words: torch.Tensor, scales: torch.Tensor, bits: int) -> Line
 
 
 TABLE = (
-    Backend("triton", _triton_problem, _make_triton, automatic=("cuda",)),
+    Backend(
+        "triton", _triton_problem, _make_triton, automatic=("cuda",), schemes=(GRID.name, TRELLIS_SCHEME.name),
+        rotated=True,
+    ),
     Backend("humming", _humming_problem, _make_humming, automatic=()),
     Backend(
         "native", _native_problem, _make_native, automatic=("cpu",),

@@ -29,6 +29,7 @@ class Partition:
         hidden: hidden size.
         intermediate: intermediate size on this rank.
         rank: index of this rank's slice of the intermediate dimension.
+        ranks: number of slices.
         schemes: the scheme of each global expert; None takes them from the configuration.
     """
 
@@ -39,6 +40,7 @@ class Partition:
     hidden: int
     intermediate: int
     rank: int
+    ranks: int = 1
     schemes: tuple[Scheme, ...] | None = None
 
     @property
@@ -62,9 +64,36 @@ class Partition:
         names = self.config.projections
         return self.config.rotated(self.prefix, names.gate if part == "w13" else names.down)
 
+    def _check_slices(self) -> None:
+        """Refuse slices that the schemes or the rotation cannot have: tiles, words and blocks stay whole.
+
+        Raises:
+            UsageError: naming the layer, and what fits.
+        """
+        steps = [number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)]
+        rotated = self.rotated("w2")
+        step = math.lcm(*steps, 1 if rotated is None else rotated.size)
+        if self.intermediate % step == 0:
+            return
+        whole = self.intermediate * self.ranks
+        # Attention has been split by all ranks already, so that it can be split by a divisor of their number.
+        fitting = [str(it) for it in range(1, self.ranks) if self.ranks % it == 0 and whole // it % step == 0]
+        if not fitting:
+            raise UsageError(f"{self.prefix}: expected an intermediate size in multiples of {step}, found {whole}")
+        raise UsageError(
+            f"{self.prefix}: expected {' or '.join(fitting)} as the number of ranks, so that each gets a multiple of "
+            f"{step} of the intermediate size {whole}, found {self.ranks}; lower --tensor-parallel-size or add "
+            "--enable-expert-parallel"
+        )
+
     @cached_property
     def w13(self) -> RaggedMatrices:
-        """The layout of gate and up; ranks split their rows, so groups stay whole."""
+        """The layout of gate and up; ranks split their rows, so groups stay whole.
+
+        Raises:
+            UsageError: see :attr:`w2`.
+        """
+        self._check_slices()
         return ragged(
             self.local_widths, 2 * self.intermediate, self.hidden, self.config.group_size, schemes=self.local_schemes
         )
@@ -74,16 +103,9 @@ class Partition:
         """The layout of down; ranks split its input dimension, maybe inside a group.
 
         Raises:
-            UsageError: a scheme cannot be split there; the grid can be split between blocks of 32 codes.
+            UsageError: a scheme or the rotation cannot be split there; the grid can be between blocks of 32 codes.
         """
-        steps = [number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)]
-        rotated = self.rotated("w2")
-        step = math.lcm(*steps, 1 if rotated is None else rotated.size)
-        if self.intermediate % step:
-            raise UsageError(
-                f"{self.prefix}: expected an intermediate size per rank that is a multiple of {step}, "
-                f"found {self.intermediate}; lower --tensor-parallel-size or add --enable-expert-parallel"
-            )
+        self._check_slices()
         size = self.config.group_size
         offset = 0 if size == WHOLE_ROW else self.begin % size
         return ragged(self.local_widths, self.hidden, self.intermediate, size, offset, self.local_schemes)

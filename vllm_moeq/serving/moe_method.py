@@ -89,6 +89,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             hidden=hidden_size,
             intermediate=intermediate_size_per_partition,
             rank=layer.moe_config.moe_parallel_config.tp_rank,
+            ranks=layer.moe_config.intermediate_size // intermediate_size_per_partition,
             schemes=tuple(self.schemes),
         )
         self.partition = partition

@@ -17,7 +17,10 @@ from planner.quantization.quantizers.linear import LINEAR_QUANTIZERS, default_li
 from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_ONE_BIT,
+    POSSIBLE,
     QUANTIZERS,
+    SchemeChoice,
+    SchemeName,
     calibrated_names,
     default_quantizer,
     one_bit_names,
@@ -127,11 +130,33 @@ LinearBitsName = Annotated[int | str, AfterValidator(_linear_bits)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class SchemeKeyword:
+    """The scheme of the experts.
+
+    Attributes:
+        scheme: how experts are stored: ``grid``; ``trellis``, which is closer to the original and slower to compute; or
+            ``auto``, what costs less by the plan's measurements. None is ``grid``, or what a plan says.
+    """
+
+    scheme: SchemeChoice | None = None
+
+    @property
+    def resolved_scheme(self) -> SchemeChoice:
+        """The scheme that is asked for, or the default."""
+        return self.scheme or QuantizeSettings.scheme
+
+    @property
+    def settled_scheme(self) -> SchemeName:
+        """The scheme of the settings before there is a plan: a grid's sizes bound those of ``auto``."""
+        return POSSIBLE[self.resolved_scheme][0]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StorageKeywords:
     """The scales of experts, and the format of other linears.
 
     Attributes:
-        group_size: expert weights per scale, a multiple of 32; -1 for whole rows.
+        group_size: expert weights per scale of a grid, a multiple of 32; -1 for whole rows.
         linear_bits: width of attention and other linears: 4, 8 or 16; ``auto`` chooses for each, from the
             same bytes as the experts; None is 4, or what a plan says.
         linear_group_size: weights of linears per scale; None is 128, or what a quarter of the input dimension allows.

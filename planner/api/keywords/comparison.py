@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import get_args
 
 from planner.api.keywords.common import Count, Tokens, parts
 from planner.api.keywords.tasks import TaskList
@@ -12,6 +13,7 @@ from planner.api.keywords.widths import Number, WidthList, read_average, read_ch
 from planner.comparison.request import Comparison
 from planner.evaluation.lm_eval_tasks import check_tasks
 from planner.planning.methods import METHODS
+from planner.quantization.quantizers.table import SchemeChoice
 from vllm_moeq.format import UsageError
 
 
@@ -23,11 +25,26 @@ class CandidateKeywords:
         methods: names of methods, such as ``("kl", "pmq")``, or ``all``.
         avg_bits: average bits per expert weight, one or several.
         bits: widths to choose from, such as ``(1, 2, 3)``; None takes each method's own.
+        scheme: how experts are stored: ``grid``, ``trellis``, ``auto``, or several: every plan is made in each.
     """
 
     methods: Sequence[str] | str = "all"
     avg_bits: Number | Sequence[Number] = (2, 2.5)
     bits: WidthList | None = None
+    scheme: Sequence[str] | str = Comparison.schemes
+
+    def schemes(self) -> tuple[SchemeChoice, ...]:
+        """Return the schemes, each once.
+
+        Raises:
+            UsageError: an unknown one.
+        """
+        known: dict[str, SchemeChoice] = {name: name for name in get_args(SchemeChoice)}
+        names = tuple(dict.fromkeys(parts(self.scheme)))
+        for name in names:
+            if name not in known:
+                raise UsageError(f"--scheme: expected some of {', '.join(known)}, found {name!r}")
+        return tuple(known[name] for name in names)
 
     def names(self) -> tuple[str, ...]:
         """Return the methods, each once.

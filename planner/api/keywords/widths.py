@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +28,7 @@ from planner.planning.request import (
     resolved_method,
 )
 from planner.planning.scores import read_observed
+from planner.quantization.quantizers.table import AUTO_SCHEME, SchemeChoice
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS, UsageError
 
@@ -111,6 +112,7 @@ class WidthKeywords:
         *,
         text: bool,
         ranked: bool,
+        scheme: SchemeChoice = "grid",
         linears: bool = False,
     ) -> PlanOptions:
         """Return the options of the plan.
@@ -121,6 +123,7 @@ class WidthKeywords:
             settings: how it will be quantized.
             text: whether a calibration text is given.
             ranked: whether experts are ranked; an estimate ranks none.
+            scheme: the scheme of experts, or ``auto``.
             linears: whether linears compete with experts.
 
         Raises:
@@ -148,9 +151,10 @@ class WidthKeywords:
             quantizer=settings.quantizer,
             ranked=ranked,
             calibrated=text,
-            linears=LinearChoice(settings.group_size, settings.linear.group_size, settings.linears_calibrated)
-            if linears
-            else None,
+            linears=LinearChoice(settings.linear.group_size, settings.linear_quantizer) if linears else None,
+            scheme=scheme,
+            group_size=settings.group_size,
+            trellis_bits=self._trellis_bits(model, layout, settings, choices) if scheme == AUTO_SCHEME else None,
         )
         _check(made, layout)
         return made
@@ -191,6 +195,14 @@ class WidthKeywords:
         if self.method in METHODS and METHODS[self.method].one_width:
             return Fraction(max(width for width in choices if width <= average))
         return average
+
+    def _trellis_bits(
+        self, model: SourceModel, layout: Layout, settings: QuantizeSettings, choices: tuple[int, ...]
+    ) -> Fraction | None:
+        """Return the average that a budget allows with trellises; None without a budget."""
+        if self.budget_gib is None:
+            return None
+        return self._average(model, layout, replace(settings, scheme="trellis"), choices)
 
     def _fixed(self, layout: Layout, choices: tuple[int, ...]) -> Mapping[str, int]:
         """Return the fixed widths; raise ConfigError for an unknown expert, or a width that is no choice."""

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from planner.calibration.gptq.moments import Inputs, Moments
+from planner.calibration.gptq.solve import solve_in
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import ExpertWeights, load_expert
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.packed import PackedMatrix, pack_matrix
-from planner.quantization.quantizers import QuantizedMatrix, Quantizer, quantizer_for
+from planner.quantization.quantizers import QuantizedMatrix, quantizer_for
 from planner.quantization.quantizers.base import check_weights
-from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
-from planner.quantization.quantizers.rotated import Basis, bases
-from planner.quantization.quantizers.trellis import quantize_trellis
+from planner.quantization.quantizers.rotated import Basis, bases, rounded_in
 from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import CheckpointError
+from vllm_moeq.format import CheckpointError, Scheme
 
 
 class UnusableError(Exception):
@@ -69,8 +69,10 @@ class ExpertQuantizer:
         """The rotations of the projections' inputs, by projection; none without a rotation."""
         return bases(self.layer, self.settings.rotation(self.layer))
 
-    def calibrated(self, batch: list[int], bits: int, device: torch.device) -> list[tuple[int, CalibratedExpert]]:
-        """Quantize experts of one width together: gate and up first, then down on the outputs of these two.
+    def calibrated(
+        self, batch: list[int], bits: int, scheme: Scheme, device: torch.device
+    ) -> list[tuple[int, CalibratedExpert]]:
+        """Quantize experts of one width and scheme together: gate and up first, then down on the outputs of these two.
 
         Raises:
             UnusableError: GPTQ cannot use the inputs of some expert in the batch.
@@ -80,38 +82,34 @@ class ExpertQuantizer:
         rows = experts[0].gate.shape[0]
         both = torch.stack([torch.cat((expert.gate, expert.up)) for expert in experts])
         moments = Moments.stack(Moments.of(self._outer(expert, device)) for expert in batch)
-        first = self._solve(both, moments, bits, self.layer.projections.gate)
+        first = self._solve(both, moments, bits, scheme, self.layer.projections.gate)
         gates, ups = ([q.rows(part) for q in first] for part in (slice(0, rows), slice(rows, None)))
         halves = [
             ExpertWeights(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)
         ]
         inner = (self._inner(*found, device) for found in zip(batch, halves, experts, strict=True))
         moments = Moments.stack(map(Moments.of, inner))
-        downs = self._solve(
-            torch.stack([expert.down for expert in experts]), moments, bits, self.layer.projections.down
-        )
+        stacked = torch.stack([expert.down for expert in experts])
+        downs = self._solve(stacked, moments, bits, scheme, self.layer.projections.down)
         found = zip(batch, experts, gates, ups, downs, strict=True)
         return [(name, self._result(name, exact, (g, u, d), device)) for name, exact, g, u, d in found]
 
-    def uncalibrated(self, expert: int, bits: int, device: torch.device, reason: str) -> CalibratedExpert:
+    def uncalibrated(
+        self, expert: int, bits: int, scheme: Scheme, device: torch.device, reason: str
+    ) -> CalibratedExpert:
         """Quantize an expert by its weights alone.
 
         Raises:
             CheckpointError: a weight is not finite.
         """
-        quantizer = quantizer_for(bits, self.settings.quantizer, self.settings.one_bit, self.settings.zero_points)
+        chosen = self.settings
+        quantizer = quantizer_for(bits, chosen.quantizer, chosen.one_bit, chosen.zero_points, scheme)
         exact = self._load(expert, device)
         gate, up, down = (
-            self._alone(quantizer, weight, bits, name)
+            rounded_in(self.bases.get(name), quantizer, weight, bits, chosen.group_size)
             for name, weight in zip(self.layer.projections.names(), exact.matrices(), strict=True)
         )
         return self._result(expert, exact, (gate, up, down), device, reason)
-
-    def _alone(self, quantizer: Quantizer, weight: torch.Tensor, bits: int, projection: str) -> QuantizedMatrix:
-        basis, size = self.bases.get(projection), self.settings.group_size
-        return (
-            quantizer(weight, bits, size) if basis is None else basis.wrap(quantizer(basis.weights(weight), bits, size))
-        )
 
     def _load(self, expert: int, device: torch.device) -> ExpertWeights:
         found = load_expert(self.decoder.model, self.layer, expert, device, torch.float32)
@@ -140,16 +138,13 @@ class ExpertQuantizer:
             wanted = None if part.original is None else exact.inner(part.original.float(), activation)
             yield Inputs(half.inner(part.own.float(), activation), wanted, part.weights)
 
-    def _solve(self, weights: torch.Tensor, moments: Moments, bits: int, projection: str) -> Sequence[QuantizedMatrix]:
-        solve, basis = CALIBRATED[self.settings.quantizer_of(bits)], self.bases.get(projection)
+    def _solve(
+        self, weights: torch.Tensor, moments: Moments, bits: int, scheme: Scheme, projection: str
+    ) -> Sequence[QuantizedMatrix]:
+        chosen, basis = self.settings, self.bases.get(projection)
+        quantizer, tuned = chosen.quantizer_of(scheme), chosen.gptq or GptqSettings()
         try:
-            second, shift = moments.check().second, moments.shift
-            if basis is None:
-                return solve(weights, second, bits, self.settings, shift)
-            turned = None if shift is None else basis.moments(shift)
-            return list(
-                map(basis.wrap, solve(basis.weights(weights), basis.moments(second), bits, self.settings, turned))
-            )
+            return solve_in(basis, weights, moments, bits, chosen.group_size, quantizer, tuned, chosen.zero_points)
         except NotPositiveDefiniteError as error:
             raise UnusableError(str(error)) from None
 
@@ -181,25 +176,3 @@ class ExpertQuantizer:
             )
         }
         return CalibratedExpert(packed, outputs, tokens, (difference / size) ** 0.5 if size else None, fallback)
-
-
-Solve = Callable[[torch.Tensor, torch.Tensor, int, QuantizeSettings, torch.Tensor | None], Sequence[QuantizedMatrix]]
-"""(weights [B, N, K], second moments [B, K, K], bits, settings, shifts or None) → the quantized matrices."""
-
-
-def _gptq(
-    weights: torch.Tensor, second: torch.Tensor, bits: int, settings: QuantizeSettings, shift: torch.Tensor | None
-) -> Sequence[QuantizedMatrix]:
-    tuned = settings.gptq or GptqSettings()
-    return quantize_gptq(weights, second, bits, settings.group_size, tuned, settings.zero_points, shift)
-
-
-def _trellis(
-    weights: torch.Tensor, second: torch.Tensor, bits: int, settings: QuantizeSettings, shift: torch.Tensor | None
-) -> Sequence[QuantizedMatrix]:
-    tuned = settings.gptq or GptqSettings()
-    return quantize_trellis(weights, second, bits, tuned.damping, shift)
-
-
-CALIBRATED: dict[str, Solve] = {"gptq": _gptq, "trellis": _trellis}
-"""Name of a quantizer with calibration → its function."""

@@ -13,8 +13,12 @@ from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.routed import Routed
 from planner.model.layout import MoeLayer
 from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import Scheme
 
 QuantizeBatch = Callable[[list[int], torch.device], list[tuple[int, CalibratedExpert]]]
+
+Kind = tuple[int, Scheme]
+"""(an expert's bits, its scheme)."""
 
 BATCH_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
 """Bytes of Hessians to factor at a time, by kind of device. Their copies take some three times as much."""
@@ -30,8 +34,8 @@ def quantize_layer(
 ) -> Iterator[tuple[int, CalibratedExpert]]:
     """Quantize all experts of a layer and add the outputs of the quantized experts to ``routed``.
 
-    Experts of one width go in batches, one batch per device at a time. Results are taken in a fixed order, so that the
-    sums do not depend on which batch ends first.
+    Experts of one width and scheme go in batches, one batch per device at a time. Results are taken in a fixed order,
+    so that the sums do not depend on which batch ends first.
 
     Args:
         decoder: the model.
@@ -47,21 +51,22 @@ def quantize_layer(
     Raises:
         CheckpointError: a weight cannot be read or is not finite; the message names it.
     """
+    kinds = list(zip(widths, settings.storage.schemes(layer.prefix, widths), strict=True))
     counts = [int((routed.ids == expert).sum()) for expert in range(layer.num_experts)]
     batches: deque[list[int]] = deque([expert] for expert, tokens in enumerate(counts) if tokens < settings.min_tokens)
-    batches.extend(_batches(layer, widths, counts, settings.min_tokens, devices[0]))
+    batches.extend(_batches(layer, kinds, counts, settings.min_tokens, devices[0]))
     math = ExpertQuantizer(decoder, layer, routed, settings)
 
     def work(batch: list[int], device: torch.device) -> list[tuple[int, CalibratedExpert]]:
-        bits = widths[batch[0]]
+        bits, scheme = kinds[batch[0]]
         if counts[batch[0]] < settings.min_tokens:
             reason = f"{counts[batch[0]]} calibration tokens, fewer than {settings.min_tokens}"
-            return [(batch[0], math.uncalibrated(batch[0], bits, device, reason))]
+            return [(batch[0], math.uncalibrated(batch[0], bits, scheme, device, reason))]
         try:
-            return math.calibrated(batch, bits, device)
+            return math.calibrated(batch, bits, scheme, device)
         except UnusableError as error:
             if len(batch) == 1:
-                return [(batch[0], math.uncalibrated(batch[0], bits, device, str(error)))]
+                return [(batch[0], math.uncalibrated(batch[0], bits, scheme, device, str(error)))]
             return [result for expert in batch for result in work([expert], device)]  # find the expert that fails
 
     for results in _in_order(work, batches, devices):
@@ -73,13 +78,13 @@ def quantize_layer(
 
 
 def _batches(
-    layer: MoeLayer, widths: Sequence[int], counts: Sequence[int], least: int, device: torch.device
+    layer: MoeLayer, kinds: Sequence[Kind], counts: Sequence[int], least: int, device: torch.device
 ) -> Iterator[list[int]]:
-    """Yield batches of experts that have one width and enough tokens, as many experts as fit."""
+    """Yield batches of experts that have one width, one scheme and enough tokens, as many experts as fit."""
     largest = 4 * max(columns for _, columns in layer.shapes.values()) ** 2
     size = max(1, BATCH_BYTES[device.type] // largest)
-    for bits in sorted(set(widths)):
-        experts = [e for e in range(layer.num_experts) if widths[e] == bits and counts[e] >= least]
+    for kind in sorted(set(kinds), key=lambda found: (found[0], found[1].name)):
+        experts = [e for e in range(layer.num_experts) if kinds[e] == kind and counts[e] >= least]
         for begin in range(0, len(experts), size):
             yield experts[begin : begin + size]
 

@@ -90,9 +90,11 @@ class GptqRunner:
             if exact is not None:
                 routed = routed.beside(exact)
             found = quantize_layer(decoder, task.layer, task.widths, routed, settings, self.devices)
+            schemes = settings.storage.schemes(task.layer.prefix, task.widths)
             for expert, result in found:
-                bits = task.widths[expert]
-                named = settings.quantizer_of(bits) if result.fallback is None else settings.without_text(bits)
+                bits, scheme = task.widths[expert], schemes[expert]
+                alone = settings.without_text(bits, scheme)
+                named = settings.quantizer_of(scheme) if result.fallback is None else alone
                 more, report = pack_expert(task.layer, expert, bits, result.matrices, named, result.fallback)
                 tensors.update(more)
                 error = None if result.output_error is None else round(result.output_error, 6)

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from planner.common.install import require
+from planner.calibration.reading.boundary import LayerStub, in_any_form, same
+from planner.calibration.reading.network import build_network
+from planner.calibration.reading.replay import StoredOutputs
+from planner.calibration.reading.weights import Weights
 from planner.model.layout import Layout, architecture_of
 from planner.model.source import SourceModel
-from vllm_moeq.format import CheckpointError, ConfigError, UsageError
+from vllm_moeq.format import MoeqError, UsageError
 
 LayerCall = Callable[[torch.Tensor], torch.Tensor]
 """A layer's input [sequences, length, hidden] → its output, of the same shape."""
@@ -24,30 +27,15 @@ class StopReadingError(Exception):
     """Ends a forward pass when its rest is not needed."""
 
 
-class _Recorder(torch.nn.Module):
-    """Stands in for a decoder layer and records its arguments."""
-
-    def __init__(self, last: bool) -> None:
-        super().__init__()
-        self.last = last
-        self.hidden = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Return the input; in the last layer, end the forward pass instead."""
-        self.hidden, self.arguments = hidden, arguments
-        if self.last:
-            raise StopReadingError
-        return hidden
-
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for reading calibration text: float32 on CPUs, where it costs little, bfloat16 elsewhere."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Decoder:
-    """A causal language model of transformers' modules, whose parameters have no storage until they are needed.
+    """A language model of transformers' modules, whose parameters have no storage until they are needed.
+
+    The model may have parts for images besides: they are never run.
 
     Args:
         model: the checkpoint.
@@ -64,34 +52,20 @@ class Decoder:
         self, model: SourceModel, layout: Layout, device: torch.device, dtype: torch.dtype, rows: int = ROWS
     ) -> None:
         self.row = architecture_of(model)
-        if self.row.uncalibrated is not None:
-            raise UsageError(
-                f"{model.folder}: {layout.model_type} cannot be calibrated: {self.row.uncalibrated}; "
-                "expected a method and a quantizer that read no text, such as router-norm-maxvar and hqq"
-            )
-        require("a model that reads a text", ("transformers", "accelerate"), "calibrate")
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from vllm_moeq.hf.contract import require_silu
-
-        try:
-            self.config = AutoConfig.from_pretrained(model.folder)
-            with init_empty_weights(include_buffers=False):
-                skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{model.folder}: transformers cannot load it ({error})") from None
+        self.network = build_network(model, layout, self.row, dtype)
+        self.config = self.network.text_config
         self.model, self.layout, self.device, self.dtype, self.rows = model, layout, device, dtype, rows
         self.moe = {layer.index: layer for layer in layout.layers}
-        self.base = skeleton.eval().base_model
-        self.lm_head: torch.nn.Module = skeleton.get_output_embeddings()
-        self.layers: torch.nn.ModuleList = self.base.layers
+        self.layers: torch.nn.ModuleList = self.network.whole.get_submodule(self.network.path)
+        self.lm_head: torch.nn.Module = self.network.whole.get_output_embeddings()
         self.activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
-        for layer in layout.layers:
-            experts = self.layers[layer.index].get_submodule(self.row.module_name(self.row.experts))
-            require_silu(f"{model.folder}: {layer.prefix}", experts)
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self.base.rotary_emb.to(device)
+        self._weights = Weights(model, self.network.whole, device, dtype)
+        self._arguments: dict[int, list[LayerStub]] = {}
+        self._norm: str | None = None
+        for name, buffer in self.network.base.named_buffers():
+            if not buffer.is_meta:
+                owner, _, leaf = name.rpartition(".")
+                self.network.base.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -101,33 +75,92 @@ class Decoder:
         """Number of logits per token."""
         return int(self.config.vocab_size)
 
-    @property
-    def logits_place(self) -> int:
-        """Index of the logits of all experts among the outputs of a router; transformers' versions differ in it."""
-        return int(self.base._can_record_outputs["router_logits"].index)
-
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the first layer's input [sequences, length, hidden] for tokens [sequences, length].
 
         The model's other arguments to its layers (rotary embeddings, masks) are kept for :meth:`layer`; they depend
         only on the shape.
+
+        Raises:
+            UsageError: they depend on the tokens too, or the model's hidden states are no vectors.
         """
-        recorders = [_Recorder(last=index + 1 == len(self)) for index in range(len(self))]
-        embedding = self.base.get_input_embeddings()
-        names = {id(module): name for name, module in self.base.named_modules()}
-        prefix = f"model.{names[id(embedding)]}"
-        self._fill(embedding, lambda name: f"{prefix}.{name}", {})
-        self.base.layers = torch.nn.ModuleList(recorders)
+        outside = [module for name, module in self.network.base.named_children() if name != self.network.attribute]
+        for module in outside:
+            self._weights.fill(module)
         try:
-            self.base(input_ids=tokens.to(self.device), use_cache=False)
-        except StopReadingError:
-            pass
+            stubs = self._run(tokens)
+            if not self._arguments:
+                self._check(stubs, self._run((tokens + 1) % self.vocabulary))
         finally:
-            self.base.layers = self.layers
-            embedding.to("meta")
-        self._arguments[tokens.shape[0]] = [recorder.arguments for recorder in recorders]
-        return recorders[0].hidden
+            for module in outside:
+                self._weights.empty(module)
+        self._arguments[tokens.shape[0]] = stubs
+        return stubs[0].hidden
+
+    def _run(self, tokens: torch.Tensor) -> list[LayerStub]:
+        """Run the model with stubs in place of its layers, and return them; note the norm behind the last one."""
+        base, attribute = self.network.base, self.network.attribute
+
+        def run(form: Callable[[torch.Tensor], Any]) -> list[LayerStub]:
+            stubs = [LayerStub(layer, form) for layer in self.layers]
+            setattr(base, attribute, torch.nn.ModuleList(stubs))
+            handles = [
+                module.register_forward_hook(note(name)) for name, module in base.named_children() if name != attribute
+            ]
+            called.clear()
+            try:
+                found = base(input_ids=tokens.to(self.device), use_cache=False)
+            finally:
+                setattr(base, attribute, self.layers)
+                for handle in handles:
+                    handle.remove()
+            self._norm = self._find_norm(stubs[-1].hidden, found.last_hidden_state, called)
+            return stubs
+
+        called: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+        def note(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], None]:
+            def hook(_module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                if inputs and isinstance(inputs[0], torch.Tensor) and isinstance(output, torch.Tensor):
+                    called.append((name, inputs[0], output))
+
+            return hook
+
+        found: list[LayerStub] = in_any_form(run)
+        return found
+
+    def _find_norm(
+        self, last: torch.Tensor, result: torch.Tensor, called: list[tuple[str, torch.Tensor, torch.Tensor]]
+    ) -> str:
+        """Return the name of the module between the last layer and the model's output.
+
+        Raises:
+            UsageError: no single module is.
+        """
+        for name, value, output in reversed(called):
+            if value.shape == last.shape and torch.equal(value, last) and torch.equal(output, result):
+                return name
+        raise self._refusal("expected a norm alone behind its last layer, found more")
+
+    def _check(self, stubs: list[LayerStub], others: list[LayerStub]) -> None:
+        """Refuse layers that read more than hidden states, by their arguments for two texts of one shape."""
+        if stubs[0].hidden.ndim != 3:
+            raise self._refusal(
+                f"expected hidden states [sequences, length, hidden], found {stubs[0].hidden.ndim} dimensions"
+            )
+        for stub, other in zip(stubs, others, strict=True):
+            for key, value in stub.named.items():
+                if not same(value, other.named[key]):
+                    raise self._refusal(f"expected layers that read hidden states alone, found {key} of the text")
+            if not same(stub.positional, other.positional):
+                raise self._refusal("expected layers that read hidden states alone, found more of the text")
+
+    def _refusal(self, reason: str) -> UsageError:
+        return UsageError(
+            f"{self.model.folder}: {self.layout.model_type} cannot be calibrated: transformers' "
+            f"{type(self.network.whole).__name__}: {reason}"
+        )
 
     @contextmanager
     def layer(
@@ -158,13 +191,16 @@ class Decoder:
             layer.set_submodule(path, experts)
         skip = set() if experts is None else {id(parameter) for parameter in experts.parameters()}
         try:
-            self._fill(layer, lambda name: self.row.checkpoint_name(index, name), replaced or {}, skip)
+            self._weights.fill(layer, lambda name: self.row.checkpoint_name(index, name), replaced, skip)
 
             def call(hidden: torch.Tensor) -> torch.Tensor:
                 if hidden.shape[0] not in self._arguments:
                     self.embed(torch.zeros(hidden.shape[:2], dtype=torch.int64))
-                arguments = self._arguments[hidden.shape[0]][index]
-                result = layer(hidden.to(self.device, self.dtype), **arguments)
+                stub = self._arguments[hidden.shape[0]][index]
+                try:
+                    result = layer(hidden.to(self.device, self.dtype), *stub.positional, **stub.named)
+                except MoeqError as error:
+                    raise self._refusal(str(error)) from None
                 states: torch.Tensor = result[0] if isinstance(result, tuple) else result
                 return states
 
@@ -173,51 +209,46 @@ class Decoder:
         finally:
             if path is not None:
                 layer.set_submodule(path, original)
-            layer.to("meta")
+            self._weights.empty(layer)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Load the last norm and the output projection, and yield a function from the last layer's output to logits.
 
+        What comes behind the projection, such as a scale or a cap of the logits, is the model's own code.
+
         Raises:
             CheckpointError: a tensor that transformers expects is missing or has another shape.
         """
-        embedding = next(name for name, found in self.base.named_modules() if found is self.base.get_input_embeddings())
-        tied = "lm_head.weight" not in self.model.shards.tensors
-        weight = f"model.{embedding}.weight" if tied else "lm_head.weight"
+        if self._norm is None:
+            self.embed(torch.zeros((1, 1), dtype=torch.int64))
+        whole, norm = self.network.whole, self.network.base.get_submodule(self._norm or "")
+        place = self.network.path.split(".")[0]
+        model, stored = getattr(whole, place), StoredOutputs()
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            stored.states = norm(hidden.to(self.device, self.dtype))[None]
+            tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=self.device)
+            found: torch.Tensor = whole(input_ids=tokens, use_cache=False).logits[0]
+            return found.float()
+
         try:
-            self._fill(self.base.norm, lambda name: f"model.norm.{name}", {})
-            self._fill(self.lm_head, lambda name: weight if name == "weight" else f"lm_head.{name}", {})
-            divisor = getattr(self.config, "logits_scaling", 1.0)  # Granite has it
-            yield lambda hidden: self.lm_head(self.base.norm(hidden.to(self.device, self.dtype))).float() / divisor
+            self._weights.fill(norm)
+            self._fill_head()
+            setattr(whole, place, stored)
+            yield logits
         finally:
-            self.base.norm.to("meta")
-            self.lm_head.to("meta")
+            setattr(whole, place, model)
+            self._weights.empty(norm)
+            self._weights.empty(self.lm_head)
+
+    def _fill_head(self) -> None:
+        """Load the output projection, which may be the embedding's weight."""
+        whole = self.network.whole
+        names = {id(module): name for name, module in whole.named_modules()}
+        embedding = names[id(whole.get_input_embeddings())]
+        self._weights.fill(self.lm_head, tied=embedding)
 
     def router(self, index: int) -> torch.nn.Module:
-        """Return a layer's router module."""
+        """Return the module that has a layer's router as its weight."""
         return self.layers[index].get_submodule(self.row.module_name(self.row.router).removesuffix(".weight"))
-
-    def _fill(
-        self,
-        module: torch.nn.Module,
-        checkpoint_name: Callable[[str], str],
-        replaced: Mapping[str, torch.Tensor],
-        skip: set[int] | None = None,
-    ) -> None:
-        """Load the weights of a module's parameters and persistent buffers."""
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if skip and id(tensor) in skip:
-                continue
-            source = checkpoint_name(name)
-            value = replaced[source] if source in replaced else self.model.shards.map(source)
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{self.model.folder}: tensor {source}: expected {list(tensor.shape)}, found {list(value.shape)}"
-                )
-            owner, _, leaf = name.rpartition(".")
-            place = module.get_submodule(owner)
-            value = value.to(self.device, self.dtype if value.dtype.is_floating_point else None)
-            if isinstance(tensor, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, requires_grad=False)
-            setattr(place, leaf, value)

@@ -70,16 +70,19 @@ class Routed:
 class _Recording(torch.nn.Module):
     """Stands in for the experts in the first pass: records their arguments and returns zeros."""
 
-    def __init__(self, inputs: torch.Tensor, logits: int) -> None:
+    def __init__(self, inputs: torch.Tensor) -> None:
         super().__init__()
         self.inputs, self.next = inputs, 0
-        self.place = logits
         self.logits = torch.empty(0)
         self.slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def note_logits(self, _router: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        """Keep the router's logits [tokens, experts]; the router's hook calls this just before :meth:`forward`."""
-        self.logits = output[self.place]
+    def note_logits(self, router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+        """Keep the router's logits [tokens, experts]; the router's hook calls this just before :meth:`forward`.
+
+        They are computed anew: models differ in what a router returns, and some return no logits.
+        """
+        weight = router.get_parameter("weight")
+        self.logits = torch.nn.functional.linear(inputs[0].flatten(0, -2).to(weight.dtype), weight)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`planner.calibration.reading.decoder.Decoder.layer`."""
@@ -123,9 +126,10 @@ def route(
         store: folder for the tensors.
         replaced: see :meth:`Decoder.layer`.
     """
-    tokens, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+    tokens, layer = hidden.shape[0] * hidden.shape[1], decoder.moe[index]
+    size = layer.shapes[layer.projections.gate][1]
     inputs = store.scratch("inputs.bin", (tokens, size), hidden.dtype)
-    recording = _Recording(inputs, decoder.logits_place)
+    recording = _Recording(inputs)
     hook = decoder.router(index).register_forward_hook(recording.note_logits)
     try:
         with decoder.layer(index, recording, replaced) as call:

@@ -11,6 +11,7 @@ from planner.api.keywords.codes import (
     CodeKeywords,
     ComparedCodeKeywords,
     GptqKeywords,
+    SchemeKeyword,
     StorageKeywords,
     WrittenCodeKeywords,
 )
@@ -22,11 +23,12 @@ from planner.quantization.quantizers.table import (
     DEFAULT,
     DEFAULT_WITH_TEXT,
     QUANTIZERS,
+    SchemeChoice,
     calibrated_names,
     one_bit_names,
     quantizer_names,
 )
-from planner.quantization.settings import Calibration
+from planner.quantization.settings import Calibration, QuantizeSettings
 
 NAMES = OneOf(quantizer_names())
 
@@ -39,6 +41,16 @@ def _fallbacks() -> str:
 def _linear_defaults() -> str:
     """Return the default quantizer of linears beside each experts' quantizer, for a help text."""
     return f"{LINEAR_DEFAULT_WITH_TEXT} with {' or '.join(calibrated_names())}, else {LINEAR_DEFAULT}"
+
+
+Scheme = Annotated[
+    SchemeChoice | None,
+    typer.Option(
+        "--scheme",
+        help="How experts are stored: grid; trellis, closer to the original and slower to compute; "
+        f"auto, by the plan's measurements [{QuantizeSettings.scheme}, or the plan's].",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class WrittenQuantizerFlags(QuantizerFlags):
     zero_points: Annotated[
         ZeroPoints, typer.Option("--zero-points", help="Zero points of experts; other formats need integer ones.")
     ] = WrittenCodeKeywords.zero_points
+    scheme: Scheme = SchemeKeyword.scheme
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from planner.quantization.quantizers.base import Quantized, ZeroPoints
+from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, ZeroPoints
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
 from planner.quantization.quantizers.target import corrected
@@ -42,6 +43,11 @@ class GptqSettings:
 
 PUBLISHED = GptqSettings(act_order="none", search="published")
 """The settings behind the paper's results."""
+
+Solve = Callable[
+    [torch.Tensor, torch.Tensor, int, int, GptqSettings, ZeroPoints, torch.Tensor | None], Sequence[QuantizedMatrix]
+]
+"""A quantizer with calibration, with the first arguments of :func:`quantize_gptq`."""
 
 
 def quantize_gptq(

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from planner.model.layout import MoeLayer
-from planner.quantization.quantizers.base import QuantizedMatrix
-from vllm_moeq.format import SIGNS, Rotation, pack_signs, rotate, unrotate
+from planner.quantization.quantizers.base import QuantizedMatrix, Quantizer
+from vllm_moeq.format import SIGNS, Rotation, pack_signs, rotate, rotation_size, unrotate
+
+AT_A_TIME = 256
+"""Rows of moments that are rotated together."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,12 @@ class Basis:
         return rotate(weights, self.signs.to(weights.device), self.size)
 
     def moments(self, moments: torch.Tensor) -> torch.Tensor:
-        """Return the moments [..., K, K] of rotated inputs: Q·M·Qᵀ."""
+        """Return the moments [..., K, K] of rotated inputs, Q·M·Qᵀ, float32 in the place of M: they may fill memory."""
         signs = self.signs.to(moments.device)
-        return rotate(rotate(moments, signs, self.size).mT, signs, self.size).mT.contiguous()
+        for turned in (moments, moments.mT):
+            for part in turned.split(AT_A_TIME, dim=-2):
+                part.copy_(rotate(part, signs, self.size))
+        return moments
 
     def wrap(self, matrix: QuantizedMatrix) -> Rotated:
         """Return a matrix that was quantized for rotated inputs."""
@@ -66,6 +72,29 @@ class Rotated:
     def rows(self, part: slice) -> Rotated:
         """See :meth:`planner.quantization.quantizers.base.QuantizedMatrix.rows`."""
         return Rotated(self.matrix.rows(part), self.basis)
+
+
+def rounded_in(
+    basis: Basis | None, quantizer: Quantizer, weights: torch.Tensor, bits: int, group_size: int
+) -> QuantizedMatrix:
+    """Quantize a matrix by its weights alone, in a rotated basis or as it is.
+
+    Args:
+        basis: the rotation of its inputs, if any.
+        quantizer: the function that quantizes.
+        weights: float [N, K].
+        bits: width of the codes.
+        group_size: weights per scale, or −1 for whole rows.
+    """
+    if basis is None:
+        return quantizer(weights, bits, group_size)
+    return basis.wrap(quantizer(basis.weights(weights), bits, group_size))
+
+
+def rotation_of(layer: MoeLayer) -> Rotation:
+    """Return the sizes of a layer's rotation: the largest that kernels take and its inputs allow."""
+    inputs = (layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down))
+    return Rotation.model_validate(dict(zip(("input", "inner"), map(rotation_size, inputs), strict=True)))
 
 
 def bases(layer: MoeLayer, rotation: Rotation | None) -> dict[str, Basis]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
-from planner.model.sizes import Storage
 from planner.quantization.quantizers.base import Quantizer, ZeroPoints
+from planner.quantization.quantizers.gptq import Solve, quantize_gptq
 from planner.quantization.quantizers.hqq import quantize_hqq
 from planner.quantization.quantizers.rtn import quantize_rtn
 from planner.quantization.quantizers.sign import quantize_sign
-from planner.quantization.quantizers.trellis import round_trellis
-from vllm_moeq.format import BIT_WIDTHS, GRID, TRELLIS_SCHEME, Scheme, UsageError
+from planner.quantization.quantizers.trellis import round_trellis, solve_trellis
+from vllm_moeq.format import BIT_WIDTHS, GRID, SCHEMES, TRELLIS_SCHEME, Scheme, UsageError
 
 
 @dataclass(frozen=True)
@@ -22,42 +23,69 @@ class QuantizerRow:
     Attributes:
         widths: widths in bits that the quantizer offers.
         rounds: kind of zero points → function that needs only the weights. One bit always has float zero points.
-            Empty for a quantizer with calibration: it also needs the layer's inputs.
+            Empty for a quantizer with calibration.
+        solve: function that also needs the moments of the layer's inputs; None for a quantizer without calibration.
         fallback: name of the quantizer for experts that saw too few tokens; None for a quantizer without calibration.
         scheme: storage scheme of the results.
-        wider: name of the quantizer for widths that the scheme lacks; None if it has all.
+        others: name of another scheme → name of the quantizer that finds its codes in this one's place. ``--quantizer``
+            offers the quantizers of grids, and ``--scheme`` chooses among a row's others.
         one_bit: whether another quantizer is used for one bit without calibration.
         tuned: whether it reads the flags for the order of columns and the search for scales.
     """
 
     widths: tuple[int, ...] = BIT_WIDTHS
     rounds: Mapping[ZeroPoints, Quantizer] = field(default_factory=dict)
+    solve: Solve | None = None
     fallback: str | None = None
     scheme: Scheme = GRID
-    wider: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
     one_bit: bool = True
     tuned: bool = False
 
     @property
     def calibrated(self) -> bool:
         """Whether the quantizer needs a calibration text."""
-        return self.fallback is not None
+        return self.solve is not None
 
+
+ALONE, WITH_TEXT = {TRELLIS_SCHEME.name: "viterbi"}, {TRELLIS_SCHEME.name: "trellis"}
+"""The quantizers of other schemes, without and with calibration."""
 
 QUANTIZERS: dict[str, QuantizerRow] = {
-    "sign": QuantizerRow((1,), {"float": quantize_sign}),
-    "hqq": QuantizerRow(rounds={"float": quantize_hqq, "integer": partial(quantize_hqq, zero_points="integer")}),
-    "rtn": QuantizerRow(rounds={"float": quantize_rtn, "integer": partial(quantize_rtn, zero_points="integer")}),
-    "gptq": QuantizerRow(fallback="hqq", tuned=True),
-    "viterbi": QuantizerRow(rounds={"float": round_trellis}, scheme=TRELLIS_SCHEME, wider="hqq", one_bit=False),
-    "trellis": QuantizerRow(fallback="viterbi", scheme=TRELLIS_SCHEME, wider="gptq", one_bit=False),
+    "sign": QuantizerRow((1,), {"float": quantize_sign}, others=ALONE),
+    "hqq": QuantizerRow(
+        rounds={"float": quantize_hqq, "integer": partial(quantize_hqq, zero_points="integer")}, others=ALONE
+    ),
+    "rtn": QuantizerRow(
+        rounds={"float": quantize_rtn, "integer": partial(quantize_rtn, zero_points="integer")}, others=ALONE
+    ),
+    "gptq": QuantizerRow(solve=quantize_gptq, fallback="hqq", others=WITH_TEXT, tuned=True),
+    "viterbi": QuantizerRow(TRELLIS_SCHEME.widths, {"float": round_trellis}, scheme=TRELLIS_SCHEME, one_bit=False),
+    "trellis": QuantizerRow(
+        TRELLIS_SCHEME.widths, solve=solve_trellis, fallback="viterbi", scheme=TRELLIS_SCHEME, one_bit=False
+    ),
 }
 
+SchemeName = Literal["grid", "trellis"]
+"""The scheme of a checkpoint's experts: ``trellis`` for those whose width it has, beside grids of other widths."""
 
-def storage_of(name: str) -> Storage:
-    """Return how the results of a quantizer for two bits and more are stored. Only grids are not rotated."""
-    scheme = QUANTIZERS[name].scheme
-    return Storage(scheme, rotated=scheme is not GRID)
+SchemeChoice = Literal["auto", "grid", "trellis"]
+"""A scheme, or ``auto``: the plan chooses for each expert."""
+
+AUTO_SCHEME: SchemeChoice = "auto"
+
+POSSIBLE: dict[SchemeChoice, tuple[SchemeName, ...]] = {
+    "auto": ("grid", "trellis"),
+    "grid": ("grid",),
+    "trellis": ("trellis",),
+}
+"""What is asked for → the schemes that a plan may choose. The first one stands for it until there is a plan."""
+
+
+def scheme_for(bits: int, name: str) -> Scheme:
+    """Return the scheme of experts of a width where ``name`` is asked for: a grid where the named one lacks it."""
+    scheme = SCHEMES[name]
+    return scheme if bits in scheme.widths else GRID
 
 
 DEFAULT, DEFAULT_WITH_TEXT, DEFAULT_ONE_BIT = "hqq", "gptq", "sign"
@@ -69,8 +97,8 @@ def default_quantizer(text: bool) -> str:
 
 
 def quantizer_names() -> list[str]:
-    """Return the names of the quantizers for two bits and more."""
-    return [name for name, row in QUANTIZERS.items() if max(row.widths) > 1]
+    """Return the names of the quantizers for two bits and more; ``--scheme`` chooses others in their place."""
+    return [name for name, row in QUANTIZERS.items() if max(row.widths) > 1 and row.scheme is GRID]
 
 
 def one_bit_names() -> list[str]:
@@ -80,7 +108,7 @@ def one_bit_names() -> list[str]:
 
 def calibrated_names() -> list[str]:
     """Return the names of the quantizers that read a calibration text."""
-    return [name for name, row in QUANTIZERS.items() if row.calibrated]
+    return [name for name in quantizer_names() if QUANTIZERS[name].calibrated]
 
 
 def tuned_names() -> list[str]:
@@ -88,20 +116,22 @@ def tuned_names() -> list[str]:
     return [name for name, row in QUANTIZERS.items() if row.tuned]
 
 
-def quantizer_name(bits: int, name: str) -> str:
-    """Return the name of the quantizer for a width: another one where the scheme of the named one lacks it."""
+def quantizer_name(scheme: Scheme, name: str) -> str:
+    """Return the name of the quantizer whose results are stored by a scheme, where ``name`` is asked for."""
     row = QUANTIZERS[name]
-    return name if row.wider is None or bits in row.scheme.widths else row.wider
+    return name if row.scheme is scheme else row.others.get(scheme.name, name)
 
 
-def name_without_text(bits: int, name: str, one_bit: str) -> str:
+def name_without_text(bits: int, name: str, one_bit: str, scheme: Scheme = GRID) -> str:
     """Return the name of the quantizer for a width that uses the weights alone; see :func:`quantizer_for`."""
-    own = quantizer_name(bits, name)
+    own = quantizer_name(scheme, name)
     row = QUANTIZERS[own]
     return one_bit if bits == 1 and row.one_bit else row.fallback or own
 
 
-def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float") -> Quantizer:
+def quantizer_for(
+    bits: int, name: str, one_bit: str, zero_points: ZeroPoints = "float", scheme: Scheme = GRID
+) -> Quantizer:
     """Return the function that quantizes to a width from the weights alone.
 
     Args:
@@ -109,9 +139,10 @@ def quantizer_for(bits: int, name: str, one_bit: str, zero_points: ZeroPoints = 
         name: name of the quantizer for two bits and more; if it needs calibration, its fallback is used.
         one_bit: name of the quantizer for one bit.
         zero_points: kind of zero points for two bits and more.
+        scheme: the scheme of the results; one without zero points ignores their kind.
     """
-    rounds = QUANTIZERS[name_without_text(bits, name, one_bit)].rounds
-    return rounds["float" if bits == 1 else zero_points]
+    rounds = QUANTIZERS[name_without_text(bits, name, one_bit, scheme)].rounds
+    return rounds["float" if bits == 1 or scheme is not GRID else zero_points]
 
 
 def _without_text(name: str) -> QuantizerRow:

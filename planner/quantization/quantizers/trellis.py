@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from planner.quantization.quantizers.base import ZeroPoints
+from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hessian import Factor, column_order, factorize
 from planner.quantization.quantizers.target import corrected
 from planner.quantization.quantizers.viterbi import best_bits
@@ -103,6 +105,19 @@ def quantize_trellis(
         if shifts is not None:
             aims = corrected(aims, shifts, factor, order)
     return _round(aims, factor, bits)
+
+
+def solve_trellis(
+    weights: torch.Tensor,
+    hessians: torch.Tensor,
+    bits: int,
+    group_size: int,  # noqa: ARG001 (of the interface)
+    settings: GptqSettings,
+    zero_points: ZeroPoints,  # noqa: ARG001
+    shifts: torch.Tensor | None,
+) -> list[TrellisMatrix]:
+    """See :func:`quantize_trellis`; of GPTQ's settings it takes the damping."""
+    return quantize_trellis(weights, hessians, bits, settings.damping, shifts)
 
 
 def round_trellis(weight: torch.Tensor, bits: int, group_size: int) -> TrellisMatrix:  # noqa: ARG001 (of the interface)

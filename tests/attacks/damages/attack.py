@@ -23,9 +23,11 @@ class Attack:
         words: what the message has to hold: file, tensor or field, and what is wrong.
         foreign: vLLM and transformers read config.json before they know that it is ours, and fail or not in their own
             way; the check begins where they hand over.
+        base: the fixture with the checkpoint that is damaged.
     """
 
     name: str
     change: Callable[[Path], None]
     words: tuple[str, ...]
     foreign: bool = False
+    base: str = "quantized_mixtral"

@@ -128,4 +128,4 @@ def test_each_part_of_the_method_makes_the_model_better(tmp_path: Path, moeq: Ru
 def test_refusals(tmp_path: Path, moeq: Run) -> None:
     found = moeq("quantize", MIXTRAL, "--linear-quantizer", "gptq", "-o", tmp_path / "out")
     assert found.code == 2
-    assert "--linear-quantizer gptq: expected --quantizer gptq or trellis with it" in found.err
+    assert "--linear-quantizer gptq: expected --quantizer gptq with it" in found.err

@@ -66,7 +66,11 @@ def answering(status: int, body: str) -> Iterator[str]:
         ("{model} b --url http://x", "--url: expected one model, whose server it is, found 2"),
         ("{ours} -- --enable-eplb", "--enable-eplb: experts of different widths cannot change places"),
         ("{ours}", "expected a tokenizer, such as tokenizer.json, found none"),
-        ("{model} --max-model-len 100", "moeq bench: no such option: --max-model-len"),
+        (
+            "{model} --max-model-len 100",
+            "moeq bench: no such option: --max-model-len; vLLM's flags stand behind -- (see moeq bench --help)",
+        ),
+        ("{model} --request 3 -- --seed 1", "no such option: --request (Possible options: --requests) (see moeq bench"),
     ],
 )
 def test_what_cannot_be_measured(moeq: Moeq, quantized_mixtral: Path, words: str, message: str) -> None:

@@ -21,6 +21,7 @@ DIFFERENT = {
     "--output": "a file, a folder or a page",
     "--dry-run": "what is printed instead of done",
     "--avg-bits": "compare takes a list",
+    "--scheme": "compare takes a list",
     "--quantizer": "plan only asks what will be used; compare has a default",
     "--zero-points": "those of experts, or how another format stores them",
     "--data": "a text to calibrate on, or for eval one to predict",

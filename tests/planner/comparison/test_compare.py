@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
 
@@ -187,6 +188,26 @@ def test_gptq(moeq: Moeq, tmp_path: Path, rows: list[Row]) -> None:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert row["fallbacks"] == sum(map(len, config["plan"]["fallback"].values())) > 0
     assert "## Experts that fell back from calibration" in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("quantizer", thorough(["hqq", "gptq"], ["hqq"]))
+def test_schemes_side_by_side(moeq: Moeq, tmp_path: Path, quantizer: str) -> None:
+    text = READ if quantizer == "gptq" else ()
+    flags = ("--methods", "uniform", "--avg-bits", 2, "--scheme", "grid,trellis", "--quantizer", quantizer, *text)
+    found = moeq("compare", MIXTRAL, *flags, *EVALUATE, "-o", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    _, grid, trellis = json.loads(found.out)
+    assert (grid["scheme"], trellis["scheme"]) == ("grid", "trellis")
+    assert trellis["kl"] < grid["kl"]
+    assert 2 < trellis["stored"] < grid["stored"] == 2.25
+    markdown = (tmp_path / "out" / "compare.md").read_text()
+    for line in ("| uniform | 2.250 |", f"| uniform, trellis | {trellis['stored']:.3f} |", "grid and as trellis"):
+        assert line in markdown
+    plan = tmp_path / "plan.json"
+    assert moeq("plan", MIXTRAL, "--method", "uniform", "--avg-bits", 2, "-o", plan).code == 0
+    folder = quantized(moeq, plan, tmp_path / "quantized", "--quantizer", quantizer, "--scheme", "trellis", *text)
+    value = json.loads(moeq("eval", folder, "--data", HELD_OUT, "--max-tokens", TOKENS, "--json").out)["perplexity"]
+    assert trellis["perplexity"] == pytest.approx(value, rel=1e-3)
 
 
 class TestKilledRuns:

@@ -22,6 +22,7 @@ RUNS = {
     "weights": ("quantize", MIXTRAL, "--quantizer", "rtn"),
     "measures": ("calibrate", MIXTRAL, *TEXT, "--for", "pmq,bsp,gemq,kl-estimated"),
     "hessian": ("calibrate", MIXTRAL, "--data", CALIBRATION_TEXT, "--samples", 1, "--seq-len", 16, "--for", "hessian"),
+    "trellises": ("calibrate", MIXTRAL, *TEXT, "--for", "kl-estimated", "--scheme", "trellis"),
     "a plan alone": ("plan", MIXTRAL, *TEXT, "--method", "gemq"),
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ def test_experts_are_their_dequantized_values(
     codes = unpack(shards.load(f"{name}.weight_packed"), bits, 128 if projection == "w2" else 64)
     expected = dequantize(codes, shards.load(f"{name}.weight_scale"), shards.load(f"{name}.weight_zero"))
     assert torch.equal(ShardSet(dense).load(f"{name}.weight"), expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("quantized_mixtral", f"{LAYER}.3.w2.weight_scale"),
+        ("quantized_mixtral", "model.norm.weight"),
+        ("trellis_mixtral", f"{LAYER}.3.w2.weight_row_scale"),
+    ],
+)
+def test_values_that_no_model_has_are_not_exported(
+    base: str, name: str, request: pytest.FixtureRequest, tmp_path: Path, change_tensor: Callable[..., Path]
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(base), tmp_path / "damaged"))
+    change_tensor(folder, name, lambda values: values * float("nan"))
+    with pytest.raises(CheckpointError, match=f"{name}: expected finite values"):
+        export_dense(folder, tmp_path / "dense", QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_linears_are_what_compressed_tensors_reads(quantized_mixtral: Path, dense: Path) -> None:

@@ -215,6 +215,11 @@ class TestOurs:
         assert found["sizes"]["kept_bytes"] == 2 * (weights["embeddings"] + weights["rest"])
         assert found["gib"]["ours"] < found["gib"]["paper"]
 
+    def test_trellises_have_a_scale_per_row_and_a_sign_per_input(self, dry: Any, folders: dict[str, Path]) -> None:
+        found = dry(folders["8x7b"], "--avg-bits", "2", "--scheme", "trellis")
+        scales, signs = 2 * (2 * 14336 + 4096) * 8 * 32, (4096 + 14336) // 8 * 32
+        assert found["sizes"]["expert_bytes"] == found["weights"]["experts"] * 2 // 8 + scales + signs
+
     @pytest.mark.parametrize(
         ("average", "counts"), [("1.75", (3, 4, 1)), ("2", (2, 4, 2)), ("2.125", (2, 3, 3)), ("2.5", (2, 0, 6))]
     )

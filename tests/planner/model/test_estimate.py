@@ -10,13 +10,13 @@ import pytest
 from planner.common.progress import Progress
 from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer, read_layout
-from planner.model.sizes import Sizes, average_for_budget, estimate, layer_bytes, linear_bytes
+from planner.model.sizes import Sizes, Storage, average_for_budget, estimate, layer_bytes, linear_bytes
 from planner.model.source import SourceModel
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions
 from planner.quantization.run import quantize
 from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import Linear, Projections, ShardSet, UsageError, verify
+from vllm_moeq.format import TRELLIS_SCHEME, Linear, Projections, ShardSet, UsageError, verify
 
 QUIET = Progress(quiet=True)
 LINEAR = Linear(bits=4, group_size=32)
@@ -115,6 +115,19 @@ def test_a_budget_buys_what_fits_and_no_bit_more(
     average = average_for_budget(source, layout, budget / GIB, (1, 2, 3), 32, LINEAR)
     assert sizes_for(source, layout, int(average * 16)).total_bytes <= budget
     assert sizes_for(source, layout, int(average * 16) + 1).total_bytes > budget
+
+
+@pytest.mark.parametrize("wide", [1, 8, 15])
+def test_the_budget_holds_where_wider_experts_have_another_scheme(
+    source: SourceModel, layout: Layout, wide: int
+) -> None:
+    """Grids of eight bits have scales that trellises lack."""
+    widths = [8] * wide + [2] * (layout.num_experts - wide)
+    experts = dict(zip((layer.prefix for layer in layout.layers), (widths[:8], widths[8:]), strict=True))
+    storage = Storage(TRELLIS_SCHEME, rotated=True)
+    budget = estimate(source, layout, experts, 32, LINEAR, storage).total_bytes - 1
+    average = average_for_budget(source, layout, budget / GIB, (2, 8), 32, LINEAR, storage)
+    assert sum(widths) - 1 < average * layout.num_experts < sum(widths)
 
 
 def test_a_large_budget_buys_the_largest_width(source: SourceModel, layout: Layout) -> None:

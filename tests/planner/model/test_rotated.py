@@ -22,7 +22,7 @@ def quantized(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("rotated") / "quantized"
     widths = [8, 4, 3, 4]
     return quantize_by_hand(
-        tiny_mixtral, folder, lambda layer: widths * (layer.num_experts // len(widths)), quantizer="viterbi"
+        tiny_mixtral, folder, lambda layer: widths * (layer.num_experts // len(widths)), scheme="trellis"
     )
 
 

@@ -62,6 +62,10 @@ def cut(killed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return folder, killed[1]
 
 
+of_a_text = pytest.mark.parametrize("killed", ["text"], indirect=True)
+"""Only the way with a text."""
+
+
 def forbid_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(*_arguments: Any, **_options: Any) -> Any:
         raise AssertionError("expected the plan that was made before")
@@ -92,10 +96,9 @@ def test_another_plan_is_refused_before_planning(
     assert sorted((folder / "out.partial").rglob("*")) == before
 
 
+@of_a_text
 def test_another_text_is_refused(cut: tuple[Path, str], moeq: Moeq, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, way = cut
-    if way == "weights":
-        pytest.skip("no text")
     forbid_planning(monkeypatch)
     (folder / "text.txt").write_text((MIXTRAL / "held_out.txt").read_text()[3000:9000])
     message = one_line(moeq("quantize", "model", *WAYS[way], "-o", "out"))
@@ -159,12 +162,11 @@ class TestInterrupted:
         assert moeq("quantize", "model", *WAYS[clean], "-o", "out").code == 0
         assert contents(Path("out")) == contents(Path("whole"))
 
+    @of_a_text
     @pytest.mark.parametrize("output", [(), ("-o", "plan.json")], ids=["shown", "written"])
     def test_of_a_plan_alone(
         self, clean: str, moeq: Moeq, monkeypatch: pytest.MonkeyPatch, output: tuple[str, ...]
     ) -> None:
-        if clean == "weights":
-            pytest.skip("nothing is kept of it")
         command = ("plan", "model", *WAYS[clean], *output)
         with monkeypatch.context() as patch:
             patch.setattr("planner.calibration.collect.MEASURES", _measures_that_interrupt())

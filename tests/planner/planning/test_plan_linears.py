@@ -52,7 +52,7 @@ def test_widths_are_read_back_and_reach_the_config(layout: Layout, tmp_path: Pat
     plan = read_plan(path)
     assert plan.linears == linears
     plan.check_against(layout, str(path))
-    config = build_config(layout, plan, QuantizeSettings().with_linears(plan.linears))
+    config = build_config(layout, plan, QuantizeSettings().with_plan(plan))
     assert config.format_version == 2
     assert config.linear.widths == {f"{FIRST}.{part}_proj": 8 for part in "qkv"}
     assert f"{FIRST}.o_proj" in config.unquantized

@@ -14,11 +14,12 @@ from planner.model.layout import Layout, read_layout
 from planner.model.linear_groups import linear_groups
 from planner.model.sizes import estimate
 from planner.model.source import SourceModel
+from planner.planning.priced import Priced
 from planner.planning.request import LinearChoice, PlanOptions, check_options
 from planner.planning.together import WIDTHS, objective, solve_together
 from planner.quantization.settings import default_linear
 from tests.paths import MIXTRAL
-from vllm_moeq.format import Linear, UsageError, split_width
+from vllm_moeq.format import GRID, Linear, UsageError, split_width
 
 CHOICES = (1, 2, 3, 4)
 
@@ -40,10 +41,14 @@ def four(source: SourceModel, layout: Layout) -> Linear:
 
 
 def options(four: Linear, average: str = "2", **others: Any) -> PlanOptions:
-    made = PlanOptions(
-        Fraction(average), CHOICES, "kl", calibrated=True, linears=LinearChoice(128, four.group_size, True)
-    )
+    made = PlanOptions(Fraction(average), CHOICES, "kl", calibrated=True, linears=LinearChoice(four.group_size, "gptq"))
     return PlanOptions(**{**vars(made), **others})
+
+
+def grids(layout: Layout, chosen: PlanOptions, experts: dict[str, list[list[float]]]) -> Priced:
+    """Return the way in which all experts are grids, with these costs."""
+    each = {layer.prefix: [[GRID] * len(CHOICES)] * layer.num_experts for layer in layout.layers}
+    return Priced(chosen, experts, each)
 
 
 def tables(layout: Layout, seed: int, scale: float) -> tuple[dict[str, list[list[float]]], list[list[float]]]:
@@ -76,7 +81,7 @@ def test_no_larger_than_with_four_bits(
     source: SourceModel, layout: Layout, four: Linear, average: str, scale: float
 ) -> None:
     experts, linears = tables(layout, 1, scale)
-    widths, found = solve_together(source, layout, options(four, average), experts, linears)
+    widths, found = solve_together(source, layout, grids(layout, options(four, average), experts), linears)
     assert set(found) == {name.removesuffix(".weight") for name in layout.linears}
     assert split_width(found) is None
     spent = total_bytes(source, layout, four.model_copy(update={"widths": found}), by_layer(layout, widths))
@@ -93,7 +98,7 @@ def test_costly_linears_get_bits_and_harmless_ones_give_none(source: SourceModel
     found = []
     for scale in (1e-6, 0.5, 1000.0):
         experts, linears = tables(layout, 2, scale)
-        _, widths = solve_together(source, layout, options(four), experts, linears)
+        _, widths = solve_together(source, layout, grids(layout, options(four), experts), linears)
         found.append(sum(widths.values()))
         assert objective(layout, linears, widths) <= objective(layout, linears, dict.fromkeys(widths, 4))
     assert found[0] == 4 * len(layout.linears) < found[1] < found[2]
@@ -103,7 +108,7 @@ def test_a_budget_is_spent_on_linears_when_experts_have_enough(
     source: SourceModel, layout: Layout, four: Linear
 ) -> None:
     experts, linears = tables(layout, 3, 1.0)
-    widths, found = solve_together(source, layout, options(four, "4", budget_gib=1.0), experts, linears)
+    widths, found = solve_together(source, layout, grids(layout, options(four, "4", budget_gib=1.0), experts), linears)
     assert set(widths.values()) == {4}
     assert set(found.values()) == {WIDTHS[-1]}
 
@@ -111,7 +116,9 @@ def test_a_budget_is_spent_on_linears_when_experts_have_enough(
 @pytest.mark.parametrize("budget", [0.0016, 0.0019, 0.0022])
 def test_a_budget_is_kept(source: SourceModel, layout: Layout, four: Linear, budget: float) -> None:
     experts, linears = tables(layout, 4, 0.05)
-    widths, found = solve_together(source, layout, options(four, "4", budget_gib=budget), experts, linears)
+    widths, found = solve_together(
+        source, layout, grids(layout, options(four, "4", budget_gib=budget), experts), linears
+    )
     spent = total_bytes(source, layout, four.model_copy(update={"widths": found}), by_layer(layout, widths))
     largest = layout.layers[0].weights_per_expert // 8
     assert budget * 2**30 - largest < spent <= budget * 2**30
@@ -121,12 +128,12 @@ def test_fixed_experts_keep_their_widths(source: SourceModel, layout: Layout, fo
     prefix = layout.layers[0].prefix
     experts, linears = tables(layout, 5, 0.05)
     fixed = {f"{prefix}.0": 4, f"{prefix}.1": 1}
-    widths, _ = solve_together(source, layout, options(four, overrides=fixed), experts, linears)
+    widths, _ = solve_together(source, layout, grids(layout, options(four, overrides=fixed), experts), linears)
     assert widths[prefix, 0] == 4
     assert widths[prefix, 1] == 1
     everyone = {f"{layer.prefix}.{expert}": 4 for layer in layout.layers for expert in range(layer.num_experts)}
     with pytest.raises(UsageError, match="--overrides: the widths given leave too few bytes"):
-        solve_together(source, layout, options(four, overrides=everyone), experts, linears)
+        solve_together(source, layout, grids(layout, options(four, overrides=everyone), experts), linears)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from planner.quantization.quantizers import (
 )
 from planner.quantization.quantizers.table import check_widths, quantizer_name
 from planner.quantization.settings import QuantizeSettings
-from vllm_moeq.format import BIT_WIDTHS, GRID, CheckpointError, Linear, TensorLayout, UsageError
+from vllm_moeq.format import BIT_WIDTHS, GRID, SCHEMES, CheckpointError, Linear, TensorLayout, UsageError
 
 EXAMPLES = settings(deadline=None, max_examples=40)
 CASES = [("sign", 1), *((name, bits) for name in ("hqq", "rtn") for bits in BIT_WIDTHS)]
@@ -231,8 +231,8 @@ def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
     assert set(row.widths) <= set(BIT_WIDTHS)
     for zero_points in row.rounds:
         for bits in row.widths:
-            scheme = QUANTIZERS[quantizer_name(bits, name)].scheme
-            result = quantizer_for(bits, name, name, zero_points)(gaussian(16, 64), bits, 32)
+            scheme = row.scheme
+            result = quantizer_for(bits, name, name, zero_points, scheme)(gaussian(16, 64), bits, 32)
             assert scheme.layout(16, 64, bits, 32) == {
                 suffix: TensorLayout(scheme.layout(16, 64, bits, 32)[suffix].dtypes, tuple(tensor.shape))
                 for suffix, tensor in result.tensors().items()
@@ -242,7 +242,10 @@ def test_every_row_quantizes_to_all_of_its_widths(name: str) -> None:
         assert alone.rounds
         assert alone.scheme is row.scheme
         assert set(row.widths) <= set(alone.widths)
-    assert row.wider is None or QUANTIZERS[row.wider].calibrated == row.calibrated
+    for other_scheme, other in row.others.items():
+        assert QUANTIZERS[other].scheme is SCHEMES[other_scheme]
+        assert QUANTIZERS[other].calibrated == row.calibrated
+        assert quantizer_name(SCHEMES[other_scheme], name) == other
 
 
 def test_what_a_row_leaves_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ def synthetic(layers: int, experts: int, name: str = "owner/Model-A3B") -> tuple
                 tuple(widths[prefix]),
                 frozenset(draw.sample(range(experts), experts // 16 + 1)),
                 dict.fromkeys(draw.sample(range(experts), experts // 32), "3 calibration tokens, fewer than 64"),
+                tuple("grid" for _ in widths[prefix]),
             )
             for layer, prefix in enumerate(prefixes)
         ),

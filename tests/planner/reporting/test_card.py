@@ -64,6 +64,26 @@ def test_the_card_tells_plan_sizes_and_commands(quantized_mixtral: Path, tiny_mi
     assert str(quantized_mixtral.parent) not in card
 
 
+def test_the_card_tells_schemes(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) -> None:
+    flags = ("--bits", "2,8", "--avg-bits", 5)
+    card = read(quantized(moeq, tiny_mixtral, tmp_path / "out", *flags, "--scheme", "trellis"))
+    assert "| bits | scheme | experts | share |" in card
+    assert "| 2 | trellis | 8 | 50.0% |" in card
+    assert "| 8 | grid | 8 | 50.0% |" in card
+    assert "groups of 32 of grids; experts in a rotated basis" in card
+    assert "scales and zero points, and signs of the rotation" in card
+    command = next(line for line in card.splitlines() if line.startswith("moeq quantize"))
+    assert "--scheme trellis" in command
+    again = command.replace("DIR", str(tmp_path / "again")).replace("mixtral ", f"{tiny_mixtral} ", 1)
+    assert moeq(*again.split()[1:]).code == 0
+    assert read(tmp_path / "again") == card
+    report = moeq("report", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert report.code == 0, report.err
+    assert "2 bits, trellis" in page
+    assert '"schemes":[["' in page
+
+
 def test_the_name_of_the_folder_changes_nothing(moeq: Moeq, mixtral_copy: Path, tmp_path: Path) -> None:
     one, other = (quantized(moeq, mixtral_copy, tmp_path / name) for name in ("one", "other"))
     assert read(one) == read(other)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from planner.reporting.page import render
 from tests.planner.reporting.browser import MARKS, Page
+from tests.planner.reporting.synthetic import synthetic
 
 pytestmark = MARKS
 
@@ -79,6 +82,22 @@ def test_the_pointer_shows_what_is_known_of_an_expert(page: Page, report: Path) 
     page.move(*at)
     page.press("Escape")
     assert tip(page) is None
+
+
+def test_schemes_stand_beside_widths_where_not_all_are_grids(page: Page, tmp_path: Path) -> None:
+    facts, grids = synthetic(4, 8)
+    layers = [
+        replace(layer, schemes=tuple("grid" if bits == 8 else "trellis" for bits in layer.widths))
+        for layer in facts.layers
+    ]
+    path = tmp_path / "report.html"
+    path.write_text(render(replace(facts, layers=tuple(layers)), grids))
+    page.open(path, "light")
+    for expert, (bits, scheme) in enumerate(zip(layers[0].widths, layers[0].schemes, strict=True)):
+        page.move(*place(page, 0, expert))
+        shown = tip(page)
+        assert shown is not None
+        assert shown[0] == f"layer 0, expert {expert}: {bits} bit{'s' if bits > 1 else ''}, {scheme}"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

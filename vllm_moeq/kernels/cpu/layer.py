@@ -6,9 +6,8 @@ import os
 
 import torch
 
-from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError, unpack_signs
 from vllm_moeq.kernels.cpu.build import problem
-from vllm_moeq.kernels.cpu.rotation import Rotations
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
@@ -53,7 +52,7 @@ class NativeLayer:
     def __init__(self, packed: PackedExperts) -> None:
         if problem():
             raise UsageError(problem())
-        isa, rotations = forced_instruction_set(), Rotations(packed.gate_up.rotation, packed.down.rotation)
+        isa = forced_instruction_set()
         self.hidden, self.intermediate = packed.hidden, packed.intermediate
         wide = any(is_wide(part) for part in (packed.gate_up, packed.down))
         self.gate_up, first = repack(packed.gate_up, gated=True, wide=wide)
@@ -61,8 +60,8 @@ class NativeLayer:
         up, down = grouping(packed.gate_up.matrices), grouping(packed.down.matrices)
         sizes = (self.hidden, self.intermediate, up[0], *down)
         kernel = instruction_sets().index(isa) if isa else -1
-        numbers = torch.tensor([*sizes, int(wide), kernel, *rotations.sizes()])
-        self.factors = rotations.factors()
+        blocks, self.factors = rotations(packed)
+        numbers = torch.tensor([*sizes, int(wide), kernel, *blocks])
         schemes = [SCHEMES.index(scheme) for scheme in packed.gate_up.matrices.schemes]
         experts = torch.stack([torch.tensor(packed.bits), torch.tensor(schemes), first, second], dim=1)
         self.numbers = torch.cat([numbers, experts.flatten()])
@@ -93,6 +92,14 @@ def grouping(matrices: RaggedMatrices) -> tuple[int, int]:
     if GRID in matrices.schemes:
         return matrices.group_size, matrices.group_offset
     return matrices.columns, 0
+
+
+def rotations(packed: PackedExperts) -> tuple[list[int], torch.Tensor]:
+    """Return the sizes of the rotations before gate and up and before down, 0 for none, and the factors of both."""
+    both = (packed.gate_up.rotation, packed.down.rotation)
+    factors = [unpack_signs(each.signs).mul(each.size**-0.5) for each in both if each is not None]
+    sizes = [0 if each is None else each.size for each in both]
+    return sizes, torch.cat([torch.empty(0, dtype=torch.float32), *factors])
 
 
 def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

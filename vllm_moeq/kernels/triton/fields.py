@@ -30,7 +30,8 @@ def pattern(value: float, dtype: str) -> int:
     return int.from_bytes(struct.pack("<f", value), "little") >> 16
 
 
-def _pair(bits: int) -> str:
+def pair(bits: int) -> str:
+    """Return a register of two 16-bit patterns, in hexadecimal digits."""
     return f"0x{bits * 0x10001:08x}"
 
 
@@ -48,16 +49,16 @@ def code_ptx(code: int, width: int, dtype: str) -> str:
     A register holds two words or two floats, and every instruction works on both. Bits that a shift moves from one word
     into the other lie above the masks.
     """
-    mantissa, one = MANTISSA[dtype], _pair(ONE[dtype])
+    mantissa, one = MANTISSA[dtype], pair(ONE[dtype])
     lines = ["{ .reg .b32 t, u, f, g;"]
 
     def take(target: str, word: int, shift: int, mask: int, base: str) -> None:
         lines.append(f"shr.b32 t, ${1 + word}, {shift};")
-        lines.append(f"lop3.b32 {target}, t, {_pair(mask)}, {base}, 0xEA;")  # (t & mask) | base
+        lines.append(f"lop3.b32 {target}, t, {pair(mask)}, {base}, 0xEA;")  # (t & mask) | base
 
     def scale(target: str, source: str, factor: float, term: float | str) -> None:
-        lines.append(f"mov.b32 f, {_pair(pattern(factor, dtype))};")
-        lines.append(f"mov.b32 g, {term if isinstance(term, str) else _pair(pattern(term, dtype))};")
+        lines.append(f"mov.b32 f, {pair(pattern(factor, dtype))};")
+        lines.append(f"mov.b32 g, {term if isinstance(term, str) else pair(pattern(term, dtype))};")
         lines.append(f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} {target}, {source}, f, g;")
 
     if width > mantissa:
@@ -108,7 +109,7 @@ def _one(dtype):
 
 
 @triton.jit
-def _float(bits, PLACE: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
+def float_of(bits, PLACE: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
     """Return the codes at bit ``PLACE`` of int16 words as floats; all other bits are zero."""
     value = (bits | _one(DTYPE)).to(tl.int16).to(DTYPE, bitcast=True)
     if MODE == "float32":
@@ -130,11 +131,11 @@ def code_of(words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
         )[0]
     elif WIDTH > _mantissa(DTYPE):
         word = words[CODE // 2] >> (CODE % 2 * 8)
-        return _float(word & 15, 0, DTYPE, MODE) + _float((word >> 4) & 15, 0, DTYPE, MODE) * 16
+        return float_of(word & 15, 0, DTYPE, MODE) + float_of((word >> 4) & 15, 0, DTYPE, MODE) * 16
     elif WIDTH == 3 and CODE == 15:
         bits = ((words[0] >> 15) & 1) | ((words[1] >> 14) & 2) | ((words[2] >> 13) & 4)
-        return _float(bits, 0, DTYPE, MODE)
+        return float_of(bits, 0, DTYPE, MODE)
     else:
         PLACE: tl.constexpr = _place(CODE, WIDTH, DTYPE)
         MASK: tl.constexpr = (2**WIDTH - 1) << PLACE[2]
-        return _float((words[PLACE[0]] >> PLACE[1]) & MASK, PLACE[2], DTYPE, MODE)
+        return float_of((words[PLACE[0]] >> PLACE[1]) & MASK, PLACE[2], DTYPE, MODE)

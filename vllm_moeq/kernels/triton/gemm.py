@@ -48,9 +48,9 @@ def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows
 # Variants are compiled before graphs are captured, so no argument of a call may lead to another variant.
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids", "weights"])
 def few_tokens(
-    x, sums, ids, weights, words, scales, widths, offsets, splits, out, out_sums,
+    x, sums, ids, weights, words, scales, table, splits, out, out_sums,
     pairs, rows, columns, sum_columns,
-    SHARE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr,
+    SHARE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -59,14 +59,14 @@ def few_tokens(
     Grid: (tiles of ROWS, pairs, splits of the input dimension).
 
     Args:
-        x: inputs [pairs / SHARE, columns].
+        x: inputs [copies, pairs / SHARE, columns], a copy for each order of columns that CODINGS needs.
         sums: sums of x over SUM columns, float32 [pairs / SHARE, …].
         ids: local expert indices [pairs]; negative ones are skipped.
         weights: routing weights [pairs], used by down only.
-        words, scales, widths, offsets: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
+        words, scales, table: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
         splits: the number of parts of each expert's input dimension, [E].
         out: outputs [pairs, rows / 2] if GATED, else [splits, pairs, rows].
-        out_sums: sums of ``out`` over 32 columns, float32 [pairs, sum_columns]; written only if GATED.
+        out_sums: sums of ``out`` over 32 columns, float32 [pairs, sum_columns]; written if GATED; None for none.
     """
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(ids + pair)
@@ -79,17 +79,17 @@ def few_tokens(
     if not first:
         return
     total = expert_tile(
-        x, sums, words, scales, widths, offsets, expert, tile, split, parts, found // SHARE, valid, columns,
-        tl.cdiv(rows, 64), ROWS, TOKENS, WIDTHS, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+        x, sums, words, scales, table, expert, tile, split, parts, found // SHARE, pairs // SHARE, valid, columns,
+        tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
     _finish(total, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"], do_not_specialize_on_alignment=["weights"])
 def many_tokens(
-    x, sums, order, counts, weights, words, scales, widths, offsets, out, out_sums,
+    x, sums, order, counts, weights, words, scales, table, out, out_sums,
     pairs, blocks, rows, columns, sum_columns,
-    SHARE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr,
+    SHARE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def many_tokens(
     if expert >= EXPERTS:
         return
     total = expert_tile(
-        x, sums, words, scales, widths, offsets, expert, tile, 0, 1, pair // SHARE, valid, columns,
-        tl.cdiv(rows, 64), ROWS, TOKENS, WIDTHS, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+        x, sums, words, scales, table, expert, tile, 0, 1, pair // SHARE, pairs // SHARE, valid, columns,
+        tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
     _finish(total, out, out_sums, weights, pair, valid, tile, tile * 0, pairs, rows, sum_columns, ROWS, TOKENS, GATED)

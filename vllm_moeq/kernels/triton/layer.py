@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_moeq.kernels.interface import PackedExperts
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
+from vllm_moeq.kernels.triton.inputs import Inputs, prepare
 from vllm_moeq.kernels.triton.repack import Repacked, repack
 from vllm_moeq.kernels.triton.schedule import (
     FEW_TOKENS,
@@ -21,7 +22,7 @@ from vllm_moeq.kernels.triton.schedule import (
     splits_for,
     weighted_splits,
 )
-from vllm_moeq.kernels.triton.sums_and_sort import column_sums, reduce_pairs, sort_pairs
+from vllm_moeq.kernels.triton.sums_and_sort import reduce_pairs, sort_pairs
 
 CHUNK = 32
 """Columns per sum of silu(gate)·up: as many as one tile of gate and up covers."""
@@ -84,8 +85,9 @@ class TritonLayer:
         self.bits = list(packed.bits)
         self.hidden = packed.hidden
         self.intermediate = packed.intermediate
-        self.widths = sum(1 << width for width in set(self.bits))
-        device = packed.gate_up.words.device
+        self.before_up = prepare(self.gate_up, packed.gate_up.rotation)
+        self.before_down = prepare(self.down, packed.down.rotation)
+        device = packed.device
         self.experts = triton.next_power_of_2(max(len(self.bits), 2))
         self.splits = {
             most: torch.tensor(weighted_splits(self.bits, most), dtype=torch.int32, device=device)
@@ -106,11 +108,10 @@ class TritonLayer:
         else:
             schedule, splits = schedule_many(tokens.pairs, len(self.bits)), 1
             tokens.order, tokens.counts = self._sort(tokens)
-        x_sums = sums_of(x, self.gate_up)
-        hidden, hidden_sums = self._gate_up(x, x_sums, tokens, schedule)
+        inner = self._gate_up(self.before_up(x), tokens, schedule)
         dtype = torch.float32 if few else x.dtype
         parts = x.new_empty((splits, tokens.pairs, self.hidden), dtype=dtype)
-        self.project(self.down, hidden, hidden_sums, tokens, schedule, parts, splits=splits)
+        self.project(self.down, inner, tokens, schedule, parts, splits=splits)
         grid = (x.shape[0], triton.cdiv(self.hidden, REDUCE_BLOCK))
         reduce_pairs[grid](
             parts, tokens.ids, self.splits[splits], out, tokens.pairs, self.hidden, tokens.top_k, splits, REDUCE_BLOCK
@@ -126,70 +127,68 @@ class TritonLayer:
         sort_pairs[(self.experts,)](tokens.ids, order, counts, tokens.pairs, SORT_CHUNK)
         return order, counts
 
-    def _gate_up(
-        self, x: torch.Tensor, x_sums: torch.Tensor, tokens: Tokens, schedule: Schedule
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return silu(gate)·up [pairs, intermediate], and its sums as down's launch needs them."""
-        hidden = x.new_empty((tokens.pairs, self.intermediate))
+    def _gate_up(self, inputs: Inputs, tokens: Tokens, schedule: Schedule) -> Inputs:
+        """Return silu(gate)·up of every pair, as down's launch needs it."""
+        hidden = inputs.x.new_empty((tokens.pairs, self.intermediate))
+        if self.before_down.changes:
+            self.project(self.gate_up, inputs, tokens, schedule, hidden, gated=True)
+            return self.before_down(hidden, tokens.ids)
         columns = self.down.blocks * self.down.block // CHUNK
         padded = columns * CHUNK != self.intermediate
         make = torch.zeros if padded else torch.empty
-        chunks = make((tokens.pairs, columns), dtype=torch.float32, device=x.device)
-        self.project(self.gate_up, x, x_sums, tokens, schedule, hidden, out_sums=chunks)
+        chunks = make((tokens.pairs, columns), dtype=torch.float32, device=hidden.device)
+        self.project(self.gate_up, inputs, tokens, schedule, hidden, gated=True, out_sums=chunks)
         if tokens.order is not None and self.down.group_size > CHUNK:
             chunks = chunks.view(tokens.pairs, -1, self.down.group_size // CHUNK).sum(-1)
-        return hidden, chunks
+        return Inputs(hidden[None], chunks)
 
     def project(
         self,
         matrices: Repacked,
-        x: torch.Tensor,
-        sums: torch.Tensor,
+        inputs: Inputs,
         tokens: Tokens,
         schedule: Schedule,
         out: torch.Tensor,
         *,
+        gated: bool = False,
         out_sums: torch.Tensor | None = None,
         splits: int = 1,
     ) -> None:
-        """Launch one projection: gate and up if ``out_sums`` is given, else down.
+        """Launch one projection.
 
         Args:
             matrices: the projection's matrices.
-            x: the inputs [tokens or pairs, columns].
-            sums: the sums of x over equal parts of the padded columns.
+            inputs: the inputs of tokens or pairs.
             tokens: the routing.
             schedule: the variant to launch.
             out: the output, written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
-            out_sums: the sums of ``out`` over CHUNK columns, written.
+            gated: whether it is gate and up; else it is down.
+            out_sums: the sums of ``out`` over CHUNK columns, written if gate and up's are wanted.
             splits: the parts of the input dimension of the widest expert.
         """
-        gated = out_sums is not None
-        per_block = sums.shape[1] // matrices.blocks
+        per_block = inputs.sums.shape[1] // matrices.blocks
         common = {
-            "SHARE": tokens.pairs // x.shape[0], "ROWS": schedule.rows, "TOKENS": schedule.tokens,
-            "WIDTHS": self.widths, "LANES": matrices.lanes, "GROUPS": matrices.groups,
-            "SUM": matrices.block // per_block, "EVEN": matrices.columns % matrices.block == 0, "GATED": gated,
-            "STAGES": schedule.stages, "MODE": arithmetic(x.dtype), "num_warps": schedule.warps,
+            "SHARE": tokens.pairs // inputs.rows, "ROWS": schedule.rows, "TOKENS": schedule.tokens,
+            "CODINGS": matrices.codings, "LANES": matrices.lanes, "GROUPS": matrices.groups,
+            "SUM": matrices.block // per_block, "EVEN": inputs.columns % matrices.block == 0, "GATED": gated,
+            "STAGES": schedule.stages, "MODE": arithmetic(inputs.x.dtype), "num_warps": schedule.warps,
         }  # fmt: skip
-        limit = schedule.register_limit(self.widths.bit_count())
+        limit = schedule.register_limit(matrices.codings.bit_count())
         if limit is not None and common["MODE"] == "ptx":
             common["maxnreg"] = limit
-        weights = (matrices.words, matrices.scales, matrices.widths, matrices.offsets)
-        sizes = (matrices.rows, matrices.columns, out_sums.shape[1] if out_sums is not None else 0)
+        weights = (matrices.words, matrices.scales, matrices.table)
+        sizes = (matrices.rows, inputs.columns, 0 if out_sums is None else out_sums.shape[1])
         tiles = triton.cdiv(matrices.rows, schedule.rows)
-        if out_sums is None:
-            out_sums = sums
         if tokens.order is None or tokens.counts is None:
             few_tokens[(tiles, tokens.pairs, splits)](
-                x, sums, tokens.ids, tokens.weights, *weights, self.splits[splits], out, out_sums, tokens.pairs, *sizes,
-                PAIRS=triton.next_power_of_2(schedule.tokens * tokens.top_k), **common,
+                inputs.x, inputs.sums, tokens.ids, tokens.weights, *weights, self.splits[splits], out, out_sums,
+                tokens.pairs, *sizes, PAIRS=triton.next_power_of_2(schedule.tokens * tokens.top_k), **common,
             )  # fmt: skip
             return
         blocks = min(tokens.pairs, triton.cdiv(tokens.pairs, schedule.tokens) + len(self.bits))
         many_tokens[(tiles * blocks,)](
-            x, sums, tokens.order, tokens.counts, tokens.weights, *weights, out, out_sums, tokens.pairs, blocks, *sizes,
-            EXPERTS=self.experts, TOGETHER=8, **common,
+            inputs.x, inputs.sums, tokens.order, tokens.counts, tokens.weights, *weights, out, out_sums,
+            tokens.pairs, blocks, *sizes, EXPERTS=self.experts, TOGETHER=8, **common,
         )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
@@ -205,14 +204,3 @@ class TritonLayer:
         few = {(schedule_few(tokens), self._splits(tokens * top_k)): tokens for tokens in range(FEW_TOKENS, 0, -1)}
         many = {max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY}
         return sorted({*few.values(), *many})
-
-
-def sums_of(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:
-    """Return Σ x over each group of the matrices' padded input dimension, float32 [rows, groups]."""
-    columns = matrices.blocks * (matrices.block // matrices.group_size)
-    sums = torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
-    chunks = min(16, triton.next_power_of_2(columns))
-    column_sums[(x.shape[0], triton.cdiv(columns, chunks))](
-        x, sums, x.shape[1], columns, SUM=matrices.group_size, CHUNKS=chunks
-    )
-    return sums

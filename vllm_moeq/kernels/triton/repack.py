@@ -1,21 +1,27 @@
 """Repack weights from the checkpoint's packing into the kernel's order.
 
-The input dimension is cut into blocks of 16·LANES inputs; the last block is padded with zeros. Input k of a block
-belongs to field k // LANES and lane k % LANES. ``b`` planes of 16-bit words hold the 16 fields of every lane (see
-:mod:`vllm_moeq.kernels.triton.fields`). The planes of 64 rows lie together and their blocks follow each other, so a
-program reads one contiguous stream.
+The input dimension is cut into blocks of 16·LANES inputs; the last block is padded with zeros. ``b`` planes of 16-bit
+words hold a block of one row, a word of each plane per lane. Input k of a block belongs to field k // LANES and lane
+k % LANES (see :mod:`vllm_moeq.kernels.triton.fields`); of a trellis, to field k % 16 and lane k // 16, so that a lane
+has one row of one tile, as it is stored (see :mod:`vllm_moeq.kernels.triton.rings`). The planes of 64 rows lie together
+and their blocks follow each other, so a program reads one contiguous stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from math import gcd
 
 import torch
 
-from vllm_moeq.format import unpack
+from vllm_moeq.format import CENTRE, GRID, PACKED, ROW_SCALE, SCALE, TRELLIS, TRELLIS_SCHEME, ZERO, Scheme, unpack
 from vllm_moeq.kernels.interface import PackedMatrices
+from vllm_moeq.kernels.ragged import RaggedMatrices
+from vllm_moeq.kernels.triton.codings import CODINGS, number_of, set_of
+from vllm_moeq.kernels.triton.rings import OFFSET
 
 TILE = 64
 FIELDS = 16
@@ -27,19 +33,21 @@ class Repacked:
 
     Attributes:
         words: the codes of all experts, 1-D int16.
-        scales: pairs of scale and zero [E, tiles, groups, 64]: int32 holds two float16, int64 two float32.
-        widths: the experts' widths, int32 [E].
-        offsets: each expert's first word in units of 64·lanes words, int32 [E].
+        scales: pairs of scale and zero, 1-D: int32 holds two float16, int64 two float32. An expert has [tiles, scales
+            per row, 64].
+        table: for each expert the number of its coding, its first word in units of 64·lanes words, and its first scale
+            in units of 64; int32 [E, 3].
+        codings: the set of the experts' codings; bit i stands for number i.
         rows: output neurons, without padding.
         columns: inputs, without padding.
         lanes: words per plane and row, 16 or 32.
-        groups: scales per block of the input dimension; 0 means one per row.
+        groups: scales per block of the input dimension; 0 means one per row, which trellises always have.
     """
 
     words: torch.Tensor
     scales: torch.Tensor
-    widths: torch.Tensor
-    offsets: torch.Tensor
+    table: torch.Tensor
+    codings: int
     rows: int
     columns: int
     lanes: int
@@ -61,6 +69,41 @@ class Repacked:
         return self.block // max(self.groups, 1)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the kernel's order cuts one projection.
+
+    Attributes:
+        order: the source row of each row.
+        tiles: tiles of 64 rows.
+        blocks: blocks of the input dimension.
+        lanes: words per plane and row.
+        groups: scales of the grid per block; 0 means one per row.
+    """
+
+    order: torch.Tensor
+    tiles: int
+    blocks: int
+    lanes: int
+    groups: int
+
+    @property
+    def block(self) -> int:
+        """Inputs per block."""
+        return FIELDS * self.lanes
+
+    @property
+    def scales(self) -> int:
+        """Scales of the grid per row."""
+        return self.blocks * self.groups or 1
+
+    def pad(self, values: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return [rows, …] in the kernel's order of rows, with zeros up to [tiles·64, columns]."""
+        padded = values.new_zeros(self.tiles * TILE, columns)
+        padded[: len(self.order), : values.shape[1]] = values[self.order]
+        return padded
+
+
 def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
     """Repack one projection of a layer, one expert at a time.
 
@@ -69,36 +112,70 @@ def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
         gated: whether the rows are gate's, then up's; they are reordered to eight of each in turn.
         lanes: 16, or 32 if the input dimension is a multiple of 512.
     """
-    matrices = packed.matrices
-    block = FIELDS * lanes
-    blocks = -(-matrices.columns // block)
-    tiles = -(-matrices.rows // TILE)
-    device = packed.words.device
-    order = row_order(matrices.rows, gated=gated).to(device)
-    size = kernel_group(matrices.group_size, matrices.group_offset, matrices.columns, block)
-    groups = 0 if matrices.groups == 1 else block // size
-    unit = TILE * lanes
-    offsets = list(accumulate((tiles * blocks * bits for bits in matrices.bits), initial=0))
-    words = torch.empty(offsets[-1] * unit, dtype=torch.int16, device=device)
-    shape = (len(matrices.bits), tiles, max(blocks * groups, 1), TILE)
-    both = torch.zeros((*shape, 2), dtype=packed.scales.dtype, device=device)
-    for expert, bits in enumerate(matrices.bits):
-        begin, end = matrices.offsets[expert], matrices.offsets[expert + 1]
-        codes = unpack(packed.words[begin:end].view(matrices.rows, -1), bits, matrices.columns)
-        padded = codes.new_zeros(tiles * TILE, blocks * block)
-        padded[: matrices.rows, : matrices.columns] = codes[order]
-        words[offsets[expert] * unit : offsets[expert + 1] * unit] = planes(padded, bits, lanes).flatten()
-        for index, source in enumerate((packed.scales, packed.zeros)):
-            values = spread(source[expert][order], matrices.group_size, matrices.group_offset, matrices.columns, size)
-            full = values.new_zeros(tiles * TILE, shape[2])
-            full[: matrices.rows, : values.shape[1]] = values
-            both[expert, ..., index] = full.view(tiles, TILE, -1).transpose(1, 2)
+    matrices, device = packed.matrices, packed.device
+    form = form_of(matrices, gated, lanes, device)
+    dtype = reduce(torch.promote_types, (it.dtype for it in packed.tensors.values() if it.is_floating_point()))
+    units = [form.tiles * form.blocks * bits for bits in matrices.bits]
+    numbers = [number_of(*coding) for coding in zip(matrices.schemes, matrices.bits, strict=True)]
+    counts = [form.tiles * (1 if CODINGS[number].ring else form.scales) for number in numbers]
+    first_unit, first_scale = (list(accumulate(sizes, initial=0)) for sizes in (units, counts))
+    words = torch.empty((first_unit[-1], TILE * lanes), dtype=torch.int16, device=device)
+    pairs = torch.empty((first_scale[-1], TILE, 2), dtype=dtype, device=device)
+    for expert, scheme in enumerate(matrices.schemes):
+        planes, scales = REPACKERS[scheme](packed, expert, form)
+        words[first_unit[expert] : first_unit[expert + 1]] = planes.reshape(-1, TILE * lanes)
+        pairs[first_scale[expert] : first_scale[expert + 1]] = scales.reshape(-1, TILE, 2)
+    table = torch.tensor([numbers, first_unit[:-1], first_scale[:-1]], dtype=torch.int32, device=device)
     return Repacked(
-        words, both.view(torch.int32 if both.dtype == torch.float16 else torch.int64).squeeze(-1),
-        torch.tensor(matrices.bits, dtype=torch.int32, device=device),
-        torch.tensor(offsets[:-1], dtype=torch.int32, device=device),
-        matrices.rows, matrices.columns, lanes, groups,
+        words.flatten(), pairs.view(torch.int32 if dtype == torch.float16 else torch.int64).flatten(),
+        table.T.contiguous(), set_of(numbers), matrices.rows, matrices.columns, lanes, form.groups,
     )  # fmt: skip
+
+
+def form_of(matrices: RaggedMatrices, gated: bool, lanes: int, device: torch.device) -> Form:
+    """Return how a projection is cut; see :func:`repack`."""
+    block = FIELDS * lanes
+    one = matrices.groups == 1 or GRID not in matrices.schemes
+    return Form(
+        row_order(matrices.rows, gated=gated).to(device),
+        tiles=-(-matrices.rows // TILE),
+        blocks=-(-matrices.columns // block),
+        lanes=lanes,
+        groups=0 if one else block // kernel_group(matrices, block),
+    )
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""An expert's planes, int16 [tiles, blocks, bits, 64, lanes], and scales and zeros [tiles, scales per row, 64, 2]."""
+
+
+def grid_part(packed: PackedMatrices, expert: int, form: Form) -> Part:
+    """Repack an expert of the grid."""
+    matrices, bits = packed.matrices, packed.matrices.bits[expert]
+    stored, *floats = (matrices.view(packed.tensors[suffix], suffix, expert) for suffix in (PACKED, SCALE, ZERO))
+    codes = form.pad(unpack(stored, bits, matrices.columns), form.blocks * form.block)
+    both = [form.pad(spread(values, matrices, form), form.scales).view(form.tiles, TILE, -1) for values in floats]
+    return planes(codes, bits, form.lanes), torch.stack(both, dim=-1).transpose(1, 2)
+
+
+def trellis_part(packed: PackedMatrices, expert: int, form: Form) -> Part:
+    """Repack an expert of the trellis: its words only change places."""
+    matrices, bits = packed.matrices, packed.matrices.bits[expert]
+    stored, scale = (matrices.view(packed.tensors[suffix], suffix, expert) for suffix in (TRELLIS, ROW_SCALE))
+    words = form.pad(stored.contiguous().view(torch.int16), form.blocks * form.lanes * bits)
+    scales = form.pad(scale[:, None], 1).view(form.tiles, 1, TILE)
+    zeros = torch.full_like(scales, CENTRE - OFFSET)
+    return (
+        words.view(form.tiles, TILE, form.blocks, form.lanes, bits).permute(0, 2, 4, 1, 3),
+        torch.stack((scales, zeros), dim=-1),
+    )
+
+
+REPACKERS: dict[Scheme, Callable[[PackedMatrices, int, Form], Part]] = {
+    GRID: grid_part,
+    TRELLIS_SCHEME: trellis_part,
+}
+"""For each scheme that the kernel takes, the function that repacks one of its experts."""
 
 
 def row_order(rows: int, *, gated: bool) -> torch.Tensor:
@@ -107,17 +184,17 @@ def row_order(rows: int, *, gated: bool) -> torch.Tensor:
     return index.view(2, -1, 8).transpose(0, 1).flatten() if gated else index
 
 
-def kernel_group(group_size: int, offset: int, columns: int, block: int) -> int:
+def kernel_group(matrices: RaggedMatrices, block: int) -> int:
     """Return the largest group size that divides the block, the checkpoint's group size and the offset within it."""
-    if offset + columns <= group_size:
-        return columns  # one group: the whole row
-    return gcd(group_size, offset, block)
+    if matrices.groups == 1:
+        return matrices.columns  # the whole row
+    return gcd(matrices.group_size, matrices.group_offset, block)
 
 
-def spread(values: torch.Tensor, group_size: int, offset: int, columns: int, size: int) -> torch.Tensor:
-    """Return the scales [rows, groups] repeated for groups of ``size`` inputs."""
-    first = torch.arange(0, columns, size, device=values.device)
-    return values[:, (first + offset) // group_size]
+def spread(values: torch.Tensor, matrices: RaggedMatrices, form: Form) -> torch.Tensor:
+    """Return the scales or zeros [rows, groups] repeated for the kernel's groups."""
+    first = torch.arange(0, matrices.columns, kernel_group(matrices, form.block), device=values.device)
+    return values[:, (first + matrices.group_offset) // matrices.group_size]
 
 
 def planes(codes: torch.Tensor, bits: int, lanes: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Schedule:
         stages: the depth of the pipeline of loads.
         registers: the limit of registers per thread. With None ptxas chooses; it sometimes accepts a few bytes of
             spills to fit one more program.
-        registers_for_many: the limit for more than FEW_WIDTHS widths, whose buffers leave room for fewer programs.
+        registers_for_many: the limit for more than FEW_CODINGS codings, whose buffers leave room for fewer programs.
     """
 
     tokens: int
@@ -31,15 +31,15 @@ class Schedule:
     registers: int | None = None
     registers_for_many: int | None = None
 
-    def register_limit(self, widths: int) -> int | None:
-        """Return the limit of registers per thread for a kernel with this many widths."""
-        return self.registers_for_many if widths > FEW_WIDTHS and self.registers_for_many else self.registers
+    def register_limit(self, codings: int) -> int | None:
+        """Return the limit of registers per thread for a kernel with this many codings."""
+        return self.registers_for_many if codings > FEW_CODINGS and self.registers_for_many else self.registers
 
 
-FEW_WIDTHS = 3
+FEW_CODINGS = 3
 
-FEW = (Schedule(8, 64, 2, 3, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
-MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
+FEW = (Schedule(8, 64, 2, 3, registers=144, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
+MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3, registers_for_many=168), Schedule(64, 128, 8, 2))
 
 
 def schedule_few(tokens: int) -> Schedule:

@@ -1,11 +1,13 @@
-"""A tile of output neurons times a few tokens, for one expert of any width."""
+"""A tile of output neurons times a few tokens, for one expert of any coding."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
 from vllm_moeq.kernels.triton.fields import code_of
+from vllm_moeq.kernels.triton.rings import ring_code_of
 
 TILE = tl.constexpr(64)
 """The rows that lie together in memory."""
@@ -17,6 +19,17 @@ def _load_words(pointers, WIDTH: tl.constexpr, PLANE: tl.constexpr):
     for plane in tl.static_range(1, WIDTH):
         words = words + (tl.load(pointers + plane * PLANE),)  # type: ignore[assignment]  # noqa: RUF005
     return words
+
+
+@triton.jit
+def _row_before(row, GATED: tl.constexpr):
+    """Return the row whose bits come before each row's in the ring of its 16 rows; if GATED, see ``row_order``."""
+    if GATED:
+        place = row // 16 % 2 * 8 + row % 8
+        before = (place + 15) % 16
+        return row // 32 * 32 + before // 8 * 16 + row // 8 % 2 * 8 + before % 8
+    else:
+        return row // 16 * 16 + (row + 15) % 16
 
 
 @triton.jit
@@ -32,13 +45,14 @@ def _load_scale_and_zero(pairs):
 
 @triton.jit
 def _multiply(
-    words, scales, x, sums, lane, columns, begin, end,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+    words, before, scales, x, sums, lane, columns, begin, end,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr,
+    GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Return Σ_k (q − z)·s·x over the blocks [begin, end), float32 [ROWS, TOKENS].
 
-    Each group is computed as s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype.
+    Each group is computed as s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype. The words of
+    the rows ``before`` are read if RING: their last plane, which this program reads for those rows too.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = TILE * LANES
@@ -48,6 +62,8 @@ def _multiply(
     total_x = tl.zeros((TOKENS,), tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):
         planes = _load_words(words + block * (WIDTH * PLANE), WIDTH, PLANE)
+        if RING:
+            planes = (tl.load(before + (block * WIDTH + WIDTH - 1) * PLANE),) + planes  # noqa: RUF005
         start = block * (16 * LANES)
         for group in tl.static_range(PARTS):
             part = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -56,7 +72,10 @@ def _multiply(
                 inputs = tl.load(x + at) if EVEN else tl.load(x + at, mask=lane + at < columns, other=0.0)
                 if MODE == "float32":
                     inputs = inputs.to(tl.float32)
-                codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, MODE)
+                if RING:
+                    codes = ring_code_of(planes, group * FIELDS + field, WIDTH, dtype, MODE)
+                else:
+                    codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, MODE)
                 part = tl.dot(codes, inputs, part, input_precision="ieee")
             part_x = tl.zeros((TOKENS,), tl.float32)
             for index in tl.static_range(FIELDS * LANES // SUM):
@@ -75,15 +94,17 @@ def _multiply(
 
 @triton.jit
 def expert_tile(
-    x, sums, words, scales, widths, offsets, expert, tile, split, splits, source, valid, columns, tiles,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTHS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    SUM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
+    x, sums, words, scales, table, expert, tile, split, splits, source, sources, valid, columns, tiles,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Return the rows from tile·ROWS on of one expert times the tokens ``source``, float32 [ROWS, TOKENS].
 
-    The kernel branches on the width once. Only the widths in ``WIDTHS`` are compiled; its bit b stands for width b.
+    The kernel branches on the coding once. Only those in ``CODINGS`` are compiled; its bit i stands for number i. Their
+    inputs are copies of ``sources`` rows each; see :func:`vllm_moeq.kernels.triton.codings.copy_of`.
     """
-    width = tl.load(widths + expert)
+    entry = table + expert * 3
+    coding, first_word, first_scale = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     blocks = tl.cdiv(columns, 16 * LANES)
     begin, end = blocks * split // splits, blocks * (split + 1) // splits
     row = tl.arange(0, ROWS)
@@ -92,21 +113,24 @@ def expert_tile(
     # The last program may reach past the last tile: it reads that one again, and stores nothing of it.
     among = first + tl.minimum(row // TILE, tiles - 1 - first) if ROWS > TILE else first + row // TILE
     inner = row % TILE
-    groups = blocks * GROUPS if GROUPS else 1
-    meta = (expert.to(tl.int64) * tiles + among) * groups * TILE + inner
     source = tl.where(valid, source, 0).to(tl.int64)
     inputs = x + source[None, :] * columns + lane[:, None]
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
-    base = words + tl.load(offsets + expert).to(tl.int64) * (TILE * LANES)  # a product has a known alignment
+    base = words + first_word.to(tl.int64) * (TILE * LANES)  # a product has a known alignment
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for WIDTH in tl.static_range(1, 9):
-        if WIDTHS & (1 << WIDTH):
-            if width == WIDTH:
-                at = among * (blocks * WIDTH * TILE * LANES) + inner * LANES
+    for CODING in tl.static_range(COUNT):
+        if CODINGS & (1 << CODING):
+            if coding == CODING:
+                at = among * (blocks * width_of(CODING) * TILE * LANES)
+                groups = 1 if is_ring(CODING) or not GROUPS else blocks * GROUPS
                 total = _multiply(
-                    base + at[:, None] + lane[None, :], scales + meta, inputs, input_sums,
+                    base + (at + inner * LANES)[:, None] + lane[None, :],
+                    base + (at + _row_before(inner, GATED) * LANES)[:, None] + lane[None, :],
+                    scales + (first_scale.to(tl.int64) + among * groups) * TILE + inner,
+                    inputs + sources.to(tl.int64) * columns * copy_of(CODING, CODINGS), input_sums,
                     lane[:, None], columns, begin, end,
-                    ROWS, TOKENS, WIDTH, LANES, GROUPS, SUM, EVEN, STAGES, MODE,
+                    ROWS, TOKENS, width_of(CODING), is_ring(CODING), LANES, 0 if is_ring(CODING) else GROUPS,
+                    SUM, EVEN, STAGES, MODE,
                 )  # fmt: skip
     return total
 
@@ -115,7 +139,7 @@ def expert_tile(
 def store_hidden(
     total, hidden, sums, pair, valid, tile, neurons, sum_columns, ROWS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Store silu(gate)·up [pairs, neurons], and its sums over chunks of 32 neurons.
+    """Store silu(gate)·up [pairs, neurons], and if there are sums, those over chunks of 32 neurons.
 
     The rows of ``total`` are eight of gate and eight of up in turn.
     """
@@ -127,15 +151,16 @@ def store_hidden(
     target = hidden + pair.to(tl.int64)[None, :] * neurons + neuron[:, None]
     inside = valid[None, :] & (neuron < neurons)[:, None]
     tl.store(target, value, mask=inside)
-    exact = tl.where(inside, value.to(tl.float32), 0.0)
-    chunk = tl.arange(0, HALF // 32)
-    chunk_sums = tl.sum(exact.reshape(HALF // 32, 32, TOKENS), axis=1)
-    at = tile * (HALF // 32) + chunk
-    tl.store(
-        sums + pair[None, :] * sum_columns + at[:, None],
-        chunk_sums,
-        mask=valid[None, :] & (at < neurons // 32)[:, None],
-    )
+    if sums is not None:
+        exact = tl.where(inside, value.to(tl.float32), 0.0)
+        chunk = tl.arange(0, HALF // 32)
+        chunk_sums = tl.sum(exact.reshape(HALF // 32, 32, TOKENS), axis=1)
+        at = tile * (HALF // 32) + chunk
+        tl.store(
+            sums + pair[None, :] * sum_columns + at[:, None],
+            chunk_sums,
+            mask=valid[None, :] & (at < neurons // 32)[:, None],
+        )
 
 
 @triton.jit

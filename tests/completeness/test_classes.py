@@ -1,0 +1,49 @@
+"""What is said of a config of which transformers makes no model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_moeq.completeness import cannot_build, cannot_load, meta_model, no_class
+from vllm_moeq.format import ConfigError
+
+
+@pytest.mark.parametrize("say", [cannot_build, cannot_load])
+def test_an_error_of_many_lines_is_said_in_one(say: object) -> None:
+    assert callable(say)
+    message = str(say(Path("folder"), ValueError("expected one of\n\n  A\n  B" + " C" * 1000)))
+    assert message.startswith("folder: transformers cannot ")
+    assert "(expected one of A B C C" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_an_infinity_is_read_as_transformers_writes_it() -> None:
+    import transformers
+
+    made = transformers.GraniteMoeHybridConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=4, layer_types=["mamba"], mamba_n_heads=2, mamba_d_head=32,
+        mamba_d_state=16, shared_intermediate_size=32,
+    )  # fmt: skip
+    config = json.loads(made.to_json_string())
+    assert config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert meta_model(config, Path("config.json")).config.time_step_limit == (0.0, float("inf"))
+
+
+def test_a_model_type_that_others_code_reads_as_anothers_has_its_class() -> None:
+    assert no_class({"model_type": "kimi_k2"}) is None
+    assert "no class for model_type 'kimi_k3'" in str(no_class({"model_type": "kimi_k3"}))
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "Qwen3_MoeForCausalLM", "qwen3moeforcausallm"])
+def test_published_names_of_classes_differ_in_capitals_and_underscores(name: str) -> None:
+    import transformers
+
+    config = json.loads(transformers.Qwen3MoeConfig(num_hidden_layers=1, vocab_size=64).to_json_string())
+    assert type(meta_model({**config, "architectures": [name]}, Path("c"))).__name__ == "Qwen3MoeForCausalLM"
+    with pytest.raises(ConfigError, match="architectures: expected a class of model_type qwen3_moe"):
+        meta_model({**config, "architectures": [f"{name}X"]}, Path("c"))
