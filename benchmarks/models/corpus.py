@@ -15,10 +15,13 @@ from benchmarks.models.architectures import SHARED
 
 END = "<|endoftext|>"
 # Tests, tables and generated documentation are not code that a reader would write.
-SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
-INSTALLED_CHARACTERS = 120_000_000
+TESTS = {"test", "tests", "idle_test"}
+CALIBRATION = ("idlelib", "lib2to3")  # code like the rest, kept for calibration: no model trains on it
+SKIPPED = TESTS | {"site-packages", *CALIBRATION, "encodings", "pydoc_data", "ensurepip"}
 LONGEST_FILE = 200_000  # longer ones are mostly generated tables
 TOKENIZER_CHARACTERS = 30_000_000
+DISTINCTIVE = 40
+"""Characters of a line that is hardly written twice by chance."""
 
 
 def read_sources() -> tuple[list[str], list[str]]:
@@ -36,23 +39,42 @@ def read_sources() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def read_installed(characters: int = INSTALLED_CHARACTERS) -> list[str]:
+def read_calibration() -> list[str]:
+    """Return texts for calibration, which are neither in the training text nor in the held-out text."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = (path for name in CALIBRATION for path in sorted((root / name).rglob("*.py")))
+    return [path.read_text(encoding="utf-8") for path in found if not TESTS.intersection(path.parts)]
+
+
+def distinctive(texts: list[str]) -> set[str]:
+    """Return the lines of texts that are hardly written twice by chance."""
+    return {line for text in texts for line in map(str.strip, text.splitlines()) if len(line) >= DISTINCTIVE}
+
+
+def read_installed(characters: int) -> list[str]:
     """Return the sources of installed packages for training, spread over all packages where they are too many.
 
-    None is held out: held-out texts are the standard library's, the same for all models.
+    None is held out: held-out texts are the standard library's, the same for all models. Packages have copies of files
+    of the standard library; a file with more than a tenth of its distinctive lines in a text that is held out, or kept
+    for calibration, is left out.
     """
+    kept = distinctive(read_sources()[1] + read_calibration())
     root = Path(sysconfig.get_paths()["purelib"])
     found = {path.relative_to(root): path for path in root.rglob("*.py")}
     mixed = sorted(found, key=lambda relative: hashlib.sha256(relative.as_posix().encode()).digest())
     texts: list[str] = []
     total = 0
     for relative in mixed:
+        if total >= characters:
+            break
         if SKIPPED.intersection(relative.parts) or found[relative].stat().st_size > LONGEST_FILE:
             continue
-        texts.append(found[relative].read_text(encoding="utf-8", errors="replace"))
-        total += len(texts[-1])
-        if total > characters:
-            break
+        text = found[relative].read_text(encoding="utf-8", errors="replace")
+        lines = distinctive([text])
+        if len(lines & kept) * 10 > len(lines):
+            continue
+        texts.append(text)
+        total += len(text)
     return texts
 
 

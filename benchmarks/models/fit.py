@@ -32,11 +32,11 @@ class Training:
         checkpoint: steps from one checkpoint to the next; it does not change the result.
     """
 
-    steps: int = 1900
+    steps: int = 5700
     batch: int = 8
     learning_rate: float = 1e-2
     seed: int = 0
-    balance_weight: float = 0.02
+    balance_weight: float = 0.05
     checkpoint: int = 200
 
 

@@ -1,13 +1,14 @@
 """This script trains the small Mixture-of-Experts models that the demo, the tests and the benchmarks run on.
 
-The text is the source code of Python's own standard library, which every machine with Python has. The result is an
-ordinary Hugging Face folder, and two things that a download never has. ``initial-router/`` holds the router weights
-before training, which Definition 3.1 of the paper needs. ``held_out.txt`` holds files that training never saw.
+The text is the source code of Python's own standard library, and as much of the installed packages' as the training
+reads without repeating itself. The result is an ordinary Hugging Face folder, and two things that a download never has.
+``initial-router/`` holds the router weights before training, which Definition 3.1 of the paper needs. ``held_out.txt``
+holds files that training never saw.
 
     python -m benchmarks.models.train_model --architecture mixtral -o stdlib-mixtral
 
-``--architecture mixtral-200m --device cuda`` makes a larger model, and reads the sources of installed packages too. A
-killed training continues with the same command, from its last checkpoint in ``<output>.partial``.
+``--architecture mixtral-200m --device cuda`` makes a larger model. A killed training continues with the same command,
+from its last checkpoint in ``<output>.partial``; the installed packages must be the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.common.mistakes import exit_status
-from benchmarks.models.architectures import LARGE, NAMES, architecture
+from benchmarks.models.architectures import NAMES, architecture
 from benchmarks.models.corpus import END, encode, read_installed, read_sources, train_tokenizer
 from benchmarks.models.fit import SEQUENCE, Training, fit
 from planner.output.files import write_json
@@ -37,6 +38,7 @@ from planner.output.paths import check_output
 from planner.output.unfinished import PartialRun
 
 HELD_OUT_BYTES = 200_000
+CHARACTERS_PER_TOKEN = 2.7  # no text is read twice: a model that knows its text by heart loses more than others
 
 
 def router_weights(model: PreTrainedModel, checkpoint_names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -81,10 +83,10 @@ def train(name: str, output: Path, training: Training, device: str = "cpu", resu
     torch.manual_seed(training.seed)
     config = architecture(name)
     texts, held_out_texts = read_sources()
-    if name == LARGE:
-        texts += read_installed()
     held_out = f"{END}".join(held_out_texts).encode()[:HELD_OUT_BYTES].decode(errors="ignore")
     tokenizer = train_tokenizer(texts, config.vocab_size)
+    wanted = round(CHARACTERS_PER_TOKEN * training.steps * training.batch * SEQUENCE)
+    texts += read_installed(max(0, wanted - sum(map(len, texts))))
     stream = encode(tokenizer, texts)
     print(f"{len(texts)} files, {stream.numel():,} tokens to train on", flush=True)
 
