@@ -14,7 +14,7 @@ import vllm_moeq
 from planner.commands.show import COLOURS
 from planner.reporting.palette import DARK, LIGHT
 from tests.matches import first_match
-from vllm_moeq.format import BIT_WIDTHS, pack, parse_config, unpack
+from vllm_moeq.format import BIT_WIDTHS, GRID, pack, parse_config, unpack
 from vllm_moeq.format.errors import ConfigError
 from vllm_moeq.format.schema import Bits
 from vllm_moeq.kernels.cpu import build
@@ -89,15 +89,13 @@ def test_the_pages_of_the_format() -> None:
 
 def test_the_fused_kernel() -> None:
     """Its interpreter is asked for in ``tests/conftest.py``; ``tests/kernels`` runs every width."""
+    from vllm_moeq.kernels.triton.codings import CODINGS
     from vllm_moeq.kernels.triton.fields import PTX
 
     assert {width for _, width, _ in PTX} == TABLE
     for (_, width, _), text in PTX.items():
         assert max(int(register) for register in re.findall(r"\$(\d+)", text)) <= width, f"{width} bits: {text}"
-    first, end = first_match(
-        r"for WIDTH in tl\.static_range\((\d+), (\d+)\)", PACKAGE / "kernels" / "triton" / "tile.py"
-    ).groups()
-    assert set(range(int(first), int(end))) >= TABLE
+    assert {coding.width for coding in CODINGS if coding.scheme == GRID} == TABLE
 
 
 def test_the_sources_of_the_cpu_kernel() -> None:
