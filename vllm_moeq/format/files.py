@@ -90,8 +90,8 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         text = data.decode("utf-8")
         del data  # the caller may keep none: a long text is in memory once
-        with _no_collection():
-            parsed = json.loads(text, object_pairs_hook=_unique)
+        with no_collection():
+            parsed = json.loads(text, object_pairs_hook=unique)
         if _is_deep(parsed):
             raise RecursionError
     except RecursionError:
@@ -102,7 +102,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Turn off garbage collection, which many lists would trigger often: parsed JSON has no cycles."""
     enabled = gc.isenabled()
     gc.disable()
@@ -113,7 +113,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object; refuse a key that stands twice, because readers disagree on which value counts."""
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vllm_moeq.format.errors import CheckpointError
-from vllm_moeq.format.files import MAX_WIDE_BYTES
+from vllm_moeq.format.files import MAX_WIDE_BYTES, no_collection, unique
 
 MAX_HEADER_BYTES = 24 << 20
 MAX_TENSORS = 100_000
@@ -24,6 +24,8 @@ MAX_NAME = 512
 MAX_SIZE = 1 << 48
 """The largest number in a header, and the largest product of a tensor's sizes."""
 METADATA = "__metadata__"
+ENTRY = ("dtype", "shape", "data_offsets")
+"""What a header says of a tensor."""
 MAX_METADATA = 1 << 20
 """Characters of a header's metadata, which nobody here reads; the official reader keeps them in memory."""
 
@@ -120,24 +122,24 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if len(text) > MAX_WIDE_BYTES and not (text.isascii() and b"\\u" not in text):
         raise CheckpointError(f"{path}: expected at most {MAX_WIDE_BYTES} bytes of a header that is not all ASCII")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entry: dict[str, Any] = {}
-        for key, value in pairs:
-            check_name(key, path)
-            if key in entry:
-                raise CheckpointError(f"{path}: tensor {key} stands twice in the header")
-            entry[key] = value
-        return entry
-
     try:
         decoded = text.decode("utf-8")
         del text  # the caller keeps none: a long header is in memory once
-        entries = json.loads(decoded, object_pairs_hook=once)
+        with no_collection():
+            entries = json.loads(decoded, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: damaged or truncated shard (header: expected an object)")
+    for name in entries:
+        check_name(name, path)
     return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Any:
+    """Build an object; an entry of a tensor becomes a tuple, a third of a dictionary's size."""
+    found = unique(pairs)
+    return tuple(found[key] for key in ENTRY) if len(found) == len(ENTRY) and found.keys() == set(ENTRY) else found
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -151,9 +153,9 @@ def _check_metadata(metadata: Any, path: Path) -> None:
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
     """Check one entry of the header; return name, first byte, end, shape and dtype."""
     place = f"{path}: tensor {name}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, tuple):
         raise CheckpointError(f"{place}: expected dtype, shape and data_offsets, found {_shown(entry)}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = entry
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{place} has unsupported dtype {_shown(dtype)}")
     # A size of 0 counts as 1, because the strides of an empty tensor are products of its other sizes.
