@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.kernels.ptx.cases import Case, Figures
 from tests.kernels.ptx.emulator.device import SHARED_KIB
 from tests.kernels.ptx.process import compiling
-from tests.kernels.ptx.table import EVERY_RUN, cases
+from tests.kernels.ptx.table import EVERY_RUN, TRELLISES, cases
 from vllm_moeq.kernels.triton.schedule import FEW_TOKENS
 
 HEADER = """\
@@ -29,7 +29,7 @@ def wanted(architectures: list[str], every: bool) -> Iterator[Case]:
         yield from cases(architectures)
         return
     for arch in architectures:
-        for case in EVERY_RUN:
+        for case in (*EVERY_RUN, *TRELLISES):
             yield replace(case, arch=arch)
 
 
@@ -37,10 +37,9 @@ def row(case: Case, figures: Figures) -> str:
     """Return a line of the table."""
     kernel = "few_tokens" if case.tokens <= FEW_TOKENS else "many_tokens"
     tile = f"{case.schedule.rows}×{case.schedule.tokens}" if case.schedule else ""
-    widths = ",".join(map(str, sorted(set(case.bits))))
     numbers = " | ".join(f"{value:.1e}" for value in (figures.error, figures.rounding, figures.step))
     found = "; ".join(figures.problems) or "nothing"
-    shown = f"{case.arch} | {kernel} | {tile} | {case.dtype} | {widths} | {case.tokens} | {case.routing}"
+    shown = f"{case.arch} | {kernel} | {tile} | {case.dtype} | {case.widths} | {case.tokens} | {case.routing}"
     return f"| {shown} | {numbers} | {found} |"
 
 

@@ -9,10 +9,21 @@ import pytest
 import torch
 
 import vllm_moeq.kernels.triton.layer as module
-from tests.kernels.layers import EDGE_ROUTINGS, dense, edge_routing, exact, random_layer, random_routing
+from tests.kernels.layers import (
+    EDGE_ROUTINGS,
+    Coding,
+    dense,
+    edge_routing,
+    exact,
+    mixed_layer,
+    random_layer,
+    random_routing,
+)
 from tests.kernels.ptx.emulator.device import Change, emulate
 from tests.kernels.ptx.emulator.findings import Kind
 from tests.kernels.ptx.emulator.outcome import Outcome
+from tests.kernels.rotations import Rotations, random_rotation, rotated, turned
+from vllm_moeq.format import GRID, TRELLIS_SCHEME
 from vllm_moeq.kernels import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.triton.schedule import FEW_TOKENS, Schedule
 
@@ -49,6 +60,8 @@ class Case:
         wide_scales: whether scales are float32.
         splits: the parts of down's input dimension; None leaves the choice to the layer.
         schedule: the variant to run; None leaves the choice to the layer.
+        rings: the experts whose weights are trellises, by index; the others are grids.
+        rotations: sizes of the rotations of the layer's input and of the hidden activations; 0 is none.
     """
 
     arch: str
@@ -61,11 +74,30 @@ class Case:
     wide_scales: bool = False
     splits: int | None = None
     schedule: Schedule | None = None
+    rings: tuple[int, ...] = ()
+    rotations: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         tile = f" {self.schedule.rows}x{self.schedule.tokens}" if self.schedule else ""
-        return (
-            f"{self.arch} {self.dtype} {','.join(map(str, sorted(set(self.bits))))} {self.tokens}{tile} {self.routing}"
+        return f"{self.arch} {self.dtype} {self.widths} {self.tokens}{tile} {self.routing}"
+
+    @property
+    def experts(self) -> list[Coding]:
+        """Scheme and width of each expert."""
+        return [(TRELLIS_SCHEME if index in self.rings else GRID, bits) for index, bits in enumerate(self.bits)]
+
+    @property
+    def widths(self) -> str:
+        """The widths, with a t behind those of trellises, and an r behind them all if the layer is rotated."""
+        found = sorted({f"{bits}{'t' * (scheme is TRELLIS_SCHEME)}" for scheme, bits in self.experts})
+        return ",".join(found) + " r" * any(self.rotations)
+
+    @property
+    def turns(self) -> Rotations:
+        """The rotations."""
+        columns = self.shape[:2]
+        return Rotations(
+            *(random_rotation(n, size) if size else None for n, size in zip(columns, self.rotations, strict=True))
         )
 
 
@@ -112,31 +144,38 @@ def routed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed_of(case: Case) -> PackedExperts:
     """Return the layer."""
-    packed = random_layer(case.bits, *case.shape)
+    packed = mixed_layer(case.experts, *case.shape) if case.rings else random_layer(case.bits, *case.shape)
     if not case.wide_scales:
         return packed
     parts = (packed.gate_up, packed.down)
     return PackedExperts(*(PackedMatrices(m.matrices, m.words, m.scales.float(), m.zeros.float()) for m in parts))
 
 
-def rounded(packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the exact result, but with hidden activations rounded to x's dtype, and the output too.
+def rounded(
+    packed: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, turns: Rotations
+) -> torch.Tensor:
+    """Return the exact result, but with all activations that are stored rounded to x's dtype, and the output too.
 
     For many tokens each expert's output is rounded as well.
     """
     result = torch.zeros(x.shape, dtype=torch.float64)
+    before = rotated(x, turns.before_up).to(x.dtype)
     for expert in range(len(packed.bits)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
-        gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).double()
-        value = hidden @ dense(packed.down, expert).double().T * weights[token, slot, None].double()
+        gate, up = (before[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
+        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        value = (
+            rotated(hidden, turns.before_down).to(x.dtype).double()
+            @ dense(packed.down, expert).double().T
+            * weights[token, slot, None].double()
+        )
         result.index_add_(0, token, value.to(x.dtype).double() if len(x) > FEW_TOKENS else value)
     return result.to(x.dtype).double()
 
 
 def run(case: Case, change: Change | None = None) -> Figures:
     """Run a layer as the project does, with the GPU emulated."""
-    packed, (weights, ids) = packed_of(case), routed(case)
+    packed, turns, (weights, ids) = packed_of(case), case.turns, routed(case)
     x = torch.randn((case.tokens, packed.hidden), generator=torch.Generator().manual_seed(3)).to(DTYPES[case.dtype])
     with pytest.MonkeyPatch.context() as patch:
         if case.splits is not None:
@@ -144,10 +183,12 @@ def run(case: Case, change: Change | None = None) -> Figures:
         if case.schedule is not None:
             patch.setattr(module, "schedule_few", lambda _: case.schedule)
             patch.setattr(module, "schedule_many", lambda *_: case.schedule)
-        layer = module.TritonLayer(packed)
+        layer = module.TritonLayer(turned(packed, turns))
         with emulate(case.arch, change) as session:
             found = layer(x, weights, ids)
-    expected, close = exact(packed, x, weights, ids), rounded(packed, x, weights, ids)
+    before = rotated(x, turns.before_up)
+    expected = exact(packed, before, weights, ids, lambda inner: rotated(inner, turns.before_down))
+    close = rounded(packed, x, weights, ids, turns)
     norm, top = max(float(expected.norm()), 1e-300), max(float(expected.abs().max()), 1e-300)
     error, rounding = (float((value - expected).norm()) / norm for value in (found.double(), close))
     step = float((found.double() - close).abs().max()) / top

@@ -27,6 +27,13 @@ EVERY_RUN = (
 )
 """Every schedule on one architecture; compiling takes most of the time."""
 
+TRELLISES = (
+    Case("sm_80", "bf16", (2, 2, 2), SMALL, tokens=2, rings=(0, 1, 2), rotations=(128, 32)),
+    Case("sm_90", "fp16", (2, 3, 2, 3), SMALL, tokens=9, rings=(0, 2), rotations=(64, 0)),
+    Case("sm_90", "bf16", (2, 2, 3), SMALL, tokens=33, rings=(0, 1), rotations=(128, 32)),
+)
+"""Trellises alone and beside the grid, in rotated layers."""
+
 
 def tokens_of(schedule: Schedule) -> int:
     """Return a number of tokens that the schedule is meant for."""
@@ -46,3 +53,8 @@ def cases(architectures: Sequence[str] = ("sm_80", "sm_89", "sm_90", "sm_120")) 
         for splits in (2, 4, 8):
             yield Case(arch, "bf16", shape=(256, 2048, 128, 0), tokens=4, splits=splits)
         yield Case(arch, "bf16", tokens=4, wide_scales=True)
+        for dtype in ("bf16", "fp16"):
+            for bits, rings in ((1,) * 3, (0, 1, 2)), ((2, 1, 2, 3, 4, 4), (0, 1, 3, 4)), ((3, 8, 4), (0, 2)):
+                for schedule in (*FEW, *MANY):
+                    tokens = tokens_of(schedule)
+                    yield Case(arch, dtype, bits, SMALL, tokens, schedule=schedule, rings=rings, rotations=(256, 32))

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.ptx.cases import Case, Edit, Figures
 from tests.kernels.ptx.process import Call
-from tests.kernels.ptx.table import EVERY_RUN, cases
+from tests.kernels.ptx.table import EVERY_RUN, TRELLISES, cases
 from tests.tiers import thorough
 from vllm_moeq.kernels.triton.schedule import FEW, MANY
 
@@ -19,6 +19,11 @@ def check(figures: Figures) -> None:
 
 @pytest.mark.parametrize("case", EVERY_RUN, ids=str)
 def test_every_schedule(emulated: Call, case: Case) -> None:
+    check(emulated("cases.run", case))
+
+
+@pytest.mark.parametrize("case", TRELLISES, ids=str)
+def test_trellises_and_rotations(emulated: Call, case: Case) -> None:
     check(emulated("cases.run", case))
 
 
@@ -38,6 +43,21 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_broken_kernels_are_caught(emulated: Call, edit: Edit) -> None:
     figures = emulated("cases.run", EVERY_RUN[2], edit)
+    assert figures.outcome.changed
+    assert figures.problems
+
+
+RING_EDITS = [
+    Edit(r"shr\.b32 t, t, (\d+);", r"shr.b32 t, t, 0;"),  # the place of a state
+    Edit("0x3531", "0x3135"),  # which byte belongs to which code
+    Edit("0x5410", "0x7632"),  # which word a state begins in
+    Edit("0x83dcd12d", "0x83dcd12b"),
+]
+
+
+@pytest.mark.parametrize("edit", RING_EDITS, ids=str)
+def test_broken_trellises_are_caught(emulated: Call, edit: Edit) -> None:
+    figures = emulated("cases.run", TRELLISES[0], edit)
     assert figures.outcome.changed
     assert figures.problems
 

@@ -127,6 +127,19 @@ def permute(registers: Registers, instruction: Instruction) -> Step:
     return Step(run, [target])
 
 
+def dot_bytes(registers: Registers, instruction: Instruction) -> Step:
+    """Make dp4a: four products of bytes, and a sum that wraps around."""
+    if instruction.mods != ["u32", "u32"]:
+        raise UnsupportedError(str(instruction))
+    target, a, b, c = (registers.full(arg, "b32") for arg in instruction.args)
+
+    def run() -> None:
+        left, right = (np.ascontiguousarray(value).view(np.uint8).reshape(-1, 4).astype(U32) for value in (a, b))
+        target[:] = (left * right).sum(axis=1, dtype=U32) + c
+
+    return Step(run, [target])
+
+
 def extract(registers: Registers, instruction: Instruction) -> Step:
     """Make bfe: a field of bits, with its sign or with zeros before it."""
     kind = instruction.mods[0]
@@ -204,4 +217,5 @@ def count_ones(registers: Registers, instruction: Instruction) -> Step:
 MAKERS: dict[str, Maker] = {
     "mov": move, "cvta": convert_address, "shl": shift, "shr": shift, "shf": funnel, "lop3": three_inputs,
     "prmt": permute, "bfe": extract, "setp": compare, "selp": select, "popc": count_ones,
+    "dp4a": dot_bytes,
 }  # fmt: skip
