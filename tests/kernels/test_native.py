@@ -17,7 +17,7 @@ from tests.kernels.layers import (
 from vllm_moeq.format import BIT_WIDTHS, UsageError, pack
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, ReferenceLayer, make_layer, ragged
 from vllm_moeq.kernels.cpu import build
-from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
+from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -36,11 +36,6 @@ def inputs(packed: PackedExperts, tokens: int, dtype: torch.dtype, seed: int = 0
 
 
 each_isa = pytest.mark.usefixtures("isa")
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
 
 
 @each_isa

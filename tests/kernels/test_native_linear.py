@@ -7,7 +7,7 @@ import torch
 
 from vllm_moeq.format import UsageError, linear_values
 from vllm_moeq.kernels.cpu import build
-from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, instruction_sets
+from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE
 from vllm_moeq.kernels.cpu.linear import NativeLinear
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
@@ -16,11 +16,6 @@ LIMIT = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
 
 each_isa = pytest.mark.usefixtures("isa")
 both_widths = pytest.mark.parametrize("bits", [4, 8])
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
 
 
 def random_linear(

@@ -18,7 +18,7 @@ from tests.kernels.rotations import Rotations, random_rotation, rank_s_part, rot
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, BlockRotation
 from vllm_moeq.kernels import PackedExperts
 from vllm_moeq.kernels.cpu import build
-from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets
+from vllm_moeq.kernels.cpu.layer import NativeLayer
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -28,11 +28,6 @@ HIDDEN, INTERMEDIATE = 512, 256
 EXPERTS: list[Coding] = [(TRELLIS_SCHEME, 2), (GRID, 3), (TRELLIS_SCHEME, 3), (GRID, 2)]
 
 each_isa = pytest.mark.usefixtures("isa")
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
 
 
 def inputs(packed: PackedExperts, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

@@ -26,7 +26,7 @@ from vllm_moeq.format import (
 )
 from vllm_moeq.kernels import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.cpu import build
-from vllm_moeq.kernels.cpu.layer import ISA_VARIABLE, NativeLayer, instruction_sets, repack
+from vllm_moeq.kernels.cpu.layer import NativeLayer, repack
 
 pytestmark = [pytest.mark.skipif(bool(build.problem()), reason=build.problem() or "it is there"), pytest.mark.compiler]
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -41,11 +41,6 @@ def names(experts: list[Coding]) -> str | None:
 
 
 each_isa = pytest.mark.usefixtures("isa")
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from planner.model.layout import Layout, read_layout
-from planner.model.source import SourceModel
+from planner.model.layout import Layout
 from planner.plan_file import Plan, read_plan
 from planner.quantization.run import build_config
 from planner.quantization.settings import QuantizeSettings
 from tests.by_hand import plan_by_hand
-from tests.paths import MIXTRAL
 from vllm_moeq.format import ConfigError
 
 FIRST = "model.layers.0.self_attn"
-
-
-@pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
-    with SourceModel(MIXTRAL) as model:
-        yield read_layout(model)
 
 
 def widths_of(layout: Layout, bits: int = 4) -> dict[str, int]:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from planner.model.layout import Layout, read_layout
+from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.planning.make import _chosen as chosen
 from planner.planning.method import LayerScores
 from planner.planning.methods import METHODS
 from planner.planning.priced import Priced, priced
 from planner.planning.request import PlanOptions, check_options
-from tests.paths import MIXTRAL
 from vllm_moeq.format import UsageError
 
 CHOICES = (1, 2, 3, 4)
 KL = METHODS["kl"]
 BETTER, WORSE = 0.1, 0.9
-
-
-@pytest.fixture(scope="module")
-def source() -> Iterator[SourceModel]:
-    with SourceModel(MIXTRAL) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def layout(source: SourceModel) -> Layout:
-    return read_layout(source)
 
 
 def options(scheme: str = "auto", **others: Any) -> PlanOptions:

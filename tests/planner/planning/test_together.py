@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from planner.model.layout import Layout, read_layout
+from planner.model.layout import Layout
 from planner.model.linear_groups import linear_groups
 from planner.model.sizes import estimate
 from planner.model.source import SourceModel
@@ -18,21 +17,9 @@ from planner.planning.priced import Priced
 from planner.planning.request import LinearChoice, PlanOptions, check_options
 from planner.planning.together import WIDTHS, objective, solve_together
 from planner.quantization.settings import default_linear
-from tests.paths import MIXTRAL
 from vllm_moeq.format import GRID, Linear, UsageError, split_width
 
 CHOICES = (1, 2, 3, 4)
-
-
-@pytest.fixture(scope="module")
-def source() -> Iterator[SourceModel]:
-    with SourceModel(MIXTRAL) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def layout(source: SourceModel) -> Layout:
-    return read_layout(source)
 
 
 @pytest.fixture(scope="module")
