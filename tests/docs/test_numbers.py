@@ -33,6 +33,10 @@ OTHERWISE = {
     "bfloat16": re.compile(r"^\| original \|[ |]+ ([\d.]+) \|[ |]+ ([\d.]+) \|$", re.MULTILINE),
     "`kl`, the default with a text (`--data`); widths 1,2,3,4": _now("2.5"),
     "`kl`, the default with a text": _now("2"),
+    "`kl`, `--scheme trellis`": re.compile(
+        r"^\| Mixtral \| trellis \|.* (\S+) \| \S+ \|$[\s\S]*?^\| Qwen3-MoE \| trellis \|.* (\S+) \| \S+ \|$",
+        re.MULTILINE,
+    ),
     "the paper's rule, HQQ: the default without a text": re.compile(
         r"^\| 1,2,3 @ 2\.5 \| hqq \| \S+ \| \S+ \| (\S+) \| \S+ \| \S+ \| (\S+) \|$", re.MULTILINE
     ),
