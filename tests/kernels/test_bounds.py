@@ -12,9 +12,9 @@ from tests.kernels.bounds import bounded
 from tests.kernels.layers import exact, random_layer, random_routing
 from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import make_layer
+from vllm_moeq.kernels.triton.around import column_sums
 from vllm_moeq.kernels.triton.layer import TritonLayer
 from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, SPLIT_CHOICES, Schedule
-from vllm_moeq.kernels.triton.sums_and_sort import column_sums
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")]
 

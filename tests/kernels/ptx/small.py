@@ -7,8 +7,8 @@ import torch
 from tests.kernels.ptx.cases import DTYPES
 from tests.kernels.ptx.emulator.device import emulate
 from tests.kernels.ptx.emulator.outcome import Outcome
+from vllm_moeq.kernels.triton.around import column_sums, reduce_pairs, sort_pairs
 from vllm_moeq.kernels.triton.layer import REDUCE_BLOCK, SORT_CHUNK
-from vllm_moeq.kernels.triton.sums_and_sort import column_sums, reduce_pairs, sort_pairs
 
 
 def sums(arch: str, dtype: str, size: int) -> Outcome:

@@ -8,10 +8,10 @@ import torch
 import triton
 
 from vllm_moeq.format import BlockRotation
+from vllm_moeq.kernels.triton.around import column_sums
 from vllm_moeq.kernels.triton.arrange import arrange
 from vllm_moeq.kernels.triton.codings import rings_in
 from vllm_moeq.kernels.triton.repack import Repacked
-from vllm_moeq.kernels.triton.sums_and_sort import column_sums
 
 
 @dataclass(frozen=True)

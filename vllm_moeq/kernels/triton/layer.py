@@ -9,6 +9,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_moeq.kernels.interface import PackedExperts
+from vllm_moeq.kernels.triton.around import reduce_pairs, sort_pairs
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.inputs import Inputs, prepare
 from vllm_moeq.kernels.triton.repack import Repacked, repack
@@ -22,7 +23,6 @@ from vllm_moeq.kernels.triton.schedule import (
     splits_for,
     weighted_splits,
 )
-from vllm_moeq.kernels.triton.sums_and_sort import reduce_pairs, sort_pairs
 
 CHUNK = 32
 """Columns per sum of silu(gate)·up: as many as one tile of gate and up covers."""
