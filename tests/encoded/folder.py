@@ -30,9 +30,8 @@ def encode_folder(source: Path, folder: Path, form: Form) -> Path:
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads(json.dumps(form.settings, default=str))
-    if form.file is None:
-        edit_config(folder, quantization_config=settings)
-    else:
+    edit_config(folder, quantization_config=settings if form.file is None else None)
+    if form.file is not None:
         (folder / form.file).write_text(json.dumps(settings))
     return folder
 

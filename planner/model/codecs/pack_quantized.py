@@ -97,16 +97,21 @@ def bind_packed(stored: Stored, settings: Settings) -> Bound:
 
 
 def _width(stored: Stored, settings: Settings) -> int:
-    """Return the width of a weight's codes: the only one that the config has, else by the shape in the file."""
-    named = {group.get("num_bits") for group in settings.weights() if group.get("type", "int") == "int"}
+    """Return the width of a weight's codes: the only one that the config has, else by the shape in the file.
+
+    Raises:
+        CheckpointError: the shape in the file does not fit any.
+        ConfigError: the config has no width that is read.
+    """
+    named = {group.get("num_bits", 8) for group in settings.weights() if group.get("type", "int") == "int"}
     widths = [bits for bits in WIDTHS if bits in named]
+    if not widths:
+        raise settings.refuse("config_groups", f"weights of {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} bits")
     if len(widths) > 1 and SHAPE in stored.names:
         found = stored.files.load(stored.names[SHAPE]).tolist()
         widths = [bits for bits in widths if stored.info(VALUES).shape[1] * 32 // bits == found[1]]
     if len(widths) != 1:
-        stored.refuse(
-            VALUES, f"codes of {' or '.join(map(str, WIDTHS))} bits, and one width of config_groups in {settings.path}"
-        )
+        stored.refuse(VALUES, f"codes of one width of {sorted(map(str, named))}, as {SHAPE} beside it says")
     return widths[0]
 
 

@@ -140,7 +140,7 @@ def _candidates(files: Tensors, name: str, encodings: tuple[Encoding, ...]) -> l
     if typed:
         missing = encoding.missing(weight, files.tensors)
         raise CheckpointError(f"{files.place(name)}: expected a tensor {missing} beside it, found none")
-    dtypes = " or ".join(str(dtype).removeprefix("torch.") for it, _ in certain for dtype in it.dtypes)
+    dtypes = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for it, _ in certain for dtype in it.dtypes))
     raise CheckpointError(
         f"{files.place(name)}: expected {dtypes}, found {str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
     )
