@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,32 @@ from tests.encoded.forms import Form
 SIZE = 128
 """Linears whose sizes are multiples of this are encoded; the others stay in bfloat16, as publishers leave some."""
 
+Chooses = Callable[[str, Form], Form | None]
 
-def encode_folder(source: Path, folder: Path, form: Form) -> Path:
-    """Write a model with encoded linears, in one shard."""
+
+def _all_of_one(_: str, form: Form) -> Form:
+    return form
+
+
+def encode_folder(source: Path, folder: Path, form: Form, choose: Chooses = _all_of_one, size: int = SIZE) -> Path:
+    """Write a model with encoded linears, in one shard.
+
+    Args:
+        source: the model.
+        folder: the folder to write.
+        form: the form that config.json says.
+        choose: returns the form of a linear by its name, or None where it stays as it is.
+        size: divides the sizes of all linears that are encoded.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        linear = ".layers." in name and tensor.ndim == 2 and not name.endswith("gate.weight")
-        if linear and not any(size % SIZE for size in tensor.shape):
-            base = name.removesuffix("weight")
-            tensors |= {f"{base}{suffix}": value for suffix, value in form.encode(tensor.float()).items()}
-        else:
+        linear = "layers." in name and tensor.ndim == 2 and name.endswith(".weight") and "gate.weight" not in name
+        own = choose(name, form) if linear and not any(length % size for length in tensor.shape) else None
+        if own is None:
             tensors[name] = tensor
+        else:
+            base = name.removesuffix("weight")
+            tensors |= {f"{base}{suffix}": value for suffix, value in own.encode(tensor.float()).items()}
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads(json.dumps(form.settings, default=str))

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.coverage import quantize
+from benchmarks.models import families
 from planner.model.codecs import FILES
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.architectures import build
 from tests.conftest import Outcome
 from tests.encoded.folder import decode_folder, edit_config, encode_folder
-from tests.encoded.forms import EXPONENT, FORMS
+from tests.encoded.forms import EXPONENT, FORMS, Form, fp8_blocks
 from tests.paths import CALIBRATION_TEXT
 from tests.tiers import thorough
 
@@ -74,6 +76,48 @@ def test_every_command_reads_an_encoded_source(dense: Path, tmp_path: Path, moeq
         ours, theirs = (json.loads(it.out) for it in found)
         for key in ("perplexity", "achieved_avg_bits", "experts", "layers"):
             assert ours.get(key) == theirs.get(key), (command, key)
+
+
+@pytest.mark.slow
+def test_a_wrapper_has_its_settings_inside(tmp_path: Path) -> None:
+    """As Kimi K2.5 is published: only experts are packed, and the language model's config says so."""
+    families.build("kimi_k25", tmp_path / "model")
+    form = FORMS["ct-int4-groups"]
+
+    def experts(name: str, form: Form) -> Form | None:
+        return form if ".mlp.experts." in name else None
+
+    encoded = encode_folder(tmp_path / "model", tmp_path / "encoded", form, experts, size=32)
+    config = json.loads((encoded / "config.json").read_text())
+    inside = {**config["text_config"], "quantization_config": config["quantization_config"]}
+    edit_config(encoded, quantization_config=None, text_config=inside)
+    said: list[str] = []
+    assert quantize(encoded, tmp_path / "out", said) == "yes", said
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    twin = decode_folder(encoded, tmp_path / "twin", form)
+    assert quantize(twin, tmp_path / "twin-out", said) == "yes"
+    assert made_of(tmp_path / "out")[1] == made_of(tmp_path / "twin-out")[1]
+
+
+@pytest.mark.slow
+def test_experts_may_have_another_form_than_attention(tmp_path: Path) -> None:
+    """As DeepSeek-V4 is published: four-bit floats for experts, eight bits elsewhere, powers of two as scales."""
+    families.build("deepseek_v4", tmp_path / "model")
+    attention = Form({"quant_method": "fp8", "weight_block_size": [16, 16]}, fp8_blocks(16, 16, "scale", EXPONENT))
+
+    def choose(name: str, form: Form) -> Form:
+        return FORMS["fp8-fp4-experts"] if ".ffn.experts." in name else form
+
+    encoded = encode_folder(tmp_path / "model", tmp_path / "encoded", attention, choose, size=16)
+    stored = load_file(encoded / "model.safetensors")
+    assert {stored["layers.1.ffn.experts.3.w1.weight"].dtype, stored["layers.1.attn.wq_a.weight"].dtype} == {
+        torch.int8, torch.float8_e4m3fn,
+    }  # fmt: skip
+    said: list[str] = []
+    assert quantize(encoded, tmp_path / "out", said) == "yes", said
+    twin = decode_folder(encoded, tmp_path / "twin", attention)
+    assert quantize(twin, tmp_path / "twin-out", said) == "yes"
+    assert made_of(tmp_path / "out") == made_of(tmp_path / "twin-out")
 
 
 def test_stacks_of_experts_have_scales_of_their_own(dense: Path, tmp_path: Path) -> None:
