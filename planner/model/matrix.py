@@ -12,7 +12,7 @@ from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.tensors import Tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A matrix [rows, columns] inside stored tensors.
 

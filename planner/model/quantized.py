@@ -26,7 +26,7 @@ from vllm_moeq.format.linears import SCALES, WORDS
 from vllm_moeq.format.tensors import Tensors
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedExpert(Codec):
     """Storage format of one expert matrix.
 
@@ -54,7 +54,7 @@ class PackedExpert(Codec):
         return weights if self.rotated is None else self.rotated[0].undo(weights, self.rotated[1])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedLinear(Codec):
     """Storage format of one linear, compressed-tensors' ``pack-quantized``.
 

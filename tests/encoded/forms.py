@@ -83,6 +83,7 @@ def by_transformers(tensors: Tensors) -> torch.Tensor:
 
     scale = next(tensor for name, tensor in tensors.items() if "scale" in name)
     scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
+    scale = scale[:, 0, :, 0] if scale.ndim == 4 else scale
     found: torch.Tensor = Fp8Dequantize(None)._dequantize_one(tensors["weight"], scale, torch.float32)
     return found
 
@@ -98,6 +99,12 @@ def _fp8(high: int, wide: int, dtype: torch.dtype = torch.float32, name: str = "
 def fp8_tensor(weight: torch.Tensor) -> Tensors:
     scale = weight.abs().amax() / 448
     return {"weight": (weight / scale).to(FLOAT8), "weight_scale": scale, "input_scale": torch.tensor(1.5)}
+
+
+def fp8_blocks_apart(weight: torch.Tensor) -> Tensors:
+    """Encode with a scale per 128 × 128 weights, in four dimensions."""
+    stored = fp8_blocks(128, 128, "weight_scale", torch.float32)(weight)
+    return {**stored, "weight_scale": stored["weight_scale"][:, None, :, None]}
 
 
 def nvfp4(weight: torch.Tensor) -> Tensors:
@@ -264,6 +271,8 @@ FORMS: dict[str, Form] = {
     "fp8-fp4-experts": Form({"quant_method": "fp8", "weight_block_size": [128, 128]}, deepseek_v4_expert,
                             by_transformers),
     "modelopt-fp8": Form({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, by_transformers),
+    "modelopt-fp8-blocks": Form({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, fp8_blocks_apart,
+                                by_transformers),
     "modelopt-nvfp4": Form({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}, nvfp4,
                            nvfp4_by_compressed_tensors, torch.bfloat16, "hf_quant_config.json"),
     "ct-fp8-tensor": _sized("float-quantized", {**_E4M3, "strategy": "tensor"}, None, None),
@@ -285,6 +294,8 @@ FORMS: dict[str, Form] = {
     "gptq-4": _gptq(4, 32, 1),
     "gptq-4-order": _gptq(4, 32, 1, ordered=True),
     "gptq-8-v2": _gptq(8, 128, 0),
+    "auto-round": Form({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4,
+                        "group_size": 32}, gptq(4, 32, 1)),
     "awq": Form({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
 }  # fmt: skip
 """Name → form."""

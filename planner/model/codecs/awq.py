@@ -11,7 +11,7 @@ import torch
 
 from planner.model.codecs.codec import VALUES, Codec, Parts
 from planner.model.codecs.encoding import Bound, Encoding, Stored
-from planner.model.codecs.gptq import ZEROS
+from planner.model.codecs.gptq import FORMAT_KEYS, ZEROS
 from planner.model.codecs.scales import FLOATS, SCALE, finite
 from planner.model.codecs.settings import Settings
 from planner.model.codecs.words import column_groups
@@ -22,10 +22,12 @@ SHIFTS = tuple(4 * place for place in (0, 4, 1, 5, 2, 6, 3, 7))
 """Where in a word the codes of eight consecutive outputs begin: the word holds outputs 0, 2, 4, 6, 1, 3, 5 and 7."""
 
 VERSIONS = ("gemm", "GEMM")
-"""``version`` in the settings; ``gemv`` and others order their words in other ways."""
+"""The order of words that is read; ``gemv`` and others have another one."""
+
+VERSION_KEYS = ("version", *FORMAT_KEYS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Awq(Codec):
     """w = (code − zero point) · scale."""
 
@@ -56,8 +58,9 @@ def bind_awq(stored: Stored, settings: Settings) -> Bound:
         CheckpointError: shapes or dtypes that do not fit together.
         ConfigError: an order of words that cannot be read.
     """
-    if settings.options.get("version", VERSIONS[0]) not in VERSIONS:
-        raise settings.refuse("version", VERSIONS[0])
+    for key in VERSION_KEYS:
+        if settings.options.get(key, VERSIONS[0]) not in VERSIONS:
+            raise settings.refuse(key, VERSIONS[0])
     values, scales, zeros = stored.info(VALUES), stored.info(SCALE), stored.info(ZEROS)
     if len(values.shape) != 2:
         stored.refuse(VALUES, "int32 [inputs, outputs / 8]")

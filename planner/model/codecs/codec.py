@@ -26,7 +26,7 @@ class UnreadableError(ValueError):
         self.role = role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Codec:
     """A way of storing one matrix. This base class stores the values unchanged.
 

@@ -21,7 +21,7 @@ def stored_name(weight: str, suffix: str) -> str:
     return weight.removesuffix(WEIGHT) + suffix if suffix.startswith(".") else weight + suffix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """The headers of the tensors that together hold a weight.
 
@@ -51,7 +51,7 @@ class Stored:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bound:
     """A weight's codec, and the shape of the decoded weight: [outputs, inputs], or a stack of such."""
 

@@ -14,8 +14,7 @@ from planner.model.codecs.codec import VALUES, Codec, Parts, UnreadableError
 from planner.model.codecs.encoding import Bound, Encoding, Stored
 from planner.model.codecs.scales import FLOATS, SCALE, finite
 from planner.model.codecs.settings import Settings
-from planner.model.codecs.words import G_IDX, codes_of, column_groups
-from vllm_moeq.format import CODES_PER_BLOCK
+from planner.model.codecs.words import G_IDX, codes_between, codes_of, column_groups
 
 ZEROS = "zeros"
 
@@ -27,7 +26,7 @@ OFFSETS = {"gptq": 1, "gptq_v2": 0}
 FORMAT_KEYS = ("checkpoint_format", "format")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gptq(Codec):
     """w = (code − zero point) · scale.
 
@@ -46,10 +45,7 @@ class Gptq(Codec):
         rows, bits = slice(first, last, step), self.bits
         codes = codes_of(parts[VALUES][:, rows].mT, bits, self.columns)
         scales = finite(parts[SCALE][:, rows].mT.float(), SCALE)
-        begin = first // CODES_PER_BLOCK  # words of whole blocks of codes
-        words = parts[ZEROS][:, begin * bits : -(-last // CODES_PER_BLOCK) * bits]
-        begin *= CODES_PER_BLOCK
-        zeros = codes_of(words, bits, last - begin)[:, first - begin :: step].mT.float()
+        zeros = codes_between(parts[ZEROS], bits, first, last, step).mT.float()
         if self.offset and bool((zeros == 2**bits - 1).any()):
             found = "0, which programs store in two ways; save the model with checkpoint_format gptq_v2"
             raise UnreadableError(ZEROS, "zero points of 1 or more", found)

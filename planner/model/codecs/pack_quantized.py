@@ -16,7 +16,7 @@ from planner.model.codecs.encoding import Bound, Encoding, Stored
 from planner.model.codecs.gptq import ZEROS
 from planner.model.codecs.scales import FLOATS, SCALE, block_of, finite
 from planner.model.codecs.settings import Settings
-from planner.model.codecs.words import G_IDX, codes_of, column_groups
+from planner.model.codecs.words import G_IDX, codes_between, codes_of, column_groups
 
 SHAPE = "shape"
 
@@ -26,7 +26,7 @@ WIDTHS = (1, 2, 4, 8)
 INTEGERS = (torch.int32, torch.int64)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackQuantized(Codec):
     """w = (code − zero point) · scale; without zero points the offset stands for zero.
 
@@ -48,7 +48,7 @@ class PackQuantized(Codec):
         scales = every.reshape(-1, 1).expand(rows, 1)[part] if every.numel() == 1 else every.reshape(rows, -1)[part]
         groups = self._groups(parts.get(G_IDX), scales.shape[1])
         if ZEROS in parts:
-            zeros = codes_of(parts[ZEROS].mT, self.bits, rows).mT[part].float()[:, groups]
+            zeros = codes_between(parts[ZEROS].mT, self.bits, first, last, step).mT.float()[:, groups]
         else:
             zeros = torch.tensor(float(1 << (self.bits - 1)))
         return (codes - zeros) * scales[:, groups]

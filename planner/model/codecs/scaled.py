@@ -41,7 +41,7 @@ class Kind:
     overall: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scaled(Codec):
     """w = (value − zero point) · scale, where most files have no zero points.
 

@@ -49,6 +49,8 @@ def block_of(
     rows, columns = shape
     if len(scales) < 2:
         return (rows, columns) if scales in ((), (1,)) else (1, columns) if scales[0] == rows else None
+    if len(scales) == 4 and scales[1] == scales[3] == 1:  # as modelopt stores those of blocks
+        return block_of(shape, (scales[0], scales[2]), blocks)
     if len(scales) > 2:
         return None
     for block in blocks:

@@ -23,6 +23,12 @@ MAX_GROUPS = 1024
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """``dtype`` in config.json → dtype of decoded weights; bfloat16 for any other."""
 
+SAME_FILES = {
+    ("auto-round", "auto_round:auto_gptq"): "gptq",
+    ("auto-round", "auto_round:auto_awq"): "awq",
+}
+"""``quant_method`` and ``packing_format`` → the method that has the same files."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -107,7 +113,9 @@ def _settings(path: Path, key: str, found: Any, dtype: torch.dtype) -> Settings:
     method = found.get("quant_method")
     if not isinstance(method, str):
         raise ConfigError(f"{place}quant_method: expected the name of a method, found {method!r:.80}")
-    return Settings(path, method, dtype, found)
+    packing = found.get("packing_format")
+    same = SAME_FILES.get((method, packing)) if isinstance(packing, str) else None
+    return Settings(path, same or method, dtype, found)
 
 
 def _of_modelopt(found: Any) -> Any:

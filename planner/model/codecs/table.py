@@ -34,7 +34,8 @@ METHODS: dict[str, tuple[Encoding, ...]] = {
 """``quant_method`` → the encodings that its files may have. The first whose names and dtypes are there counts."""
 
 BESIDE = frozenset((
-    "input_scale", "input_scale_inv", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point",
+    "input_scale", "input_scale_inv", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale",
+    "output_zero_point",
     "activation_scale", "activation_scale_inv", "q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale",
     "k_zero_point", "v_zero_point", "weight_shape", "weight_g_idx", "g_idx", "weight_zero_point",
 ))  # fmt: skip
@@ -47,7 +48,7 @@ FACTORS = ("pre_quant_scale", "bitmask", "compressed")
 """Last parts of names of tensors without which a weight means something else, and which are not read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Weight:
     """An encoded weight.
 
@@ -91,6 +92,7 @@ def find_encoded(files: Tensors, settings: Settings | None) -> Encoded:
         return Encoded()
     _check_options(settings)
     weights: dict[str, Weight] = {}
+    same: dict[Codec, Codec] = {}  # a model has a hundred thousand weights, and a few codecs
     for name in files.tensors:
         for encoding in _candidates(files, name, METHODS[settings.method]):
             weight = encoding.weight_of(name) or name
@@ -98,7 +100,7 @@ def find_encoded(files: Tensors, settings: Settings | None) -> Encoded:
                 raise CheckpointError(f"{files.place(name)}: expected one tensor that holds {weight}, found another")
             stored = encoding.gather(weight, files)
             bound = encoding.bind(stored, settings)
-            weights[weight] = Weight(bound.codec, bound.shape, stored.names)
+            weights[weight] = Weight(same.setdefault(bound.codec, bound.codec), bound.shape, stored.names)
     hidden = {name for weight in weights.values() for name in weight.parts.values()}
     for name in files.tensors.keys() - hidden:
         leaf = name.rpartition(".")[2]

@@ -17,6 +17,14 @@ def codes_of(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return unpack(padded.contiguous(), bits, blocks * CODES_PER_BLOCK)[..., :count]
 
 
+def codes_between(words: torch.Tensor, bits: int, first: int, last: int, step: int) -> torch.Tensor:
+    """Return the codes ``first``, ``first + step``, … below ``last``; only the words around them are unpacked."""
+    block = first // CODES_PER_BLOCK
+    around = words[..., block * bits : -(-last // CODES_PER_BLOCK) * bits]
+    begin = block * CODES_PER_BLOCK
+    return codes_of(around, bits, last - begin)[..., first - begin :: step]
+
+
 def column_groups(stored: torch.Tensor | None, columns: int, groups: int) -> torch.Tensor:
     """Return the group of every column: what the file says, else groups of equal size one behind the other.
 

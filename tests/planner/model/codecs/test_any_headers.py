@@ -85,4 +85,4 @@ def read(files: Memory, name: str) -> str | None:
 def test_is_read_or_refused(name: str, draw: st.DataObject) -> None:
     error = read(Memory(damage(SMALL[name], draw)), name)
     assert error is None or "\n" not in error
-    assert error is None or "tensor m." in error or error.startswith("config.json: config_groups: ")
+    assert error is None or "tensor m." in error or error.startswith("folder/config.json: config_groups: ")

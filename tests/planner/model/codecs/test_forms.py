@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from planner.model.codecs import FILES, METHODS, VALUES, Parts, Settings, Weight, find_encoded
+from planner.model.codecs import FILES, METHODS, VALUES, Parts, Settings, Weight, find_encoded, read_settings
 from planner.model.codecs.encoding import stored_name
 from planner.model.codecs.scales import block_of, scale_values
 from tests.encoded.forms import EXPONENT, FORMS, Form, Tensors, gptq
@@ -30,8 +29,10 @@ def weights(rows: int, columns: int) -> torch.Tensor:
 
 
 def settings_of(form: Form) -> Settings:
-    options = dict(form.settings) if form.file is None else FILES[form.file](form.settings)
-    return Settings(Path("config.json"), str(options["quant_method"]), torch.float32, options)
+    options = form.settings if form.file is None else FILES[form.file](form.settings)
+    found = read_settings(Path("folder"), {"quantization_config": options, "dtype": "float32"})
+    assert found is not None
+    return found
 
 
 def opened(form: Form, tensors: Tensors) -> tuple[Weight, Parts]:
@@ -71,9 +72,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What GPTQModel makes of its forms and AWQ's."""
     folder = tmp_path_factory.mktemp("decode")
     about = {
-        name: json.dumps([settings["bits"], settings["group_size"], _version(settings)])
+        name: json.dumps([FORMS[name].settings["bits"], FORMS[name].settings["group_size"], _version(name)])
         for name in ELSEWHERE
-        if (settings := FORMS[name].settings)
     }
     stored = {f"{it}.{name}": t for it in ELSEWHERE for name, t in FORMS[it].encode(weights(128, 256)).items()}
     save_file(stored, folder / "forms.safetensors", metadata=about)
@@ -83,8 +83,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return load_file(names[1])
 
 
-def _version(settings: Any) -> str:
-    return str(settings.get("checkpoint_format", settings["quant_method"]))
+def _version(name: str) -> str:
+    return str(FORMS[name].settings.get("checkpoint_format", settings_of(FORMS[name]).method))
 
 
 @pytest.mark.slow
