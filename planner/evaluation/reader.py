@@ -12,7 +12,7 @@ import torch
 from planner.common.progress import Progress
 from planner.evaluation.reader_by_layer import LayerReader
 from planner.evaluation.reader_whole import WholeReader
-from planner.model.encodings import DECODED
+from planner.model.codecs import can_read, read_settings
 from planner.model.quantized import is_moeq
 from planner.model.recognize import find_architecture
 from vllm_moeq.format import ConfigError, read_json
@@ -77,6 +77,6 @@ def reads_by_layers(folder: Path) -> bool:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
-    row, method = find_architecture(config), config.get("quantization_config")
-    readable = method is None or is_moeq(config) or (isinstance(method, dict) and method.get("quant_method") in DECODED)
+    row = find_architecture(config)
+    readable = is_moeq(config) or can_read(read_settings(folder, config))
     return row is not None and row.uncalibrated is None and readable

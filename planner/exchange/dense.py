@@ -12,9 +12,9 @@ import torch
 
 from planner.common.progress import Progress
 from planner.model.architectures import Architecture
+from planner.model.expert_views import fuse
 from planner.model.hub import companions
 from planner.model.recognize import find_architecture
-from planner.model.tensors import fuse
 from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
 from vllm_moeq.format import ExpertMatrix, MoeqConfig, ShardSet, expert_matrices, linear_values, load_config, read_json

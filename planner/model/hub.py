@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from planner.model.codecs import FILES
 from vllm_moeq.format import CheckpointError, UsageError
 from vllm_moeq.format.files import check_inside
 from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, index_shards
@@ -104,7 +105,7 @@ def resolve_model(model: str, weights: bool = True, revision: str | None = None,
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(f"{model or 'MODEL'}: expected a model folder or a Hub name (owner/name), found neither")
-    light = ["config.json", CARD, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
+    light = ["config.json", CARD, *FILES, *COMPANIONS, f"{TEMPLATES}/*.jinja"]
     if not weights:
         return _download(model, light, revision, cache)
     folder = _download(model, [*light, INDEX_NAME], revision, cache)

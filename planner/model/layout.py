@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from planner.model.architectures import Architecture, Stack
-from planner.model.encodings import DECODED
+from planner.model.codecs import METHODS, read_settings
 from planner.model.recognize import architecture_for
 from planner.model.source import SourceModel
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
@@ -168,20 +168,25 @@ def _sort(
 
 
 def _refuse_quantized(model: SourceModel) -> None:
-    found = model.config.get("quantization_config")
-    if found is None:
+    """Refuse a source whose weights are not decoded, all or some.
+
+    Raises:
+        UsageError: naming the method, and the tensor if it is one.
+    """
+    settings = read_settings(model.folder, model.config)
+    if settings is None:
         return
-    name = found.get("quant_method") if isinstance(found, dict) else found
-    if name not in DECODED:
-        raise UsageError(f"{model.folder / 'config.json'}: the model is quantized already ({name})")
-    undecoded = [
-        name for name, info in model.shards.tensors.items() if info.dtype.itemsize == 1 and len(info.shape) > 1
-    ]
-    if undecoded:
+    if settings.method not in METHODS:
         raise UsageError(
-            f"{model.folder}: the model is quantized already ({name}), and tensor {undecoded[0]} is in a way that "
-            "cannot be read; expected scales of blocks of 128 × 128 weights (fp8), or blocks of 32 (mxfp4)"
+            f"{settings.path}: the model is quantized already ({settings.method:.80}) in a way that is not read; "
+            f"expected sixteen bits, or one of {', '.join(METHODS)}"
         )
+    for name, info in model.shards.tensors.items():
+        if info.dtype.itemsize == 1 and len(info.shape) > 1:
+            raise UsageError(
+                f"{model.folder}: the model is quantized already ({settings.method}), and tensor {name} is in a way "
+                "that cannot be read; expected scales beside it, or a tensor per expert"
+            )
 
 
 def _is_of_an_expert(model: SourceModel, name: str, prefixes: tuple[str, ...], row: Architecture) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from planner.model.encodings import Codec, Parts
+from planner.model.codecs import Codec, Parts
+from planner.model.matrix import Matrix
 from planner.model.source import SourceModel
-from planner.model.tensors import Matrix, SourceTensors
+from planner.model.tensors import SourceTensors
 from vllm_moeq.format import (
-    GRID,
     QUANT_METHOD,
     MoeqConfig,
     Rotated,
@@ -26,40 +26,48 @@ from vllm_moeq.format.linears import SCALES, WORDS
 from vllm_moeq.format.tensors import Tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedExpert(Codec):
     """Storage format of one expert matrix.
 
     Attributes:
+        bits: width of the codes.
         scheme: storage scheme of the matrix.
         group_size: weights per scale, or −1 for whole rows.
         rotated: the rotation of the inputs and its signs as stored; None if the matrix is not rotated.
     """
 
-    scheme: Scheme = GRID
-    group_size: int = 0
-    rotated: tuple[Rotated, torch.Tensor] | None = None
+    bits: int
+    scheme: Scheme
+    group_size: int
+    rotated: tuple[Rotated, torch.Tensor] | None
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
         """See :meth:`Codec.read`; float32."""
-        bits, size, multiple = int(self.bits), self.group_size, self.scheme.row_step
+        bits, size, multiple = self.bits, self.group_size, self.scheme.row_step
         begin, end = first // multiple * multiple, -(-last // multiple) * multiple
         tensors = {
-            suffix: parts[f".{suffix}"][self.scheme.cut(suffix, bits, size, rows=(begin, end))]
+            suffix: parts[suffix][self.scheme.cut(suffix, bits, size, rows=(begin, end))]
             for suffix in self.scheme.suffixes
         }
         weights = self.scheme.dequantize(tensors, bits, size)[first - begin : last - begin : step]
         return weights if self.rotated is None else self.rotated[0].undo(weights, self.rotated[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedLinear(Codec):
-    """Storage format of one linear, compressed-tensors' ``pack-quantized``."""
+    """Storage format of one linear, compressed-tensors' ``pack-quantized``.
+
+    Attributes:
+        bits: width of the codes.
+    """
+
+    bits: int
 
     def read(self, parts: Parts, first: int, last: int, step: int) -> torch.Tensor:
         """See :meth:`Codec.read`; float32."""
-        words, scales = (parts[suffix][first:last:step] for suffix in self.suffixes)
-        return linear_values(words, scales, int(self.bits))
+        words, scales = (parts[suffix][first:last:step] for suffix in (WORDS, SCALES))
+        return linear_values(words, scales, self.bits)
 
 
 class DequantizedModel(SourceModel):
@@ -91,16 +99,18 @@ def _matrices(files: Tensors, config: MoeqConfig) -> dict[str, Matrix]:
     for it in expert_matrices(files, config):
         base = f"{it.prefix}.{it.expert}.{it.projection}"
         # Its layer's signs are a part of the matrix that they stand beside.
-        suffixes = tuple(name.removeprefix(base) for name in it.names() if name.startswith(f"{base}."))
+        parts = {name.removeprefix(f"{base}."): name for name in it.names() if name.startswith(f"{base}.")}
         rotated = (it.rotated, files.load(it.rotated.name)) if it.rotated else None
-        codec = PackedExpert(suffixes, it.bits, torch.float32, it.scheme, it.group_size, rotated)
-        found[f"{base}.weight"] = Matrix(base, codec, it.rows, it.columns)
+        codec = PackedExpert(
+            dtype=torch.float32, bits=it.bits, scheme=it.scheme, group_size=it.group_size, rotated=rotated
+        )
+        found[f"{base}.weight"] = Matrix(codec, parts, it.rows, it.columns)
     for name, info in files.tensors.items():
         base = name.removesuffix(f".{WORDS}")
         if base != name and f"{base}.weight" not in found:
             bits = config.linear.bits_of(base)
-            linear = PackedLinear((f".{WORDS}", f".{SCALES}"), bits, torch.float32)
-            found[f"{base}.weight"] = Matrix(base, linear, info.shape[0], info.shape[1] * 32 // bits)
+            linear, parts = PackedLinear(dtype=torch.float32, bits=bits), {it: f"{base}.{it}" for it in (WORDS, SCALES)}
+            found[f"{base}.weight"] = Matrix(linear, parts, info.shape[0], info.shape[1] * 32 // bits)
     return found
 
 

@@ -62,7 +62,7 @@ class ConfigModel(SourceModel):
         if reason is not None:
             raise UsageError(f"sizes from config.json alone: {reason}")
         self.expected = expected_tensors(config, folder / CONFIG)
-        self.shards = SourceTensors(folder, config, SkeletonTensors(folder, self.expected.tensors))
+        self.shards = SourceTensors(folder, config, SkeletonTensors(folder, self.expected.tensors), decode=False)
 
     def fingerprint(self) -> str:
         """Return a digest of the config."""

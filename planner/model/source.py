@@ -33,14 +33,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 class SourceModel:
     """A Hugging Face folder: its config.json and its tensors. Tensors are loaded one at a time.
 
+    Args:
+        folder: the folder.
+        decode: whether encoded weights are decoded; otherwise they are shown as they are stored.
+
     Raises:
         MoeqError: a missing or damaged config, index or shard; a value in the config that no model has.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, decode: bool = True) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        self.shards: Tensors = SourceTensors(folder, self.config)
+        self.shards: Tensors = SourceTensors(folder, self.config, decode=decode)
 
     def integer(self, *keys: str) -> int:
         """Return the first positive integer under one of ``keys`` in the config, else in its language model's config.

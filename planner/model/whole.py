@@ -83,7 +83,7 @@ def expected_source(model: SourceModel) -> Expected:
         ConfigError: see :func:`vllm_moeq.completeness.expected_tensors`.
     """
     expected = expected_tensors(model.config, model.folder / CONFIG)
-    decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors))
+    decoded = SourceTensors(model.folder, model.config, SkeletonTensors(model.folder, expected.tensors), decode=False)
     return replace(expected, tensors=decoded.tensors)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ def check_name(name: str, path: Path) -> None:
         )
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorInfo]:
     """Return the tensors of a shard in the order of their bytes.
+
+    Args:
+        path: the shard.
+        dtypes: the dtypes that it may have, by their names in headers.
 
     Raises:
         CheckpointError: the header is too large or not JSON; a tensor is named twice, its size does not match its
@@ -100,7 +105,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     end = 0
     for name, begin, until, shape, dtype in sorted(
-        (_entry(path, name, entry) for name, entry in entries.items()), key=lambda it: it[1:3]
+        (_entry(path, name, entry, dtypes) for name, entry in entries.items()), key=lambda it: it[1:3]
     ):
         info = TensorInfo(path.name, shape, dtype, 8 + length + begin)
         if begin != end or until - begin != info.nbytes:
@@ -150,13 +155,15 @@ def _check_metadata(metadata: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
+def _entry(
+    path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]
+) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
     """Check one entry of the header; return name, first byte, end, shape and dtype."""
     place = f"{path}: tensor {name}"
     if not isinstance(entry, tuple):
         raise CheckpointError(f"{place}: expected dtype, shape and data_offsets, found {_shown(entry)}")
     dtype, shape, offsets = entry
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise CheckpointError(f"{place} has unsupported dtype {_shown(dtype)}")
     # A size of 0 counts as 1, because the strides of an empty tensor are products of its other sizes.
     if not _sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > MAX_SIZE:
@@ -168,7 +175,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, int, int, tuple[int,
         raise CheckpointError(f"{place}: expected no empty tensor, found {_shown(shape)}")
     if not _sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{place}: expected data_offsets with two whole numbers, found {_shown(offsets)}")
-    return name, offsets[0], offsets[1], tuple(shape), DTYPES[dtype]
+    return name, offsets[0], offsets[1], tuple(shape), dtypes[dtype]
 
 
 def _sizes(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 from vllm_moeq.format.files import check_inside, read_json
-from vllm_moeq.format.headers import MAX_TENSORS, TensorInfo, check_name, read_header
+from vllm_moeq.format.headers import DTYPES, MAX_TENSORS, TensorInfo, check_name, read_header
 from vllm_moeq.format.tensors import Tensors
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -66,6 +67,7 @@ class ShardSet(Tensors):
 
     Args:
         folder: a folder with ``model.safetensors``, or with an index and its shards.
+        dtypes: the dtypes that its tensors may have, by their names in headers.
 
     Raises:
         CheckpointError: there are no weights; a shard is missing, truncated or damaged; or a tensor is in two shards
@@ -73,8 +75,9 @@ class ShardSet(Tensors):
         ConfigError: the index is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         self.folder = folder
+        self._dtypes = dtypes
         self._handles: dict[str, Any] = {}
         self._files: dict[str, int] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -115,7 +118,7 @@ class ShardSet(Tensors):
         if same is not None:
             raise CheckpointError(f"{path}: expected a file of its own, found the same file as {same}")
         self._stamps[shard] = stamp
-        for name, info in read_header(path).items():
+        for name, info in read_header(path, self._dtypes).items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].shard}")
             self.tensors[name] = info

@@ -31,7 +31,7 @@ def import_gptq(folder: Path, output: Path, progress: Progress, describe: Callab
         MoeqError: before anything is written, an unusable input; later a full disk.
     """
     check_output(output)
-    with SourceModel(folder) as model:
+    with SourceModel(folder, decode=False) as model:
         checkpoint = read_gptq(model)
         experts = assign_experts(checkpoint)
         linears = assign_linears(checkpoint, experts)
