@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.kernels.layers import EDGE_ROUTINGS, KINDS, edge_routing, exact, random_layer, random_routing
-from vllm_moeq.format import BlockRotation, UsageError
+from tests.kernels.rotations import Rotations, random_rotation, rotated, turned
+from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import (
     SILU,
     TABLE,
     Activation,
     PackedExperts,
-    PackedMatrices,
     ReferenceLayer,
     choose,
     make_layer,
@@ -80,17 +80,9 @@ def test_rotated_experts(kernel: str, kind: str) -> None:
     """A bias is added in the basis of the outputs, which no rotation of inputs changes."""
     packed = random_layer(BITS, 128, 64, 32, kind=KINDS[kind])
     x, weights, ids = inputs(packed, 3, torch.float16)
-    generator = torch.Generator().manual_seed(5)
-    turned = []
-    for part in (packed.gate_up, packed.down):
-        words = torch.randint(-(2**31), 2**31, (part.matrices.columns // 32,), generator=generator).int()
-        rotation = BlockRotation(words, 32)
-        turned.append(PackedMatrices(part.matrices, *part.tensors.values(), rotation=rotation, bias=part.bias))
-    layer = PackedExperts(turned[0], turned[1], packed.activation)
-    before, between = (part.rotation for part in turned)
-    assert before is not None
-    assert between is not None
-    expected = exact(layer, before(x.double()), weights, ids, between)
+    before, between = random_rotation(128, 32), random_rotation(64, 32)
+    layer = turned(packed, Rotations(before, between))
+    expected = exact(packed, rotated(x, before), weights, ids, lambda inner: rotated(inner, between))
     assert_near(run(kernel, layer, x, weights, ids), expected)
 
 

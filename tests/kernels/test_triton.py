@@ -141,7 +141,7 @@ def test_float32_scales() -> None:
         PackedMatrices(m.matrices, m.words, m.scales.float() * 2e-6, m.zeros.float())
         for m in (packed.gate_up, packed.down)
     ]
-    found, expected = run(PackedExperts(*tiny), torch.bfloat16, *random_routing(4, 3, 2))
+    found, expected = run(PackedExperts(tiny[0], tiny[1]), torch.bfloat16, *random_routing(4, 3, 2))
     assert difference(found, expected) < TOLERANCE[torch.bfloat16]
 
 

@@ -12,7 +12,7 @@ Function = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 def _silu(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    return x * torch.sigmoid(alpha * x)
+    return torch.nn.functional.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
 
 
 def _gelu_tanh(x: torch.Tensor, _alpha: float) -> torch.Tensor:
