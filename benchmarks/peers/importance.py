@@ -51,7 +51,7 @@ def _layer(decoder: Decoder, index: int, routed: Routed) -> dict[str, torch.Tens
             for total, values in zip(sums, (inputs, inputs, inner), strict=True):
                 total += values.square().sum(dim=0)
             count += len(places)
-            routed.add(places, (inner @ matrices.down.mT) * share[:, None])
+            routed.add(places, matrices.outputs(inner) * share[:, None])
         for place, total in zip(PLACES, sums, strict=True):
             found[f"{index}.{expert}.{place}"] = total / count if count else torch.ones_like(total)
     return found

@@ -42,7 +42,7 @@ def outputs(decoder: Decoder, weights: SourceModel, index: int, routed: Routed) 
     for expert in range(layer.num_experts):
         matrices = load_expert(weights, layer, expert, decoder.device, decoder.dtype)
         for inputs, share, places in routed.chunks(expert, decoder.device):
-            routed.add(places, (matrices.inner(inputs, decoder.activation) @ matrices.down.mT) * share[:, None])
+            routed.add(places, matrices(inputs, decoder.activation) * share[:, None])
     return routed.outputs
 
 

@@ -184,7 +184,8 @@ def expert_parameters(network: torch.nn.Module, model: SourceModel, layout: Layo
     base: Any = network.base_model
     found = []
     for layer in layout.layers:
-        parameters = dict(base.layers[layer.index].get_submodule(path).named_parameters())
+        named = base.layers[layer.index].get_submodule(path).named_parameters()
+        parameters = {name: parameter for name, parameter in named if not name.endswith("bias")}
         if set(parameters) != set(PARTS):
             raise ConfigError(f"{layer.prefix}: expected transformers' {list(PARTS)}, found {list(parameters)}")
         found += [parameters[name].requires_grad_() for name in PARTS]
@@ -227,8 +228,8 @@ def perturbations(
         exact = load_expert(model, layer, expert, device, torch.float32)
         for bits, sums in found[layer.prefix].items():
             pairs = zip(rounded(exact, bits).matrices(), exact.matrices(), strict=True)
-            gate, up, down = (float((one - other).square_().sum(dtype=torch.float64)) for one, other in pairs)
-            sums["gate_up"] += gate + up
+            *first, down = (float((one - other).square_().sum(dtype=torch.float64)) for one, other in pairs)
+            sums["gate_up"] += sum(first)
             sums["down"] += down
     return found
 

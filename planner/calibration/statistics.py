@@ -101,10 +101,10 @@ def observe(
         others = {bits: rounded(weights, bits) for bits in widths}
         for inputs, share, places in routed.chunks(expert, decoder.device):
             inner = weights.inner(inputs, decoder.activation)
-            output = (inner @ weights.down.mT).float() * share[:, None]
+            output = weights.outputs(inner).float() * share[:, None]
             routed.add(places, output)
             for bits, other in others.items():
-                changed = (other.inner(inputs, decoder.activation) @ other.down.mT).float() * share[:, None]
+                changed = other(inputs, decoder.activation).float() * share[:, None]
                 difference = changed.sub_(output).square_().sum(dim=1).cpu()
                 squares[bits].index_add_(0, places // sequence, difference)
             found.input_square[expert] += inputs.float().square().sum(dim=0).cpu()

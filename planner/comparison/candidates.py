@@ -61,7 +61,7 @@ class RoundedWeights:
         turned = bases(layer, chosen.rotation(layer))
         for projection, matrix in zip(layer.projections.names(), exact.matrices(), strict=True):
             found.append(rounded_in(turned.get(projection), quantizer, matrix, bits, chosen.group_size).dequantize())
-        return ExpertWeights(*(matrix.to(decoder.dtype) for matrix in found))
+        return exact.replaced(found).to(decoder.dtype)
 
     def linears(self) -> None:
         """See :class:`Weights`."""
@@ -107,7 +107,8 @@ class DenseWeights:
     def load(self, decoder: Decoder, layer: MoeLayer, expert: int) -> ExpertWeights:
         """See :class:`Weights`."""
         names = (layer.weight(expert, projection) for projection in layer.projections.names())
-        return ExpertWeights(*(self.shards.load(name).to(decoder.device, decoder.dtype) for name in names))
+        matrices = (self.shards.load(name).to(decoder.device, decoder.dtype) for name in names)
+        return load_expert(decoder.model, layer, expert, decoder.device, decoder.dtype).replaced(matrices)
 
     def linears(self) -> None:
         """See :class:`Weights`."""

@@ -117,7 +117,7 @@ def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, candidates: S
             weights = candidates[members[0]].weights.load(decoder, layer, expert)
             for places, columns in zip(tokens[mine].split(ROWS), slots[mine].split(ROWS), strict=True):
                 inputs = routed.inputs[places].to(decoder.device)
-                output = (weights.inner(inputs, decoder.activation) @ weights.down.mT).float()
+                output = weights(inputs, decoder.activation).float()
                 routed.add(places, output * routed.weights[places, columns].to(output)[:, None])
 
 

@@ -94,9 +94,9 @@ def _layer(
         if found is None:
             missed += 1
             quantizer = quantizer_for(bits, DEFAULT, DEFAULT_ONE_BIT)
-            found = ExpertWeights(*(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices()))
+            found = exact.replaced(quantizer(matrix, bits, group_size).dequantize() for matrix in exact.matrices())
         for part, weights, places in routed.chunks(expert, decoder.device):
-            routed.add(places, (found.inner(part.float(), decoder.activation) @ found.down.mT) * weights[:, None])
+            routed.add(places, found(part.float(), decoder.activation) * weights[:, None])
         for projection, matrix in zip(layer.projections.names(), found.matrices(), strict=True):
             tensors[layer.weight(expert, projection)] = matrix.cpu().contiguous()
     return tensors, missed
@@ -105,10 +105,8 @@ def _layer(
 def _expert(decoder: Decoder, exact: ExpertWeights, inputs: torch.Tensor, bits: int, group_size: int) -> ExpertWeights:
     settings = GptqSettings()
     moments, sample = inputs.mT @ inputs / len(inputs), inputs[:SAMPLE]
-    gate, up = (
-        quantize_slim(matrix, moments, sample, bits, group_size, settings)[0] for matrix in (exact.gate, exact.up)
-    )
-    inner = ExpertWeights(gate, up, exact.down).inner(inputs, decoder.activation)
+    first = [quantize_slim(matrix, moments, sample, bits, group_size, settings)[0] for matrix in exact.first]
+    inner = exact.replaced((*first, exact.down)).inner(inputs, decoder.activation)
     moments = inner.mT @ inner / len(inner)
     down, _ = quantize_slim(exact.down, moments, inner[:SAMPLE], bits, group_size, settings)
-    return ExpertWeights(gate, up, down)
+    return exact.replaced((*first, down))

@@ -9,8 +9,6 @@ import torch
 
 from vllm_moeq.format import UsageError
 
-SILU = "SiLU with a gate"
-
 
 @dataclass(frozen=True)
 class Computed:
@@ -39,20 +37,22 @@ def computed(prefix: str, module: torch.nn.Module) -> Computed:
     Raises:
         UsageError: it stores more than matrices and biases, or says not how; the message names the attribute.
     """
-    from vllm_moeq.hf.contract import has_default_gate, require_known, require_silu, require_stored
+    from vllm_moeq.hf.contract import has_default_gate, is_gated, require_computed, require_known, require_stored
 
-    require_stored(prefix, module, ungated=True)
-    unserved = _reason(prefix, module, require_silu)
-    if unserved is None:
-        return Computed(SILU)
+    require_stored(prefix, module)
+    biased = any(parameter.endswith("bias") for parameter, _ in module.named_parameters(recurse=False))
+    try:
+        words = f"{require_computed(prefix, module)}{', with biases' if biased else ''}"
+        return Computed(words)
+    except UsageError as error:
+        reason = str(error).removeprefix(f"{prefix}: ")
     unloaded = _reason(prefix, module, require_known)
     act = getattr(module, "act_fn", None)
     name = getattr(act, "__name__", type(act).__name__)
-    biased = any(parameter.endswith("bias") for parameter, _ in module.named_parameters(recurse=False))
-    plain = not getattr(module, "has_gate", True)
-    words = "biases" if biased else f"{name} without a gate" if plain else f"{name} with a gate"
-    own = not plain and not has_default_gate(module)
-    return Computed("a gate of its own" if own else words, unserved, unserved, unloaded)
+    gated = is_gated(module)
+    words = f"{name} with a gate" if gated else f"{name} without a gate"
+    own = gated and not has_default_gate(module)
+    return Computed("a gate of its own" if own else words, reason, reason, unloaded)
 
 
 def _reason(prefix: str, module: torch.nn.Module, require: Callable[[str, torch.nn.Module], None]) -> str | None:

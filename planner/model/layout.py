@@ -26,6 +26,21 @@ EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
+class Biases:
+    """Where the biases of a layer's experts are, each of all experts in one tensor.
+
+    Attributes:
+        first: name of those of gate and up [experts, 2·intermediate], or of up.
+        down: name of those of down [experts, hidden].
+        interleaved: whether those of gate and up alternate.
+    """
+
+    first: str
+    down: str
+    interleaved: bool
+
+
+@dataclass(frozen=True)
 class MoeLayer:
     """One MoE layer of a checkpoint.
 
@@ -37,6 +52,7 @@ class MoeLayer:
         num_experts: number of experts.
         projections: names of an expert's matrices.
         shapes: projection → [outputs, inputs].
+        biases: where the experts' biases are; None if they have none.
     """
 
     index: int
@@ -46,6 +62,7 @@ class MoeLayer:
     num_experts: int
     projections: Projections
     shapes: dict[str, tuple[int, int]]
+    biases: Biases | None = None
 
     def weight(self, expert: int, projection: str) -> str:
         """Return the checkpoint name of one expert's matrix."""
@@ -242,7 +259,8 @@ def _read_layer(model: SourceModel, row: Architecture, stack: Stack, index: int)
             f"{model.folder / info.shard}: tensor {router}: expected [{num_experts}, hidden], found {list(info.shape)}"
         )
     shapes: dict[str, tuple[int, int]] = {}
-    layer = MoeLayer(index, block, prefix, router, num_experts, row.projections, shapes)
+    biases = _biases(model, row, prefix)
+    layer = MoeLayer(index, block, prefix, router, num_experts, row.projections, shapes, biases)
     for expert in range(num_experts):
         for projection in row.projections.names():
             name = layer.weight(expert, projection)
@@ -258,7 +276,35 @@ def _read_layer(model: SourceModel, row: Architecture, stack: Stack, index: int)
                     f"{model.folder / found.shard}: tensor {name}: expected {list(shapes[projection])} "
                     f"as in expert 0, found {list(shape)}"
                 )
+    if biases is not None:
+        _check_biases(model, layer, biases)
     stray = f"{layer.prefix}.{num_experts}."
     if any(name.startswith(stray) for name in model.shards.tensors):
         raise CheckpointError(f"{model.folder}: {stray}* exists, but the config has {num_experts} experts")
     return layer
+
+
+def _biases(model: SourceModel, row: Architecture, prefix: str) -> Biases | None:
+    """Return where the biases of a layer's experts are; None if it has none."""
+    first = "up_proj_bias" if row.projections.up is None else "gate_up_proj_bias"
+    names = f"{prefix}.{first}", f"{prefix}.down_proj_bias"
+    if not any(name in model.shards.tensors for name in names):
+        return None
+    return Biases(*names, interleaved=row.fused is not None and row.fused.interleaved)
+
+
+def _check_biases(model: SourceModel, layer: MoeLayer, biases: Biases) -> None:
+    """Refuse biases that do not fit the matrices.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape; the message names it.
+    """
+    names = layer.projections
+    stacked = sum(layer.shapes[name][0] for name in names.names() if name != names.down)
+    for name, rows in ((biases.first, stacked), (biases.down, layer.shapes[names.down][0])):
+        info = model.shards.info(name)
+        if info.shape != (layer.num_experts, rows) or not info.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{model.folder / info.shard}: tensor {name}: expected a float tensor {[layer.num_experts, rows]}, "
+                f"found {info.dtype} {list(info.shape)}"
+            )

@@ -217,7 +217,8 @@ class Rank:
         self.loader.check_complete()
 
     def packed(self) -> PackedExperts:
-        return PackedExperts(*(self._matrices(part) for part in self.layouts))
+        gate_up, down = map(self._matrices, self.layouts)
+        return PackedExperts(gate_up, down)
 
     def _matrices(self, part: str) -> PackedMatrices:
         layout = self.layouts[part]

@@ -15,18 +15,16 @@ import transformers
 from transformers.activations import ACT2FN
 
 from vllm_moeq.format import PACKED, SCALE, Projections, UsageError
-from vllm_moeq.hf.contract import COMPUTED, HARMLESS, require_silu
+from vllm_moeq.hf.contract import COMPUTED, HARMLESS, is_gated, require_computed
 from vllm_moeq.hf.experts import RoutedExperts, packed_experts
 from vllm_moeq.hf.layout import PARTS, StoredLayer
-from vllm_moeq.kernels import ragged
+from vllm_moeq.kernels import SILU, Activation, ragged
 
 MODELS = Path(transformers.__file__).parent / "models"
 SIZE, EXPERTS = 32, 3
 REFUSED = {
     "LongcatFlashExperts": "has_gate",
-    "MiniMaxM3VLExperts": "limit",
     "MuseSparkExperts": r"post_expert_norm\.weight",
-    "NemotronHExperts": "has_gate",
     "Step3p7Experts": "has_gate",
 }
 """The classes that cannot be loaded, and the attribute that the message names."""
@@ -46,6 +44,20 @@ def classes() -> Iterator[tuple[str, str]]:
 
 
 CLASSES = list(classes())
+
+SWIGLU_OAI, CLAMPED = Activation(alpha=1.702, limit=7.0, beta=1.0), Activation(limit=10.0)
+IN_KERNELS = {
+    "DeepseekV4Experts": CLAMPED,
+    "DiffusionGemmaTextExperts": Activation("gelu_tanh"),
+    "Gemma4TextExperts": Activation("gelu_tanh"),
+    "Glm5NextTextExperts": CLAMPED,
+    "GptOssExperts": SWIGLU_OAI,
+    "HYV4Experts": CLAMPED,
+    "MiniMaxM3VLExperts": SWIGLU_OAI,
+    "NemotronHExperts": Activation("relu2", gated=False),
+    "OpenAIPrivacyFilterExperts": SWIGLU_OAI,
+}
+"""What the kernels compute of a class, where it is not silu(gate)·up."""
 
 
 def made(module: str, name: str) -> torch.nn.Module:
@@ -73,12 +85,13 @@ def first_config(namespace: Any) -> Any:
     return next(found)().get_text_config()
 
 
-def layer(prefix: str = "model.layers.0.mlp.experts") -> StoredLayer:
+def layer(prefix: str = "model.layers.0.mlp.experts", gated: bool = True) -> StoredLayer:
     bits = (8, 4, 3)
+    plain = Projections(gate="up_proj", down="down_proj")
     return StoredLayer(
         prefix,
-        Projections(gate="gate_proj", up="up_proj", down="down_proj"),
-        ragged(bits, 2 * SIZE, SIZE, SIZE),
+        Projections(gate="gate_proj", up="up_proj", down="down_proj") if gated else plain,
+        ragged(bits, (1 + gated) * SIZE, SIZE, SIZE),
         ragged(bits, SIZE, SIZE, SIZE),
         (None, None),
         0.0,
@@ -99,9 +112,10 @@ def filled(module: RoutedExperts) -> RoutedExperts:
 
 def copy_weights(packed: RoutedExperts, source: Any) -> None:
     """Give transformers' module the values of the packed experts, in its own layout."""
-    transposed = source.gate_up_proj.shape != (EXPERTS, 2 * SIZE, SIZE)
+    first = "gate_up_proj" if hasattr(source, "gate_up_proj") else "up_proj"
+    transposed = getattr(source, first).shape[1:] == (SIZE, 2 * SIZE)
     with torch.no_grad():
-        for name, part in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+        for name, part in ((first, "gate_up"), ("down_proj", "down")):
             for expert in range(EXPERTS):
                 dense = packed.packed(part).dense(expert, torch.float32)
                 if packed.interleaved and part == "gate_up":
@@ -121,7 +135,8 @@ def test_every_class_is_computed_or_refused(module: str, name: str) -> None:
         with pytest.raises(UsageError, match=rf"{name}\.{REFUSED[name]}: expected .*, found "):
             packed_experts(layer(), source)
         return
-    packed = filled(packed_experts(layer(), source))
+    packed = filled(packed_experts(layer(gated=is_gated(source)), source))
+    assert packed.known == IN_KERNELS.get(name, SILU)
     copy_weights(packed, source)
     if name == "Llama4TextExperts":
         arguments: tuple[torch.Tensor, ...] = (torch.randn(EXPERTS * 5, SIZE) * 2,)
@@ -146,7 +161,6 @@ CHANGES: dict[str, Any] = {
     "swiglu_limit": 7.0,
     "limit": 0,
     "alpha": 1.702,
-    "has_gate": False,
     "_is_expert_parallel": True,
     "scale_inputs": True,
     "forward": torch.nn.functional.silu,
@@ -159,7 +173,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_would_be_left_out_is_refused_by_name(name: str) -> None:
     source = mixtral(**{name: CHANGES[name]})
-    for check in (lambda: packed_experts(layer(), source), lambda: require_silu("here", source)):
+    for check in (lambda: packed_experts(layer(), source), lambda: require_computed("here", source)):
         with pytest.raises(UsageError, match=rf"transformers' MixtralExperts\.{name}\S*: expected .*, found ") as error:
             check()
         assert "\n" not in str(error.value)
@@ -181,7 +195,7 @@ def test_a_value_of_the_class_counts_as_the_modules(monkeypatch: pytest.MonkeyPa
 def test_flags_that_say_no_are_nothing() -> None:
     source = mixtral(has_something=False, limit=None)
     assert packed_experts(layer(), source).fused
-    require_silu("here", source)
+    assert require_computed("here", source) == SILU
 
 
 @pytest.mark.parametrize("act", [torch.nn.SiLU(), torch.nn.functional.silu, ACT2FN["swish"]])
@@ -190,11 +204,15 @@ def test_silu_by_any_name(act: Any) -> None:
     del source.act_fn
     source.act_fn = act
     assert packed_experts(layer(), source).fused
-    require_silu("here", source)
+    assert require_computed("here", source) == SILU
 
 
 class Clamped(torch.nn.SiLU):
     """SiLU in name only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return SiLU of numbers up to a limit that only this class knows."""
+        return super().forward(x.clamp(max=250.0))
 
 
 @pytest.mark.parametrize("act", [Clamped(), torch.nn.GELU(), torch.nn.functional.gelu, torch.tanh])
@@ -204,15 +222,46 @@ def test_another_activation_runs_in_transformers_code_only(act: Any) -> None:
     del source.act_fn
     source.act_fn = act
     assert not packed_experts(layer(), source).fused
-    with pytest.raises(UsageError, match=r"here: transformers' MixtralExperts\.act_fn: expected SiLU, found \w+"):
-        require_silu("here", source)
+    message = r"here: transformers' MixtralExperts\.act_fn: expected silu or gelu_tanh or relu2, found \w+"
+    with pytest.raises(UsageError, match=message):
+        require_computed("here", source)
 
 
-@pytest.mark.parametrize(
-    ("name", "attribute"),
-    [("GptOssExperts", "gate_up_proj_bias"), ("DeepseekV4Experts", "_apply_gate"), ("NemotronHExperts", "has_gate")],
-)
-def test_calibration_refuses_what_only_transformers_code_computes(name: str, attribute: str) -> None:
-    module = next(module for module, found in CLASSES if found == name)
-    with pytest.raises(UsageError, match=rf"here: transformers' {name}\.{attribute}: expected .*, found"):
-        require_silu("here", made(module, name))
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu_new", "relu2"])
+def test_a_function_is_recognized_by_what_it_computes(act: str) -> None:
+    source = mixtral(act_fn=ACT2FN[act])
+    packed = packed_experts(layer(), source)
+    assert packed.known == require_computed("here", source) == Activation("relu2" if act == "relu2" else "gelu_tanh")
+
+
+def instance(name: str) -> Any:
+    return made(next(module for module, found in CLASSES if found == name), name)
+
+
+def test_a_limit_that_the_gate_uses_otherwise_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate's own code decides, whatever attributes are called."""
+    source = instance("DeepseekV4Experts")
+
+    def gate(self: Any, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        result: torch.Tensor = self.act_fn(first).clamp(max=self.limit) * second
+        return result
+
+    monkeypatch.setattr(type(source), "_apply_gate", gate)
+    message = r"here: transformers' DeepseekV4Experts\._apply_gate: expected .*, found one with .*limit=10"
+    with pytest.raises(UsageError, match=message):
+        require_computed("here", source)
+    assert not packed_experts(layer(), source).fused
+
+
+@pytest.mark.parametrize(("name", "stored"), [("NemotronHExperts", True), ("MixtralExperts", False)])
+def test_a_checkpoint_with_another_number_of_projections_is_refused(name: str, stored: bool) -> None:
+    with pytest.raises(
+        UsageError, match=rf"{name}\.has_gate: expected {stored}, as in the checkpoint, found {not stored}"
+    ):
+        packed_experts(layer(gated=stored), instance(name))
+
+
+def test_a_mark_that_its_tensors_do_not_bear_out_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"MixtralExperts\.gate_up_proj: expected no such tensor"):
+        packed_experts(layer(), mixtral(has_gate=False))

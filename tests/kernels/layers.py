@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from vllm_moeq.format import GRID, ROW_SCALE, TRELLIS, TRELLIS_SCHEME, Scheme, pack
-from vllm_moeq.kernels import LayerKernel, PackedExperts, PackedMatrices, ragged
+from vllm_moeq.kernels import SILU, Activation, LayerKernel, PackedExperts, PackedMatrices, ragged
 
 Coding = tuple[Scheme, int]
 """A scheme and a width."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What experts compute besides products.
+
+    Attributes:
+        activation: between the projections; limits are small, so that random values reach them.
+        biased: whether both projections have biases.
+    """
+
+    activation: Activation
+    biased: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "deepseek_v4": Kind(Activation(limit=1.0)),
+    "minimax_m3": Kind(Activation(alpha=1.702, limit=1.5, beta=1.0)),
+    "gpt_oss": Kind(Activation(alpha=1.702, limit=1.5, beta=1.0), biased=True),
+    "gemma4": Kind(Activation("gelu_tanh")),
+    "nemotron_h": Kind(Activation("relu2", gated=False)),
+    "silu with biases": Kind(SILU, biased=True),
+    "silu without a gate, with biases": Kind(Activation(gated=False), biased=True),
+}
+"""A model that computes it, or a description."""
 
 
 def random_matrices(
@@ -35,13 +62,29 @@ def random_matrices(
 
 
 def random_layer(
-    bits: Sequence[int], hidden: int, intermediate: int, group_size: int, offset: int = 0, *, device: str = "cpu"
+    bits: Sequence[int],
+    hidden: int,
+    intermediate: int,
+    group_size: int,
+    offset: int = 0,
+    *,
+    kind: Kind = Kind(SILU),
+    device: str = "cpu",
 ) -> PackedExperts:
     """Gate, up and down of every expert; ``offset``: where this rank's slice of down begins in a group."""
-    gate_up = random_matrices(bits, 2 * intermediate, hidden, group_size, seed=1, device=device)
-    return PackedExperts(
-        gate_up, random_matrices(bits, hidden, intermediate, group_size, offset, seed=2, device=device)
-    )
+    rows = kind.activation.parts * intermediate
+    gate_up = random_matrices(bits, rows, hidden, group_size, seed=1, device=device)
+    down = random_matrices(bits, hidden, intermediate, group_size, offset, seed=2, device=device)
+    return with_kind(PackedExperts(gate_up, down), kind)
+
+
+def with_kind(packed: PackedExperts, kind: Kind) -> PackedExperts:
+    """Return a layer that computes something else, with random biases if it has any."""
+    generator = torch.Generator().manual_seed(9)
+    for part in (packed.gate_up, packed.down) if kind.biased else ():
+        shape = (len(packed.bits), part.matrices.rows)
+        part.bias = torch.randn(shape, generator=generator).to(part.device)
+    return PackedExperts(packed.gate_up, packed.down, kind.activation)
 
 
 def mixed_matrices(
@@ -72,6 +115,26 @@ def dense(packed: PackedMatrices, expert: int) -> torch.Tensor:
     return packed.dense(expert, torch.float32)
 
 
+FUNCTIONS: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "silu": lambda x, alpha: x / (1 + (-alpha * x).exp()),
+    "gelu_tanh": lambda x, _: x / 2 * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
+    "relu2": lambda x, _: torch.where(x > 0, x * x, 0.0),
+}
+"""The formulas once more."""
+
+
+def activated(first: torch.Tensor, does: Activation) -> torch.Tensor:
+    """Return down's inputs by the formulas of transformers' models, in the dtype of ``first``."""
+    function = FUNCTIONS[does.function]
+    if not does.gated:
+        return function(first, does.alpha)
+    gate, up = first.chunk(2, dim=-1)
+    limit = torch.tensor(does.limit, dtype=first.dtype, device=first.device)
+    return function(torch.minimum(gate, limit), does.alpha) * (
+        torch.maximum(torch.minimum(up, limit), -limit) + does.beta
+    )
+
+
 def exact(
     packed: PackedExperts,
     x: torch.Tensor,
@@ -79,12 +142,16 @@ def exact(
     ids: torch.Tensor,
     rotate: Callable[[torch.Tensor], torch.Tensor] = lambda inner: inner,
 ) -> torch.Tensor:
-    """Return the layer's result in float64, without any rounding; ``rotate``: applied to silu(gate)·up."""
+    """Return the layer's result in float64, without any rounding; ``rotate``: applied to down's inputs."""
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(len(packed.bits)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
-        gate, up = (x[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
-        value = rotate(torch.nn.functional.silu(gate) * up) @ dense(packed.down, expert).double().T
+        first = x[token].double() @ dense(packed.gate_up, expert).double().T
+        if packed.gate_up.bias is not None:
+            first = first + packed.gate_up.bias[expert].double()
+        value = rotate(activated(first, packed.activation)) @ dense(packed.down, expert).double().T
+        if packed.down.bias is not None:
+            value = value + packed.down.bias[expert].double()
         result.index_add_(0, token, value * weights[token, slot, None].double())
     return result
 

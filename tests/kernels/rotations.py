@@ -25,9 +25,10 @@ def random_rotation(columns: int, size: int) -> BlockRotation:
 def turned(packed: PackedExperts, rotations: Rotations) -> PackedExperts:
     """Return a layer as if it were stored in a rotated basis."""
     both = ((packed.gate_up, rotations.before_up), (packed.down, rotations.before_down))
-    return PackedExperts(
-        *(PackedMatrices(it.matrices, *it.tensors.values(), rotation=rotation) for it, rotation in both)
+    gate_up, down = (
+        PackedMatrices(it.matrices, *it.tensors.values(), rotation=rotation, bias=it.bias) for it, rotation in both
     )
+    return PackedExperts(gate_up, down, packed.activation)
 
 
 def rotated(x: torch.Tensor, rotation: BlockRotation | None) -> torch.Tensor:

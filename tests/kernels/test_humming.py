@@ -67,9 +67,7 @@ def inputs(ids: torch.Tensor, dtype: torch.dtype, hidden: int = HIDDEN) -> tuple
 
 
 def reference(experts: PackedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    first, second = experts.gate_up, experts.down
-    gate_up, down = ((m.words, m.scales, m.zeros) for m in (first, second))
-    return moe_reference(x, weights, ids, first.matrices, gate_up, second.matrices, down)
+    return moe_reference(x, weights, ids, experts)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> None:

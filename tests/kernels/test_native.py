@@ -103,7 +103,7 @@ def test_float32_scales() -> None:
             PackedMatrices(m.matrices, m.words, m.scales.float() * 2e-6, m.zeros.float()) if is_wide else m
             for m, is_wide in zip((packed.gate_up, packed.down), parts, strict=True)
         ]
-        layer = PackedExperts(*wide)
+        layer = PackedExperts(wide[0], wide[1])
         x, weights, ids = inputs(layer, 5, torch.float32)
         x *= 1e5
         assert difference(NativeLayer(layer)(x, weights, ids), exact(layer, x, weights, ids)) < LIMIT[torch.float32]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_moeq.format import BIT_WIDTHS, GRID, dequantize, pack
-from vllm_moeq.kernels import PackedMatrices, dense_expert, moe, ragged
+from vllm_moeq.format import BIT_WIDTHS, BlockRotation, dequantize, pack
+from vllm_moeq.kernels import PackedExperts, PackedMatrices, dense_expert, moe, ragged
+from vllm_moeq.kernels.operator import arguments
 
 HIDDEN, INTERMEDIATE, TOKENS = 128, 256, 9
 MIXED = [1, 2, 3, 4, 8]
@@ -41,14 +42,21 @@ class Layer:
     w2: Matrices
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return moe(x, weights, ids, *self.packed())
+        return moe(x, weights, ids, self.packed())
 
-    def packed(self, offset: int = 0) -> tuple[PackedMatrices, PackedMatrices]:
-        """Return gate and up, and down, as the operator takes them."""
+    def packed(self, offset: int = 0, sizes: tuple[int, int] = (0, 0)) -> PackedExperts:
+        """Return the layer as the operator takes it, maybe rotated in blocks of some sizes."""
         hidden, intermediate, size = self.w13.codes.shape[2], self.w2.codes.shape[2], self.group_size
         first = ragged(self.bits, 2 * intermediate, hidden, size)
         second = ragged(self.bits, hidden, intermediate, size, offset)
-        return PackedMatrices(first, *self.w13.kernel()), PackedMatrices(second, *self.w2.kernel())
+        turned = [
+            BlockRotation(torch.zeros(it.columns // 32, dtype=torch.int32), size) if size else None
+            for it, size in zip((first, second), sizes, strict=True)
+        ]
+        return PackedExperts(
+            PackedMatrices(first, *self.w13.kernel(), rotation=turned[0]),
+            PackedMatrices(second, *self.w2.kernel(), rotation=turned[1]),
+        )
 
     def exact(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Token by token and expert by expert, in float64."""
@@ -191,7 +199,7 @@ def test_halves_of_the_intermediate_dimension_add_up(group_size: int, dtype: tor
         codes = whole.w2.codes[:, :, begin : begin + half]
         w2 = Matrices(MIXED, codes, whole.w2.scales[..., groups], whole.w2.zeros[..., groups])
         part = Layer(MIXED, group_size, w13, w2)
-        total += moe(x, weights, ids, *part.packed(begin % size)).float()
+        total += moe(x, weights, ids, part.packed(begin % size)).float()
     assert_near(total, whole.exact(x, weights, ids), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -213,19 +221,17 @@ def test_a_compiled_call_equals_an_eager_one(backend: str) -> None:
 def test_the_compiler_sees_one_operator() -> None:
     subject = layer(MIXED)
     x, weights, ids = inputs(len(MIXED))
-    w13, w2 = subject.packed()
-    compiled = torch.compile(lambda x: moe(x, weights, ids, w13, w2), backend="eager", fullgraph=True)
+    packed = subject.packed()
+    compiled = torch.compile(lambda x: moe(x, weights, ids, packed), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), subject.run(x, weights, ids))
 
 
 def test_the_operator_is_well_formed() -> None:
     subject = layer(MIXED)
     operator = torch.ops.vllm_moeq.moe.default
-    buffers, schemes = (list(subject.w13.kernel()), list(subject.w2.kernel())), [GRID.name] * len(MIXED)
-    first = (*inputs(len(MIXED)), *buffers, subject.w2.codes.shape[2], MIXED, schemes, subject.group_size, 0)
-    signs = [torch.zeros(it.codes.shape[2] // 32, dtype=torch.int32) for it in (subject.w13, subject.w2)]
-    for sizes in ([0, 0], [32, 32], [0, 32]):
-        results = torch.library.opcheck(operator, (*first, signs, sizes))
+    for sizes in ((0, 0), (32, 32), (0, 32)):
+        described = arguments(subject.packed(sizes=sizes), torch.empty(0))
+        results = torch.library.opcheck(operator, (*inputs(len(MIXED)), *described))
         assert set(results.values()) == {"SUCCESS"}
 
 

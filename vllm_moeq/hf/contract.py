@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import CodeType
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from vllm_moeq.format import UsageError
+from vllm_moeq.hf.activations import recognize
+from vllm_moeq.kernels import Activation
+from vllm_moeq.kernels.activations import FUNCTIONS
 
 MATRICES = ("gate_up_proj", "down_proj")
 BIASES = ("gate_up_proj_bias", "down_proj_bias")
@@ -19,10 +21,8 @@ UNGATED = ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias")
 INTEGRATION = "transformers.integrations.moe"
 """The module of transformers' default gate, act(gate)·up."""
 
-SILU = (torch.nn.SiLU, type(ACT2FN["silu"]))
-
 COMPUTED: dict[str, tuple[Any, ...]] = {
-    "has_gate": (True,),
+    "has_gate": (True, False),
     "has_bias": (True, False),
     "is_concatenated": (True, False),
     "is_transposed": (True, False),
@@ -46,7 +46,7 @@ PLAIN = frozenset(vars(torch.nn.Module()))
 """Attributes that every module has."""
 
 
-def require_stored(prefix: str, source: torch.nn.Module, marked: bool = True, ungated: bool = False) -> None:
+def require_stored(prefix: str, source: torch.nn.Module, marked: bool = True) -> None:
     """Refuse experts that store more, or otherwise, than two stacks of matrices with or without biases.
 
     Transformers marks the classes whose experts are down(gate(gate_up(x))) times the routing weight, whatever a class
@@ -56,19 +56,16 @@ def require_stored(prefix: str, source: torch.nn.Module, marked: bool = True, un
         prefix: where the experts are, for the message.
         source: transformers' module of experts.
         marked: whether the marks are required.
-        ungated: whether experts without a gate, down(act(up(x))), will do too.
 
     Raises:
         UsageError: there is such a part; the message names it.
     """
     attributes = _attributes(source)
-    plain = ungated and attributes.get("has_gate") is False
-    computed = {**COMPUTED, "has_gate": (False,)} if plain else COMPUTED
-    for name, values in computed.items() if marked else ():
+    for name, values in COMPUTED.items() if marked else ():
         if attributes.get(name) not in values:
             expected = " or ".join(map(str, values))
             raise refusal(prefix, source, name, expected, repr(attributes[name]) if name in attributes else "nothing")
-    require_tensors(prefix, source, UNGATED if plain else (*MATRICES, *BIASES))
+    require_tensors(prefix, source, (*MATRICES, *BIASES) if is_gated(source) else UNGATED)
     for name, module in source.named_children():
         if name != "act_fn":
             raise refusal(prefix, source, name, "no module but act_fn", type(module).__name__)
@@ -77,7 +74,8 @@ def require_stored(prefix: str, source: torch.nn.Module, marked: bool = True, un
 def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> None:
     """Refuse experts of which something would be left out.
 
-    An attribute that is neither in the tables of this file nor read by the gate may change the result.
+    An attribute that is neither in the tables of this file nor read by the gate may change the result, unless it is
+    a second name of a number that the gate reads.
 
     Args:
         prefix: where the experts are, for the message.
@@ -88,9 +86,9 @@ def require_known(prefix: str, source: torch.nn.Module, marked: bool = True) -> 
         UsageError: there is such a part; the message names it.
     """
     require_stored(prefix, source, marked)
-    attributes = _attributes(source)
+    attributes, numbers = _attributes(source), _numbers_of_gate(source)
     for name in sorted(set(attributes) - set(COMPUTED) - set(HARMLESS) - {"act_fn"} - _read_by_gate(source)):
-        if attributes[name] is not None and attributes[name] is not False:
+        if attributes[name] is not None and attributes[name] is not False and attributes[name] not in numbers:
             raise refusal(prefix, source, name, "experts without it", f"{attributes[name]!r:.80}")
 
 
@@ -105,24 +103,53 @@ def require_tensors(prefix: str, source: torch.nn.Module, known: Collection[str]
             raise refusal(prefix, source, name, "no such tensor", f"one of {list(tensor.shape)}")
 
 
-def require_silu(prefix: str, source: torch.nn.Module) -> None:
-    """Refuse experts that do not compute down(silu(gate(x)) · up(x)).
+def require_computed(prefix: str, source: torch.nn.Module) -> Activation:
+    """Return what experts compute between their projections; refuse those that our kernels cannot compute.
 
     Raises:
         UsageError: they compute something else; the message names the attribute.
     """
     require_known(prefix, source)
-    for name in BIASES:
-        if source._parameters.get(name) is not None:
-            raise refusal(prefix, source, name, "experts without biases", "one")
-    act = vars(source).get("act_fn", source._modules.get("act_fn"))
-    if act is not None and not is_silu(act):
-        raise refusal(prefix, source, "act_fn", "SiLU", getattr(act, "__name__", type(act).__name__))
-    if not has_default_gate(source):
+    found = activation_of(source)
+    if found is not None:
+        return found
+    if is_gated(source) and not has_default_gate(source):
         attributes = _attributes(source)
         read = ", ".join(f"{it}={attributes[it]!r:.40}" for it in sorted(_read_by_gate(source) & set(attributes)))
-        found = f"one with {read}" if read else "another"
-        raise refusal(prefix, source, "_apply_gate", "the gate silu(gate)·up", found)
+        found_instead = f"one with {read}" if read else "another"
+        raise refusal(prefix, source, "_apply_gate", f"{' or '.join(FUNCTIONS)} of the gate, times up", found_instead)
+    act = _act(source)
+    raise refusal(prefix, source, "act_fn", " or ".join(FUNCTIONS), getattr(act, "__name__", type(act).__name__))
+
+
+def is_gated(source: torch.nn.Module) -> bool:
+    """Tell whether the module's experts have a gate; transformers marks those that have none."""
+    return _attributes(source).get("has_gate") is not False
+
+
+def gate_of(source: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function between the projections of a marked module, on tensors in transformers' order."""
+    gate: Callable[[torch.Tensor], torch.Tensor] = source._apply_gate if is_gated(source) else source.act_fn
+    return gate
+
+
+def activation_of(
+    source: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor] | None = None, gated: bool | None = None
+) -> Activation | None:
+    """Return the kernels' activation that computes the same as a module's; None if there is none.
+
+    Args:
+        source: transformers' module of experts.
+        function: see :func:`gate_of`; None takes that.
+        gated: whether the function has a gate; None takes what the module says.
+    """
+    interleaved = _attributes(source).get("is_concatenated") is False
+    return recognize(
+        function or gate_of(source),
+        is_gated(source) if gated is None else gated,
+        interleaved,
+        _numbers_of_gate(source),
+    )
 
 
 def has_default_gate(source: torch.nn.Module) -> bool:
@@ -130,9 +157,17 @@ def has_default_gate(source: torch.nn.Module) -> bool:
     return getattr(getattr(type(source), "_apply_gate", None), "__module__", None) == INTEGRATION
 
 
-def is_silu(act: object) -> bool:
-    """Tell whether an activation is known to be SiLU: the function object decides, not a name in a config."""
-    return type(act) in SILU or act is torch.nn.functional.silu
+def _act(source: torch.nn.Module) -> object:
+    return vars(source).get("act_fn", source._modules.get("act_fn"))
+
+
+def _numbers_of_gate(source: torch.nn.Module) -> list[float]:
+    """Return the numbers that a class's own gate reads from the module."""
+    if has_default_gate(source):
+        return []
+    attributes = _attributes(source)
+    values = (attributes[name] for name in sorted(_read_by_gate(source) & set(attributes)))
+    return [float(value) for value in values if type(value) in (int, float)]
 
 
 def refusal(prefix: str, source: torch.nn.Module, name: str, expected: str, found: str) -> UsageError:

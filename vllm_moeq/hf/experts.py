@@ -9,29 +9,32 @@ import torch
 from torch.nn.functional import linear
 
 from vllm_moeq.format import CheckpointError, drop_weak
-from vllm_moeq.hf.contract import BIASES, has_default_gate, is_silu, refusal, require_known, require_tensors
+from vllm_moeq.hf.contract import activation_of, gate_of, is_gated, refusal, require_known, require_tensors
 from vllm_moeq.hf.layout import StoredLayer
 from vllm_moeq.hf.packed import PackedStorage
 from vllm_moeq.kernels import (
     FALLBACK,
+    SILU,
     TABLE,
     Backend,
     LayerKernel,
     PackedExperts,
+    PackedMatrices,
     choose,
     make_layer,
     requested_backend,
 )
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""A function from the outputs of the first projection, in transformers' order, to the inputs of down."""
 
 
 class RoutedExperts(PackedStorage):
     """Experts called with tokens, expert indices and routing weights, as in nearly all models.
 
-    Experts that compute down(silu(gate(x)) · up(x)) run in our kernels: the fused one on a GPU, the native one on a
-    CPU, the reference if the native one cannot be built and for float32 on a GPU. Other experts are dequantized one at
-    a time to the activations' dtype, and transformers' own code computes their activation.
+    Experts whose activation our kernels compute run in them: the fused one on a GPU, the native one on a CPU, the
+    reference if the native one cannot be built and for float32 on a GPU. Other experts are dequantized one at a time to
+    the activations' dtype, and transformers' own code computes their activation.
 
     Args:
         layer: the layer in the checkpoint.
@@ -55,8 +58,9 @@ class RoutedExperts(PackedStorage):
         for name, tensor in biases.items():
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         self.interleaved = not getattr(source, "is_concatenated", True)
-        self.activation = self._activation(source)
-        self.fused = not biases and self._is_silu(source)
+        self.gate = self._gate(source)
+        self.known = activation_of(source, self.gate, layer.projections.up is not None)
+        self.fused = self.known is not None
         self._kernel: LayerKernel | None = None
         self._backend: Backend = FALLBACK
 
@@ -67,17 +71,13 @@ class RoutedExperts(PackedStorage):
             UsageError: it does; the message names the attribute.
         """
         require_known(self.layer.prefix, source)
-        if self.layer.projections.up is None:
-            raise refusal(self.layer.prefix, source, "has_gate", "False, as in the checkpoint", "True")
+        stored, gated = self.layer.projections.up is not None, is_gated(source)
+        if stored != gated:
+            raise refusal(self.layer.prefix, source, "has_gate", f"{stored}, as in the checkpoint", str(gated))
 
-    def _activation(self, source: Any) -> Activation:
-        """Return the function from [tokens, gate and up in transformers' order] to [tokens, intermediate]."""
-        gate: Activation = source._apply_gate
-        return gate
-
-    def _is_silu(self, source: Any) -> bool:
-        """Tell whether the activation is known to be silu(gate)·up."""
-        return has_default_gate(source) and is_silu(source.act_fn)
+    def _gate(self, source: Any) -> Gate:
+        """Return the function between the projections."""
+        return gate_of(source)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return each token's weighted sum over its experts.
@@ -103,7 +103,7 @@ class RoutedExperts(PackedStorage):
 
     def _make_kernel(self, dtype: torch.dtype) -> LayerKernel:
         """Choose a kernel and repack for it; its variants are compiled at their first use."""
-        packed = PackedExperts(self.packed("gate_up"), self.packed("down"))
+        packed = PackedExperts(self.packed("gate_up"), self.packed("down"), self.known or SILU)
         requested = requested_backend()
         if any(row.name == requested and not row.takes(dtype) for row in TABLE):
             requested = FALLBACK.name
@@ -113,6 +113,17 @@ class RoutedExperts(PackedStorage):
         if not self._backend.keeps_loaded:
             self.release()
         return kernel
+
+    def packed(self, part: str) -> PackedMatrices:
+        """See :meth:`PackedStorage.packed`; biases are in the order of the stored rows."""
+        packed = super().packed(part)
+        names = (f"{name}_bias" for name in ("gate_up_proj", "up_proj", "down_proj"))
+        for name in (it for it in names if it in self._parameters and it.startswith("down") == (part == "down")):
+            bias = self.get_parameter(name).detach()
+            if self.interleaved and part == "gate_up":
+                bias = bias.unflatten(-1, (-1, 2)).mT.flatten(-2)
+            packed.bias = bias.float()
+        return packed
 
     def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         result = torch.zeros_like(hidden)
@@ -126,16 +137,11 @@ class RoutedExperts(PackedStorage):
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return one expert's outputs [tokens, hidden], rounded where transformers rounds."""
         gate_up, down = self.packed("gate_up"), self.packed("down")
-        first = linear(gate_up.inputs(x), gate_up.dense(expert, x.dtype))
+        first = gate_up.biased(expert, linear(gate_up.inputs(x), gate_up.dense(expert, x.dtype)))
         if self.interleaved:
             first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
-        first = self._biased(first, BIASES[0], expert)
-        second = linear(down.inputs(self.activation(first)), down.dense(expert, x.dtype))
-        return self._biased(second, BIASES[1], expert)
-
-    def _biased(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
-        bias: torch.Tensor | None = self._parameters.get(name)
-        return x if bias is None else x + bias[expert]
+        second = linear(down.inputs(self.gate(first)), down.dense(expert, x.dtype))
+        return down.biased(expert, second)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutedExperts:
         """See :meth:`PackedStorage._apply`; a kernel that computes from the loaded buffers is made anew."""
@@ -151,17 +157,14 @@ class Llama4Experts(RoutedExperts):
     def _check(self, source: torch.nn.Module) -> None:
         require_known(self.layer.prefix, source, marked=False)
 
-    def _activation(self, source: Any) -> Activation:
-        act: Activation = source.act_fn
+    def _gate(self, source: Any) -> Gate:
+        act: Gate = source.act_fn
 
         def gate(x: torch.Tensor) -> torch.Tensor:
             first, second = x.chunk(2, dim=-1)
             return second * act(first)
 
         return gate
-
-    def _is_silu(self, source: Any) -> bool:
-        return is_silu(source.act_fn)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the experts' outputs for ``hidden``; both are [experts · tokens, hidden], expert by expert."""
@@ -181,12 +184,9 @@ class SwitchExperts(RoutedExperts):
             self.layer.prefix, source, {f"{name}.{part}.weight" for name in experts for part in ("wi", "wo")}
         )
 
-    def _activation(self, source: Any) -> Activation:
-        act: Activation = source["expert_0"].act
+    def _gate(self, source: Any) -> Gate:
+        act: Gate = source["expert_0"].act
         return act
-
-    def _is_silu(self, source: Any) -> bool:
-        return False
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return each token's weighted expert output [tokens, hidden].

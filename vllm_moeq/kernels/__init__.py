@@ -1,5 +1,6 @@
 """The kernels for one MoE layer whose experts have different widths."""
 
+from vllm_moeq.kernels.activations import SILU, Activation
 from vllm_moeq.kernels.backends import (
     AUTO,
     BACKENDS,
@@ -25,8 +26,10 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "FALLBACK",
+    "SILU",
     "TABLE",
     "VARIABLE",
+    "Activation",
     "Backend",
     "LayerKernel",
     "LinearKernel",

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
+from vllm_moeq.kernels.activations import SILU
 from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.interface import LayerKernel, PackedExperts
 from vllm_moeq.kernels.reference_layer import ReferenceLayer
@@ -50,6 +51,7 @@ class Backend:
         dtypes: the activation dtypes that it takes; None means any.
         schemes: the names of the schemes that it computes from; None means any.
         rotated: whether it computes from experts in a rotated basis.
+        activations: whether it computes other activations than silu(gate)·up, and biases.
         any_call: whether a layer takes any of ``dtypes`` in each call, not only the dtype that it was made for.
         keeps_loaded: whether a layer computes from the loaded buffers; otherwise they are freed.
         captured: whether CUDA graphs can capture it; otherwise every call waits for the device.
@@ -63,6 +65,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = HALF
     schemes: tuple[str, ...] | None = (GRID.name,)
     rotated: bool = False
+    activations: bool = False
     any_call: bool = False
     keeps_loaded: bool = False
     captured: bool = True
@@ -133,7 +136,7 @@ TABLE = (
     ),
     Backend(
         "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,
-        dtypes=None, schemes=None, rotated=True, any_call=True, keeps_loaded=True, captured=False,
+        dtypes=None, schemes=None, rotated=True, activations=True, any_call=True, keeps_loaded=True, captured=False,
     ),
 )  # fmt: skip
 """All backends in the order in which ``auto`` tries them; the last one runs everywhere, with any dtype and scheme."""
@@ -182,7 +185,8 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
         dtype: the activations' dtype; ``auto`` skips backends that do not take it. None skips none.
 
     Raises:
-        UsageError: the backend is unknown, does not run on this device, or does not support the layer's schemes.
+        UsageError: the backend is unknown, does not run on this device, or does not support the layer's schemes or
+            activation.
     """
     device = packed.device
     if requested != AUTO:
@@ -197,6 +201,8 @@ def choose(packed: PackedExperts, requested: str = AUTO, dtype: torch.dtype | No
             return f"the {row.name} kernel does not take {unknown}"
         if packed.rotated and not row.rotated:
             return f"the {row.name} kernel does not take rotated experts"
+        if other := _other_activation(row, packed):
+            return f"the {row.name} kernel does not take {other}"
         if dtype is not None and not row.takes(dtype):
             return f"the {row.name} kernel does not take {dtype}"
         return row.problem(device)
@@ -228,12 +234,21 @@ def _unknown_schemes(row: Backend, packed: PackedExperts) -> str:
     return ", ".join(name for name in packed.schemes if name not in known)
 
 
+def _other_activation(row: Backend, packed: PackedExperts) -> str:
+    """Return what the experts compute, where the backend does not; otherwise an empty string."""
+    if row.activations or (packed.activation == SILU and not packed.biased):
+        return ""
+    return "biases" if packed.activation == SILU else str(packed.activation)
+
+
 def _require_schemes(row: Backend, packed: PackedExperts) -> None:
     if unknown := _unknown_schemes(row, packed):
         known = " or ".join(row.schemes or ())
         raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts of the scheme {known}, found {unknown}")
     if packed.rotated and not row.rotated:
         raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts that are not rotated, found rotated ones")
+    if other := _other_activation(row, packed):
+        raise UsageError(f"{VARIABLE}: the {row.name} kernel takes experts with {SILU} and no biases, found {other}")
 
 
 def choose_linear(requested: str = AUTO) -> tuple[Backend | None, str]:

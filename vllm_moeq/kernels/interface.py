@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from vllm_moeq.format import PACKED, SCALE, ZERO, BlockRotation
+from vllm_moeq.kernels.activations import SILU, Activation
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 
@@ -18,17 +19,26 @@ class PackedMatrices:
         matrices: the layout: widths, shapes and schemes.
         tensors: the buffers in the order of ``matrices.suffixes``; the grid's are words, scales and zeros.
         rotation: the rotation of the inputs in whose basis all matrices are stored; None if they are not rotated.
+        bias: what is added to the outputs, [E, rows], any float dtype; None for nothing.
 
     Attributes:
         matrices: the layout.
         tensors: the buffers by suffix.
         rotation: the rotation of the inputs.
+        bias: the biases, float32 [E, rows], or None.
     """
 
-    def __init__(self, matrices: RaggedMatrices, *tensors: torch.Tensor, rotation: BlockRotation | None = None) -> None:
+    def __init__(
+        self,
+        matrices: RaggedMatrices,
+        *tensors: torch.Tensor,
+        rotation: BlockRotation | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
         self.matrices = matrices
         self.tensors = dict(zip(matrices.suffixes, tensors, strict=True))
         self.rotation = rotation
+        self.bias = None if bias is None else bias.float()
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +64,10 @@ class PackedMatrices:
         """Return x [..., columns] in the basis of the stored matrices, in its dtype."""
         return x if self.rotation is None else self.rotation(x)
 
+    def biased(self, expert: int, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs [..., rows] of one expert with its bias."""
+        return outputs if self.bias is None else outputs + self.bias[expert].to(outputs.dtype)
+
     def dense(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the stored weights of one expert, computed in float32 and rounded once; see :meth:`inputs`.
 
@@ -75,12 +89,14 @@ class PackedExperts:
     """The experts of a layer on this rank.
 
     Attributes:
-        gate_up: the matrices [E, 2·intermediate, hidden], gate's rows first.
+        gate_up: the matrices [E, 2·intermediate, hidden], gate's rows first; without a gate up's alone.
         down: the matrices [E, hidden, intermediate].
+        activation: what happens between the two.
     """
 
     gate_up: PackedMatrices
     down: PackedMatrices
+    activation: Activation = SILU
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -101,6 +117,11 @@ class PackedExperts:
     def rotated(self) -> bool:
         """Whether the experts are stored in a rotated basis."""
         return self.gate_up.rotation is not None or self.down.rotation is not None
+
+    @property
+    def biased(self) -> bool:
+        """Whether a projection has biases."""
+        return self.gate_up.bias is not None or self.down.bias is not None
 
     @property
     def hidden(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_moeq.format import SCHEMES, WHOLE_ROW, BlockRotation
-from vllm_moeq.kernels.interface import PackedMatrices
+from vllm_moeq.kernels.activations import Activation
+from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import ragged
 from vllm_moeq.kernels.reference import moe_reference
 
@@ -18,19 +19,29 @@ def _moe(
     topk_ids: torch.Tensor,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
-    intermediate: int,
+    signs: list[torch.Tensor],
+    biases: list[torch.Tensor],
     bits: list[int],
     schemes: list[str],
-    group_size: int,
-    w2_group_offset: int,
-    signs: list[torch.Tensor],
+    numbers: list[int],
     sizes: list[int],
+    activation: list[float],
 ) -> torch.Tensor:
+    """Run the reference on a layer that comes as tensors, numbers and names; see :func:`arguments`."""
+    does = Activation.of(activation)
+    intermediate, group_size, offset = numbers
     hidden, own = x.shape[1], [SCHEMES[name] for name in schemes]
-    first = ragged(bits, 2 * intermediate, hidden, group_size, schemes=own)
-    second = ragged(bits, hidden, intermediate, group_size, w2_group_offset, own)
-    rotations = [BlockRotation(part, size) if size else None for part, size in zip(signs, sizes, strict=True)]
-    return moe_reference(x, topk_weights, topk_ids, first, w13, second, w2, (rotations[0], rotations[1]))
+    matrices = (
+        ragged(bits, does.parts * intermediate, hidden, group_size, schemes=own),
+        ragged(bits, hidden, intermediate, group_size, offset, own),
+    )
+    gate_up, down = (
+        PackedMatrices(
+            each, *buffers, rotation=BlockRotation(sign, size) if size else None, bias=bias if bias.numel() else None
+        )
+        for each, buffers, sign, size, bias in zip(matrices, (w13, w2), signs, sizes, biases, strict=True)
+    )
+    return moe_reference(x, topk_weights, topk_ids, PackedExperts(gate_up, down, does))
 
 
 def _moe_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -38,40 +49,42 @@ def _moe_shape(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 _library.define(
-    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] w13, Tensor[] w2, int intermediate, int[] bits, "
-    "str[] schemes, int group_size, int w2_group_offset, Tensor[] signs, int[] sizes) -> Tensor"
+    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] w13, Tensor[] w2, Tensor[] signs, Tensor[] biases, "
+    "int[] bits, str[] schemes, int[] numbers, int[] sizes, float[] activation) -> Tensor"
 )
 _library.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_moeq::moe", _moe_shape, lib=_library)
 
 
-def moe(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13: PackedMatrices,
-    w2: PackedMatrices,
-) -> torch.Tensor:
+def moe(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, packed: PackedExperts) -> torch.Tensor:
     """Run a layer's experts on this rank's tokens.
 
     Args:
         x: hidden states [tokens, hidden].
         topk_weights: routing weights [tokens, top-k].
         topk_ids: local expert indices [tokens, top-k]; negative ones are skipped.
-        w13: gate and up [E, 2·intermediate, hidden], gate's rows first.
-        w2: down [E, hidden, intermediate].
+        packed: the layer.
 
     Returns:
         This rank's part of the sum, [tokens, hidden].
     """
-    first, second = w13.matrices, w2.matrices
+    result: torch.Tensor = torch.ops.vllm_moeq.moe(x, topk_weights, topk_ids, *arguments(packed, x.new_empty(0)))
+    return result
+
+
+def arguments(packed: PackedExperts, nothing: torch.Tensor) -> tuple[object, ...]:
+    """Return a layer as the operator takes it, with ``nothing`` for each tensor that it lacks."""
+    both = (packed.gate_up, packed.down)
+    first, second = (each.matrices for each in both)
     # They differ only if every row is one group, as long as the row.
     group_size = first.group_size if first.group_size == second.group_size else WHOLE_ROW
-    rotations = (w13.rotation, w2.rotation)
-    result: torch.Tensor = torch.ops.vllm_moeq.moe(
-        x, topk_weights, topk_ids, list(w13.tensors.values()), list(w2.tensors.values()), second.columns,
-        list(first.bits), [scheme.name for scheme in first.schemes], group_size, second.group_offset,
-        [x.new_empty(0) if it is None else it.signs for it in rotations],
-        [0 if it is None else it.size for it in rotations],
-    )  # fmt: skip
-    return result
+    return (
+        *(list(each.tensors.values()) for each in both),
+        [nothing if each.rotation is None else each.rotation.signs for each in both],
+        [nothing if each.bias is None else each.bias for each in both],
+        list(first.bits),
+        [scheme.name for scheme in first.schemes],
+        [second.columns, group_size, second.group_offset],
+        [0 if each.rotation is None else each.rotation.size for each in both],
+        packed.activation.numbers(),
+    )

@@ -25,12 +25,9 @@ class ReferenceLayer:
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden]; see :func:`moe_reference`."""
-        first, second = self.packed.gate_up, self.packed.down
         if torch.compiler.is_compiling():  # it would look inside, and stop where the routing decides what runs
-            return moe(x, topk_weights, topk_ids, first, second)
-        gate_up, down = (tuple(it.tensors.values()) for it in (first, second))
-        rotations = (first.rotation, second.rotation)
-        return moe_reference(x, topk_weights, topk_ids, first.matrices, gate_up, second.matrices, down, rotations)
+            return moe(x, topk_weights, topk_ids, self.packed)
+        return moe_reference(x, topk_weights, topk_ids, self.packed)
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
         """Do nothing: there is nothing to compile."""

@@ -44,6 +44,10 @@ COMPUTED = {
     "tp_size": "the loader takes this rank's slice",
     "dp_size": "checked with the all-to-all backend",
     "moe_parallel_config": "checked by check_parallel",
+    "activation": "a row of ACTIVATIONS in activations.py, or refused",
+    "swiglu_limit": "the bound of gate and up, where the activation reads it",
+    "swiglu_alpha": "SiLU's factor, where the activation reads it",
+    "swiglu_beta": "what is added to up, where the activation reads it",
     "apply_router_weight_on_input": "the method multiplies the input with the weights",
     "quant_config": "ours",
     "prefix": "the layer's name in the checkpoint",
@@ -55,12 +59,8 @@ COMPUTED = {
 """Name → how the kernels or this adapter heed it."""
 
 REFUSED = {
-    "activation": Refused(("silu",), "the activation silu"),
-    "swiglu_limit": Refused((None,), "silu without a clamp"),
-    "swiglu_alpha": Refused((None, 1.0), "silu of the gate itself"),
-    "swiglu_beta": Refused((None, 0.0), "nothing added to up"),
-    "activation_situ_beta": Refused((None,), "silu"),
-    "activation_situ_linear_beta": Refused((None,), "silu"),
+    "activation_situ_beta": Refused((None,), "an activation without it"),
+    "activation_situ_linear_beta": Refused((None,), "an activation without it"),
     "has_bias": Refused((False,), "experts without biases"),
     "intermediate_pad": Refused((None, 0), "an intermediate size without padding"),
     "tp_shard_with_padding": Refused((False,), "an intermediate size without padding"),

@@ -44,6 +44,11 @@ class Partition:
     schemes: tuple[Scheme, ...] | None = None
 
     @property
+    def stacked(self) -> int:
+        """How many projections w13 holds: gate and up, or up alone."""
+        return len(self.config.projections.names()) - 1
+
+    @property
     def begin(self) -> int:
         """The first intermediate neuron of this rank."""
         return self.rank * self.intermediate
@@ -88,14 +93,18 @@ class Partition:
 
     @cached_property
     def w13(self) -> RaggedMatrices:
-        """The layout of gate and up; ranks split their rows, so groups stay whole.
+        """The layout of gate and up, or of up alone; ranks split their rows, so groups stay whole.
 
         Raises:
             UsageError: see :attr:`w2`.
         """
         self._check_slices()
         return ragged(
-            self.local_widths, 2 * self.intermediate, self.hidden, self.config.group_size, schemes=self.local_schemes
+            self.local_widths,
+            self.stacked * self.intermediate,
+            self.hidden,
+            self.config.group_size,
+            schemes=self.local_schemes,
         )
 
     @cached_property
@@ -123,7 +132,9 @@ class ExpertLoader:
         self.partition = partition
         self._checkpoint = checkpoint
         self._local = {expert: local for local, expert in enumerate(partition.local_experts)}
-        self._projection = dict(zip(("w1", "w3", "w2"), partition.config.projections.names(), strict=True))
+        names = partition.config.projections
+        found = {"w1": names.gate, "w3": names.up, "w2": names.down}
+        self._projection = {shard: name for shard, name in found.items() if name is not None}
         self._loaded: set[str] = set()
         self._closed = False
 
@@ -191,7 +202,7 @@ class ExpertLoader:
         param.data = wide_enough(param.data, part)
         target = matrices.view(param.data, suffix, local)
         if shard_id != "w2":
-            target = target.tensor_split(2)[shard_id == "w3"]
+            target = target.tensor_split(self.partition.stacked)[shard_id == "w3"]
         if target.shape != part.shape:
             raise CheckpointError(
                 f"{self._place(name)}: expected {list(target.shape)} on this rank, found {list(part.shape)}"

@@ -8,6 +8,7 @@ import torch
 
 from vllm_moeq.format import CODES_PER_BLOCK, SIGNS, BlockRotation, MoeqConfig, Scheme, UsageError, drop_weak
 from vllm_moeq.kernels import (
+    SILU,
     LayerKernel,
     PackedExperts,
     PackedMatrices,
@@ -17,6 +18,7 @@ from vllm_moeq.kernels import (
     of_one_dtype,
     requested_backend,
 )
+from vllm_moeq.serving.activations import activation_of
 from vllm_moeq.serving.arguments import check_arguments
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
@@ -64,6 +66,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         self._checkpoint = checkpoint
         self._loader: ExpertLoader | None = None
         self._kernel: LayerKernel | None = None
+        self._activation = SILU
 
     def create_weights(
         self,
@@ -120,8 +123,13 @@ class MoeqMoEMethod(FusedMoEMethodBase):
 
     def _check(self, layer: RoutedExperts) -> None:
         check_arguments(layer, self.prefix)
-        if self.config.projections.up is None:
-            raise UsageError(f"{self.prefix}: expected experts with gate, up and down, found no up")
+        self._activation = activation_of(layer.moe_config, self.prefix)
+        stored = self.config.projections.up is not None
+        if stored != self._activation.gated:
+            raise UsageError(
+                f"{self.prefix}: activation: expected experts {'with' if stored else 'without'} a gate, as in the "
+                f"checkpoint, found {self._activation}"
+            )
         if len(self.widths) != layer.global_num_experts:
             raise UsageError(
                 f"{self.prefix}: expected {layer.global_num_experts} widths in quantization_config.experts, "
@@ -142,7 +150,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
 
     def _choose_kernel(self, layer: RoutedExperts) -> None:
         """Repack for a kernel, compile its variants, and free the loaded buffers unless it needs them."""
-        packed = PackedExperts(*(self._packed(layer, part) for part in PARTS))
+        packed = PackedExperts(self._packed(layer, PARTS[0]), self._packed(layer, PARTS[1]), self._activation)
         choice = choose(packed, requested_backend())
         logger.info_once("moeq: %s kernel: %s", choice.backend, choice.reason)
         row, on_gpu = choice.row, packed.device.type == "cuda"

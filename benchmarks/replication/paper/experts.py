@@ -91,7 +91,7 @@ def _look(decoder: Decoder, layer: MoeLayer, routed: Routed, known: int) -> list
         gates, activations, positions = [torch.empty(0)], [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
         for inputs, share, places in routed.chunks(expert, decoder.device):
             inner = weights.inner(inputs, decoder.activation)
-            routed.add(places, (inner @ weights.down.mT).float() * share[:, None])
+            routed.add(places, weights.outputs(inner).float() * share[:, None])
             gates.append(share.float().cpu())
             activations.append(inner.float().abs().mean(dim=1).cpu())
             positions.append(places)

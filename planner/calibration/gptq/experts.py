@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -79,20 +80,20 @@ class ExpertQuantizer:
             CheckpointError: a weight is not finite.
         """
         experts = [self._load(expert, device) for expert in batch]
-        rows = experts[0].gate.shape[0]
-        both = torch.stack([torch.cat((expert.gate, expert.up)) for expert in experts])
+        both = torch.stack([expert.stacked() for expert in experts])
         moments = Moments.stack(Moments.of(self._outer(expert, device)) for expert in batch)
         first = self._solve(both, moments, bits, scheme, self.layer.projections.gate)
-        gates, ups = ([q.rows(part) for q in first] for part in (slice(0, rows), slice(rows, None)))
+        parts = [_parts(codes, expert) for codes, expert in zip(first, experts, strict=True)]
         halves = [
-            ExpertWeights(g.dequantize(), u.dequantize(), e.down) for g, u, e in zip(gates, ups, experts, strict=True)
+            expert.replaced((*(codes.dequantize() for codes in own), expert.down))
+            for own, expert in zip(parts, experts, strict=True)
         ]
         inner = (self._inner(*found, device) for found in zip(batch, halves, experts, strict=True))
         moments = Moments.stack(map(Moments.of, inner))
         stacked = torch.stack([expert.down for expert in experts])
         downs = self._solve(stacked, moments, bits, scheme, self.layer.projections.down)
-        found = zip(batch, experts, gates, ups, downs, strict=True)
-        return [(name, self._result(name, exact, (g, u, d), device)) for name, exact, g, u, d in found]
+        found = zip(batch, experts, parts, downs, strict=True)
+        return [(name, self._result(name, exact, (*own, down), device)) for name, exact, own, down in found]
 
     def uncalibrated(
         self, expert: int, bits: int, scheme: Scheme, device: torch.device, reason: str
@@ -105,11 +106,11 @@ class ExpertQuantizer:
         chosen = self.settings
         quantizer = quantizer_for(bits, chosen.quantizer, chosen.one_bit, chosen.zero_points, scheme)
         exact = self._load(expert, device)
-        gate, up, down = (
+        matrices = tuple(
             rounded_in(self.bases.get(name), quantizer, weight, bits, chosen.group_size)
             for name, weight in zip(self.layer.projections.names(), exact.matrices(), strict=True)
         )
-        return self._result(expert, exact, (gate, up, down), device, reason)
+        return self._result(expert, exact, matrices, device, reason)
 
     def _load(self, expert: int, device: torch.device) -> ExpertWeights:
         found = load_expert(self.decoder.model, self.layer, expert, device, torch.float32)
@@ -152,19 +153,19 @@ class ExpertQuantizer:
         self,
         expert: int,
         exact: ExpertWeights,
-        matrices: tuple[QuantizedMatrix, QuantizedMatrix, QuantizedMatrix],
+        matrices: tuple[QuantizedMatrix, ...],
         device: torch.device,
         fallback: str | None = None,
     ) -> CalibratedExpert:
         """Run the quantized and the exact expert on its tokens; return the packed expert with outputs and error."""
-        quantized = ExpertWeights(*(matrix.dequantize() for matrix in matrices))
+        quantized = exact.replaced(matrix.dequantize() for matrix in matrices)
         activation = self.decoder.activation
         outputs, tokens, difference, size = [], 0, 0.0, 0.0
         for inputs, weights, places in self.routed.chunks(expert, device):
             x, originals = inputs.float(), self.routed.original(places, device)
             aim = x if originals is None else originals.float()
-            output = (quantized.inner(x, activation) @ quantized.down.mT).mul_(weights[:, None])
-            wanted = (exact.inner(aim, activation) @ exact.down.mT).mul_(weights[:, None])
+            output = quantized(x, activation).mul_(weights[:, None])
+            wanted = exact(aim, activation).mul_(weights[:, None])
             outputs.append((places, output.cpu()))
             tokens += places.numel()
             size += float(wanted.square().sum(dtype=torch.float64))
@@ -176,3 +177,9 @@ class ExpertQuantizer:
             )
         }
         return CalibratedExpert(packed, outputs, tokens, (difference / size) ** 0.5 if size else None, fallback)
+
+
+def _parts(codes: QuantizedMatrix, expert: ExpertWeights) -> tuple[QuantizedMatrix, ...]:
+    """Return the quantized matrices before the activation, which were quantized as one."""
+    ends = list(accumulate(len(matrix) for matrix in expert.first))
+    return tuple(codes.rows(slice(begin, end)) for begin, end in pairwise((0, *ends)))

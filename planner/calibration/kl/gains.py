@@ -187,7 +187,7 @@ def _squared(values: torch.Tensor) -> float:
 
 
 def _output(decoder: Decoder, expert: ExpertWeights, inputs: torch.Tensor) -> torch.Tensor:
-    return expert.inner(inputs, decoder.activation) @ expert.down.mT
+    return expert(inputs, decoder.activation)
 
 
 def _quantized(
@@ -202,9 +202,8 @@ def _quantized(
         moments = Moments.stack([Moments.of([inputs])])
         return solve_in(basis, weight[None], moments, bits, size, quantizer)[0].dequantize()
 
-    both = torch.cat((exact.gate, exact.up))
-    gate, up = solve(both, seen, turned.get(layer.projections.gate)).split(len(exact.gate))
-    inner = ExpertWeights(gate, up, exact.down).inner(seen.own, decoder.activation)
+    first = exact.split(solve(exact.stacked(), seen, turned.get(layer.projections.gate)))
+    inner = exact.replaced((*first, exact.down)).inner(seen.own, decoder.activation)
     wanted = None if seen.original is None else exact.inner(seen.original, decoder.activation)
     down = solve(exact.down, Inputs(inner, wanted, seen.weights), turned.get(layer.projections.down))
-    return ExpertWeights(gate, up, down)
+    return exact.replaced((*first, down))

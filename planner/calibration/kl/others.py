@@ -6,7 +6,7 @@ import torch
 
 from planner.calibration.kl.gains import Gains, Reach, Trial, gains
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import ExpertWeights, load_expert
+from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.rounded import rounded
 from planner.common.progress import Progress
@@ -57,7 +57,7 @@ def other_gains(
 def _alone(decoder: Decoder, layer: MoeLayer, widths: tuple[int, ...]) -> dict[int, torch.Tensor]:
     """Return the gains of trellises that are found from the weights alone, from a sample of one expert's weights."""
     whole = load_expert(decoder.model, layer, 0, decoder.device, torch.float32)
-    sample = ExpertWeights(*(matrix[:SAMPLE] for matrix in whole.matrices()))
+    sample = whole.replaced(matrix[:SAMPLE] for matrix in whole.matrices())
     turned = bases(layer, rotation_of(layer))
     found = {}
     for bits in widths:

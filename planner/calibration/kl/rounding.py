@@ -35,7 +35,7 @@ def changes(
     present = load_rounded(decoder, layer, expert, before)
     others = {bits: load_rounded(decoder, layer, expert, bits) for bits in widths}
     for inputs, weights, tokens in routed.chunks(expert, decoder.device):
-        output = present.inner(inputs, decoder.activation) @ present.down.mT
+        output = present(inputs, decoder.activation)
         for bits, other in others.items():
-            changed = other.inner(inputs, decoder.activation) @ other.down.mT
+            changed = other(inputs, decoder.activation)
             yield bits, tokens, (changed.float() - output.float()) * weights[:, None]

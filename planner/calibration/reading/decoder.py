@@ -58,7 +58,7 @@ class Decoder:
         self.moe = {layer.index: layer for layer in layout.layers}
         self.layers: torch.nn.ModuleList = self.network.whole.get_submodule(self.network.path)
         self.lm_head: torch.nn.Module = self.network.whole.get_output_embeddings()
-        self.activation: Callable[[torch.Tensor], torch.Tensor] = torch.nn.functional.silu
+        self.activation = self.network.activation
         self._weights = Weights(model, self.network.whole, device, dtype)
         self._arguments: dict[int, list[LayerStub]] = {}
         self._norm: str | None = None

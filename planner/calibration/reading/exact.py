@@ -36,7 +36,7 @@ class ExactExperts(torch.nn.Module):
             tokens, slots = (ids == expert).nonzero(as_tuple=True)
             if tokens.numel():
                 exact = load_expert(self.decoder.model, self.layer, expert, self.decoder.device, self.decoder.dtype)
-                output = exact.inner(hidden[tokens], self.decoder.activation) @ exact.down.mT
+                output = exact(hidden[tokens], self.decoder.activation)
                 result = result.index_add(0, tokens, output * weights[tokens, slots][:, None].to(output))
         self.inputs, self.ids, self.weights, self.outputs = hidden.detach(), ids, weights.detach(), result
         return result
@@ -56,7 +56,7 @@ def add_experts(decoder: Decoder, layer: MoeLayer, routed: Routed, widths: Seque
             continue
         found = load_rounded(decoder, layer, expert, widths[expert] if widths else None)
         for inputs, weights, tokens in routed.chunks(expert, decoder.device):
-            output = found.inner(inputs, decoder.activation) @ found.down.mT
+            output = found(inputs, decoder.activation)
             routed.add(tokens, output.float() * weights[:, None])
 
 

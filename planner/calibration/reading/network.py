@@ -9,10 +9,11 @@ import torch
 
 from planner.common.install import require
 from planner.model.architectures import Architecture
-from planner.model.layout import Layout, MoeLayer
+from planner.model.layout import Layout
 from planner.model.source import CONFIG, SourceModel
 from vllm_moeq.completeness import cannot_build, no_class, parse_config, silence
 from vllm_moeq.format import ConfigError, MoeqError, UsageError
+from vllm_moeq.kernels import Activation
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Network:
     Attributes:
         whole: transformers' model, with its head.
         path: name of the list of decoder layers in it.
+        activation: what its experts compute between their projections.
     """
 
     whole: Any
     path: str
+    activation: Activation
 
     @property
     def base(self) -> Any:
@@ -57,8 +60,6 @@ def build_network(model: SourceModel, layout: Layout, row: Architecture, dtype: 
     require("a model that reads a text", ("transformers", "accelerate"), "calibrate")
     from accelerate import init_empty_weights
 
-    from vllm_moeq.hf.contract import require_silu
-
     reason = no_class(model.config)
     if reason is not None:
         raise ConfigError(f"{model.folder}: transformers cannot load it ({reason})")
@@ -76,16 +77,26 @@ def build_network(model: SourceModel, layout: Layout, row: Architecture, dtype: 
         raise
     except Exception as error:  # the config may hold anything, and transformers raises whatever it meets first
         raise cannot_build(path, error) from None
-    network = Network(whole, _find_layers(whole, layout, row, model))
+    layers = _find_layers(whole, layout, row, model)
+    return Network(whole, layers, _activation(whole.get_submodule(layers), layout, row, model))
+
+
+def _activation(layers: Any, layout: Layout, row: Architecture, model: SourceModel) -> Activation:
+    """Return what the experts of all layers compute.
+
+    Raises:
+        UsageError: it is nothing that our kernels compute, or not the same in all layers.
+    """
+    from vllm_moeq.hf.contract import require_computed
+
+    found: dict[Activation, str] = {}
     for layer in layout.layers:
-        require_silu(f"{model.folder}: {layer.prefix}", _experts(network, row, layer))
-    return network
-
-
-def _experts(network: Network, row: Architecture, layer: MoeLayer) -> torch.nn.Module:
-    layers = network.whole.get_submodule(network.path)
-    found: torch.nn.Module = layers[layer.index].get_submodule(row.module_name(row.experts))
-    return found
+        experts = layers[layer.index].get_submodule(row.module_name(row.experts))
+        found.setdefault(require_computed(f"{model.folder}: {layer.prefix}", experts), layer.prefix)
+    if len(found) != 1:
+        (first, _), (other, place) = list(found.items())[:2]
+        raise UsageError(f"{model.folder}: {place}: expected {first}, as in the layers before, found {other}")
+    return next(iter(found))
 
 
 def _find_layers(whole: Any, layout: Layout, row: Architecture, model: SourceModel) -> str:

@@ -15,7 +15,7 @@ QUANTIZER, ONE_BIT = "rtn", "sign"
 def rounded(weights: ExpertWeights, bits: int) -> ExpertWeights:
     """Return an expert rounded to nearest, in groups of :func:`group_size`."""
     quantizer, size = quantizer_for(bits, QUANTIZER, ONE_BIT), group_size(weights)
-    return ExpertWeights(*(quantizer(matrix, bits, size).dequantize().to(matrix) for matrix in weights.matrices()))
+    return weights.replaced(quantizer(matrix, bits, size).dequantize().to(matrix) for matrix in weights.matrices())
 
 
 def group_size(weights: ExpertWeights) -> int:

@@ -148,7 +148,8 @@ def packed_of(case: Case) -> PackedExperts:
     if not case.wide_scales:
         return packed
     parts = (packed.gate_up, packed.down)
-    return PackedExperts(*(PackedMatrices(m.matrices, m.words, m.scales.float(), m.zeros.float()) for m in parts))
+    gate_up, down = (PackedMatrices(m.matrices, m.words, m.scales.float(), m.zeros.float()) for m in parts)
+    return PackedExperts(gate_up, down)
 
 
 def rounded(

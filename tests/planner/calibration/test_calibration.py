@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from planner.calibration.reading.decoder import Decoder
-from planner.calibration.reading.expert import ExpertWeights, load_expert
+from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.hidden import HiddenStates
 from planner.calibration.reading.routed import Routed, first_hidden, route
 from planner.calibration.reading.text import calibration_text, shortage
@@ -24,6 +24,7 @@ from tests.conftest import Outcome
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MODELS, SHIPPED
 from tests.planner.calibration.layers import reading
 from vllm_moeq.format import CheckpointError, UsageError
+from vllm_moeq.kernels import SILU
 
 CPU = torch.device("cpu")
 Run = Callable[..., Outcome]
@@ -145,7 +146,7 @@ class TestStatistics:
                 at = (routed.ids == busiest).nonzero(as_tuple=True)
                 inputs = routed.inputs[at[0]]
                 expert = load_expert(model, layer, busiest, CPU, torch.float32)
-                inner = expert.inner(inputs, torch.nn.functional.silu)
+                inner = expert.inner(inputs, SILU)
                 ours = read[layer.prefix]
                 assert torch.allclose(ours.input_square[busiest], inputs.square().mean(dim=0), rtol=1e-4)
                 assert torch.allclose(ours.inner_square[busiest], inner.square().mean(dim=0), rtol=1e-4)
@@ -189,11 +190,11 @@ class TestStatistics:
             exact = load_expert(model, layer, busiest, CPU, torch.float32)
             before = routed.outputs.clone()
             for bits, quantizer in ((1, quantize_sign), (2, quantize_rtn)):
-                changed = ExpertWeights(*(quantizer(weight, bits, 128).dequantize() for weight in exact.matrices()))
+                changed = exact.replaced(quantizer(weight, bits, 128).dequantize() for weight in exact.matrices())
                 routed.outputs.copy_(before)
                 for expert, sign in ((exact, -1.0), (changed, 1.0)):
                     for inputs, share, places in routed.chunks(busiest, CPU):
-                        output = expert.inner(inputs, decoder.activation) @ expert.down.mT
+                        output = expert(inputs, decoder.activation)
                         routed.add(places, sign * output * share[:, None])
                 difference = (routed.outputs - before).reshape(3, -1).norm(dim=1).sum()
                 assert torch.allclose(found.measured[f"error_{bits}"][busiest], difference, rtol=1e-3)

@@ -41,8 +41,8 @@ def in_memory(folder: Path, tokens: torch.Tensor, variants: list[tuple[int, int,
             fused = experts.gate_up_proj[expert], experts.down_proj[expert]
             before = [matrix.clone() for matrix in fused]
             gate, up = before[0].float().chunk(2)
-            other = rounded(ExpertWeights(gate, up, before[1].float()), bits)
-            fused[0].copy_(torch.cat((other.gate, other.up)))
+            other = rounded(ExpertWeights((gate, up), before[1].float()), bits)
+            fused[0].copy_(other.stacked())
             fused[1].copy_(other.down)
             changed = model(input_ids=tokens).logits.log_softmax(dim=-1)
             found.append(float((exact.exp() * (exact - changed)).sum()))

@@ -80,7 +80,7 @@ class TestKilledWhileReading:
         assert other["kl"]["mean"] > 2 * whole["kl"]["mean"]
 
     def test_whole_in_transformers(self, moeq: Moeq, tmp_path: Path) -> None:
-        build("gpt_oss", tmp_path / "source")
+        build("llama4_text", tmp_path / "source")
         arguments = (tmp_path / "source", *READ, "--batch-size", 1)
         whole = evaluate(moeq, tmp_path / "whole.json", *arguments)
         partial = kill(tmp_path / "cut.json", "pass-00000/model/states.json", *arguments)
