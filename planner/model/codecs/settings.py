@@ -125,11 +125,14 @@ def _of_modelopt(found: Any) -> Any:
 
 
 def _of_gptq(found: Any) -> Any:
-    return {"quant_method": "gptq", **found} if isinstance(found, Mapping) else found
+    """Return AutoGPTQ's own file as config.json has it; other tools gave the name to a file of theirs."""
+    if not isinstance(found, Mapping):
+        return found
+    return {**found, "quant_method": "awq" if found.get("quant_method") == "awq" else "gptq"}
 
 
 def _of_awq(found: Any) -> Any:
-    return {"quant_method": "awq", **found} if isinstance(found, Mapping) else found
+    return {**found, "quant_method": "awq"} if isinstance(found, Mapping) else found
 
 
 FILES = {"hf_quant_config.json": _of_modelopt, "quantize_config.json": _of_gptq, "quant_config.json": _of_awq}

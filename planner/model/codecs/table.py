@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from planner.model.codecs.awq import AWQ
@@ -94,22 +94,36 @@ def find_encoded(files: Tensors, settings: Settings | None) -> Encoded:
     weights: dict[str, Weight] = {}
     same: dict[Codec, Codec] = {}  # a model has a hundred thousand weights, and a few codecs
     for name in files.tensors:
-        for encoding in _candidates(files, name, METHODS[settings.method]):
-            weight = encoding.weight_of(name) or name
-            if weight in weights or (weight != name and weight in files.tensors):
-                raise CheckpointError(f"{files.place(name)}: expected one tensor that holds {weight}, found another")
-            stored = encoding.gather(weight, files)
-            bound = encoding.bind(stored, settings)
-            weights[weight] = Weight(same.setdefault(bound.codec, bound.codec), bound.shape, stored.names)
-    hidden = {name for weight in weights.values() for name in weight.parts.values()}
-    for name in files.tensors.keys() - hidden:
+        found = _encoding_of(files, name, METHODS[settings.method])
+        if found is None:
+            continue
+        encoding, weight = found
+        if weight in weights or (weight != name and weight in files.tensors):
+            raise CheckpointError(f"{files.place(name)}: expected one tensor that holds {weight}, found another")
+        stored = encoding.gather(weight, files)
+        bound = encoding.bind(stored, settings)
+        weights[weight] = Weight(same.setdefault(bound.codec, bound.codec), bound.shape, stored.names)
+    parts = {name for weight in weights.values() for name in weight.parts.values()}
+    return Encoded(weights, frozenset(parts | _beside(files, weights, parts)))
+
+
+def _beside(files: Tensors, weights: Mapping[str, Weight], parts: Set[str]) -> set[str]:
+    """Return the tensors that stand beside the parts of weights and are not read.
+
+    Raises:
+        CheckpointError: naming a tensor that would have to be.
+    """
+    found = set()
+    for name in files.tensors:
         leaf = name.rpartition(".")[2]
+        if name in parts:
+            continue
         if leaf in FACTORS:
             raise CheckpointError(f"{files.place(name)}: expected weights without such a tensor, which is not read")
         if leaf in BESIDE or leaf.endswith("_input_scale"):
-            hidden.add(name)
+            found.add(name)
         _refuse_scale(files, name, weights)
-    return Encoded(weights, frozenset(hidden))
+    return found
 
 
 def _check_options(settings: Settings) -> None:
@@ -123,8 +137,8 @@ def _check_options(settings: Settings) -> None:
         raise settings.refuse("transform_config", "none, as the inputs would have to be transformed")
 
 
-def _candidates(files: Tensors, name: str, encodings: tuple[Encoding, ...]) -> list[Encoding]:
-    """Return the encoding whose values a stored tensor holds, or nothing.
+def _encoding_of(files: Tensors, name: str, encodings: tuple[Encoding, ...]) -> tuple[Encoding, str] | None:
+    """Return the encoding whose values a stored tensor holds, and the weight's name; None if it holds none.
 
     Raises:
         CheckpointError: by its name it can be nothing else, but its dtype, or what is beside it, does not fit.
@@ -134,10 +148,10 @@ def _candidates(files: Tensors, name: str, encodings: tuple[Encoding, ...]) -> l
     typed = [(encoding, weight) for encoding, weight in named if info.dtype in encoding.dtypes]
     for encoding, weight in typed:
         if encoding.missing(weight, files.tensors) is None:
-            return [encoding]
+            return encoding, weight
     certain = [(encoding, weight) for encoding, weight in typed or named if encoding.values]
     if not certain:
-        return []
+        return None
     encoding, weight = certain[0]
     if typed:
         missing = encoding.missing(weight, files.tensors)

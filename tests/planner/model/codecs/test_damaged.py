@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from planner.model.codecs import FILES
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.architectures import build
@@ -224,6 +226,16 @@ def test_settings_may_be_nested_or_beside_config_json(dense: Path, tmp_path: Pat
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     with SourceModel(folder) as model:
         assert torch.equal(model.shards.load(f"{LINEAR}.weight"), expected)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_settings_alone_encodes_nothing(name: str, dense: Path, tmp_path: Path) -> None:
+    """Other tools write files of these names beside sixteen bits."""
+    folder = Path(shutil.copytree(dense, tmp_path / "source"))
+    (folder / name).write_text(json.dumps({"quant_method": "other", "quantization": {"quant_algo": None}}))
+    with SourceModel(folder) as model, SourceModel(dense) as same:
+        assert model.shards.tensors == same.shards.tensors
+        assert read_layout(model) == read_layout(same)
 
 
 def test_only_encoded_sources_have_scales_of_exponents(dense: Path, tmp_path: Path, quantized_copy: Path) -> None:

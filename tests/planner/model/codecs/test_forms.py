@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from planner.model.codecs import FILES, METHODS, VALUES, Parts, Settings, Weight, find_encoded, read_settings
 from planner.model.codecs.encoding import stored_name
 from planner.model.codecs.scales import block_of, scale_values
+from planner.model.codecs.settings import SAME_FILES
 from tests.encoded.forms import EXPONENT, FORMS, Form, Tensors, gptq
 from tests.encoded.memory import Memory
 from tests.paths import ROOT
@@ -157,3 +158,11 @@ def _code(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return codes by one large integer."""
     whole = sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
     return torch.tensor([(whole >> (bits * place)) % 2**bits for place in range(count)])
+
+
+def test_the_guide_names_every_method() -> None:
+    section = (ROOT / "docs" / "guide.md").read_text().split("## Encoded sources\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")][1:]
+    named = {word for row in rows for word in row.split("`")[1::2]}
+    others = {method for method, _ in SAME_FILES}
+    assert named == {*METHODS, *FILES, *others}
