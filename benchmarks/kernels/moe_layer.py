@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels.moe_layer --output results
 
-Our kernel is launched once per projection, for experts of several widths. The rivals are vLLM's bf16 fused MoE, Marlin
+Our kernel is launched once per projection, for experts of several widths; beside it with trellises of 2 bits, alone
+and mixed with grids of 3, whatever the mix. The rivals are vLLM's bf16 fused MoE, Marlin
 with 4 bits, humming with one width near the same average, and humming with one launch per width. The routing is given,
 and weights are random. Before a peer is timed, it is checked at every number of tokens against a float32 product with
 its own weights; a peer that is wrong is refused. Microseconds are the mean over several routings of the median over
@@ -228,9 +229,9 @@ def describe(row: dict[str, Any], peak: float) -> Iterator[str]:
             if share and row.get("estimate_us"):
                 share += f", estimate {row['estimate_us']:.1f} µs"
             note = f" ({peer['note']})" if peer["note"] else ""
-            yield f"  {name:16} {peer['us']:10.1f} µs, error {peer['error']:.1e}{share}{note}"
+            yield f"  {name:18} {peer['us']:10.1f} µs, error {peer['error']:.1e}{share}{note}"
         else:
-            yield f"  {name:16} {peer['skipped']}"
+            yield f"  {name:18} {peer['skipped']}"
 
 
 def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
