@@ -52,7 +52,8 @@ class Ended:
 def interruptible() -> Iterator[None]:
     """Raise :class:`Interrupted` at Ctrl-C and SIGTERM, also where the shell had them ignored; once, then never again.
 
-    Children start with the usual handlers, since handled signals do not pass on.
+    Children start with the usual handlers, since handled signals do not pass on. After an interruption signals stay
+    ignored: whoever started the suite may send a second one, which must not change how it ends.
     """
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -63,10 +64,9 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number in before:
         signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is interrupt:
             signal.signal(number, handler)
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels.moe_layer --output results
 
-Our kernel is launched once per projection, for experts of several widths. The rivals are vLLM's bf16 fused MoE, Marlin
+Our kernel is launched once per projection, for experts of several widths; beside it with trellises of 2 bits, alone
+and mixed with grids of 3, whatever the mix. The rivals are vLLM's bf16 fused MoE, Marlin
 with 4 bits, humming with one width near the same average, and humming with one launch per width. The routing is given,
 and weights are random. Before a peer is timed, it is checked at every number of tokens against a float32 product with
 its own weights; a peer that is wrong is refused. Microseconds are the mean over several routings of the median over
@@ -39,6 +40,7 @@ from benchmarks.kernels.peers import (
 )
 from benchmarks.kernels.probe import Probe
 from benchmarks.kernels.routing import MIXES, MODELS, ROUTINGS, bytes_moved, mix_widths, route
+from benchmarks.kernels.time_model import estimate_grids
 from vllm_moeq.kernels.reference_layer import ReferenceLayer
 
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096]
@@ -193,7 +195,14 @@ class Layer:
             "model": point.model, "mix": point.mix, "routing": point.routing, "tokens": point.tokens,
             "average_bits": self.setting.average, "widths": {str(w): bits.count(w) for w in sorted(set(bits))},
             "routings": len(inputs.x), "bytes": sum(moved) / len(moved), "peers": rows,
+            "estimate_us": self._estimate(point) if point.routing == "uniform" else None,
         }  # fmt: skip
+
+    def _estimate(self, point: Point) -> float | None:
+        """Return the estimate of our time on a known card."""
+        setting = self.setting
+        name = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else ""
+        return estimate_grids(name, setting.packed.bits, point.tokens, setting.shape, setting.group_size)
 
 
 def told(problem: Exception) -> str:
@@ -217,10 +226,12 @@ def describe(row: dict[str, Any], peak: float) -> Iterator[str]:
     for name, peer in row["peers"].items():
         if "us" in peer:
             share = f", {row['bytes'] / peer['us'] / 1e-6 / peak:.0%} of bandwidth" if name == "triton" else ""
+            if share and row.get("estimate_us"):
+                share += f", estimate {row['estimate_us']:.1f} µs"
             note = f" ({peer['note']})" if peer["note"] else ""
-            yield f"  {name:16} {peer['us']:10.1f} µs, error {peer['error']:.1e}{share}{note}"
+            yield f"  {name:18} {peer['us']:10.1f} µs, error {peer['error']:.1e}{share}{note}"
         else:
-            yield f"  {name:16} {peer['skipped']}"
+            yield f"  {name:18} {peer['skipped']}"
 
 
 def run(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.routing import Shape, nearest_width
+from benchmarks.kernels.trellis import beside, trellis_experts
 from vllm_moeq.kernels import dense_expert, ragged
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 
@@ -150,6 +151,20 @@ def triton(setting: Setting) -> Peer:
     return Peer("triton", ours("triton", setting, setting.packed), setting.packed)
 
 
+def trellis(setting: Setting) -> Peer:
+    """Build our kernel for trellises of 2 bits."""
+    packed = trellis_experts([2] * setting.shape.experts, setting.shape, setting.device)
+    return Peer("trellis-w2", ours("triton", setting, packed), packed, "all trellises of 2 bits")
+
+
+def trellis_and_grid(setting: Setting) -> Peer:
+    """Build our kernel for a layer of two codings, a trellis of 2 bits and a grid of 3."""
+    half = setting.shape.experts // 2
+    grids = random_experts([3] * (setting.shape.experts - half), setting.shape, setting.group_size, setting.device)
+    packed = PackedExperts(beside(grids.gate_up, [2] * half, 3), beside(grids.down, [2] * half, 4))
+    return Peer("trellis-w2-grid-w3", ours("triton", setting, packed), packed, "half trellises of 2 bits, half 3 bits")
+
+
 def reference(setting: Setting) -> Peer:
     """Build plain torch, expert by expert."""
     return Peer("reference", ours("reference", setting, setting.packed), setting.packed, capture=False)
@@ -219,6 +234,8 @@ def marlin(setting: Setting) -> Peer:
 
 BUILDERS: dict[str, Callable[[Setting], Peer]] = {
     "triton": triton,
+    "trellis-w2": trellis,
+    "trellis-w2-grid-w3": trellis_and_grid,
     "bf16": bf16,
     "marlin-w4": marlin,
     "humming-uniform": humming_uniform,
@@ -226,7 +243,7 @@ BUILDERS: dict[str, Callable[[Setting], Peer]] = {
     "reference": reference,
 }
 GPU_PEERS = [name for name in BUILDERS if name != "reference"]
-CPU_PEERS = ["triton", "reference"]
+CPU_PEERS = ["triton", "trellis-w2", "trellis-w2-grid-w3", "reference"]
 
 
 def vllm_module(name: str) -> Any:

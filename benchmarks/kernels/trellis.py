@@ -25,6 +25,27 @@ def random_matrices(bits: Sequence[int], rows: int, columns: int, seed: int) -> 
     return PackedMatrices(layout, words, scales.half())
 
 
+def beside(grid: PackedMatrices, bits: Sequence[int], seed: int) -> PackedMatrices:
+    """Return trellises of some widths and, behind them, the experts of a grid, on the grid's device."""
+    of = grid.matrices
+    rings = random_matrices(bits, of.rows, of.columns, seed)
+    layout = ragged(
+        [*bits, *of.bits], of.rows, of.columns, of.group_size, schemes=[*rings.matrices.schemes, *of.schemes]
+    )
+    tensors = {name: tensor.to(grid.device) for name, tensor in (rings.tensors | grid.tensors).items()}
+    return PackedMatrices(layout, *(tensors[suffix] for suffix in layout.suffixes))
+
+
+def trellis_experts(bits: Sequence[int], shape: Shape, device: torch.device) -> PackedExperts:
+    """Return a layer of random trellises."""
+    both = (
+        random_matrices(bits, rows, columns, seed)
+        for rows, columns, seed in ((2 * shape.intermediate, shape.hidden, 1), (shape.hidden, shape.intermediate, 2))
+    )
+    moved = (PackedMatrices(it.matrices, *(each.to(device) for each in it.tensors.values())) for it in both)
+    return PackedExperts(*moved)
+
+
 def rotation(columns: int, seed: int) -> BlockRotation:
     """Return random signs with the largest of :data:`SIZES` that divides the columns."""
     size = next(size for size in SIZES if columns % size == 0)

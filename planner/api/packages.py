@@ -90,6 +90,10 @@ def _served_tasks(values: Values) -> str | None:
     return "--backend vllm" if _tasks(values) and values["backend"] == "vllm" else None
 
 
+def _benched(values: Values) -> str | None:
+    return "moeq bench" if values["gpu_report"] is None else None
+
+
 def _always(reason: str) -> Callable[[Values], str | None]:
     return lambda _: reason
 
@@ -106,7 +110,7 @@ ROWS: Sequence[PackagesFor] = (
     PackagesFor(("compare", "eval"), _tasks, ("lm_eval", *MODEL), "eval"),
     PackagesFor(("eval",), _served_tasks, ("vllm",), "gpu"),
     PackagesFor(("serve",), _always("moeq serve"), ("vllm",), "gpu"),
-    PackagesFor(("bench",), _always("moeq bench"), ("vllm",), "gpu"),
+    PackagesFor(("bench",), _benched, ("vllm",), "gpu"),
     PackagesFor(("lm-eval",), _always("moeq lm-eval"), ("lm_eval", *MODEL), "eval"),
     PackagesFor(("quantize",), _given("--ray", "ray"), ("ray",), "ray"),
     PackagesFor(("report",), _given("--png", "png"), ("matplotlib",), "report"),

@@ -258,6 +258,11 @@ ROWS: Sequence[ReadOnlyWhere] = (
     ),
     ReadOnlyWhere(("reference", "window", "max_tokens"), _is_given("data"), "--data FILE", _nothing, ("eval",)),
     ReadOnlyWhere(
+        ("models", "requests", "at_a_time", "input_tokens", "output_tokens", "url", "as_json"),
+        lambda values: values["gpu_report"] is None, "no --gpu-report",
+        lambda values: f"--gpu-report {values['gpu_report']}", ("bench",),
+    ),
+    ReadOnlyWhere(
         ("limit", "backend"), lambda values: bool(values["tasks"] or values.get("suite")), "tasks", _nothing
     ),
 )  # fmt: skip

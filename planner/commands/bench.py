@@ -1,4 +1,4 @@
-"""``moeq bench``: how fast vLLM serves a checkpoint, or another model beside it."""
+"""``moeq bench``: how fast vLLM serves a checkpoint, or another model beside it; what a GPU shows of the kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from planner.commands import show
 from planner.commands.flags.common import Json
 from planner.commands.serve import check_flags
 from planner.common.progress import Progress
-from planner.common.shown import add_row
+from planner.common.shown import add_row, say
+from planner.evaluation.gpu_suite import archive_of, check_card, check_output, find_script, run_suite
 from planner.evaluation.server_start import cache_flags, check_tokenizer, find_checkpoint, value_of
 from planner.evaluation.serving_speed import (
     METRICS,
@@ -82,16 +83,24 @@ class Served:
 
 def bench_command(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="DIR",
             help="A checkpoint; a second model to compare it with, also in bfloat16; behind --, vLLM's flags for both.",
         ),
-    ],
+    ] = None,
     *,
     requests: RequestFlags,
     url: Annotated[
         str | None, typer.Option("--url", help="A running server of DIR, http://HOST:PORT; without it one is started.")
+    ] = None,
+    gpu_report: Annotated[
+        Path | None,
+        typer.Option(
+            "--gpu-report",
+            metavar="FOLDER",
+            help="In a clone, instead: run the suite for GPUs, and pack what it finds to be sent.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -99,8 +108,11 @@ def bench_command(
 
     Example: moeq bench Mixtral-8x7B-2.5bit mistralai/Mixtral-8x7B-v0.1 -- --max-model-len 4096
     """
-    names = list(takewhile(lambda word: not word.startswith("-"), models))
-    flags, load, progress = models[len(names) :], requests.load(), Progress()
+    if gpu_report is not None:
+        raise typer.Exit(_report_gpu(gpu_report))
+    words = models or []
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    flags, load, progress = words[len(names) :], requests.load(), Progress()
     if not 1 <= len(names) <= 2:
         raise UsageError(f"DIR: expected one or two models before vLLM's flags, found {' '.join(names) or 'none'}")
     with tempfile.TemporaryDirectory(prefix="moeq-bench-") as work:
@@ -115,6 +127,22 @@ def bench_command(
         show.emit({**asdict(load), "models": [{"model": name, **values} for name, values in rows.items()], **ratios})
     else:
         print_speeds(rows, better)
+
+
+def _report_gpu(folder: Path) -> int:
+    """Run the suite, say where its archive goes, and return its exit status.
+
+    Raises:
+        UsageError: this is no clone, there is no GPU, or the folder is taken.
+    """
+    script = find_script()
+    check_card()
+    check_output(folder)
+    status = run_suite(script, folder)
+    archive = archive_of(folder)
+    if archive.exists():
+        say(f"Attach {archive} to an issue of the repository (form: GPU results); it names no user, machine or path.")
+    return status
 
 
 def _checked(names: Sequence[str], flags: Sequence[str], load: Load) -> list[Served]:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.common.results import fraction, markdown, ratio
 from benchmarks.common.timing import spread, summary
 from benchmarks.kernels.figure3 import LayerStatistics, allocations, bytes_table, pmq_widths, read
-from benchmarks.kernels.moe_layer import KEY_TOKENS, TOKENS, points
+from benchmarks.kernels.moe_layer import KEY_TOKENS, LIMIT, TOKENS, points
 from benchmarks.kernels.peers import Setting, UnavailableError, build, random_experts
 from benchmarks.kernels.routing import (
     MIXES,
@@ -29,7 +29,9 @@ from benchmarks.kernels.routing import (
     visit_probability,
 )
 from benchmarks.serving.throughput import Answer, compare, cut, requests
+from vllm_moeq.format import TRELLIS_SCHEME
 from vllm_moeq.kernels import dense_expert
+from vllm_moeq.kernels.reference_layer import ReferenceLayer
 
 SMALL = Shape(experts=8, top_k=2, hidden=256, intermediate=96)
 SKEWED = [9.0, 1.0, 4.0, 4.0, 2.0, 6.0, 3.0, 7.0]
@@ -148,6 +150,22 @@ def test_rivals_say_why_they_are_missing_on_a_cpu() -> None:
     for name in ("bf16", "marlin-w4", "humming-classes", "humming-uniform"):
         with pytest.raises(UnavailableError, match="GPU"):
             build(name, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels are compiled, not interpreted")
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("name", ["trellis-w2", "trellis-w2-grid-w3"])
+def test_layers_with_trellises_are_right(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as it was when the kernels were imported
+    device, shape = torch.device("cpu"), MODELS["tiny"]
+    setting = Setting(shape, random_experts([2] * 8, shape, 128, device), 128, torch.float16, device)
+    peer = build(name, setting)
+    weights, ids = route("uniform", tokens, shape, 0)
+    x = torch.randn((tokens, shape.hidden), generator=torch.Generator().manual_seed(0))
+    found, exact = peer.call(x.half(), weights, ids), ReferenceLayer(peer.weights)(x.half().float(), weights, ids)
+    assert float((found.float() - exact).norm() / exact.norm()) < LIMIT
+    assert {scheme.name for scheme in peer.weights.gate_up.matrices.schemes} >= {TRELLIS_SCHEME.name}
 
 
 def test_the_most_informative_points_come_first() -> None:
