@@ -10,7 +10,8 @@ from vllm_moeq.kernels.triton.schedule import FEW, MANY
 
 def test_the_table_has_every_schedule_of_an_architecture() -> None:
     cases = list(wanted(["sm_120"], every=False))
-    assert [case.schedule for case in cases] == [*FEW, *MANY]
+    assert [case.schedule for case in cases if not case.rings] == [*FEW, *MANY]
+    assert any(case.rings for case in cases)
     assert {case.arch for case in cases} == {"sm_120"}
     assert {case.arch for case in wanted(["sm_89"], every=True)} == {"sm_89"}
 
