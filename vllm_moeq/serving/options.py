@@ -17,6 +17,9 @@ NO_SPECULATIVE_LAYERS = (
     "speculative decoding (mtp), which quantizing leaves out"
 )
 
+EXPERTS = "experts"
+"""The last part of the name that vLLM's models give a layer of experts."""
+
 PROCESSED = frozenset({"ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer"})
 """The formats of loading that store what another kernel made of the weights, not the checkpoint's tensors."""
 
@@ -38,8 +41,22 @@ class Option:
     reason: str
 
 
+def _adapts_experts(lora: Any) -> bool:
+    """Tell whether adapters may be for experts: vLLM prepares those of all layers that it is not told to leave out."""
+    if lora is None:
+        return False
+    named = lora.target_modules
+    return not named or any(EXPERTS in name.split(".") for name in named)
+
+
 OPTIONS = (
-    Option("--enable-lora", "lora_config", bool, "adapters cannot be added to packed experts; expected it left out"),
+    Option(
+        "--enable-lora",
+        "lora_config",
+        _adapts_experts,
+        "adapters cannot be added to packed experts; expected --lora-target-modules with linears alone, such as "
+        "q_proj v_proj",
+    ),
     Option(
         "--enable-eplb",
         "parallel_config.enable_eplb",
