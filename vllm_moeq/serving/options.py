@@ -8,13 +8,14 @@ from functools import reduce
 from typing import Any
 
 from vllm_moeq.format import UsageError
+from vllm_moeq.format.speculation import announced
 
 DRAFT = "draft_model."
 """What vLLM puts before the layers of a draft model; the checkpoint's names do not have it."""
 
 NO_SPECULATIVE_LAYERS = (
     "--speculative-config: expected a draft that is a model of its own, or ngram; found this checkpoint's layers for "
-    "speculative decoding (mtp), which quantizing leaves out"
+    "speculative decoding (mtp), which quantizing left out; `moeq quantize --mtp keep` keeps them"
 )
 
 EXPERTS = "experts"
@@ -115,5 +116,5 @@ def check_draft(hf_config: Any) -> None:
     Raises:
         UsageError: vLLM is about to.
     """
-    if hasattr(hf_config, "n_predict"):
+    if hasattr(hf_config, "n_predict") and not announced(hf_config.to_dict()):
         raise UsageError(NO_SPECULATIVE_LAYERS)
