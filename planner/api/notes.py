@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.common.progress import Progress
+from planner.common.units import GIB
 from planner.model.layout import Layout, architecture_of
 from planner.model.recognize import why_unserved
 from planner.model.source import SourceModel
@@ -52,3 +53,9 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
         )
     if layout.left_out:
         progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
+    if layout.speculative:
+        size = sum(source.shards.info(name).nbytes for name in layout.speculative)
+        progress.line(
+            f"note: layers for speculative decoding stay in 16 bits: {len(layout.speculative)} tensors, "
+            f"{size / GIB:.3g} GiB"
+        )

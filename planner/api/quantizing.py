@@ -14,7 +14,7 @@ from planner.api import notes
 from planner.api.call import takes
 from planner.api.keywords.codes import GptqKeywords, SchemeKeyword, StorageKeywords, WrittenCodeKeywords
 from planner.api.keywords.common import PathName
-from planner.api.keywords.running import QuantizeRunKeywords
+from planner.api.keywords.running import MtpKeyword, QuantizeRunKeywords
 from planner.api.keywords.text import TextKeywords
 from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Planned, Quantized
@@ -45,6 +45,7 @@ from planner.quantization.quantizers.table import AUTO_SCHEME, POSSIBLE, QUANTIZ
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
+from planner.quantization.speculation import with_speculation
 from planner.reporting.card import write_card
 from planner.text.tokenizer import load_tokenizer
 from vllm_moeq.format import MoeqError, UsageError
@@ -59,6 +60,7 @@ class QuantizeKeywords(
     SchemeKeyword,
     StorageKeywords,
     WrittenCodeKeywords,
+    MtpKeyword,
 ):
     """The arguments of :func:`quantize`.
 
@@ -147,6 +149,8 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
     with open_model(str(wanted.model), dry_run) as source:
         layout = read_layout(source)
         notes.refuse_incomplete(source, layout, progress)
+        if wanted.mtp == "keep":
+            layout = with_speculation(source, layout)
         notes.note_limits(source, layout, progress)
         settings = QuantizeSettings(
             quantizer, wanted.one_bit, wanted.checked_group_size(), wanted.linear(source, layout), wanted.zero_points,

@@ -11,16 +11,11 @@ from planner.model.codecs import METHODS, read_settings
 from planner.model.recognize import architecture_for
 from planner.model.source import SourceModel
 from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
+from vllm_moeq.format.speculation import SPECULATIVE
 
 ROWS_MULTIPLE = 32
 """A matrix whose number of output neurons is no multiple of this is a gate or the like; no low-bit kernel takes it."""
 
-
-SPECULATIVE = ("mtp.", "model.mtp.")
-"""Name prefixes of layers for speculative decoding that are no decoder layers."""
-
-COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
-"""The keys in which models say how many such layers they have; vLLM reads them all."""
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -88,6 +83,7 @@ class Layout:
             unquantized.
         left_out: tensors of layers for speculative decoding; the output does not have them.
         odd: the matrices among ``plain`` that would be linears if a block of codes divided their input dimension.
+        speculative: the tensors among ``kept`` of layers for speculative decoding, where those are not left out.
     """
 
     model_type: str
@@ -98,6 +94,7 @@ class Layout:
     plain: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
+    speculative: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -158,7 +155,7 @@ def read_layout(model: SourceModel) -> Layout:
         layers=tuple(layers),
         linears=tuple(sorted(linears)),
         kept=tuple(sorted(kept)),
-        plain=tuple(sorted(name for name in kept if _is_plain(name, model.shards.info(name)))),
+        plain=tuple(sorted(name for name in kept if is_plain(name, model.shards.info(name)))),
         left_out=tuple(sorted(left_out)),
         odd=tuple(sorted(name for name in kept if _is_odd(name, model.shards.info(name), row, blocks, layers))),
     )
@@ -237,7 +234,8 @@ def _is_odd(name: str, info: TensorInfo, row: Architecture, blocks: Sequence[str
     return inside and _is_matrix(name, info, row) and info.shape[1] % CODES_PER_BLOCK != 0
 
 
-def _is_plain(name: str, info: TensorInfo) -> bool:
+def is_plain(name: str, info: TensorInfo) -> bool:
+    """Tell whether a tensor is a matrix for which vLLM may have a linear layer."""
     return name.endswith(".weight") and len(info.shape) == 2 and not name.endswith(EMBEDDING)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from planner.model.companions import check_companions
-from planner.model.layout import COUNTS, Layout, architecture_of, read_layout
+from planner.model.layout import Layout, architecture_of, read_layout
 from planner.model.quantized import is_moeq
 from planner.model.recognize import find_architecture
 from planner.model.skeleton import ConfigModel, SkeletonTensors
@@ -22,7 +22,8 @@ from vllm_moeq.completeness import (
     refuse_bytes,
     verify_whole,
 )
-from vllm_moeq.format import NESTED, Summary, read_json
+from vllm_moeq.format import Summary, read_json
+from vllm_moeq.format.speculation import announced
 
 
 def check_folder(folder: Path) -> str | None:
@@ -93,8 +94,7 @@ def _announced(model: SourceModel, layout: Layout) -> list[str]:
     Layers behind the last one that config.json does not announce are layers of a model that it does not describe.
     """
     row, blocks = architecture_of(model), set(layout.blocks)
-    parts = [part for part in (model.config, model.config.get(NESTED)) if isinstance(part, dict)]
-    more = max((part[key] for part in parts for key in COUNTS if type(part.get(key)) is int), default=0)
+    more = announced(model.config)
     found = []
     for name in layout.left_out:
         owner = row.owner(name)

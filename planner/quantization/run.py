@@ -106,7 +106,11 @@ def with_fallbacks(config: MoeqConfig, report: Mapping[str, Any]) -> MoeqConfig:
 
 
 def fingerprint(
-    model: SourceModel, plan: Plan, settings: QuantizeSettings, calibration: Mapping[str, Any] | None = None
+    model: SourceModel,
+    plan: Plan,
+    settings: QuantizeSettings,
+    calibration: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, Any]:
     """Return everything that decides the output; messages show the keys."""
     return {
@@ -114,6 +118,7 @@ def fingerprint(
         "plan": plan.model_dump(mode="json", exclude={"cost"}),
         "settings": settings.as_dict(),
         "calibration": dict(calibration) if calibration else None,
+        **({"mtp": "keep"} if layout is not None and layout.speculative else {}),
     }
 
 
@@ -159,7 +164,7 @@ def quantize(
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.storage)
     check_space(output, sizes.total_bytes + companion_bytes(model.folder) + HEADROOM_BYTES)
     config = build_config(layout, plan, settings)
-    writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration), resume)
+    writer = CheckpointWriter(output, fingerprint(model, plan, settings, calibration, layout), resume)
     try:
         if claimed is not None:
             claimed(writer.partial)
@@ -171,7 +176,7 @@ def quantize(
         if calibration:
             report["calibration"] = dict(calibration)
         writer.copy(model.folder, companions(model.folder))
-        writer.finish(*_files(model, plan, with_fallbacks(config, report), report), describe)
+        writer.finish(*_files(model, layout, plan, with_fallbacks(config, report), report), describe)
     except BaseException:
         writer.abandon()
         raise
@@ -195,13 +200,14 @@ def _note_fallbacks(report: Mapping[str, Any], settings: QuantizeSettings, progr
 
 
 def _files(
-    model: SourceModel, plan: Plan, config: MoeqConfig, report: dict[str, Any]
+    model: SourceModel, layout: Layout, plan: Plan, config: MoeqConfig, report: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the contents of config.json, and name → contents of the other JSON files."""
     quantization_config = config.model_dump(mode="json", exclude_none=True)
     # The time that planning took is left out, so that the same input makes the same bytes.
     extra = {"plan.json": plan.model_dump(mode="json", exclude={"cost"}), REPORT: report}
-    return {**without_speculation(model.config), "quantization_config": quantization_config}, extra
+    told = model.config if layout.speculative else without_speculation(model.config)
+    return {**told, "quantization_config": quantization_config}, extra
 
 
 def _run(tasks: list[LayerTask], writer: CheckpointWriter, runner: Runner, progress: Progress) -> None:

@@ -72,7 +72,6 @@ WRONG: dict[str, Any] = {
     "has_bias": True,
     "intermediate_pad": 32,
     "tp_shard_with_padding": True,
-    "is_lora_enabled": True,
     "num_fused_shared_experts": 1,
 }
 

@@ -53,7 +53,8 @@ def build(config: VllmConfig, prefix: str = "") -> torch.nn.Module:
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("--enable-lora", {"lora_config": LoRAConfig(max_lora_rank=8)}, "adapters cannot"),
+    ("--enable-lora", {"lora_config": LoRAConfig(max_lora_rank=8)}, "adapters cannot .*--lora-target-modules"),
+    ("--enable-lora", {"lora_config": LoRAConfig(target_modules=["q_proj", "model.layers.0.mlp.experts"])}, "adapters"),
     ("--load-format", {"load_config": LoadConfig(load_format="sharded_state")}, "expected auto"),
     ("--load-format", {"load_config": LoadConfig(load_format="tensorizer")}, "expected auto"),
     ("--cpu-offload-gb", {"offload_config": OffloadConfig(uva=UVAOffloadConfig(cpu_offload_gb=1))}, "on the device"),
@@ -81,6 +82,11 @@ def test_load_balancing_is_refused(served: VllmConfig, monkeypatch: pytest.Monke
     monkeypatch.setattr(served.parallel_config, "enable_eplb", True)
     with pytest.raises(UsageError, match=r"^--enable-eplb: "):
         check_options(served)
+
+
+def test_adapters_of_linears_pass(served: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "lora_config", LoRAConfig(max_lora_rank=8, target_modules=["q_proj", "v_proj"]))
+    check_options(served)
 
 
 def test_every_option_is_one_of_vllms(served: VllmConfig) -> None:

@@ -60,7 +60,7 @@ def _check_numbers_of_layers(shards: ShardSet, config: dict[str, Any], parsed: M
     Raises:
         CheckpointError: naming the first tensor of such a layer.
     """
-    count = _size(config, "num_hidden_layers")
+    count = size(config, "num_hidden_layers")
     for prefix in parsed.experts:
         found = OF_A_LAYER.match(prefix)
         if found is not None and count is not None and int(found[2]) >= count:
@@ -77,7 +77,7 @@ def _check_embedding(shards: ShardSet, config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: naming it.
     """
-    expected = [_size(config, "vocab_size"), _size(config, "hidden_size")]
+    expected = [size(config, "vocab_size"), size(config, "hidden_size")]
     for name in EMBEDDINGS if None not in expected else ():
         info = shards.tensors.get(name)
         if info is not None and list(info.shape) != expected:
@@ -87,7 +87,7 @@ def _check_embedding(shards: ShardSet, config: dict[str, Any]) -> None:
             )
 
 
-def _size(config: dict[str, Any], key: str) -> int | None:
+def size(config: dict[str, Any], key: str) -> int | None:
     """Return a size of the language model, or None if config.json does not say it."""
     for part in reversed(parts(config)):
         if type(part.get(key)) is int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.completeness.against_files import check_against_files
+from vllm_moeq.completeness.against_files import check_against_files, size
 from vllm_moeq.completeness.classes import no_class
 from vllm_moeq.completeness.compare import check_tied, compare
 from vllm_moeq.completeness.config_values import check_values
@@ -28,6 +28,7 @@ from vllm_moeq.format import (
     read_json,
     verify,
 )
+from vllm_moeq.format.speculation import SPECULATIVE, announced, count_layers, is_speculative
 
 WORDS = LINEAR_SUFFIXES[0]
 
@@ -60,19 +61,42 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
         summary.only_experts = no_class(config)
         if summary.only_experts is None:
             expected = expected_tensors(config, path)
-            _compare(shards, expected, found, parsed)
+            _compare(shards, expected, found, parsed, _kept_behind(shards, config))
             if values:
                 check_tied(shards, expected)
     return summary
 
 
-def _compare(shards: ShardSet, expected: Expected, found: dict[str, TensorInfo], parsed: MoeqConfig) -> None:
+def _kept_behind(shards: ShardSet, config: dict[str, Any]) -> set[str]:
+    """Return the tensors of layers for speculative decoding that config.json announces; transformers has none.
+
+    Raises:
+        CheckpointError: there are fewer: vLLM would draft with random weights.
+    """
+    layers, more = size(config, "num_hidden_layers"), announced(config)
+    found = {name for name in shards.tensors if is_speculative(name, layers, more)}
+    own_stack = any(name.startswith(SPECULATIVE) for name in found)
+    if count_layers(found) < more and not own_stack:
+        raise CheckpointError(
+            f"{shards.folder}: expected the tensors of {more} layers for speculative decoding, which config.json "
+            f"announces, found {count_layers(found)}"
+        )
+    return found
+
+
+def _compare(
+    shards: ShardSet,
+    expected: Expected,
+    found: dict[str, TensorInfo],
+    parsed: MoeqConfig,
+    behind: set[str],
+) -> None:
     """Compare a checkpoint's tensors with its class's.
 
     Raises:
         CheckpointError: they differ.
     """
-    elsewhere, besides = set[str](), set[str]()
+    elsewhere, besides = set[str](), set(behind)
     for prefix in parsed.experts:
         theirs, ours = _regrouped(prefix, len(parsed.experts[prefix]), expected, found)
         elsewhere |= theirs

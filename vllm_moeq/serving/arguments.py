@@ -64,7 +64,6 @@ REFUSED = {
     "has_bias": Refused((False,), "experts without biases"),
     "intermediate_pad": Refused((None, 0), "an intermediate size without padding"),
     "tp_shard_with_padding": Refused((False,), "an intermediate size without padding"),
-    "is_lora_enabled": Refused((False,), "--enable-lora left out"),
     "num_fused_shared_experts": Refused((0,), "shared experts that are modules of their own"),
 }
 """Name → the values that pass; the name is an attribute of the config, of the layer or of its expert map."""
@@ -110,6 +109,7 @@ HARMLESS = {
     "moe_config_cls": "a subclass; a field that stands nowhere is refused unless it has its default",
     **dict.fromkeys(("routed_experts_cls", "routed_experts_args"), "a class with other names of tensors to load"),
     "is_fused_checkpoint_transposed": OF_LOADING,
+    "is_lora_enabled": "adapters of experts are refused (options.py); those of other linears leave experts as they are",
     "elastic_ep_max_dp_size": "elastic expert parallelism needs --enable-eplb, which is refused",
 }  # fmt: skip
 """Name → why the kernels need not know it."""

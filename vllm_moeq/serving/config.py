@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_moeq.format import QUANT_METHOD, ConfigError, MoeqConfig, Scheme, Summary, UsageError, parse_config
+from vllm_moeq.format.speculation import announced, is_speculative
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.linear_widths import LinearWidths
 from vllm_moeq.serving.metrics import publish
@@ -206,12 +207,24 @@ class MoeqQuantizationConfig(QuantizationConfig):
         self.odp = hf_to_vllm_mapper.apply_dict(self.odp)
         self._linears.rename(hf_to_vllm_mapper)
 
+    @staticmethod
+    def _is_kept(prefix: str) -> bool:
+        """Tell whether vLLM drafts with a layer of experts that the checkpoint has in 16 bits."""
+        model = get_current_vllm_config().speculative_config
+        if model is None or model.draft_model_config is None:
+            return False
+        config = model.draft_model_config.hf_config
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        return is_speculative(f"{prefix}.", layers, announced(config.to_dict()))
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of one layer; None leaves embeddings, attention and lm_head as they are."""
         prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, RoutedExperts):
             check_options(get_current_vllm_config())
             check_parallel(layer.moe_config.moe_parallel_config)
+            if self._is_kept(prefix):
+                return None
             known = find_layer(prefix, self.widths)
             threshold = self.odp.get(known, 0.0)
             widths, schemes = self.widths[known], self.schemes[known]

@@ -8,14 +8,18 @@ from functools import reduce
 from typing import Any
 
 from vllm_moeq.format import UsageError
+from vllm_moeq.format.speculation import announced
 
 DRAFT = "draft_model."
 """What vLLM puts before the layers of a draft model; the checkpoint's names do not have it."""
 
 NO_SPECULATIVE_LAYERS = (
     "--speculative-config: expected a draft that is a model of its own, or ngram; found this checkpoint's layers for "
-    "speculative decoding (mtp), which quantizing leaves out"
+    "speculative decoding (mtp), which quantizing left out; `moeq quantize --mtp keep` keeps them"
 )
+
+EXPERTS = "experts"
+"""The last part of the name that vLLM's models give a layer of experts."""
 
 PROCESSED = frozenset({"ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer"})
 """The formats of loading that store what another kernel made of the weights, not the checkpoint's tensors."""
@@ -38,8 +42,22 @@ class Option:
     reason: str
 
 
+def _adapts_experts(lora: Any) -> bool:
+    """Tell whether adapters may be for experts: vLLM prepares those of all layers that it is not told to leave out."""
+    if lora is None:
+        return False
+    named = lora.target_modules
+    return not named or any(EXPERTS in name.split(".") for name in named)
+
+
 OPTIONS = (
-    Option("--enable-lora", "lora_config", bool, "adapters cannot be added to packed experts; expected it left out"),
+    Option(
+        "--enable-lora",
+        "lora_config",
+        _adapts_experts,
+        "adapters cannot be added to packed experts; expected --lora-target-modules with linears alone, such as "
+        "q_proj v_proj",
+    ),
     Option(
         "--enable-eplb",
         "parallel_config.enable_eplb",
@@ -98,5 +116,5 @@ def check_draft(hf_config: Any) -> None:
     Raises:
         UsageError: vLLM is about to.
     """
-    if hasattr(hf_config, "n_predict"):
+    if hasattr(hf_config, "n_predict") and not announced(hf_config.to_dict()):
         raise UsageError(NO_SPECULATIVE_LAYERS)

@@ -10,6 +10,7 @@ from planner.api.keywords.common import Count
 from planner.quantization.quantizers.table import calibrated_names
 from planner.quantization.runners import Runner, choose_runner
 from planner.quantization.runners.choose import read_devices
+from planner.quantization.speculation import Mtp
 from vllm_moeq.format import UsageError
 
 
@@ -57,6 +58,17 @@ class CompareRunKeywords(RunKeywords):
     """
 
     jobs: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtpKeyword:
+    """What becomes of layers for speculative decoding.
+
+    Attributes:
+        mtp: layers for speculative decoding (MTP): ``drop`` them, or ``keep`` them in 16 bits.
+    """
+
+    mtp: Mtp = "drop"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from planner.api.keywords.running import CompareRunKeywords, QuantizeRunKeywords, RunKeywords
+from planner.api.keywords.running import CompareRunKeywords, MtpKeyword, QuantizeRunKeywords, RunKeywords
 from planner.commands.flags.common import Device, Resume
 from planner.quantization.quantizers.table import calibrated_names
+from planner.quantization.speculation import Mtp
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class CompareRunFlags(RunFlags):
 @dataclass(frozen=True)
 class QuantizeRunFlags(RunFlags):
     """The same for ``moeq quantize``."""
+
+    mtp: Annotated[
+        Mtp,
+        typer.Option("--mtp", help="Layers for speculative decoding (MTP): drop them, or keep them in 16 bits."),
+    ] = MtpKeyword.mtp
 
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Layers at a time, a process each [one per device].")

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from planner.quantization.speculation import COUNTS, without_speculation
+from planner.quantization.speculation import without_speculation
 from tests.conftest import Outcome
+from vllm_moeq.format.speculation import COUNTS
 
 
 def test_counts_become_none_at_every_depth() -> None:
