@@ -1,10 +1,13 @@
 """Build a tiny model of every family of ``families.py``, quantize, verify and calibrate it: a table of what happens.
 
-python -m benchmarks.coverage [FAMILY …]
+python -m benchmarks.coverage [--serve] [FAMILY …]
+
+With --serve, vLLM serves each of them too, half a minute each, and its greedy tokens are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import traceback
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 
 import planner
+from benchmarks.greedy import ServingError, compare
 from benchmarks.models.families import FAMILIES, build, classes
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.exact import advance
@@ -29,7 +33,13 @@ TEXT = Path(__file__).with_name("models") / "calibration.jsonl"
 CLOSE = 1e-4
 """Largest relative distance of logits computed layer by layer from transformers' own, in float32."""
 
-HEADER = "| family | quantized, verified | calibrated | experts computed by our kernels |\n|---|---|---|---|\n"
+COLUMNS = {
+    "quantized": "quantized, verified",
+    "calibrated": "calibrated",
+    "served": "experts computed by our kernels",
+    "answered": "served: same tokens",
+}
+"""Step → its column of the table; the last is there with --serve."""
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Outcome:
         quantized: "yes", or the error in one line.
         calibrated: the same of quantizing with a text, which runs it layer by layer.
         served: "yes", or the reason why our kernels do not compute its experts.
+        answered: "yes" if vLLM's greedy tokens are right, else its reason; None if it was not asked.
         broken: whether an error was no refusal but an exception.
         said: the lines of progress.
     """
@@ -49,6 +60,7 @@ class Outcome:
     quantized: str = "no"
     calibrated: str = "no"
     served: str = "no"
+    answered: str | None = None
     broken: bool = False
     said: list[str] = field(default_factory=list)
 
@@ -116,24 +128,26 @@ def distance(name: str, folder: Path, work: Path) -> float:
     return float((logits.reshape(expected.shape) - expected).norm() / expected.norm())
 
 
-def outcome(name: str, folder: Path) -> Outcome:
+def outcome(name: str, folder: Path, serve: bool = False) -> Outcome:
     """Return what happens to one family.
 
     Args:
         name: the family.
         folder: an empty folder for its files.
+        serve: whether to have vLLM serve it too.
     """
     found = Outcome(name)
     try:
         build(name, folder / "model")
     except AttributeError as error:
         found.quantized = found.calibrated = found.served = str(error)
+        found.answered = str(error) if serve else None
         return found
 
     def attempt(do: Callable[[], str]) -> str:
         try:
             return do()
-        except planner.MoeqError as error:
+        except (planner.MoeqError, ServingError) as error:
             return str(error).replace(str(folder / "model"), name)
         except Exception as error:  # what this table is there to show
             found.broken = True
@@ -143,6 +157,9 @@ def outcome(name: str, folder: Path) -> Outcome:
     found.quantized = attempt(lambda: quantize(folder / "model", folder / "quantized", found.said))
     found.calibrated = attempt(lambda: calibrate(name, folder / "model", folder))
     found.served = attempt(lambda: _served(folder / "model"))
+    if serve:
+        ready = found.quantized == found.served == "yes"
+        found.answered = attempt(lambda: compare(name, folder / "quantized", folder / "dense")) if ready else "no"
     return found
 
 
@@ -151,41 +168,60 @@ def _served(folder: Path) -> str:
         return architecture_of(source).unserved or "yes"
 
 
-def outcomes(names: Iterable[str]) -> Iterator[Outcome]:
-    """Yield what happens to some families."""
+def outcomes(names: Iterable[str], serve: bool = False) -> Iterator[Outcome]:
+    """Yield what happens to some families.
+
+    Args:
+        names: the families.
+        serve: whether to have vLLM serve them too.
+    """
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            yield outcome(name, Path(folder))
+            yield outcome(name, Path(folder), serve)
+
+
+def _cells(row: Outcome) -> list[str]:
+    return [cell for cell in (getattr(row, key) for key in COLUMNS) if cell is not None]
 
 
 def line(row: Outcome) -> str:
     """Return a family's line of the table."""
-    cells = [_short(cell) for cell in (row.quantized, row.calibrated, row.served)]
+    cells = [_short(cell) for cell in _cells(row)]
     # A reason that stands to the left is not said again.
-    shown = [cell if cell == "yes" or cell not in cells[:place] else "no" for place, cell in enumerate(cells)]
+    shown = [cell if _good(cell) or cell not in cells[:place] else "no" for place, cell in enumerate(cells)]
     return f"| `{row.name}` | {' | '.join(shown)} |\n"
+
+
+def _good(cell: str) -> bool:
+    return cell.startswith("yes")
 
 
 def _short(cell: str) -> str:
     """Return an outcome without what all refusals have in common."""
     _, _, attribute = cell.partition("transformers' ")
-    return cell if cell == "yes" else f"no: {(attribute or cell).partition('; ')[0]}"
+    return cell if _good(cell) or cell == "no" else f"no: {(attribute or cell).partition('; ')[0]}"
 
 
 def table(found: Iterable[Outcome]) -> str:
     """Return the table, with the number of families that pass each step."""
     rows = list(found)
-    counts = [sum(getattr(row, key) == "yes" for row in rows) for key in ("quantized", "calibrated", "served")]
+    columns = [title for key, title in COLUMNS.items() if any(getattr(row, key) is not None for row in rows)]
+    counts = [sum(map(_good, cells)) for cells in zip(*map(_cells, rows), strict=True)]
     total = " | ".join(f"{count} of {len(rows)}" for count in counts)
-    return f"{HEADER}{''.join(map(line, rows))}| all | {total} |\n"
+    header = f"| family | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
+    return f"{header}{''.join(map(line, rows))}| all | {total} |\n"
 
 
-def main(names: Iterable[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Print the table; return 1 if a family ended in anything but success or a refusal in one line."""
-    found = list(outcomes(names))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help="have vLLM serve each family and compare its tokens")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="all if left out")
+    asked = parser.parse_args(arguments)
+    found = list(outcomes(asked.families or FAMILIES, asked.serve))
     print(table(found), end="")
     return int(any(row.broken for row in found))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or FAMILIES))
+    sys.exit(main(sys.argv[1:]))

@@ -24,9 +24,11 @@ MOE = {"moe_intermediate_size": 128}
 ROUTED, LOCAL, NUMBER = {"n_routed_experts": EXPERTS}, {"num_local_experts": EXPERTS}, {"num_experts": EXPERTS}
 HEADS = {"head_dim": 32}
 MLA: dict[str, Any] = {
-    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "num_key_value_heads": 4, "n_shared_experts": 1,
 }  # fmt: skip
+"""With the published size of what is cached, 512 + 64: vLLM's CPU kernel has no other."""
+UNBIASED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 GROUPED = {"n_group": 2, "topk_group": 1}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
 INDEXER = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 32}
@@ -106,15 +108,19 @@ FAMILIES: dict[str, Family] = {
         name="GlmMoeDsa",
         sizes={**MLA, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST, **INDEXER, "indexer_types": ["full", "full"]},
     ),
-    "glm4_moe_lite": Family(name="Glm4MoeLite", sizes={**MLA, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST}),
+    "glm4_moe_lite": Family(
+        name="Glm4MoeLite",
+        sizes={**MLA, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST},
+        published={**UNBIASED, "first_k_dense_replace": 1},
+    ),
     "kimi_k2": Family(
         name="DeepseekV3",
         sizes={**MLA, **MOE, **ROUTED, **GROUPED, "first_k_dense_replace": 1},
-        published={"model_type": "kimi_k2"},
+        published={"model_type": "kimi_k2", **UNBIASED},
     ),
     "kimi_k25": Family(
         name="Kimi_K25",
-        sizes={"model_type": "deepseek_v3", **MLA, **MOE, **ROUTED, **GROUPED, "first_k_dense_replace": 1},
+        sizes={"model_type": "deepseek_v3", **MLA, **MOE, **ROUTED, **GROUPED, **UNBIASED, "first_k_dense_replace": 1},
         vision={"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2},
         model=_SEES,
         convert=named((r"^(language_model.*)\.blocks\.", r"\1.layers.")),
@@ -164,7 +170,9 @@ FAMILIES: dict[str, Family] = {
         without=("head_dim",),
     ),
     "afmoe": Family(
-        name="Afmoe", sizes={**HEADS, **MOE, **NUMBER, "num_dense_layers": 1, "num_shared_experts": 1}
+        name="Afmoe",
+        sizes={**HEADS, **MOE, **NUMBER, "num_dense_layers": 1, "num_shared_experts": 1},
+        published={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     ),
     "laguna": Family(
         name="Laguna", sizes={**HEADS, **MOE, **NUMBER, **DENSE_FIRST, "shared_expert_intermediate_size": 128}
@@ -177,7 +185,11 @@ FAMILIES: dict[str, Family] = {
             "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
         },
     ),
-    "hy_v3": Family(name="HYV3", sizes={**HEADS, **MOE, **NUMBER, **DENSE_FIRST, "num_shared_experts": 1}),
+    "hy_v3": Family(
+        name="HYV3",
+        sizes={**HEADS, **MOE, **NUMBER, **DENSE_FIRST, "num_shared_experts": 1},
+        published={"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "qk_norm": True},
+    ),
     "kimi_linear": Family(
         name="KimiLinear",
         sizes={
@@ -203,6 +215,11 @@ FAMILIES: dict[str, Family] = {
         sizes={
             **HEADS, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST, "v_head_dim": 32,
             "layer_types": ["full_attention", "sliding_attention"],
+        },
+        published={
+            "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5, "swa_head_dim": 32,
+            "swa_v_head_dim": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+            "sliding_window_size": 128, "rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334,
         },
     ),
     "mistral4": Family(name="Mistral4", sizes={**MLA, **MOE, **ROUTED, **GROUPED}),

@@ -51,6 +51,11 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
             f"note: linears whose input dimension {CODES_PER_BLOCK} does not divide stay in 16 bits: "
             f"{len(layout.odd)}, the first {layout.odd[0]} {shape}"
         )
+    if layout.dense:
+        progress.line(
+            f"note: linears of Mamba blocks stay in 16 bits, as vLLM takes no others: {len(layout.dense)}, "
+            f"the first {layout.dense[0]}"
+        )
     if layout.left_out:
         progress.line(f"note: {len(layout.left_out)} tensors of layers for speculative decoding are left out")
     if layout.speculative:

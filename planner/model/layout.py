@@ -19,6 +19,9 @@ ROWS_MULTIPLE = 32
 
 EMBEDDING = "embed_tokens.weight"
 
+STATE = ".A_log"
+"""Name suffix of the decay of a Mamba block's state: a matrix in Mamba 1, a vector in Mamba 2."""
+
 
 @dataclass(frozen=True)
 class Biases:
@@ -84,6 +87,7 @@ class Layout:
         left_out: tensors of layers for speculative decoding; the output does not have them.
         odd: the matrices among ``plain`` that would be linears if a block of codes divided their input dimension.
         speculative: the tensors among ``kept`` of layers for speculative decoding, where those are not left out.
+        dense: the matrices among ``plain`` that would be linears if they stood in no Mamba 1 block.
     """
 
     model_type: str
@@ -95,6 +99,7 @@ class Layout:
     left_out: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
     speculative: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -148,7 +153,8 @@ def read_layout(model: SourceModel) -> Layout:
     if not layers:
         raise CheckpointError(f"{model.folder}: expected routers such as {row.router_name(0)}, found none")
     blocks = tuple(f"{stack.layers}.{index}" for stack, index in places)
-    linears, kept, left_out = _sort(model, row, frozenset(blocks), layers)
+    mixers = _mixers(model)
+    linears, kept, left_out = _sort(model, row, frozenset(blocks), layers, mixers)
     return Layout(
         model_type=str(model.config["model_type"]),
         blocks=blocks,
@@ -158,11 +164,14 @@ def read_layout(model: SourceModel) -> Layout:
         plain=tuple(sorted(name for name in kept if is_plain(name, model.shards.info(name)))),
         left_out=tuple(sorted(left_out)),
         odd=tuple(sorted(name for name in kept if _is_odd(name, model.shards.info(name), row, blocks, layers))),
+        dense=tuple(
+            sorted(name for name in kept if name.startswith(mixers) and _is_linear(name, model.shards.info(name), row))
+        ),
     )
 
 
 def _sort(
-    model: SourceModel, row: Architecture, blocks: frozenset[str], layers: Sequence[MoeLayer]
+    model: SourceModel, row: Architecture, blocks: frozenset[str], layers: Sequence[MoeLayer], mixers: tuple[str, ...]
 ) -> tuple[list[str], list[str], list[str]]:
     """Sort all tensors but expert matrices; return the names of linears, of tensors to keep and to leave out."""
     routers = {layer.router for layer in layers}
@@ -174,11 +183,17 @@ def _sort(
         inside = any(head in blocks for head in _heads(name))
         if (row.owner(name) is not None and not inside) or name.startswith(SPECULATIVE):
             left_out.append(name)
-        elif inside and name not in routers and _is_linear(name, info, row):
+        elif inside and name not in routers and not name.startswith(mixers) and _is_linear(name, info, row):
             linears.append(name)
         else:
             kept.append(name)
     return linears, kept, left_out
+
+
+def _mixers(model: SourceModel) -> tuple[str, ...]:
+    """Return the name prefixes of Mamba 1 blocks: vLLM's layer for them takes no quantized linears."""
+    tensors = model.shards.tensors.items()
+    return tuple(name.removesuffix(STATE[1:]) for name, it in tensors if name.endswith(STATE) and len(it.shape) == 2)
 
 
 def _refuse_quantized(model: SourceModel) -> None:

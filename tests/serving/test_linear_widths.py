@@ -144,3 +144,12 @@ def test_the_table_has_what_vllm_joins(name: str) -> None:
     several = {key: tuple(parts) for key, parts in mappings(Path(spec.origin).read_text()) if len(parts) > 1}
     assert several
     assert several.items() <= JOINED.items()
+
+
+def test_a_mamba_block_is_found_by_the_files_name() -> None:
+    """vLLM calls GraniteMoeHybrid's ``mamba.in_proj`` ``mixer.in_proj``."""
+    known = linears({"layers.0.mamba.out_proj": 8}, "layers.0.mamba.in_proj", "layers.0.attention.q_proj")
+    assert known.bits_of("layers.0.mixer.in_proj", {}) == 16
+    assert known.bits_of("layers.0.mixer.out_proj", {}) == 8
+    assert known.bits_of("layers.1.mixer.in_proj", {}) == 4
+    assert known.bits_of("layers.0.mixer.q_proj", {}) == 4

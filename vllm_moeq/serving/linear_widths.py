@@ -14,6 +14,9 @@ from vllm_moeq.serving.seam import CompressedTensorsConfig, QuantizeMethodBase, 
 if TYPE_CHECKING:
     from vllm_moeq.serving.seam import WeightsMapper
 
+MIXERS = {"mixer": "mamba"}
+"""vLLM's name of a layer's block → the files' name, where its model classes give a prefix that no tensor has."""
+
 
 def parts_of(prefix: str, packed_modules: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return the checkpoint's names of the linears that vLLM joins in one.
@@ -60,13 +63,19 @@ class LinearWidths:
             ConfigError: vLLM joins linears that differ in width; the message names them.
         """
         names = (prefix,) if prefix in self._widths else parts_of(prefix, packed_modules)
-        widths = {name: self._widths.get(name, self.linear.bits) for name in names}
+        widths = {name: self._widths.get(self._known(name), self.linear.bits) for name in names}
         if len(set(widths.values())) > 1:
             found = ", ".join(f"{name.rpartition('.')[2]} {bits}" for name, bits in widths.items())
             raise ConfigError(
                 f"config.json: linear: {prefix}: expected one width, as vLLM joins its parts, found {found}"
             )
         return next(iter(widths.values()))
+
+    def _known(self, name: str) -> str:
+        """Return a linear's name in the checkpoint, if the config has it under that of another block."""
+        parts = name.split(".")
+        renamed = ".".join(parts[:-2] + [MIXERS.get(part, part) for part in parts[-2:-1]] + parts[-1:])
+        return name if name in self._widths else renamed
 
     def method(
         self, layer: torch.nn.Module, prefix: str, packed_modules: Mapping[str, Sequence[str]], dtype: torch.dtype

@@ -22,6 +22,7 @@ from vllm_moeq.serving.activations import activation_of
 from vllm_moeq.serving.arguments import check_arguments
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
+from vllm_moeq.serving.routing import complete_router
 from vllm_moeq.serving.seam import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -141,6 +142,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         load_format = get_current_vllm_config().load_config.load_format
         if self._loader is not None and load_format != "dummy":
             self._loader.check_complete()
+        complete_router(layer)
         # Loading may have widened scales or zeros to float32; the kernels need one dtype for both.
         for part in PARTS:
             parameters = self._parameters(layer, part)

@@ -78,3 +78,19 @@ def test_a_linear_whose_inputs_are_no_whole_blocks_stays_in_16_bits(tmp_path: Pa
     note = "note: linears whose input dimension 32 does not divide stay in 16 bits: 1, the first"
     assert f"{note} {name} [256, 8]" in said
     assert name.removesuffix(".weight") in load_config(tmp_path / "out").unquantized
+
+
+@pytest.mark.parametrize(("name", "dense"), [("jamba", ["in_proj", "out_proj"]), ("granitemoehybrid", [])])
+def test_linears_that_vllm_takes_dense_alone_stay_in_16_bits(name: str, dense: list[str], tmp_path: Path) -> None:
+    """Those of a Mamba 1 block; those of Mamba 2 blocks are packed, if their sizes fit."""
+    build(name, tmp_path / "model")
+    with SourceModel(tmp_path / "model") as model:
+        layout = read_layout(model)
+    assert list(layout.dense) == [f"model.layers.0.mamba.{it}.weight" for it in dense]
+    assert not set(layout.dense) & set(layout.linears)
+    assert set(layout.dense) <= set(layout.plain)
+    assert ("model.layers.0.mamba.out_proj.weight" in layout.linears) == (not dense)
+    said: list[str] = []
+    quantize(tmp_path / "model", tmp_path / "out", said)
+    notes = [line for line in said if line.startswith("note: linears of Mamba blocks stay in 16 bits")]
+    assert len(notes) == bool(dense)
