@@ -38,12 +38,12 @@ def beside(grid: PackedMatrices, bits: Sequence[int], seed: int) -> PackedMatric
 
 def trellis_experts(bits: Sequence[int], shape: Shape, device: torch.device) -> PackedExperts:
     """Return a layer of random trellises."""
-    both = (
-        random_matrices(bits, rows, columns, seed)
-        for rows, columns, seed in ((2 * shape.intermediate, shape.hidden, 1), (shape.hidden, shape.intermediate, 2))
-    )
-    moved = (PackedMatrices(it.matrices, *(each.to(device) for each in it.tensors.values())) for it in both)
-    return PackedExperts(*moved)
+
+    def moved(rows: int, columns: int, seed: int) -> PackedMatrices:
+        made = random_matrices(bits, rows, columns, seed)
+        return PackedMatrices(made.matrices, *(tensor.to(device) for tensor in made.tensors.values()))
+
+    return PackedExperts(moved(2 * shape.intermediate, shape.hidden, 1), moved(shape.hidden, shape.intermediate, 2))
 
 
 def rotation(columns: int, seed: int) -> BlockRotation:

@@ -30,7 +30,6 @@ SERVER = "vllm.entrypoints.openai.api_server"
 
 IMPOSSIBLE = {
     "--enable-eplb": "experts of different widths cannot change places; expected it left out",
-    "--enable-lora": "adapters cannot be added to packed experts; expected it left out",
     "--model": "DIR is the model; expected it left out",
     "--weight-transfer-config": "packed experts cannot be replaced while they are served; expected it left out",
 }

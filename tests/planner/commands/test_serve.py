@@ -27,7 +27,7 @@ from vllm_moeq.format import UsageError
     [
         (["--enable-eplb"], "--enable-eplb: experts of different widths"),
         (["--enable_eplb"], "--enable-eplb: experts of different widths"),
-        (["--enable-lora", "--port", "1"], "--enable-lora: adapters cannot"),
+        (["--enable-eplb", "--port", "1"], "--enable-eplb: experts of different widths"),
         (["--port", "1", "--model", "other"], "--model: DIR is the model"),
         (["--quantization", "awq"], "--quantization: expected moeq, which config.json names, found awq"),
         (["--quantization=gptq"], "found gptq"),
