@@ -99,7 +99,7 @@ def bench_command(
         typer.Option(
             "--gpu-report",
             metavar="FOLDER",
-            help="In a clone, instead: run the suite for GPUs, and pack what it finds to be sent.",
+            help="Folder for the results of the GPU suite, run in a clone instead and packed to be sent.",
         ),
     ] = None,
     as_json: Json = False,

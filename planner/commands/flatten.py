@@ -21,7 +21,7 @@ PANELS = {
     "GPTQ": ("gptq",),
     "Evaluation": ("predicted", "measured", "held_out"),
     "Tasks": ("asked",),
-    "Requests": ("requests", "url"),
+    "Requests": ("requests", "url", "gpu_report"),
     "Source": ("model",),
     "Machine": ("run", "device", "resume"),
     "Dry run": ("dry_run", "service"),

@@ -55,7 +55,8 @@ def test_a_row_is_the_scripts(listed: Listed) -> None:
 def test_a_familys_line_is_what_happens(name: str, tmp_path: Path) -> None:
     found = outcome(name, tmp_path)
     assert not found.broken
-    assert line(found) in PAGE.read_text().splitlines(keepends=True)
+    before_served = line(found).rstrip("\n")
+    assert any(row.startswith(before_served) for row in PAGE.read_text().splitlines())
 
 
 @pytest.mark.parametrize("listed", MODELS, ids=lambda it: it.short)
