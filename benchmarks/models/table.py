@@ -70,8 +70,8 @@ its class imports torchvision, which does not load beside a torch for CPUs. (The
 a run where it was made to load.) Why vLLM's dense models differ from transformers' has not been found; for Laguna,
 ours differ and there is no dense model to compare with.
 
-Linears that vLLM takes in 16 bits alone stay so, with one note: those of Mamba 1 blocks, as in Jamba. `hunyuan_v1_moe` is
-served by vLLM's transformers back end.
+Linears that vLLM takes in 16 bits alone stay so, with one note: those of Mamba 1 blocks, as in Jamba.
+`hunyuan_v1_moe` is served by vLLM's transformers back end.
 
 """
 
