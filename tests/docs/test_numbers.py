@@ -14,6 +14,7 @@ BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 AVERAGES = ("1.75", "2", "2.25", "2.5", "2.75")
 
 METHODS = {
+    "`kl`": "kl",
     "`kl`, widths 1,2,3": "kl, widths 1,2,3",
     "PMQ (MC-MoE), widths 1,2,3": "pmq",
     "the paper's rule, widths 1,2,3": "router-norm-maxvar",

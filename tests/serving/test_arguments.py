@@ -20,7 +20,7 @@ from tests.compat.signatures import TABLE
 from tests.serving.test_parallel import ALONE
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels import SILU, Activation
-from vllm_moeq.serving.activations import ACTIVATIONS, activation_of
+from vllm_moeq.serving.activations import ACTIVATIONS, activation_of, check_back_end, is_of_back_end
 from vllm_moeq.serving.arguments import COMPUTED, HARMLESS, KNOWN, REFUSED, check_arguments
 
 VERSIONS: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
@@ -154,3 +154,27 @@ def test_a_field_that_a_later_vllm_adds_is_refused_where_a_model_sets_it() -> No
     found.moe_config.gate_power = 2.0
     with pytest.raises(UsageError, match=r"^layers\.0: gate_power: expected 1\.0, as no kernel heeds it, found 2\.0"):
         check_arguments(found, "layers.0")
+
+
+def test_the_back_end_for_transformers_is_known_by_its_layers() -> None:
+    module = pytest.importorskip("vllm.model_executor.models.transformers.moe")
+    assert is_of_back_end(module.TransformersRoutedExperts.__new__(module.TransformersRoutedExperts))
+    assert not is_of_back_end(RoutedExperts.__new__(RoutedExperts))
+
+
+@pytest.mark.parametrize("act", [{"hidden_act": "silu"}, {"hidden_activation": "swish"}, {"swiglu_limit": None}, {}])
+def test_the_back_end_may_ask_for_the_models_own_silu(act: dict[str, Any]) -> None:
+    check_back_end(SILU, SimpleNamespace(**act), "l")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "l: hidden_act: expected silu or swish, .* found 'gelu_pytorch_tanh'"),
+        ({"mlp_hidden_act": "relu2"}, "mlp_hidden_act"),
+        ({"hidden_act": "silu", "swiglu_limit": 7.0}, "swiglu_limit: expected none, .* found 7.0"),
+    ],
+)
+def test_the_back_end_does_not_compute_silu_for_another_function(act: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_back_end(SILU, SimpleNamespace(**act), "l")

@@ -24,6 +24,16 @@ class Named:
     factors: bool = False
 
 
+BACK_END = "vllm.model_executor.models.transformers."
+"""Where vLLM has its layers for models of transformers."""
+
+SILU_NAMES = ("silu", "swish")
+"""What transformers calls it."""
+
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+NUMBER_KEYS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+"""The keys of a config that say what experts compute, and with which numbers."""
+
 ACTIVATIONS = {
     "silu": Named(SILU, limit=True),
     "gelu_tanh": Named(Activation("gelu_tanh")),
@@ -70,6 +80,32 @@ def activation_of(config: Any, prefix: str) -> Activation:
         own.limit if not row.limit or limit is None else limit,
         own.beta if not row.factors or beta is None else beta,
     )
+
+
+def is_of_back_end(layer: Any) -> bool:
+    """Tell whether a layer belongs to vLLM's back end for models of transformers."""
+    return type(layer).__module__.startswith(BACK_END)
+
+
+def check_back_end(activation: Activation, text_config: Any, prefix: str) -> None:
+    """Refuse a layer of vLLM's transformers back end, which asks for SiLU whatever the model computes.
+
+    Args:
+        activation: what it asks for.
+        text_config: the model's config in transformers, its language model's part.
+        prefix: the layer's name, for the message.
+
+    Raises:
+        UsageError: the model's config has another function, or numbers; the message names the key.
+    """
+    for key in (*ACTIVATION_KEYS, *NUMBER_KEYS) if activation == SILU else ():
+        found = getattr(text_config, key, None)
+        if found is not None and (key in NUMBER_KEYS or found not in SILU_NAMES):
+            expected = "none" if key in NUMBER_KEYS else " or ".join(SILU_NAMES)
+            raise UsageError(
+                f"{prefix}: {key}: expected {expected}, as vLLM's transformers back end computes SiLU for every model, "
+                f"found {found!r:.80}"
+            )
 
 
 def _number(config: Any, key: str) -> float | None:

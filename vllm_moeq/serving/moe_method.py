@@ -18,7 +18,7 @@ from vllm_moeq.kernels import (
     of_one_dtype,
     requested_backend,
 )
-from vllm_moeq.serving.activations import activation_of
+from vllm_moeq.serving.activations import activation_of, check_back_end, is_of_back_end
 from vllm_moeq.serving.arguments import check_arguments
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
@@ -125,6 +125,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
     def _check(self, layer: RoutedExperts) -> None:
         check_arguments(layer, self.prefix)
         self._activation = activation_of(layer.moe_config, self.prefix)
+        if is_of_back_end(layer):
+            check_back_end(self._activation, get_current_vllm_config().model_config.hf_text_config, self.prefix)
         stored = self.config.projections.up is not None
         if stored != self._activation.gated:
             raise UsageError(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from planner.model.layout import MoeLayer
 from planner.model.source import SourceModel
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-"""The outputs of gate and up [n, 2·intermediate], or of up alone, → the inputs of down [n, intermediate]."""
+from vllm_moeq.kernels import Activation
 
 EXPERT_COPIES = 3
 """Number of float32 copies of an expert while it is loaded: codes, values, and the matrix in the layers' dtype."""
