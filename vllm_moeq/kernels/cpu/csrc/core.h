@@ -8,12 +8,12 @@
 
 namespace moeq {
 
-// Order in memory. A block is 16 rows, a panel two blocks; a panel of gate and up has 16 rows of each, so that
-// their product needs no second pass; without a gate it has 32 rows of up. A chunk is 32 columns; a segment is up to four chunks that share a scale. A panel
-// holds its segments one after the other, and each segment its two blocks. A block has 16 scales and 16 zeros if a
-// scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per chunk. A vector has 32 bits per
-// row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise shift and mask gives four
-// consecutive columns of 16 rows.
+// Order in memory. A block is 16 rows, a panel two blocks; a panel of gate and up has 16 rows of each, so that their
+// product needs no second pass; without a gate it has 32 rows of up. A chunk is 32 columns; a segment is up to four
+// chunks that share a scale. A panel holds its segments one after the other, and each segment its two blocks. A block
+// has 16 scales and 16 zeros if a scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per
+// chunk. A vector has 32 bits per row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise
+// shift and mask gives four consecutive columns of 16 rows.
 //
 // A trellis has one scale per row and the zero 63.25 (vllm_moeq/format). Its panel begins with the scales of both blocks.
 // In a chunk each row has its `bits` words as the file has them; a block's rows are those of a tile.
