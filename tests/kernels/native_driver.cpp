@@ -1,5 +1,6 @@
 // Random layers and linears through the kernel without torch, in buffers of exactly the needed size: built with sanitizers, it shows
 // accesses outside of them. Prints what went wrong and exits with 1.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -48,6 +49,7 @@ struct Projection {
     std::unique_ptr<Exact<uint8_t>> data;
     std::vector<Coding> codings;
     std::vector<int64_t> first;
+    std::unique_ptr<Exact<float>> biases;
     Matrices matrices{};
 
     Projection(int64_t r, int64_t c, int64_t g, int64_t o, bool is_gated, const std::vector<Coding>& all)
@@ -68,6 +70,18 @@ struct Projection {
         matrices.data = data->memory;
         matrices.offsets = first.data();
         matrices.stride = 1;
+        if (pick(0, 1)) {
+            biases = std::make_unique<Exact<float>>(codings.size() * matrices.panels * kPanelRows);
+            for (size_t i = 0; i < codings.size() * matrices.panels * kPanelRows; ++i) biases->memory[i] = normal();
+            matrices.bias = biases->memory;
+        }
+    }
+
+    // The bias of a row, found in the order of the panels.
+    double bias(int64_t expert, int64_t row) const {
+        if (!biases) return 0;
+        const int64_t half = gated ? rows / 2 : rows, lanes = gated ? kLanes : kPanelRows, inside = row % half;
+        return bias_of(matrices, expert, inside / lanes)[row / half * kLanes + inside % lanes];
     }
 
     void fill(Coding coding, uint8_t* target) {
@@ -144,17 +158,38 @@ struct Rotated {
     }
 };
 
-// silu(gate)·up, then down, in double, for one token and expert.
-void add_expected(const Projection& up, const Projection& down, int64_t expert, const std::vector<double>& x,
-                  const Rotated& before_down, float weight, double* out) {
+Activation random_activation() {
+    const int32_t function = static_cast<int32_t>(pick(0, 2)), gated = static_cast<int32_t>(pick(0, 1));
+    return {function, gated, static_cast<int32_t>(pick(0, 1)), 1.7f, 0.7f, 1.0f};
+}
+
+double activated(const Activation& does, double x) {
+    if (does.function == kSilu) return x / (1 + std::exp(-does.alpha * x));
+    if (does.function == kGeluTanh) return x / 2 * (1 + std::tanh(std::sqrt(M_2_PI) * (x + 0.044715 * x * x * x)));
+    return x > 0 ? x * x : 0;
+}
+
+double activated(const Activation& does, double gate, double up) {
+    if (!does.bounded) return activated(does, gate) * up;
+    const double limit = does.limit;
+    return activated(does, std::min(gate, limit)) * (std::max(-limit, std::min(up, limit)) + does.beta);
+}
+
+// The first projection, the activation, then down, in double, for one token and expert.
+void add_expected(const Projection& up, const Projection& down, const Activation& does, int64_t expert,
+                  const std::vector<double>& x, const Rotated& before_down, float weight, double* out) {
     const int64_t inner = down.columns;
-    std::vector<double> both(2 * inner), hidden(inner);
-    for (int64_t r = 0; r < 2 * inner; ++r) {
+    std::vector<double> both(up.rows), hidden(inner);
+    for (int64_t r = 0; r < up.rows; ++r) {
+        both[r] = up.bias(expert, r);
         for (int64_t c = 0; c < up.columns; ++c) both[r] += up.dense[expert][r * up.columns + c] * x[c];
     }
-    for (int64_t r = 0; r < inner; ++r) hidden[r] = both[r] / (1 + std::exp(-both[r])) * both[inner + r];
+    for (int64_t r = 0; r < inner; ++r) {
+        hidden[r] = does.gated ? activated(does, both[r], both[inner + r]) : activated(does, both[r]);
+    }
     hidden = before_down.of(hidden);
     for (int64_t r = 0; r < down.rows; ++r) {
+        out[r] += weight * down.bias(expert, r);
         for (int64_t c = 0; c < inner; ++c) out[r] += weight * down.dense[expert][r * inner + c] * hidden[c];
     }
 }
@@ -166,7 +201,8 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
                               {1, kTrellis}, {2, kTrellis}, {3, kTrellis}, {4, kTrellis}};
     std::vector<Coding> codings;
     for (int64_t e = 0; e < experts; ++e) codings.push_back(all[pick(0, 8)]);
-    const Projection up(2 * inner, hidden, group, 0, true, codings);
+    const Activation does = random_activation();
+    const Projection up(does.gated ? 2 * inner : inner, hidden, group, 0, does.gated, codings);
     const Projection down(hidden, inner, group, 32 * pick(0, group / 32 - 1), false, codings);
     std::vector<int32_t> ids(tokens * top_k);
     std::vector<float> weights(tokens * top_k);
@@ -193,6 +229,7 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
     call.pairs = pairs;
     call.gate_up = up.matrices;
     call.down = down.matrices;
+    call.activation = does;
     call.codings = &codings[0].bits;
     call.codings_stride = 2;
     call.active = routing.active.data();
@@ -219,7 +256,7 @@ double error_of_one_layer(const Kernel& kernel, int32_t digits) {
         const std::vector<double> input = before_up.of({x.memory + t * hidden, x.memory + (t + 1) * hidden});
         for (int64_t k = 0; k < top_k; ++k) {
             const int64_t i = t * top_k + k;
-            if (ids[i] >= 0) add_expected(up, down, ids[i], input, before_down, weights[i], expected.data());
+            if (ids[i] >= 0) add_expected(up, down, does, ids[i], input, before_down, weights[i], expected.data());
         }
         for (int64_t c = 0; c < hidden; ++c) error.add(out.memory[t * hidden + c], expected[c]);
     }

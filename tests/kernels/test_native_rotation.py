@@ -143,7 +143,7 @@ def test_what_is_no_number_stays_in_its_row(value: float) -> None:
 def test_factors_of_another_size_are_refused() -> None:
     packed = mixed_layer(EXPERTS, 128, 64)
     kernel = NativeLayer(turned(packed, Rotations(random_rotation(96, 32))))
-    with pytest.raises(RuntimeError, match="expected 128 factors of the rotations, found 96"):
+    with pytest.raises(RuntimeError, match="expected 131 floats of a layer, found 99"):
         kernel(*inputs(packed, 1))
 
 

@@ -17,7 +17,10 @@ from vllm_moeq.kernels.cpu import build
 pytestmark = [pytest.mark.compiler, pytest.mark.full]
 
 # Without optimization: instrumented and optimized, the inlined kernels would take minutes to compile.
-PARTS = ("host.cpp", "repack.cpp", "isa_scalar.cpp", "isa_avx2.cpp")
+PARTS = (
+    "host.cpp", "repack.cpp", "isa_scalar.cpp", "isa_avx2.cpp", "encode_scalar.cpp", "encode_avx2.cpp",
+    "encode_avx512.cpp",
+)  # fmt: skip
 DRIVER = ("native_driver.cpp", "emulated_avx512.cpp", "emulated_vnni.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-mavx2", "-mf16c", "-O0", "-g1", "-fopenmp", *SANITIZERS)

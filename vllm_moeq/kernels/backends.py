@@ -131,8 +131,7 @@ TABLE = (
     Backend(
         "native", _native_problem, _make_native, automatic=("cpu",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16), schemes=(GRID.name, TRELLIS_SCHEME.name),
-        rotated=True, any_call=True,
-        linear=_native_linear,
+        rotated=True, activations=True, any_call=True, linear=_native_linear,
     ),
     Backend(
         "reference", lambda device: "", lambda packed, dtype: ReferenceLayer(packed), automatic=None,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 
 from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError, unpack_signs
+from vllm_moeq.kernels.activations import Activation
 from vllm_moeq.kernels.cpu.build import problem
 from vllm_moeq.kernels.interface import PackedExperts, PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 
 SCHEMES = (GRID, TRELLIS_SCHEME)
 """The schemes that the kernel computes from, in the order of ``Scheme`` in ``csrc/core.h``."""
+
+LANES = 16
+"""The rows of a block, ``kLanes`` of ``csrc/core.h``."""
 
 ISA_VARIABLE = "VLLM_MOEQ_CPU_ISA"
 """The variable that forces an instruction set: scalar, avx2, avx512, or vnni (avx512 with dot products of bytes)."""
@@ -55,13 +60,18 @@ class NativeLayer:
         isa = forced_instruction_set()
         self.hidden, self.intermediate = packed.hidden, packed.intermediate
         wide = any(is_wide(part) for part in (packed.gate_up, packed.down))
-        self.gate_up, first = repack(packed.gate_up, gated=True, wide=wide)
+        gated = packed.activation.gated
+        self.gate_up, first = repack(packed.gate_up, gated=gated, wide=wide)
         self.down, second = repack(packed.down, gated=False, wide=wide)
         up, down = grouping(packed.gate_up.matrices), grouping(packed.down.matrices)
         sizes = (self.hidden, self.intermediate, up[0], *down)
         kernel = instruction_sets().index(isa) if isa else -1
-        blocks, self.factors = rotations(packed)
-        numbers = torch.tensor([*sizes, int(wide), kernel, *blocks])
+        blocks, factors = rotations(packed)
+        does, biases = activation(packed)
+        self.floats = torch.cat([does, factors, *(it for it in biases if it is not None)])
+        numbers = torch.tensor(
+            [*sizes, int(wide), kernel, *blocks, *described(packed.activation), *(it is not None for it in biases)]
+        )
         schemes = [SCHEMES.index(scheme) for scheme in packed.gate_up.matrices.schemes]
         experts = torch.stack([torch.tensor(packed.bits), torch.tensor(schemes), first, second], dim=1)
         self.numbers = torch.cat([numbers, experts.flatten()])
@@ -74,7 +84,7 @@ class NativeLayer:
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return [tokens, hidden] in x's dtype; see :class:`vllm_moeq.kernels.interface.LayerKernel`."""
         result: torch.Tensor = torch.ops.vllm_moeq.native_moe.default(
-            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers, self.factors
+            x, topk_weights, topk_ids, self.gate_up, self.down, self.numbers, self.floats
         )
         return result
 
@@ -100,6 +110,30 @@ def rotations(packed: PackedExperts) -> tuple[list[int], torch.Tensor]:
     factors = [unpack_signs(each.signs).mul(each.size**-0.5) for each in both if each is not None]
     sizes = [0 if each is None else each.size for each in both]
     return sizes, torch.cat([torch.empty(0, dtype=torch.float32), *factors])
+
+
+def activation(packed: PackedExperts) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Return the numbers of a layer's activation, and the biases of both projections in the kernel's order of rows."""
+    does = packed.activation
+    biases = [
+        None if part.bias is None else in_panels(part.bias, gated).flatten()
+        for part, gated in ((packed.gate_up, does.gated), (packed.down, False))
+    ]
+    return torch.tensor([does.alpha, does.limit, does.beta], dtype=torch.float32), biases
+
+
+def described(does: Activation) -> list[int]:
+    """Return an activation as the kernel numbers it: its function, whether it has a gate, and whether it has bounds."""
+    return [does.number, int(does.gated), int(does.gated and (math.isfinite(does.limit) or does.beta != 0))]
+
+
+def in_panels(bias: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Return biases [E, rows] in the order of panels, 16 of gate beside 16 of up if gated, with zeros at the end."""
+    parts = bias.unflatten(1, (2 if gated else 1, -1))
+    lanes = LANES if gated else 2 * LANES
+    padded = torch.nn.functional.pad(parts, (0, -parts.shape[2] % lanes))
+    panels: torch.Tensor = padded.unflatten(2, (-1, lanes)).transpose(1, 2).contiguous()
+    return panels
 
 
 def repack(packed: PackedMatrices, *, gated: bool, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

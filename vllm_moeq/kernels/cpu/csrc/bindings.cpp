@@ -18,7 +18,11 @@ struct Layer {
 };
 
 // A layer's description is one int64 tensor, because torch would unpack many arguments in every call.
-enum Number { kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kUpRotation, kDownRotation, kNumbers };
+enum Number {
+    kHidden, kIntermediate, kUpGroup, kDownGroup, kDownOffset, kWide, kIsa, kUpRotation, kDownRotation,
+    kFunction, kGated, kBounded, kUpBias, kDownBias, kNumbers
+};
+constexpr int kFactors = 3;  // the floats of an activation: alpha, limit, beta
 constexpr int kPerExpert = 4;  // then follow, per expert: width, scheme, first byte of gate and up, first byte of down
 
 Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers) {
@@ -39,7 +43,8 @@ Layer describe(const Tensor& gate_up, const Tensor& down, const int64_t* numbers
     fill(layer.gate_up, gate_up, 2, layer.up_segments);
     fill(layer.down, down, 3, layer.down_segments);
     layer.gate_up.columns = static_cast<int32_t>(hidden);
-    layer.gate_up.panels = static_cast<int32_t>(panels_of(2 * intermediate, true));
+    const bool gated = numbers[kGated] != 0;
+    layer.gate_up.panels = static_cast<int32_t>(panels_of(gated ? 2 * intermediate : intermediate, gated));
     layer.down.columns = static_cast<int32_t>(intermediate);
     layer.down.panels = static_cast<int32_t>(panels_of(hidden, false));
     return layer;
@@ -68,18 +73,28 @@ void run_part(const Kernel& kernel, Call& call, const int32_t* ids, const float*
     in_parallel([&](int thread, int count) { kernel.run(&call, thread, count); });
 }
 
-// factors: those of the layer's input, if it is rotated, then those of down's input, if that is.
-void set_rotations(Call& call, const int64_t* numbers, const Tensor& factors) {
+// floats: the activation's, then factors of the layer's input, if it is rotated, and of down's input, if that is, then
+// the biases of gate and up and those of down, if there are any.
+void set_floats(Call& call, const int64_t* numbers, int64_t experts, const Tensor& floats) {
     const int64_t up = numbers[kUpRotation] ? call.hidden : 0, down = numbers[kDownRotation] ? call.intermediate : 0;
-    TORCH_CHECK(factors.is_contiguous() && factors.numel() == up + down, "expected ", up + down,
-                " factors of the rotations, found ", factors.numel());
-    const float* first = factors.const_data_ptr<float>();
-    call.before_up = {first, static_cast<int32_t>(numbers[kUpRotation])};
-    call.before_down = {first + up, static_cast<int32_t>(numbers[kDownRotation])};
+    const int64_t up_bias = numbers[kUpBias] ? experts * call.gate_up.panels * kPanelRows : 0;
+    const int64_t down_bias = numbers[kDownBias] ? experts * call.down.panels * kPanelRows : 0;
+    const int64_t count = kFactors + up + down + up_bias + down_bias;
+    TORCH_CHECK(floats.is_contiguous() && floats.numel() == count, "expected ", count, " floats of a layer, found ",
+                floats.numel());
+    const float* first = floats.const_data_ptr<float>();
+    const auto number = [&](Number which) { return static_cast<int32_t>(numbers[which]); };
+    call.activation = {number(kFunction), number(kGated), number(kBounded), first[0], first[1], first[2]};
+    first += kFactors;
+    call.before_up = {first, number(kUpRotation)};
+    call.before_down = {first + up, number(kDownRotation)};
+    first += up + down;
+    call.gate_up.bias = up_bias ? first : nullptr;
+    call.down.bias = down_bias ? first + up_bias : nullptr;
 }
 
 Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up,
-           const Tensor& down, const Tensor& layer, const Tensor& factors) {
+           const Tensor& down, const Tensor& layer, const Tensor& floats) {
     TORCH_CHECK(layer.is_contiguous() && layer.numel() >= kNumbers, "expected the numbers of a layer");
     const int64_t* numbers = layer.const_data_ptr<int64_t>();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == numbers[kHidden], "expected x [tokens, ", numbers[kHidden], "], found ",
@@ -99,7 +114,8 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
     call.intermediate = numbers[kIntermediate];
     call.gate_up = described.gate_up;
     call.down = described.down;
-    set_rotations(call, numbers, factors);
+    const int64_t experts = (layer.numel() - kNumbers) / kPerExpert;
+    set_floats(call, numbers, experts, floats);
     call.codings = numbers + kNumbers;
     call.codings_stride = kPerExpert;
     const int64_t top_k = ids.size(1), row = call.hidden * static_cast<int64_t>(input.element_size());
@@ -108,8 +124,7 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
         call.x = static_cast<const char*>(input.const_data_ptr()) + first * row;
         call.out = static_cast<char*>(out.mutable_data_ptr()) + first * row;
         run_part(kernel, call, ids.const_data_ptr<int32_t>() + first * top_k,
-                 weights.const_data_ptr<float>() + first * top_k, top_k,
-                 (layer.numel() - kNumbers) / kPerExpert);
+                 weights.const_data_ptr<float>() + first * top_k, top_k, experts);
     }
     return out;
 }
@@ -195,7 +210,7 @@ std::string isas() {
 TORCH_LIBRARY_FRAGMENT(vllm_moeq, library) {
     library.def(
         "native_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor layer, "
-        "Tensor factors) -> Tensor");
+        "Tensor floats) -> Tensor");
     library.def(
         "native_repack(Tensor[] grid, Tensor[] trellis, Tensor experts, int[] numbers, Tensor(a!) offsets) -> Tensor");
     library.def("native_isas() -> str", &isas);

@@ -8,12 +8,12 @@
 
 namespace moeq {
 
-// Order in memory. A block is 16 rows, a panel two blocks; a panel of gate and up has 16 rows of each, so that
-// silu(gate)·up needs no second pass. A chunk is 32 columns; a segment is up to four chunks that share a scale. A panel
-// holds its segments one after the other, and each segment its two blocks. A block has 16 scales and 16 zeros if a
-// scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per chunk. A vector has 32 bits per
-// row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise shift and mask gives four
-// consecutive columns of 16 rows.
+// Order in memory. A block is 16 rows, a panel two blocks; a panel of gate and up has 16 rows of each, so that their
+// product needs no second pass; without a gate it has 32 rows of up. A chunk is 32 columns; a segment is up to four
+// chunks that share a scale. A panel holds its segments one after the other, and each segment its two blocks. A block
+// has 16 scales and 16 zeros if a scale group begins here, then the segment's codes: `bits` vectors of 64 bytes per
+// chunk. A vector has 32 bits per row. Byte j of them holds codes of the columns that are j modulo 4, so one byte-wise
+// shift and mask gives four consecutive columns of 16 rows.
 //
 // A trellis has one scale per row and the zero 63.25 (vllm_moeq/format). Its panel begins with the scales of both blocks.
 // In a chunk each row has its `bits` words as the file has them; a block's rows are those of a tile.
@@ -59,6 +59,21 @@ struct Matrices {
     int32_t columns;
     int32_t groups;
     int32_t wide;  // 1: scales and zeros are float32, not float16
+    const float* bias;  // [experts, panels, kPanelRows] in the order of the panels' rows, or null
+};
+
+inline const float* bias_of(const Matrices& m, int64_t expert, int64_t panel) {
+    return m.bias ? m.bias + (expert * m.panels + panel) * kPanelRows : nullptr;
+}
+
+// The functions of vllm_moeq/kernels/activations.py, in its order.
+enum Function : int32_t { kSilu = 0, kGeluTanh = 1, kRelu2 = 2 };
+
+// What is computed between the projections: function(min(gate, limit)) · (clamp(up, −limit, limit) + beta), and without
+// a gate function(up). Without bounds limit and beta are not read.
+struct Activation {
+    int32_t function, gated, bounded;
+    float alpha, limit, beta;
 };
 
 inline int64_t header_bytes(const Matrices& m) { return m.wide ? 2 * kVector : kVector; }
@@ -101,6 +116,7 @@ struct Call {
     int32_t digits;
     int64_t tokens, hidden, intermediate, pairs;
     Matrices gate_up, down;
+    Activation activation;
     const int64_t* codings;  // expert e has a width at codings[e · codings_stride], then a scheme
     int64_t codings_stride;
     const Active* active;
@@ -111,7 +127,7 @@ struct Call {
     Planes x_planes, hidden_planes;
     Rotation before_up, before_down;
     float* rotated;  // [tokens, hidden], if x is rotated
-    float* inner;    // [pairs, intermediate]: silu(gate)·up
+    float* inner;    // [pairs, intermediate]: down's inputs
     float* sums;     // [tokens, padded hidden]
     const Item* items;
     int32_t num_items;

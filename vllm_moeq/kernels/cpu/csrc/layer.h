@@ -8,29 +8,10 @@
 #include "quantize.h"
 #include "rotate.h"
 #include "panel.h"
+#include "activate.h"
 
 namespace moeq {
 namespace {
-
-// Returns e^x for x <= 0, exact to a few units in the last place, as 2^n times a polynomial of the remainder.
-MOEQ_INLINE Floats exponential(Floats x) {
-    x = maximum(x, splat(-87.0f));
-    const Floats n = nearest(x * splat(1.44269504f));
-    Floats r = multiply_add(n, splat(-0.693359375f), x);
-    r = multiply_add(n, splat(2.12194440e-4f), r);
-    constexpr float over[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-    Floats sum = splat(over[0]);
-#pragma GCC unroll 8
-    for (int i = 1; i < 8; ++i) sum = multiply_add(sum, r, splat(over[i]));
-    return sum * as_floats(shift_left<23>(to_ints(n) + splat_int(127)));
-}
-
-// Returns gate / (1 + e^−gate) · up, computed from e^−|gate|, which cannot overflow.
-MOEQ_INLINE Floats gated(Floats gate, Floats up) {
-    const Floats zero = splat(0.0f), small = exponential(minimum(gate, zero - gate));
-    const Floats positive = maximum(gate, zero), negative = minimum(gate, zero);
-    return multiply_add(negative, small, positive) / (splat(1.0f) + small) * up;
-}
 
 inline int take(int32_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
@@ -41,20 +22,14 @@ void gate_up_item(Call& call, const Item& item) {
     const Coding coding = coding_of(call, active.expert);
     const Matrices& m = call.gate_up;
     const uint8_t* data = m.data + m.offsets[active.expert * m.stride];
+    const Finish finish = finish_of(call.activation);
     for (int p = item.panel; p < item.panel + item.panels; ++p) {
-        const int64_t left = call.intermediate - static_cast<int64_t>(p) * kLanes;
-        const int columns = left < kLanes ? static_cast<int>(left) : kLanes;
         for (int begin = 0; begin < active.count; begin += kTokensAtOnce) {
             const int rest = active.count - begin, tokens = rest < kTokensAtOnce ? rest : kTokensAtOnce;
             const int first = active.first + begin;
             multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.x_planes, call.token + first, tokens,
                              sums);
-            for (int t = 0; t < tokens; ++t) {
-                float* both = sums + t * kPanelRows;
-                store(both, gated(load(both), load(both + kLanes)));
-                __builtin_memcpy(call.inner + (first + t) * call.intermediate + p * kLanes, both,
-                                 static_cast<size_t>(columns) * sizeof(float));
-            }
+            finish(call, sums, tokens, first, p, bias_of(m, active.expert, p));
         }
     }
 }
@@ -93,11 +68,14 @@ void down_item(Call& call, int number) {
                 const int first = active.first + begin;
                 multiply<DIGITS>(coding, m, data + p * panel_bytes(m, coding), call.hidden_planes, call.pair + first,
                                  tokens, sums);
+                const float* bias = bias_of(m, active.expert, p);
                 for (int t = 0; t < tokens; ++t) {
                     float* place = call.sums + call.token[first + t] * width + p * kPanelRows;
                     const Floats weight = splat(call.weight[first + t]);
                     for (int c = 0; c < kPanelRows; c += kLanes) {
-                        store(place + c, multiply_add(load(sums + t * kPanelRows + c), weight, load(place + c)));
+                        Floats value = load(sums + t * kPanelRows + c);
+                        if (bias) value = value + load(bias + c);
+                        store(place + c, multiply_add(value, weight, load(place + c)));
                     }
                 }
             }
