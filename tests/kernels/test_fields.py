@@ -10,7 +10,7 @@ import pytest
 
 from vllm_moeq.format import BIT_WIDTHS, codes_of_states
 from vllm_moeq.kernels.triton import rings
-from vllm_moeq.kernels.triton.fields import PTX
+from vllm_moeq.kernels.triton.fields import PTX, offset_of
 
 
 def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
@@ -49,6 +49,8 @@ def execute(text: str, inputs: list[np.ndarray], dtype: str) -> np.ndarray:
             result = value(operands[0])
         elif opcode == "shr.b32":
             result = value(operands[0]) >> value(operands[1])
+        elif opcode == "shl.b32":
+            result = value(operands[0]) << value(operands[1])
         elif opcode == "lop3.b32":
             assert operands[3] == "0xEA"
             result = (value(operands[0]) & value(operands[1])) | value(operands[2])
@@ -91,10 +93,18 @@ def test_every_code_of_every_word(width: int, dtype: str) -> None:
     lows = [np.roll(low, index) for index in range(width)]
     highs = [np.roll(high, index) for index in range(width)]
     registers = [a | b << 16 for a, b in zip(lows, highs, strict=True)]
+    offset = offset_of(width, dtype)
     for code in range(16):
         result = execute(PTX[code, width, dtype], registers, dtype)
-        assert np.array_equal(to_float(result & 0xFFFF, dtype), expected_code(lows, code, width))
-        assert np.array_equal(to_float(result >> 16, dtype), expected_code(highs, code, width))
+        assert np.array_equal(to_float(result & 0xFFFF, dtype) - offset, expected_code(lows, code, width))
+        assert np.array_equal(to_float(result >> 16, dtype) - offset, expected_code(highs, code, width))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("width", BIT_WIDTHS)
+def test_offsets_leave_the_accuracy_to_the_codes(width: int, dtype: str) -> None:
+    """A sum of codes plus offsets loses at most three bits more of float32 than one of the largest codes."""
+    assert offset_of(width, dtype) <= 9 * (2**width - 1)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -92,4 +92,4 @@ def ring_code_of(words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.const
         both = (before.to(tl.int32) & 0xFFFF) | (own.to(tl.int32) << 16)
         product = ((both >> _shift(END[1])) & _MASK) * _MULTIPLIER
         total = (product & 255) + ((product >> 8) & 255) + ((product >> 16) & 255) + ((product >> 24) & 255)
-        return float_of((total >> 3).to(tl.int16), 0, DTYPE, MODE) - _OFFSET
+        return float_of((total >> 3).to(tl.int16), DTYPE, MODE) - _OFFSET

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
-from vllm_moeq.kernels.triton.fields import code_of
+from vllm_moeq.kernels.triton.fields import code_of, offset
 from vllm_moeq.kernels.triton.rings import ring_code_of
 
 TILE = tl.constexpr(64)
@@ -51,13 +51,15 @@ def _multiply(
 ):  # fmt: skip
     """Return Σ_k (q − z)·s·x over the blocks [begin, end), float32 [ROWS, TOKENS].
 
-    Each group is computed as s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype. The words of
-    the rows ``before`` are read if RING: their last plane, which this program reads for those rows too.
+    Each group is computed as s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype. Codes of the
+    grid are multiplied with their offset on them, which is subtracted with z. The words of the rows ``before`` are read
+    if RING: their last plane, which this program reads for those rows too.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = TILE * LANES
     PARTS: tl.constexpr = GROUPS if GROUPS else 1
     FIELDS: tl.constexpr = 16 // PARTS
+    OFFSET: tl.constexpr = 0.0 if RING else offset(WIDTH, dtype)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     total_x = tl.zeros((TOKENS,), tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):
@@ -82,12 +84,16 @@ def _multiply(
                 part_x += tl.load(sums + (start + group * FIELDS * LANES) // SUM + index)
             if GROUPS:
                 scale, zero = _load_scale_and_zero(scales + (block * GROUPS + group) * TILE)
+                if OFFSET > 0:
+                    zero += OFFSET
                 total += scale[:, None] * (part - zero[:, None] * part_x[None, :])
             else:
                 total += part
                 total_x += part_x
     if not GROUPS:
         scale, zero = _load_scale_and_zero(scales)
+        if OFFSET > 0:
+            zero += OFFSET
         total = scale[:, None] * (total - zero[:, None] * total_x[None, :])
     return total
 
