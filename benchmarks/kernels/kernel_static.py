@@ -25,6 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_moeq.kernels.activations import SILU, Activation
+from vllm_moeq.kernels.triton import activate
 from vllm_moeq.kernels.triton.arrange import arrange
 from vllm_moeq.kernels.triton.codings import CODINGS, rings_in, set_of
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
@@ -58,7 +60,10 @@ class Variant:
     """One kernel at fixed compile-time parameters.
 
     Attributes:
+        gated: whether it is gate and up; else it is down.
         codings: names of codings, of :data:`NUMBERS`.
+        activation: what follows gate and up.
+        biased: whether the projection has biases.
     """
 
     kernel: str
@@ -68,6 +73,8 @@ class Variant:
     group_size: int = 128
     lanes: int = 16
     dtype: str = "bf16"
+    activation: Activation = SILU
+    biased: bool = False
 
     @property
     def name(self) -> str:
@@ -94,10 +101,13 @@ def constants_of(variant: Variant, arch: str) -> dict[str, Any]:
     chunked = few and not variant.gated and True not in rings
     constants: dict[str, Any] = {
         "SHARE": 1, "ROWS": schedule.rows, "TOKENS": schedule.tokens, "LANES": variant.lanes, "CODINGS": codings,
-        "GROUPS": groups, "SUM": 32 if chunked else block // max(groups, 1), "EVEN": True, "GATED": variant.gated,
+        "GROUPS": groups, "SUM": 32 if chunked else block // max(groups, 1), "EVEN": True,
+        **activate.constants_of(variant.activation if variant.gated else None),
         "STAGES": schedule.stages, "MODE": "plain" if TARGETS[arch].backend == "hip" else "ptx",
     }  # fmt: skip
     constants |= {"PAIRS": 8 * schedule.tokens} if few else {"EXPERTS": 128, "TOGETHER": 8}
+    if not variant.biased:
+        constants["biases"] = None
     return constants if variant.gated and True not in rings else {**constants, "out_sums": None}
 
 
@@ -129,7 +139,7 @@ def compile_variant(variant: Variant, arch: str) -> Any:
     constants = constants_of(variant, arch)
     pointers = {
         "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
-        "words": "i16", "scales": "i32", "table": "i32", "splits": "i32",
+        "words": "i16", "scales": "i32", "table": "i32", "biases": "fp32", "splits": "i32",
         "out": variant.dtype if variant.gated or not few else "fp32", "out_sums": "fp32",
     }  # fmt: skip
     options = {"num_warps": schedule.warps}

@@ -82,6 +82,22 @@ for size in (0, 16, 32, 64, 128, 256):
     assert [spilled for _, spilled in found] == ["0"] * 6
 
 
+@pytest.mark.parametrize("arch", thorough(["sm_80", "sm_90"], ["sm_90"]))
+def test_other_activations_do_not_spill(arch: str) -> None:
+    """With bounds, a factor and biases, as in gpt-oss; and without a gate."""
+    script = f"""
+from dataclasses import replace
+from benchmarks.kernels.kernel_static import compile_variant, usage_of, variants
+from vllm_moeq.kernels.activations import Activation
+most = Activation(alpha=1.702, limit=7.0, beta=1.0)
+for activation in (most, Activation("relu2", gated=False)):
+    for variant in list(variants(["grid2"]))[::4]:
+        print(*usage_of(compile_variant(replace(variant, activation=activation, biased=True), {arch!r})))
+"""
+    found = [line.split() for line in run(script).splitlines()]
+    assert [spilled for _, spilled in found] == ["0"] * 6
+
+
 @pytest.mark.parametrize("arch", thorough(["sm_80", "sm_86", "sm_89", "sm_120", "gfx942", "gfx950"], ["gfx942"]))
 def test_compiles_for_other_gpus(arch: str) -> None:
     script = f"""

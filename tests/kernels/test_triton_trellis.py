@@ -94,7 +94,7 @@ def project(layer: TritonLayer, x: torch.Tensor, ids: torch.Tensor, *, gated: bo
     schedule = schedule_few(len(ids)) if few else schedule_many(len(ids), len(layer.bits))
     shape = (len(ids), matrices.rows // 2) if gated else (1, len(ids), matrices.rows)
     out = torch.full(shape, float("nan"), device=DEVICE, dtype=x.dtype if gated else torch.float32)
-    layer.project(matrices, prepared(x), routing, schedule, out, gated=gated)
+    layer.project(matrices, prepared(x), routing, schedule, out, activation=layer.activation if gated else None)
     return out.view(len(ids), -1)
 
 

@@ -125,7 +125,7 @@ def _native_linear(words: torch.Tensor, scales: torch.Tensor, bits: int) -> Line
 TABLE = (
     Backend(
         "triton", _triton_problem, _make_triton, automatic=("cuda",), schemes=(GRID.name, TRELLIS_SCHEME.name),
-        rotated=True,
+        rotated=True, activations=True,
     ),
     Backend("humming", _humming_problem, _make_humming, automatic=()),
     Backend(

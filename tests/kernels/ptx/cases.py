@@ -11,7 +11,9 @@ import torch
 import vllm_moeq.kernels.triton.layer as module
 from tests.kernels.layers import (
     EDGE_ROUTINGS,
+    KINDS,
     Coding,
+    activated,
     dense,
     edge_routing,
     exact,
@@ -62,6 +64,7 @@ class Case:
         schedule: the variant to run; None leaves the choice to the layer.
         rings: the experts whose weights are trellises, by index; the others are grids.
         rotations: sizes of the rotations of the layer's input and of the hidden activations; 0 is none.
+        kind: what experts compute besides products, a key of :data:`tests.kernels.layers.KINDS`; empty is silu(gate)·up.
     """
 
     arch: str
@@ -76,10 +79,12 @@ class Case:
     schedule: Schedule | None = None
     rings: tuple[int, ...] = ()
     rotations: tuple[int, int] = (0, 0)
+    kind: str = ""
 
     def __str__(self) -> str:
         tile = f" {self.schedule.rows}x{self.schedule.tokens}" if self.schedule else ""
-        return f"{self.arch} {self.dtype} {self.widths} {self.tokens}{tile} {self.routing}"
+        kind = f" {self.kind}" if self.kind else ""
+        return f"{self.arch} {self.dtype} {self.widths} {self.tokens}{tile} {self.routing}{kind}"
 
     @property
     def experts(self) -> list[Coding]:
@@ -144,12 +149,19 @@ def routed(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed_of(case: Case) -> PackedExperts:
     """Return the layer."""
+    if case.kind:
+        return random_layer(case.bits, *case.shape, kind=KINDS[case.kind])
     packed = mixed_layer(case.experts, *case.shape) if case.rings else random_layer(case.bits, *case.shape)
     if not case.wide_scales:
         return packed
     parts = (packed.gate_up, packed.down)
     gate_up, down = (PackedMatrices(m.matrices, m.words, m.scales.float(), m.zeros.float()) for m in parts)
     return PackedExperts(gate_up, down)
+
+
+def bias_of(packed: PackedMatrices, expert: int) -> torch.Tensor:
+    """Return what is added to an expert's outputs, float64."""
+    return torch.zeros(1, dtype=torch.float64) if packed.bias is None else packed.bias[expert].double()
 
 
 def rounded(
@@ -163,13 +175,12 @@ def rounded(
     before = rotated(x, turns.before_up).to(x.dtype)
     for expert in range(len(packed.bits)):
         token, slot = torch.nonzero(ids == expert, as_tuple=True)
-        gate, up = (before[token].double() @ dense(packed.gate_up, expert).double().T).chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        first = before[token].double() @ dense(packed.gate_up, expert).double().T
+        hidden = activated(first + bias_of(packed.gate_up, expert), packed.activation).to(x.dtype)
         value = (
-            rotated(hidden, turns.before_down).to(x.dtype).double()
-            @ dense(packed.down, expert).double().T
-            * weights[token, slot, None].double()
-        )
+            rotated(hidden, turns.before_down).to(x.dtype).double() @ dense(packed.down, expert).double().T
+            + bias_of(packed.down, expert)
+        ) * weights[token, slot, None].double()
         result.index_add_(0, token, value.to(x.dtype).double() if len(x) > FEW_TOKENS else value)
     return result.to(x.dtype).double()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tests.kernels.layers import KINDS
 from tests.kernels.ptx.cases import Case
 from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
 
@@ -35,6 +36,14 @@ TRELLISES = (
 """Trellises alone and beside the grid, in rotated layers."""
 
 
+ACTIVATIONS = (
+    Case("sm_80", "bf16", (2, 2, 2), SMALL, tokens=2, kind="gpt_oss"),
+    Case("sm_90", "fp16", (3, 3, 3), SMALL, tokens=33, kind="gpt_oss"),
+    Case("sm_90", "bf16", (2, 2, 2), SMALL, tokens=9, kind="nemotron_h"),
+)
+"""Bounds, a factor and biases; and no gate."""
+
+
 def tokens_of(schedule: Schedule) -> int:
     """Return a number of tokens that the schedule is meant for."""
     return schedule.tokens if schedule in FEW else max(17, schedule.tokens + 1)
@@ -53,6 +62,10 @@ def cases(architectures: Sequence[str] = ("sm_80", "sm_89", "sm_90", "sm_120")) 
         for splits in (2, 4, 8):
             yield Case(arch, "bf16", shape=(256, 2048, 128, 0), tokens=4, splits=splits)
         yield Case(arch, "bf16", tokens=4, wide_scales=True)
+        for kind in KINDS:
+            for tokens in (4, 33):
+                yield Case(arch, "bf16", (2, 3, 2), SMALL, tokens, kind=kind)
+            yield Case(arch, "bf16", shape=(256, 2048, 128, 0), tokens=4, splits=4, kind=kind)
         for dtype in ("bf16", "fp16"):
             for bits, rings in ((1,) * 3, (0, 1, 2)), ((2, 1, 2, 3, 4, 4), (0, 1, 3, 4)), ((3, 8, 4), (0, 2)):
                 for schedule in (*FEW, *MANY):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.ptx.cases import Case, Edit, Figures
 from tests.kernels.ptx.process import Call
-from tests.kernels.ptx.table import EVERY_RUN, TRELLISES, cases
+from tests.kernels.ptx.table import ACTIVATIONS, EVERY_RUN, TRELLISES, cases
 from tests.tiers import thorough
 from vllm_moeq.kernels.triton.schedule import FEW, MANY
 
@@ -24,6 +24,11 @@ def test_every_schedule(emulated: Call, case: Case) -> None:
 
 @pytest.mark.parametrize("case", TRELLISES, ids=str)
 def test_trellises_and_rotations(emulated: Call, case: Case) -> None:
+    check(emulated("cases.run", case))
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+def test_other_activations_and_biases(emulated: Call, case: Case) -> None:
     check(emulated("cases.run", case))
 
 

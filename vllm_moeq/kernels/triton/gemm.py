@@ -1,11 +1,11 @@
-"""The two launches of a layer: gate and up with SiLU·mul, and down with the routing weight."""
+"""The two launches of a layer: gate and up with the activation, and down with the routing weight."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vllm_moeq.kernels.triton.tile import expert_tile, store_hidden, store_weighted
+from vllm_moeq.kernels.triton.tile import add_bias, expert_tile, store_hidden, store_weighted
 
 
 @triton.jit
@@ -37,10 +37,15 @@ def _sorted_block(order, counts, block, TOKENS: tl.constexpr, EXPERTS: tl.conste
 
 
 @triton.jit
-def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows, sum_columns,
-            ROWS: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    if GATED:
-        store_hidden(total, out, out_sums, pair, valid, tile, rows // 2, sum_columns, ROWS, TOKENS)
+def _finish(total, biases, expert, out, out_sums, weights, pair, valid, tile, split, pairs, rows, sum_columns,
+            ROWS: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, FUNCTION: tl.constexpr,
+            ALPHA: tl.constexpr, LIMIT: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    total = add_bias(total, biases, expert, tile, rows, split == 0, ROWS)
+    if FUNCTION >= 0:
+        store_hidden(
+            total, out, out_sums, pair, valid, tile, rows, sum_columns, ROWS, TOKENS, GATED, FUNCTION, ALPHA, LIMIT,
+            BETA,
+        )  # fmt: skip
     else:
         store_weighted(total, out + split.to(tl.int64) * pairs * rows, weights, pair, valid, tile, rows, ROWS)
 
@@ -48,10 +53,11 @@ def _finish(total, out, out_sums, weights, pair, valid, tile, split, pairs, rows
 # Variants are compiled before graphs are captured, so no argument of a call may lead to another variant.
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["ids", "weights"])
 def few_tokens(
-    x, sums, ids, weights, words, scales, table, splits, out, out_sums,
+    x, sums, ids, weights, words, scales, table, biases, splits, out, out_sums,
     pairs, rows, columns, sum_columns,
     SHARE: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
+    FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BETA: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Run one projection for up to TOKENS tokens without sorting: an expert's first pair works for all its pairs.
@@ -64,9 +70,11 @@ def few_tokens(
         ids: local expert indices [pairs]; negative ones are skipped.
         weights: routing weights [pairs], used by down only.
         words, scales, table: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
+        biases: what is added to the outputs, float32 [E, rows] in the order of the rows; None for nothing.
         splits: the number of parts of each expert's input dimension, [E].
-        out: outputs [pairs, rows / 2] if GATED, else [splits, pairs, rows].
-        out_sums: sums of ``out`` over 32 columns, float32 [pairs, sum_columns]; written if GATED; None for none.
+        out: outputs [pairs, neurons] if there is a FUNCTION, else [splits, pairs, rows]. If GATED, a neuron has two
+            rows.
+        out_sums: sums of ``out`` over 32 columns, float32 [pairs, sum_columns], written; None for none.
     """
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(ids + pair)
@@ -82,15 +90,19 @@ def few_tokens(
         x, sums, words, scales, table, expert, tile, split, parts, found // SHARE, pairs // SHARE, valid, columns,
         tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
-    _finish(total, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
+    _finish(
+        total, biases, expert, out, out_sums, weights, found, valid, tile, split, pairs, rows, sum_columns, ROWS,
+        TOKENS, GATED, FUNCTION, ALPHA, LIMIT, BETA,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"], do_not_specialize_on_alignment=["weights"])
 def many_tokens(
-    x, sums, order, counts, weights, words, scales, table, out, out_sums,
+    x, sums, order, counts, weights, words, scales, table, biases, out, out_sums,
     pairs, blocks, rows, columns, sum_columns,
     SHARE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CODINGS: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, SUM: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
+    FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BETA: tl.constexpr,
     STAGES: tl.constexpr, MODE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Run one projection for any number of tokens, sorted by expert.
@@ -116,4 +128,7 @@ def many_tokens(
         x, sums, words, scales, table, expert, tile, 0, 1, pair // SHARE, pairs // SHARE, valid, columns,
         tl.cdiv(rows, 64), ROWS, TOKENS, CODINGS, LANES, GROUPS, SUM, EVEN, GATED, STAGES, MODE,
     )  # fmt: skip
-    _finish(total, out, out_sums, weights, pair, valid, tile, tile * 0, pairs, rows, sum_columns, ROWS, TOKENS, GATED)
+    _finish(
+        total, biases, expert, out, out_sums, weights, pair, valid, tile, tile * 0, pairs, rows, sum_columns, ROWS,
+        TOKENS, GATED, FUNCTION, ALPHA, LIMIT, BETA,
+    )  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from vllm_moeq.kernels.activations import Activation
 from vllm_moeq.kernels.interface import PackedExperts
+from vllm_moeq.kernels.triton.activate import constants_of
 from vllm_moeq.kernels.triton.around import reduce_pairs, sort_pairs
 from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
 from vllm_moeq.kernels.triton.inputs import Inputs, prepare
@@ -25,7 +28,7 @@ from vllm_moeq.kernels.triton.schedule import (
 )
 
 CHUNK = 32
-"""Columns per sum of silu(gate)·up: as many as one tile of gate and up covers."""
+"""Columns per sum of down's inputs: as many as one tile of gate and up covers."""
 
 PROGRAMS = 132 * 4
 """The programs that keep a GPU busy while it streams weights; if there are fewer, down's input dimension is split."""
@@ -80,7 +83,8 @@ class TritonLayer:
     name = "triton"
 
     def __init__(self, packed: PackedExperts) -> None:
-        self.gate_up = repack(packed.gate_up, gated=True)
+        self.activation = packed.activation
+        self.gate_up = repack(packed.gate_up, gated=packed.activation.gated)
         self.down = repack(packed.down, gated=False)
         self.bits = list(packed.bits)
         self.hidden = packed.hidden
@@ -128,16 +132,16 @@ class TritonLayer:
         return order, counts
 
     def _gate_up(self, inputs: Inputs, tokens: Tokens, schedule: Schedule) -> Inputs:
-        """Return silu(gate)·up of every pair, as down's launch needs it."""
+        """Return the activation's results for every pair, as down's launch needs them."""
         hidden = inputs.x.new_empty((tokens.pairs, self.intermediate))
         if self.before_down.changes:
-            self.project(self.gate_up, inputs, tokens, schedule, hidden, gated=True)
+            self.project(self.gate_up, inputs, tokens, schedule, hidden, activation=self.activation)
             return self.before_down(hidden, tokens.ids)
         columns = self.down.blocks * self.down.block // CHUNK
         padded = columns * CHUNK != self.intermediate
         make = torch.zeros if padded else torch.empty
         chunks = make((tokens.pairs, columns), dtype=torch.float32, device=hidden.device)
-        self.project(self.gate_up, inputs, tokens, schedule, hidden, gated=True, out_sums=chunks)
+        self.project(self.gate_up, inputs, tokens, schedule, hidden, activation=self.activation, out_sums=chunks)
         if tokens.order is not None and self.down.group_size > CHUNK:
             chunks = chunks.view(tokens.pairs, -1, self.down.group_size // CHUNK).sum(-1)
         return Inputs(hidden[None], chunks)
@@ -150,7 +154,7 @@ class TritonLayer:
         schedule: Schedule,
         out: torch.Tensor,
         *,
-        gated: bool = False,
+        activation: Activation | None = None,
         out_sums: torch.Tensor | None = None,
         splits: int = 1,
     ) -> None:
@@ -162,21 +166,22 @@ class TritonLayer:
             tokens: the routing.
             schedule: the variant to launch.
             out: the output, written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
-            gated: whether it is gate and up; else it is down.
+            activation: what follows gate and up; None for down.
             out_sums: the sums of ``out`` over CHUNK columns, written if gate and up's are wanted.
             splits: the parts of the input dimension of the widest expert.
         """
         per_block = inputs.sums.shape[1] // matrices.blocks
-        common = {
+        common: dict[str, Any] = {
             "SHARE": tokens.pairs // inputs.rows, "ROWS": schedule.rows, "TOKENS": schedule.tokens,
             "CODINGS": matrices.codings, "LANES": matrices.lanes, "GROUPS": matrices.groups,
-            "SUM": matrices.block // per_block, "EVEN": inputs.columns % matrices.block == 0, "GATED": gated,
-            "STAGES": schedule.stages, "MODE": arithmetic(inputs.x.dtype), "num_warps": schedule.warps,
+            "SUM": matrices.block // per_block, "EVEN": inputs.columns % matrices.block == 0,
+            **constants_of(activation), "STAGES": schedule.stages, "MODE": arithmetic(inputs.x.dtype),
+            "num_warps": schedule.warps,
         }  # fmt: skip
         limit = schedule.register_limit(matrices.codings.bit_count())
         if limit is not None and common["MODE"] == "ptx":
             common["maxnreg"] = limit
-        weights = (matrices.words, matrices.scales, matrices.table)
+        weights = (matrices.words, matrices.scales, matrices.table, matrices.bias)
         sizes = (matrices.rows, inputs.columns, 0 if out_sums is None else out_sums.shape[1])
         tiles = triton.cdiv(matrices.rows, schedule.rows)
         if tokens.order is None or tokens.counts is None:

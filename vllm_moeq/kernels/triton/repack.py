@@ -42,6 +42,7 @@ class Repacked:
         columns: inputs, without padding.
         lanes: words per plane and row, 16 or 32.
         groups: scales per block of the input dimension; 0 means one per row, which trellises always have.
+        bias: biases in the kernel's order of rows, float32 [E, rows], or None.
     """
 
     words: torch.Tensor
@@ -52,6 +53,7 @@ class Repacked:
     columns: int
     lanes: int
     groups: int
+    bias: torch.Tensor | None = None
 
     @property
     def block(self) -> int:
@@ -129,6 +131,7 @@ def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
     return Repacked(
         words.flatten(), pairs.view(torch.int32 if dtype == torch.float16 else torch.int64).flatten(),
         table.T.contiguous(), set_of(numbers), matrices.rows, matrices.columns, lanes, form.groups,
+        None if packed.bias is None else packed.bias[:, form.order].contiguous(),
     )  # fmt: skip
 
 

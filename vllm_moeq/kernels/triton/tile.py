@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_moeq.kernels.triton.activate import function_of, gate_times_up
 from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
 from vllm_moeq.kernels.triton.fields import code_of, offset
 from vllm_moeq.kernels.triton.rings import ring_code_of
@@ -142,17 +143,33 @@ def expert_tile(
 
 
 @triton.jit
-def store_hidden(
-    total, hidden, sums, pair, valid, tile, neurons, sum_columns, ROWS: tl.constexpr, TOKENS: tl.constexpr
-):
-    """Store silu(gate)·up [pairs, neurons], and if there are sums, those over chunks of 32 neurons.
+def add_bias(total, biases, expert, tile, rows, wanted, ROWS: tl.constexpr):
+    """Return the rows of one tile with an expert's biases, float32 [E, rows], if they are wanted and there are any."""
+    if biases is not None:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        bias = tl.load(biases + expert.to(tl.int64) * rows + row, mask=row < rows, other=0.0)
+        total += tl.where(wanted, bias, 0.0)[:, None]
+    return total
 
-    The rows of ``total`` are eight of gate and eight of up in turn.
+
+@triton.jit
+def store_hidden(
+    total, hidden, sums, pair, valid, tile, rows, sum_columns, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    GATED: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BETA: tl.constexpr,
+):  # fmt: skip
+    """Store down's inputs [pairs, neurons], and if there are sums, those over chunks of 32 neurons.
+
+    The rows of ``total`` are eight of gate and eight of up in turn, or if not GATED up's alone.
     """
-    HALF: tl.constexpr = ROWS // 2
-    halves = total.reshape(ROWS // 16, 2, 8, TOKENS).permute(0, 2, 3, 1)
-    gate, up = tl.split(halves)
-    value = (gate / (1 + tl.exp(-gate)) * up).reshape(HALF, TOKENS).to(hidden.dtype.element_ty)
+    HALF: tl.constexpr = ROWS // 2 if GATED else ROWS
+    neurons = rows // 2 if GATED else rows
+    if GATED:
+        halves = total.reshape(ROWS // 16, 2, 8, TOKENS).permute(0, 2, 3, 1)
+        gate, up = tl.split(halves)
+        result = gate_times_up(gate, up, FUNCTION, ALPHA, LIMIT, BETA).reshape(HALF, TOKENS)
+    else:
+        result = function_of(total, FUNCTION, ALPHA)
+    value = result.to(hidden.dtype.element_ty)
     neuron = tile * HALF + tl.arange(0, HALF)
     target = hidden + pair.to(tl.int64)[None, :] * neurons + neuron[:, None]
     inside = valid[None, :] & (neuron < neurons)[:, None]
