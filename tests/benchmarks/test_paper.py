@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from benchmarks.replication.paper import run as paper
 from benchmarks.replication.paper.common import Result, markdown_table
 from benchmarks.replication.paper.tables import ABLATION, ZETAS
+from tests.shipped import sizes_of
 
 pytestmark = pytest.mark.slow
 
 PARTS = ("figure2", "figure9", "figure10", "figure11", "table2", "table5")
-LAYERS, EXPERTS = 4, 8
 MODEL = paper.SHIPPED[0]
+SIZES = sizes_of(MODEL)
+LAYERS, EXPERTS = SIZES.layers, SIZES.experts
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_the_map_shows_the_variances(results: Path) -> None:
     for layer, order in by_variance().items():
         mine = [row for row in found if row["layer"] == layer]
         assert sorted(range(EXPERTS), key=lambda expert: -mine[expert]["max_var"]) == order
-        middle = sorted(row["max_var"] for row in mine)[3:5]
+        middle = sorted(row["max_var"] for row in mine)[EXPERTS // 2 - 1 : EXPERTS // 2 + 1]
         assert all(row["times_median"] == pytest.approx(2 * row["max_var"] / sum(middle)) for row in mine)
 
 
@@ -110,7 +112,7 @@ def test_activations_are_listed_by_rising_norm(results: Path) -> None:
         router = load_file(MODEL / "model.safetensors")[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         assert norms == sorted(norms)
         assert norms == pytest.approx(sorted(router.float().norm(dim=1).tolist()))
-        assert sum(row["tokens"] for row in mine) == 2 * (paper.QUICK["max_tokens"] - 1)
+        assert sum(row["tokens"] for row in mine) == SIZES.chosen * (paper.QUICK["max_tokens"] - 1)
         assert all((row["activation"] or 0) > 0 for row in mine if row["tokens"])
 
 

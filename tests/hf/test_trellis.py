@@ -9,6 +9,7 @@ import torch
 
 from tests.hf.conftest import Pair, logits, shipped_pair
 from tests.paths import SHIPPED
+from tests.shipped import sizes_of
 from vllm_moeq.format import load_config, verify
 from vllm_moeq.hf.experts import RoutedExperts
 from vllm_moeq.kernels import VARIABLE
@@ -48,7 +49,8 @@ def test_the_fused_kernel(mixed: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under Triton's interpreter without a GPU."""
     found = []
     torch.manual_seed(0)
-    x, ids, weights = torch.randn(2, 128).half(), torch.tensor([[3, 0], [1, 2]]), torch.rand(2, 2)
+    hidden = sizes_of(mixed.quantized).hidden
+    x, ids, weights = torch.randn(2, hidden).half(), torch.tensor([[3, 0], [1, 2]]), torch.rand(2, 2)
     for backend in ("reference", "triton"):
         monkeypatch.setenv(VARIABLE, backend)
         monkeypatch.setenv("TRITON_INTERPRET", "1")

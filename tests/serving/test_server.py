@@ -23,6 +23,7 @@ from planner.exchange.dense import export_dense
 from tests.conftest import Outcome, bound_to_cores, one_line
 from tests.paths import MIXTRAL
 from tests.serving.conftest import Pair, losses
+from tests.shipped import MIXTRAL_SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -94,14 +95,13 @@ def test_compiled_server_answers_like_the_dense_model(served: Server, mixtral: P
 @pytest.mark.server
 def test_the_server_says_what_it_serves(served: Server) -> None:
     log = served.log.read_text()
-    assert "moeq: 4 MoE layers, 32 experts" in log
+    assert f"moeq: {MIXTRAL_SIZES.layers} MoE layers, {MIXTRAL_SIZES.all_experts} experts" in log
     reason = "vLLM's CPU kernels serve 4 bits, not 8"
     assert f"moeq: other linears run in the native kernel, packed: {reason}" in log
     with urllib.request.urlopen(f"{served.url.removesuffix('/v1')}/metrics") as page:
         metrics = page.read().decode()
-    assert re.search(
-        r'^moeq_info\{average_bits="3.125",experts="32",layers="4",linear_bits="8",.*\} 1.0$', metrics, re.M
-    )
+    counts = f'experts="{MIXTRAL_SIZES.all_experts}",layers="{MIXTRAL_SIZES.layers}"'
+    assert re.search(rf'^moeq_info\{{average_bits="3.125",{counts},linear_bits="8",.*\}} 1.0$', metrics, re.M)
 
 
 @pytest.mark.server

@@ -16,6 +16,7 @@ from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
 from tests.planner.calibration.layers import Read, reading
+from tests.shipped import MIXTRAL_SIZES
 from vllm_moeq.format import UsageError
 
 pytestmark = pytest.mark.slow
@@ -67,9 +68,19 @@ def test_every_expert_has_a_gain_of_its_own_or_its_layers(read: Read) -> None:
     assert all(bool((layer[2] > 0).all()) for layer in every.values())
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(None, {0, 1, 2, 3}), (2, {1, 3}), (1, {2}), (9, {0, 1, 2, 3})])
-def test_layers_are_spread(read: Read, layers: int | None, expected: set[int]) -> None:
-    assert Reach(False, layers).indices(read.decoder) == expected
+@pytest.mark.parametrize("tried", [1, 2, 3])
+def test_layers_are_spread(read: Read, tried: int) -> None:
+    """Each lies in the middle of its part of the model."""
+    layers = len(read.decoder.moe)
+    found = sorted(Reach(False, tried).indices(read.decoder))
+    assert len(found) == tried
+    for turn, index in enumerate(found):
+        assert abs(index - (turn + 0.5) * layers / tried) < 1
+
+
+@pytest.mark.parametrize("tried", [None, MIXTRAL_SIZES.layers, 2 * MIXTRAL_SIZES.layers])
+def test_all_layers_may_be_tried(read: Read, tried: int | None) -> None:
+    assert Reach(False, tried).indices(read.decoder) == set(range(MIXTRAL_SIZES.layers))
 
 
 def test_experts_that_fill_no_tiles_are_refused(narrow_mixtral: Path) -> None:

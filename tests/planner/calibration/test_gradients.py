@@ -16,6 +16,7 @@ from planner.calibration.reading.rounded import rounded
 from planner.common.progress import Progress
 from tests.paths import MIXTRAL, MODELS, SHIPPED
 from tests.planner.calibration.layers import reading
+from tests.shipped import MIXTRAL_SIZES
 from vllm_moeq.kernels import SILU
 
 pytestmark = pytest.mark.slow
@@ -137,11 +138,11 @@ def test_sampled_labels_follow_the_seed(tiny_mixtral: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("index", [0, 2])
 def test_squared_projections_average_to_the_second_order_divergence(index: int, tmp_path: Path) -> None:
     """One token of each sequence has its experts' output changed: ½ Δzᵀ(diag p − p pᵀ)Δz, over what follows."""
-    folder, place, step, seeds = MIXTRAL, 5, 1e-3, 16
+    folder, hidden, place, step, seeds = MIXTRAL, MIXTRAL_SIZES.hidden, 5, 1e-6, 16
     tokens = random_tokens(folder, 64, 12)
     whole = Whole(folder)
-    change = torch.zeros(*tokens.shape, 128, dtype=torch.float64)
-    change[:, place] = torch.randn(64, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = torch.zeros(*tokens.shape, hidden, dtype=torch.float64)
+    change[:, place] = torch.randn(64, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         probabilities = whole.likely(tokens).exp()
         ends = []

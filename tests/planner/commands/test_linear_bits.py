@@ -18,6 +18,7 @@ from planner.model.source import SourceModel
 from tests.architectures import build
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.shipped import MIXTRAL_SIZES
 from vllm_moeq.format import load_config, verify
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., Outcome]
 TEXT = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 64)
 AUTO = ("--linear-bits", "auto")
-GROUPS = 8
+GROUPS = 2 * MIXTRAL_SIZES.layers
+"""What has one width: query, key and value of a layer, and its output."""
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_a_comparison_has_one_width(moeq: Run, tmp_path: Path) -> None:
     ("change", "reason"),
     [
         (lambda it: it.pop("linears.kl_8"), "expected kl_4, kl_8, kl_gptq_4, kl_gptq_8 of linears"),
-        (lambda it: it.update({"linears.kl_8": it["linears.kl_8"][1:].clone()}), "tensor linears.kl_8: expected [8]"),
+        (lambda it: it.update({"linears.kl_8": it["linears.kl_8"][1:].clone()}), f"linears.kl_8: expected [{GROUPS}]"),
         (lambda it: it["linears.kl_4"].fill_(float("nan")), "tensor linears.kl_4: expected finite values"),
     ],
 )

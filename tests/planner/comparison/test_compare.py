@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.shipped import MIXTRAL_SIZES
 from tests.tiers import thorough
 
 pytestmark = pytest.mark.slow
@@ -272,7 +273,7 @@ class TestKilledRuns:
         assert line.startswith(f"interrupted; kept: {tmp_path / 'cut.partial'} (")
         assert " and " not in line  # the calibration lies in that folder
         assert moeq(*command, "-o", tmp_path / "cut").code == 0
-        assert len(calls) == 5  # the third layer again, and the fourth
+        assert len(calls) == MIXTRAL_SIZES.layers + 1  # the third layer again, and those behind it
 
     def test_starting_anew(self, moeq: Moeq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(*_arguments: Any) -> None:

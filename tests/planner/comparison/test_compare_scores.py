@@ -10,14 +10,15 @@ from planner.comparison.scores import score
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from tests.paths import MIXTRAL
+from tests.shipped import MIXTRAL_SIZES
 from vllm_moeq.format import CheckpointError
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(3, 20, 128, generator=generator)
-    other = states + 0.1 * torch.randn(3, 20, 128, generator=generator)
-    targets = torch.randint(2048, (3, 20), generator=generator)
+    states = torch.randn(3, 20, MIXTRAL_SIZES.hidden, generator=generator)
+    other = states + 0.1 * torch.randn(3, 20, MIXTRAL_SIZES.hidden, generator=generator)
+    targets = torch.randint(MIXTRAL_SIZES.vocabulary, (3, 20), generator=generator)
     targets[2, 5:] = -1
     with SourceModel(MIXTRAL) as model:
         decoder = Decoder(model, read_layout(model), torch.device("cpu"), torch.float32)
@@ -37,7 +38,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 
 
 def test_a_model_that_overflows_is_named() -> None:
-    states = torch.ones(2, 1, 4, 128)
+    states = torch.ones(2, 1, 4, MIXTRAL_SIZES.hidden)
     states[1, 0, 2, 5] = torch.inf
     with SourceModel(MIXTRAL) as model:
         decoder = Decoder(model, read_layout(model), torch.device("cpu"), torch.float32)

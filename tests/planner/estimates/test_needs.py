@@ -21,6 +21,7 @@ from planner.model.sizes import Sizes
 from planner.model.source import SourceModel
 from tests.kernels.layers import random_matrices
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ, QWEN
+from tests.shipped import MIXTRAL_SIZES
 from tests.tiers import thorough
 from vllm_moeq.format import UsageError
 from vllm_moeq.kernels.triton.repack import repack
@@ -154,13 +155,16 @@ def test_blocks_are_those_of_the_fused_kernel() -> None:
     assert words.numel() * 16 == 2 * (2 * ROW_TILE) * (2 * INPUT_BLOCK)
 
 
-MIXTRAL_8X7B = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+LAYERS = MIXTRAL_SIZES.layers
+MIXTRAL_8X7B = {
+    "num_hidden_layers": LAYERS, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096
+}  # fmt: skip
 
 
 def test_the_cache_holds_keys_and_values_of_every_layer(layout: Layout) -> None:
     found = serving_needs(MIXTRAL_8X7B, layout, SIZES, Service(context=1000, concurrency=3, gpu_gib=80))
     assert found.gpus == 1
-    assert found.cache_bytes == 3 * 1000 * 4 * (2 * 8 * 128) * 2
+    assert found.cache_bytes == 3 * 1000 * LAYERS * (2 * 8 * 128) * 2
     assert found.gpu_bytes == found.cache_bytes + SIZES.total_bytes + FIXED_BYTES
 
 
@@ -168,7 +172,7 @@ def test_a_latent_cache_is_on_every_rank(layout: Layout) -> None:
     config = {**MIXTRAL_8X7B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=3, gpu_gib=24))
     assert found.gpus == 2
-    assert found.cache_bytes == 3 * 1000 * 4 * 576 * 2
+    assert found.cache_bytes == 3 * 1000 * LAYERS * 576 * 2
     assert found.weight_bytes == SIZES.total_bytes // 2
 
 
@@ -183,7 +187,7 @@ def test_every_other_layer_may_be_a_full_one_without_a_list(layout: Layout) -> N
     """Published configs of Qwen3-Next say so by an interval."""
     config = {**MIXTRAL_8X7B, "full_attention_interval": 2}
     found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
-    assert found.cache_bytes == 2 * 1000 * (2 * 8 * 128) * 2
+    assert found.cache_bytes == LAYERS // 2 * 1000 * (2 * 8 * 128) * 2
 
 
 @pytest.mark.parametrize(("gib", "gpus"), [(80, 1), (24, 2), (16, 4), (2, None)])

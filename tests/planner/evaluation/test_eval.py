@@ -22,6 +22,7 @@ from planner.exchange.dense import export_dense
 from tests.architectures import build, quantize
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import MIXTRAL
+from tests.shipped import MIXTRAL_SIZES
 from vllm_moeq.format import verify
 
 pytestmark = pytest.mark.slow
@@ -184,7 +185,7 @@ class TestRecord:
         assert kept[0].kl is not None
         assert kept[0].kl.mean == second["kl"]["mean"]
         assert kept[1].perplexity == again["perplexity"] == first["perplexity"]
-        assert verify(copy).experts == 32
+        assert verify(copy).experts == MIXTRAL_SIZES.all_experts
 
     def test_unless_it_is_unwanted(self, moeq: Moeq, copy: Path, tmp_path: Path) -> None:
         output = tmp_path / "result.json"

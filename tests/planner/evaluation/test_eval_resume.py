@@ -19,10 +19,14 @@ from tests.architectures import build
 from tests.conftest import Outcome, run_here
 from tests.paths import MIXTRAL, MOEQ
 from tests.planner.evaluation.test_tasks import accuracies, code_documents, write_task
+from tests.shipped import MIXTRAL_SIZES
 
 pytestmark = pytest.mark.slow
 
 READ = ("--data", MIXTRAL / "held_out.txt", "--max-tokens", 2501, "--window", 250)
+LAST = f"hidden-{MIXTRAL_SIZES.layers:05d}"
+"""The states behind the last layer."""
+
 NUMBERS = ("perplexity", "perplexity_error", "reference_perplexity", "kl")
 
 Moeq = Callable[..., Outcome]
@@ -66,9 +70,9 @@ class TestKilledWhileReading:
         whole = evaluate(moeq, tmp_path / "whole.json", *arguments)
         output = tmp_path / "cut.json"
         partial = kill(output, "pass-00000/model/hidden/hidden-00002.json", *arguments, "--no-save")
-        assert (partial / "pass-00000" / "reference" / "hidden" / "hidden-00004.bin").is_file()
+        assert (partial / "pass-00000" / "reference" / "hidden" / f"{LAST}.bin").is_file()
         spoilt = shutil.copytree(partial, tmp_path / "other.json.partial")
-        overwrite(spoilt / "pass-00000" / "reference" / "hidden" / "hidden-00004.bin")
+        overwrite(spoilt / "pass-00000" / "reference" / "hidden" / f"{LAST}.bin")
         refused = moeq("eval", *arguments, "--max-tokens", 900, "-o", output)
         assert (refused.code, "an unfinished run with other window" in refused.err) == (2, True)
 
@@ -105,7 +109,7 @@ class TestKilledWhileReading:
             assert moeq(*command).code == 130
         (partial,) = tmp_path.iterdir()
         assert partial.name.startswith("quantized-eval-")
-        assert list(partial.glob("pass-00000/model/hidden/hidden-00004.json"))
+        assert list(partial.glob(f"pass-00000/model/hidden/{LAST}.json"))
         assert moeq(*command).code == 0
         assert not partial.exists()
 

@@ -18,6 +18,7 @@ from planner.plan_file import read_plan
 from planner.planning.methods import METHODS
 from tests.conftest import Outcome, one_line, run_here
 from tests.paths import CALIBRATION_TEXT, MIXTRAL
+from tests.shipped import MIXTRAL_PREFIXES, MIXTRAL_SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,8 @@ READ = ("--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 128)
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]
 PLANNED = [name for name, method in METHODS.items() if not method.only_compared]
 LAYERWISE = [name for name, method in METHODS.items() if method.layerwise]
-PREFIXES = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(4)]
+PREFIXES, EXPERTS = MIXTRAL_PREFIXES, MIXTRAL_SIZES.experts
+TOTAL = MIXTRAL_SIZES.all_experts
 Moeq = Callable[..., Outcome]
 MakePlan = Callable[..., dict[str, Any]]
 
@@ -63,13 +65,13 @@ def test_every_method_makes_a_plan(make_plan: MakePlan, method: str, average: st
     plan = make_plan(method, "--avg-bits", average)
     widths = plan["experts"]
     assert list(widths) == PREFIXES
-    assert all(len(layer) == 8 and set(layer) <= set(row.choices) for layer in widths.values())
+    assert all(len(layer) == EXPERTS and set(layer) <= set(row.choices) for layer in widths.values())
     total = sum(sum(layer) for layer in widths.values())
-    assert total <= float(average) * 32
-    assert plan["achieved_avg_bits"] == total / 32
+    assert total <= float(average) * TOTAL
+    assert plan["achieved_avg_bits"] == total / TOTAL
     assert (plan["method"], plan["bit_choices"]) == (method, list(row.choices))
     for prefix, order in plan["order"].items():
-        assert sorted(order) == list(range(8))
+        assert sorted(order) == list(range(EXPERTS))
         given = [widths[prefix][expert] for expert in order]
         assert given == sorted(given, reverse=True)
     assert list(plan["order"]) == PREFIXES
@@ -79,7 +81,7 @@ def test_every_method_makes_a_plan(make_plan: MakePlan, method: str, average: st
         names |= {f"{name}_{matrix}" for name in ("alpha", "variance", "weights") for matrix in ("gate", "up", "down")}
     for prefix in PREFIXES:
         assert set(plan["scores"][prefix]) == names
-        assert all(len(values) == 8 for values in plan["scores"][prefix].values())
+        assert all(len(values) == EXPERTS for values in plan["scores"][prefix].values())
     assert plan["cost"]["seconds"] >= 0
     assert plan["cost"]["peak_bytes"] > 0
     assert ("objective" in plan["cost"]) == (row.costs is not None)
@@ -87,9 +89,9 @@ def test_every_method_makes_a_plan(make_plan: MakePlan, method: str, average: st
         assert (plan["cost"].get(name, 0.0) > 0) == row.calibrated
     if row.layerwise:
         assert all(len(set(layer)) == 1 for layer in widths.values())
-        assert total > float(average) * 32 - 8
+        assert total > float(average) * TOTAL - EXPERTS
     elif method != "uniform" and not row.costs:
-        assert total == int(float(average) * 32)
+        assert total == int(float(average) * TOTAL)
 
 
 @pytest.mark.parametrize("method", [name for name in PLANNED if METHODS[name].costs and not METHODS[name].layerwise])
@@ -109,7 +111,7 @@ def test_more_bits_never_cost_more(make_plan: MakePlan, method: str) -> None:
 )
 def test_one_budget_is_spent_where_it_costs_least(make_plan: MakePlan, method: str, quantizer: str, name: str) -> None:
     plan = make_plan(method, "--avg-bits", 2, "--quantizer", quantizer)
-    slots = [(prefix, expert) for prefix in PREFIXES for expert in range(8)]
+    slots = [(prefix, expert) for prefix in PREFIXES for expert in range(EXPERTS)]
     table = [
         [plan["scores"][prefix][f"{name}_{bits}"][expert] for bits in plan["bit_choices"]] for prefix, expert in slots
     ]
@@ -120,7 +122,7 @@ def test_one_budget_is_spent_where_it_costs_least(make_plan: MakePlan, method: s
             for bits, more in zip(plan["bit_choices"], row, strict=True):
                 after[spent + bits] = min(after.get(spent + bits, math.inf), cost + more)
         least = after
-    best = min(cost for spent, cost in least.items() if spent <= 64)
+    best = min(cost for spent, cost in least.items() if spent <= 2 * TOTAL)
     assert plan["cost"]["objective"] == pytest.approx(best, rel=1e-9)
 
 
@@ -130,7 +132,7 @@ def test_layers_of_little_change_in_direction_get_less(make_plan: MakePlan) -> N
         scores = [plan["scores"][prefix][metric][0] for prefix in PREFIXES]
         assert all(len(set(plan["scores"][prefix][metric])) == 1 for prefix in PREFIXES)
         widths = [plan["experts"][prefix][0] for prefix in PREFIXES]
-        ranked = sorted(range(4), key=lambda layer: scores[layer])
+        ranked = sorted(range(len(PREFIXES)), key=lambda layer: scores[layer])
         assert [widths[layer] for layer in ranked] == sorted(widths, reverse=True)
 
 
@@ -226,8 +228,8 @@ def test_counts_are_those_of_the_routers_of_transformers(stats: Path) -> None:
         model(input_ids=calibration_text(MIXTRAL, str(CALIBRATION_TEXT), 4, 128, 0).tokens)
     found = load_file(stats)
     for index, prefix in enumerate(PREFIXES):
-        probabilities, experts = logits[index].softmax(dim=-1).topk(2)
-        tokens = torch.bincount(experts.flatten(), minlength=8)
-        weight = torch.zeros(8).index_add_(0, experts.flatten(), probabilities.flatten())
+        probabilities, experts = logits[index].softmax(dim=-1).topk(MIXTRAL_SIZES.chosen)
+        tokens = torch.bincount(experts.flatten(), minlength=EXPERTS)
+        weight = torch.zeros(EXPERTS).index_add_(0, experts.flatten(), probabilities.flatten())
         assert torch.equal(found[f"{prefix}.tokens"], tokens)
         assert torch.allclose(found[f"{prefix}.gate_probability"], weight, rtol=1e-4, atol=1e-5)

@@ -28,6 +28,7 @@ from planner.quantization.settings import QuantizeSettings, default_linear
 from tests.conftest import one_line
 from tests.folders import contents
 from tests.paths import MIXTRAL
+from tests.shipped import MIXTRAL_SIZES
 from tests.tiers import thorough
 from vllm_moeq.format import UsageError, verify
 
@@ -141,7 +142,7 @@ def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
     (partial / "fingerprint.json").write_text("{}")
     assert moeq(*arguments).code == 2
     assert moeq(*arguments, "--no-resume").code == 0
-    assert verify(interrupted).experts == 32
+    assert verify(interrupted).experts == MIXTRAL_SIZES.all_experts
     assert not files.items() & {path.name: identity(path) for path in interrupted.iterdir()}.items()
 
 
