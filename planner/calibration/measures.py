@@ -9,7 +9,7 @@ import torch
 
 from planner.calibration.block_score import block_cosine, train_predictor
 from planner.calibration.kl.divergence import MEASURED_TOKENS, Effort, divergences
-from planner.calibration.kl.gains import Reach, Trial, gains
+from planner.calibration.kl.gains import Reach, Trial, gains, no_gains
 from planner.calibration.kl.linears.costs import linear_costs, runs
 from planner.calibration.kl.linears.estimated import ESTIMATING
 from planner.calibration.kl.linears.gains import TRYING
@@ -129,7 +129,8 @@ def _divergence(run: MeasureInputs, name: str, effort: Effort, share: int) -> tu
     weights = {prefix: layer.routing_weight.double() * scale for prefix, layer in run.found.items()}
     found, measured = divergences(run.decoder, run.store, tokens, weights, run.widths, effort, run.seed, run.progress)
     reach = Reach(_is_small(run.decoder.layout))
-    gained = gains(run.decoder, run.store, len(tokens), run.widths, {"": Trial()}, reach, GAINING, run.progress)[""]
+    found_gains = gains(run.decoder, run.store, len(tokens), run.widths, {"": Trial()}, reach, GAINING, run.progress)
+    gained = found_gains[""] or no_gains(run.decoder, run.widths)
     named = {
         prefix: {f"{name}_{bits}": value for bits, value in table.items()}
         | {f"{name}_gptq_{bits}": value * gained[prefix][bits] for bits, value in table.items()}

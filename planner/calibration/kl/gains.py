@@ -87,7 +87,7 @@ def gains(
     widths wrongly for it. Its expert gets inputs behind rounded layers and aims at the original's outputs, as when a
     model is quantized (asymmetric calibration). So its Δ contains an error of these inputs, which is nearly the same
     for all widths. An expert that is not tried takes the mean of its layer, and a layer without any the mean of the
-    others.
+    others. If no expert has enough tokens to be tried, a line says so and the gains are empty.
 
     Args:
         decoder: the model.
@@ -116,15 +116,22 @@ def gains(
                 found[name][layer.prefix] = {
                     bits: _ratios(own, bits, layer.num_experts, reach.every) for bits in widths
                 }
-    return {name: _everywhere(decoder, own, widths) for name, own in found.items()}
+    if not any(found.values()):
+        progress.line(f"{label}: not measured, since no expert gets {LEAST} tokens of the text; a longer one is better")
+    return {name: _everywhere(decoder, own, widths) if own else {} for name, own in found.items()}
+
+
+def no_gains(decoder: Decoder, widths: Sequence[int]) -> Gains:
+    """Return the gains of rounding to nearest, which are 1."""
+    return {
+        layer.prefix: {bits: torch.ones(layer.num_experts, dtype=torch.float64) for bits in widths}
+        for layer in decoder.moe.values()
+    }
 
 
 def _everywhere(decoder: Decoder, found: Gains, widths: Sequence[int]) -> Gains:
-    """Return gains of all layers; those without any take the mean of the others, or 1 where there are none."""
-    ones = torch.ones((), dtype=torch.float64)
-    usual = {
-        bits: torch.stack([own[bits].mean() for own in found.values()]).mean() if found else ones for bits in widths
-    }
+    """Return gains of all layers; those without any take the mean of the others."""
+    usual = {bits: torch.stack([own[bits].mean() for own in found.values()]).mean() for bits in widths}
     return {
         layer.prefix: found.get(layer.prefix) or {bits: usual[bits].expand(layer.num_experts) for bits in widths}
         for layer in decoder.moe.values()

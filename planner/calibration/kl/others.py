@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.calibration.kl.gains import Gains, Reach, Trial, gains
+from planner.calibration.kl.gains import Gains, Reach, Trial, gains, no_gains
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.hidden import HiddenStates
@@ -41,6 +41,8 @@ def other_gains(
 ) -> dict[str, Gains]:
     """Return ``trellis``, :data:`ROTATED` or :data:`ALONE` → gains.
 
+    If no expert has enough tokens to be tried, those without calibration say what scheme is better.
+
     Args:
         decoder: the model.
         store: the input of every layer.
@@ -51,7 +53,12 @@ def other_gains(
     """
     reach = Reach(small, None if small else LAYERS)
     found = gains(decoder, store, sequences, widths, TRIALS, reach, TRYING, progress)
-    return {**found, ALONE: {layer.prefix: _alone(decoder, layer, widths) for layer in decoder.moe.values()}}
+    alone = {layer.prefix: _alone(decoder, layer, widths) for layer in decoder.moe.values()}
+    return {
+        "trellis": found["trellis"] or alone,
+        ROTATED: found[ROTATED] or no_gains(decoder, widths),
+        ALONE: alone,
+    }
 
 
 def _alone(decoder: Decoder, layer: MoeLayer, widths: tuple[int, ...]) -> dict[int, torch.Tensor]:
