@@ -10,6 +10,7 @@ import torch
 from planner.calibration.kl.interactions import Table, with_interactions
 from planner.calibration.kl.measured import Variant, measure_divergence
 from planner.calibration.kl.second_order import WEIGHT, Terms, isotropic, projected, second_order
+from planner.calibration.kl.usage import use_elsewhere
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
 from planner.common.progress import Progress
@@ -22,9 +23,6 @@ EVIDENCE = 0.1
 
 PRIOR = 4.0
 """Weight of the layer's mean in every expert's estimate, in tokens: see :func:`_expected`."""
-
-UNSEEN = 0.5
-"""Router weight added to every expert's use, in tokens: see :func:`_expected`."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ def divergences(
         decoder: the model.
         store: the input of every layer and the last layer's output.
         tokens: int64 [sequences, length].
-        weights: experts prefix → Σ of the router's weights of each expert, float64 [experts], as expected from a longer
-            text for this number of tokens.
+        weights: experts prefix → Σ of the router's weights of each expert, float64 [experts], of a longer text, scaled
+            to this number of tokens.
         widths: bit widths to round to.
         effort: limit on the measurements.
         seed: seed of the labels drawn for the gradient.
@@ -83,7 +81,7 @@ def divergences(
     estimates: dict[int, tuple[Table, Table]] = {}
     for index, layer in decoder.moe.items():
         every, some = sums[layer.prefix]
-        expected = _expected(_scaled(every, every, widths), every[WEIGHT], weights[layer.prefix])
+        expected = _expected(_scaled(every, every, widths), every[WEIGHT], use_elsewhere(weights[layer.prefix]))
         estimates[index] = expected, _scaled(some, every, widths)
     wanted = _worth_measuring({index: full for index, (full, _) in estimates.items()}, len(decoder), effort)
     measured = measure_divergence(decoder, store, effort.sequences, wanted, progress)
@@ -116,14 +114,13 @@ def _expected(seen: Table, weight: torch.Tensor, expected: torch.Tensor) -> Tabl
     """Return the estimates for each expert's expected use instead of its use on these tokens.
 
     An expert's damage per unit of router weight is shrunk towards the layer's mean, as if :data:`PRIOR` more tokens had
-    shown the mean. Every expert keeps some weight (:data:`UNSEEN`), because a text that does not show an expert does
-    not prove that it is never used.
+    shown the mean.
     """
     result: Table = {}
     for bits, values in seen.items():
         usual = float(values.sum() / weight.sum()) if float(weight.sum()) else 0.0
         rate = (values + PRIOR * usual) / (weight + PRIOR)
-        result[bits] = rate * (expected + UNSEEN)
+        result[bits] = rate * expected
     return result
 
 
