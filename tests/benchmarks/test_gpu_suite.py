@@ -134,8 +134,8 @@ except KeyboardInterrupt:
     sys.exit(0)
 """
     log = tmp_path / "log"
-    ended = run_step("x", [sys.executable, "-c", program], log, 2, os.environ)
-    assert (ended.result, ended.passed) == ("stopped after 2 s", False)
+    ended = run_step("x", [sys.executable, "-c", program], log, 6, os.environ)
+    assert (ended.result, ended.passed) == ("stopped after 6 s", False)
     child, found = log.read_text().splitlines()
     assert found == "what was found"
     assert not alive(int(child))
