@@ -45,8 +45,8 @@ MIXTRAL_SIZES = sizes_of(MIXTRAL)
 MIXTRAL_PREFIXES = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(MIXTRAL_SIZES.layers)]
 
 
-def mixtral_gib(average_bits: float, scheme: str = "grid") -> float:
+def mixtral_gib(average_bits: float) -> float:
     """Return what the shipped Mixtral takes with its experts at an average, in GiB."""
-    made = planner.plan(MIXTRAL, method="router-norm", avg_bits=average_bits, scheme=scheme)
+    made = planner.plan(MIXTRAL, method="router-norm", avg_bits=average_bits)
     assert made.sizes is not None
     return float(made.sizes.total_bytes) / 2**30

@@ -176,14 +176,15 @@ def test_equal_widths_give_equal_scores(moeq: Moeq, tmp_path: Path, rows: list[R
 
 
 def test_gptq(moeq: Moeq, tmp_path: Path, rows: list[Row]) -> None:
-    flags = ("--methods", "uniform,router-norm", "--avg-bits", 2, "--quantizer", "gptq", *READ, *EVALUATE)
+    gptq = ("--quantizer", "gptq", "--min-tokens", 128, *READ)  # more tokens than some experts get
+    flags = ("--methods", "uniform,router-norm", "--avg-bits", 2, *gptq, *EVALUATE)
     found = moeq("compare", MIXTRAL, *flags, "--jobs", 2, "-o", tmp_path / "out", "--json")
     assert found.code == 0, found.err
     row = one(json.loads(found.out), "uniform")
     assert row["kl"] < one(rows, "uniform")["kl"]
     plan = tmp_path / "plan.json"
     assert moeq("plan", MIXTRAL, "--method", "uniform", "--avg-bits", 2, "-o", plan).code == 0
-    folder = quantized(moeq, plan, tmp_path / "quantized", "--quantizer", "gptq", *READ)
+    folder = quantized(moeq, plan, tmp_path / "quantized", *gptq)
     value = json.loads(moeq("eval", folder, "--data", HELD_OUT, "--max-tokens", TOKENS, "--json").out)["perplexity"]
     assert row["perplexity"] == pytest.approx(value, rel=1e-3)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

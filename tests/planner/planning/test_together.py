@@ -17,6 +17,7 @@ from planner.planning.priced import Priced
 from planner.planning.request import LinearChoice, PlanOptions, check_options
 from planner.planning.together import WIDTHS, objective, solve_together
 from planner.quantization.settings import default_linear
+from tests.shipped import mixtral_gib
 from vllm_moeq.format import GRID, Linear, UsageError, split_width
 
 CHOICES = (1, 2, 3, 4)
@@ -100,8 +101,9 @@ def test_a_budget_is_spent_on_linears_when_experts_have_enough(
     assert set(found.values()) == {WIDTHS[-1]}
 
 
-@pytest.mark.parametrize("budget", [0.0016, 0.0019, 0.0022])
-def test_a_budget_is_kept(source: SourceModel, layout: Layout, four: Linear, budget: float) -> None:
+@pytest.mark.parametrize("average", [1.75, 2, 2.5])
+def test_a_budget_is_kept(source: SourceModel, layout: Layout, four: Linear, average: float) -> None:
+    budget = mixtral_gib(average)
     experts, linears = tables(layout, 4, 0.05)
     widths, found = solve_together(
         source, layout, grids(layout, options(four, "4", budget_gib=budget), experts), linears

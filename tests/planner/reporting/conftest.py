@@ -25,7 +25,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the shipped Mixtral, evaluated."""
     folder = tmp_path_factory.mktemp("seen") / "mixtral-2.5bit"
-    run_here("quantize", MIXTRAL, "--avg-bits", 2.5, "--bits", "1,2,3", "--quantizer", "rtn", "-o", folder)
+    flags = ("--avg-bits", 2.5, "--bits", "1,2,3", "--zeta", 1.3, "--quantizer", "rtn")
+    run_here("quantize", MIXTRAL, *flags, "-o", folder)
     EVALUATIONS.write(folder)
     run_here("report", folder, "--no-png")
     return folder / "report.html"

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from planner.common.units import size
 from planner.reporting.facts import collect
 from tests.planner.reporting.browser import MARKS, Page
+from tests.shipped import MIXTRAL_SIZES
 
 pytestmark = MARKS
 
@@ -47,13 +49,13 @@ def test_the_screenshot_shows_the_map(page: Page, report: Path, scheme: str) -> 
     assert corner > 240 if scheme == "light" else corner < 40
     at = page.run(
         "(() => { const box = document.querySelector('.map .cells').getBoundingClientRect();"
-        "return {width: box.width / 8, height: box.height / 4, x: box.left, y: box.top + scrollY}; })()"
+        "return {width: box.width, height: box.height, x: box.left, y: box.top + scrollY}; })()"
     )
     fills = {
         bits: page.run(f"getComputedStyle(document.querySelector('.cells .b{bits}')).fill.match(/\\d+/g).map(Number)")
         for bits in (1, 3)
     }
-    width, height = int(at["width"]), int(at["height"])
+    width, height = int(at["width"] / MIXTRAL_SIZES.experts), int(at["height"] / MIXTRAL_SIZES.layers)
     for row, layer in enumerate(collect(report.parent).layers):
         for expert, bits in enumerate(layer.widths):
             left, top = round(at["x"]) + expert * width, round(at["y"]) + row * height
@@ -68,7 +70,10 @@ def test_the_screenshot_shows_the_map(page: Page, report: Path, scheme: str) -> 
 def test_the_legend_names_what_is_drawn(page: Page, report: Path, scheme: str) -> None:
     page.open(report, scheme)
     keys = page.run("[...document.querySelectorAll('.key li')].map(it => it.textContent)")
-    assert keys == ["1 bit 8 (25.0%)", "3 bits 24 (75.0%)", "promoted by MaxVar 6 (18.8%)"]
+    facts, every = collect(report.parent), MIXTRAL_SIZES.all_experts
+    counts = {"1 bit": facts.widths[1], "3 bits": facts.widths[3], "promoted by MaxVar": facts.num_promoted}
+    assert keys == [f"{name} {count} ({count / every:.1%})" for name, count in counts.items()]
+    assert all(counts.values())
     pixels = picture(page)
     for index, drawn in enumerate(("b1", "b3")):
         box = page.run(
@@ -79,7 +84,9 @@ def test_the_legend_names_what_is_drawn(page: Page, report: Path, scheme: str) -
         fill = page.run(f"getComputedStyle(document.querySelector('.cells .{drawn}')).fill.match(/\\d+/g).map(Number)")
         assert colours(pixels, box) == {tuple(fill)}
     shown = page.run("document.body.innerText")
-    for text in ("2.15 MiB", "of 7.39 MiB in the source", "3.44×", "12.56", "nats per token", "‖W − Ŵ‖ / ‖W‖"):
+    total, before = facts.sizes.total, facts.sizes.before
+    sizes = (size(total), f"of {size(before)} in the source", f"{before / total:.2f}×")
+    for text in (*sizes, "12.56", "nats per token", "‖W − Ŵ‖ / ‖W‖"):
         assert text in shown
     assert page.run("[...document.querySelectorAll('.scale')].every(it => it.querySelectorAll('text').length === 3)")
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from planner.reporting.facts import collect
 from planner.reporting.page import render
 from tests.planner.reporting.browser import MARKS, Page
 from tests.planner.reporting.synthetic import synthetic
+from tests.shipped import MIXTRAL_SIZES
 
 pytestmark = MARKS
 
@@ -48,7 +50,8 @@ def place(page: Page, layer: int, expert: int, number: int = 0) -> tuple[float, 
     x, y = page.run(
         f"(() => {{ const map = document.querySelectorAll('.map .cells')[{number}]; map.scrollIntoView(false);"
         "const box = map.getBoundingClientRect();"
-        f"return [box.left + {expert + 0.5} * box.width / 8, box.top + {layer + 0.5} * box.height / 4]; }})()"
+        f"return [box.left + {expert + 0.5} * box.width / {MIXTRAL_SIZES.experts}, "
+        f"box.top + {layer + 0.5} * box.height / {MIXTRAL_SIZES.layers}]; }})()"
     )
     return x, y
 
@@ -115,12 +118,13 @@ def test_tab_reaches_every_map_and_button(page: Page, report: Path, scheme: str)
 
 
 def test_keys_go_from_cell_to_cell(page: Page, report: Path) -> None:
+    last = MIXTRAL_SIZES.layers - 1
     page.open(report, "light")
     tab_to_map(page)
     assert tip(page)[:1] == [FIRST]  # type: ignore[index]
     for key, layer, expert in (
         ("ArrowRight", 0, 1), ("ArrowDown", 1, 1), ("ArrowLeft", 1, 0), ("ArrowLeft", 1, 0), ("End", 1, 7),
-        ("ArrowRight", 1, 7), ("PageDown", 3, 7), ("ArrowDown", 3, 7), ("Home", 3, 0), ("PageUp", 0, 0),
+        ("ArrowRight", 1, 7), ("PageDown", last, 7), ("ArrowDown", last, 7), ("Home", last, 0), ("PageUp", 0, 0),
         ("ArrowUp", 0, 0), ("End", 0, 7),
     ):  # fmt: skip
         page.press(key)
@@ -168,7 +172,8 @@ def test_a_pointer_at_rest_does_not_take_part(page: Page, large_report: Path) ->
 def test_a_finger_chooses_and_steps(page: Page, report: Path) -> None:
     page.open(report, "light", 360, 640, touch=True)
     page.tap(*place(page, 1, 5))
-    assert tip(page)[0] == "layer 1, expert 5: 1 bit"  # type: ignore[index]
+    bits = collect(report.parent).layers[1].widths[5]
+    assert tip(page)[0] == f"layer 1, expert 5: {bits} bit{'s' if bits > 1 else ''}"  # type: ignore[index]
     check_beside(page, 360, 640)
     for key, layer, expert in (("ArrowRight", 1, 6), ("ArrowDown", 2, 6), ("ArrowLeft", 2, 5), ("ArrowUp", 1, 5)):
         box = page.run(
