@@ -1,4 +1,6 @@
-"""This script writes benchmarks/models/calibration.jsonl: files from the shipped models' training text.
+"""This script writes benchmarks/models/calibration.jsonl: code like the shipped models' training text, but not of it.
+
+A model that has seen its calibration text is surer there than it will be at work.
 
 PYTHONPATH=. python benchmarks/models/calibration_text.py
 """
@@ -9,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.models.corpus import read_sources
+from benchmarks.models.corpus import read_calibration
 
 CHARACTERS = 300_000
 LENGTHS = range(2_000, 20_000)
@@ -17,7 +19,7 @@ LENGTHS = range(2_000, 20_000)
 
 def main() -> None:
     """Draw whole files of middling length until there is enough text."""
-    texts, _ = read_sources()
+    texts = read_calibration()
     random.Random(0).shuffle(texts)
     chosen, total = [], 0
     for text in texts:
