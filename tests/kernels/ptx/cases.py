@@ -64,7 +64,7 @@ class Case:
         schedule: the variant to run; None leaves the choice to the layer.
         rings: the experts whose weights are trellises, by index; the others are grids.
         rotations: sizes of the rotations of the layer's input and of the hidden activations; 0 is none.
-        kind: what experts compute besides products, a key of :data:`tests.kernels.layers.KINDS`; empty is silu(gate)·up.
+        kind: what experts compute besides products, a key of :data:`tests.kernels.layers.KINDS`; "" is silu(gate)·up.
     """
 
     arch: str
