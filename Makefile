@@ -106,10 +106,11 @@ paper: setup
 # All methods side by side, each with its own widths: `make compare MODEL=stdlib-qwen3-moe` for the other shipped model.
 MODEL ?= stdlib-mixtral
 JOBS ?= $(shell nproc)
+AVERAGES ?= 2,2.5
 compare: setup
 	$(BIN)/moeq compare benchmarks/models/$(MODEL) --held-out benchmarks/models/$(MODEL)/held_out.txt \
 		--data benchmarks/models/calibration.jsonl --quantizer gptq --methods all --jobs $(JOBS) \
-		--avg-bits 1.75,2,2.25,2.5,2.75 -o results-compare-$(MODEL)
+		--avg-bits $(AVERAGES) -o results-compare-$(MODEL)
 
 clean:
 	rm -rf $(VENV) .demo build *.egg-info

@@ -163,7 +163,7 @@ def test_the_first_screen() -> None:
         "make demo",
         "make test",
         "not on PyPI",
-        "12.56",
+        "9.52",
     ):
         assert needed in text, needed
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
