@@ -138,7 +138,8 @@ def test_sampled_labels_follow_the_seed(tiny_mixtral: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("index", [0, 2])
 def test_squared_projections_average_to_the_second_order_divergence(index: int, tmp_path: Path) -> None:
     """One token of each sequence has its experts' output changed: ½ Δzᵀ(diag p − p pᵀ)Δz, over what follows."""
-    folder, hidden, place, step, seeds = MIXTRAL, MIXTRAL_SIZES.hidden, 5, 1e-6, 16
+    folder, hidden, place, seeds = MIXTRAL, MIXTRAL_SIZES.hidden, 5, 16
+    step = 1e-4  # transformers' norms round to float32: smaller differences drown
     tokens = random_tokens(folder, 64, 12)
     whole = Whole(folder)
     change = torch.zeros(*tokens.shape, hidden, dtype=torch.float64)
