@@ -163,5 +163,5 @@ def test_server_skips_weak_experts(ranks: int, extra: list[str], mixtral: Pair, 
         assert torch.equal(logprobs.argmax(dim=-1), chosen(answer))
     # What is left is the dense experts' rounding to bfloat16.
     assert difference(pruned, answers) < 0.01
-    assert difference(dense_logprobs(dense, 0.0, texts, answers), answers) > 0.1
+    assert difference(dense_logprobs(dense, 0.0, texts, answers), answers) > 0.02
     assert f"moeq: ODP in {MIXTRAL_SIZES.layers} of {MIXTRAL_SIZES.layers} MoE layers" in log.read_text()
