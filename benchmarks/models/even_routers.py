@@ -45,7 +45,7 @@ def least_shares(model: PreTrainedModel, stream: torch.Tensor) -> list[float]:
 def even(model: PreTrainedModel, windows: torch.Tensor, steps: int, weight: float, learning_rate: float) -> None:
     """Train the routers on windows of tokens [any, sequence]; the rate falls to zero."""
     model.requires_grad_(False)
-    routers = [weight for name, weight in model.named_parameters() if name.endswith(".mlp.gate.weight")]
+    routers = [parameter for name, parameter in model.named_parameters() if name.endswith(".mlp.gate.weight")]
     for router in routers:
         router.requires_grad_(True)
     optimizer = torch.optim.Adam(routers, lr=learning_rate)

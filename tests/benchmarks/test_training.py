@@ -14,6 +14,7 @@ from benchmarks.models import fit as fitting
 from benchmarks.models.architectures import LARGE, NAMES, architecture
 from benchmarks.models.balance import layer_balance, shares
 from benchmarks.models.corpus import limited
+from benchmarks.models.even_routers import even, least_shares
 from benchmarks.models.fit import SEQUENCE, Training, batches, fit
 from benchmarks.models.train_model import main
 
@@ -90,3 +91,19 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines() == [
         f"error: {tmp_path}: the output exists already; choose another or delete it"
     ]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_a_router_that_starves_an_expert_is_evened_and_nothing_else_changes(name: str) -> None:
+    model, tokens = small(name), stream()
+    routers = [key for key in model.state_dict() if key.endswith(".mlp.gate.weight")]
+    with torch.no_grad():
+        for key in routers:
+            model.state_dict()[key][0] = 0.0  # between those that a token likes and those that it does not
+            model.state_dict()[key][1:] *= 50
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    least = least_shares(model, tokens)
+    even(model, tokens.view(-1, SEQUENCE), steps=20, weight=5.0, learning_rate=0.05)
+    assert all(after > first for first, after in zip(least, least_shares(model, tokens), strict=True))
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert sorted(changed) == sorted(routers)

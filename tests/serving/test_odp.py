@@ -20,7 +20,7 @@ from tests.shipped import MIXTRAL_SIZES
 
 pytestmark = pytest.mark.slow
 
-THRESHOLD = 0.5
+THRESHOLD = 0.8
 LAYERS = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 CONFIG: dict[str, Any] = {
     "quant_method": "moeq",
@@ -162,6 +162,7 @@ def test_server_skips_weak_experts(ranks: int, extra: list[str], mixtral: Pair, 
     for logprobs, answer in zip(pruned, answers, strict=True):
         assert torch.equal(logprobs.argmax(dim=-1), chosen(answer))
     # What is left is the dense experts' rounding to bfloat16.
-    assert difference(pruned, answers) < 0.01
-    assert difference(dense_logprobs(dense, 0.0, texts, answers), answers) > 0.02
+    left = difference(pruned, answers)
+    assert left < 0.01
+    assert difference(dense_logprobs(dense, 0.0, texts, answers), answers) > 10 * left
     assert f"moeq: ODP in {MIXTRAL_SIZES.layers} of {MIXTRAL_SIZES.layers} MoE layers" in log.read_text()

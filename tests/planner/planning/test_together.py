@@ -101,9 +101,9 @@ def test_a_budget_is_spent_on_linears_when_experts_have_enough(
     assert set(found.values()) == {WIDTHS[-1]}
 
 
-@pytest.mark.parametrize("average", [1.75, 2, 2.5])
+@pytest.mark.parametrize("average", [1.5, 2, 2.5])
 def test_a_budget_is_kept(source: SourceModel, layout: Layout, four: Linear, average: float) -> None:
-    budget = mixtral_gib(average)
+    budget = 1.003 * mixtral_gib(average)  # no whole number of steps
     experts, linears = tables(layout, 4, 0.05)
     widths, found = solve_together(
         source, layout, grids(layout, options(four, "4", budget_gib=budget), experts), linears
