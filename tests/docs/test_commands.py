@@ -67,12 +67,14 @@ def check_moeq(command: Command) -> None:
 
 
 def check_flags(name: str, words: list[str]) -> None:
-    """Require that a command has the flags among some words; those of serve are vLLM's."""
+    """Require that a command has the flags among some words; those of serve, and what follows `--`, are vLLM's."""
     known = {option for parameter in MOEQ[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+    vllm = name == "serve"
     for word in words:
         flag = word.partition("=")[0]
+        vllm = vllm or word == "--"
         if flag.startswith("-") and flag.strip("-") and flag not in ("--help", "-h"):
-            assert flag in known or (name == "serve" and is_flag_of_vllm(flag)), f"moeq {name} {flag}"
+            assert flag in known or (vllm and is_flag_of_vllm(flag)), f"moeq {name} {flag}"
 
 
 def check_python(command: Command) -> None:
