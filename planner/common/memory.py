@@ -20,6 +20,12 @@ MMAP_THRESHOLD = -3
 
 LARGE_BLOCK = 4 << 20
 
+NODES = "/sys/devices/system/node"
+"""Where Linux describes NUMA nodes."""
+
+RECLAIMED = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
+"""What a node can still give, by the names in its meminfo."""
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out: Python, the system, a GPU and a CPU each report it in their own way."""
@@ -69,6 +75,27 @@ def available_bytes(device: torch.device) -> int:
         found = int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) << 10
     limit = container.read_text().strip() if container.is_file() else "max"
     return min(found, int(limit)) if limit.isdigit() else found
+
+
+def node_available_bytes() -> int | None:
+    """Return the memory that the least of this process's NUMA nodes has left, or None where there are no nodes.
+
+    vLLM binds a CPU worker's memory to the node of its cores, which may have less than the machine. As vLLM does, it
+    counts free pages and those that the system gives back: cached files and reclaimable slabs.
+    """
+    found = []
+    for node in Path(NODES).glob("node[0-9]*"):
+        cpus, meminfo = node / "cpulist", node / "meminfo"
+        if meminfo.is_file() and os.sched_getaffinity(0) & cpu_numbers(cpus.read_text()):
+            lines = (line.split() for line in meminfo.read_text().splitlines())  # Node 0 MemFree: 7425564 kB
+            found.append(sum(int(words[3]) << 10 for words in lines if words[2].rstrip(":") in RECLAIMED))
+    return min(found, default=None)
+
+
+def cpu_numbers(text: str) -> set[int]:
+    """Return the numbers in the kernel's notation of CPUs, such as ``0-3,8``."""
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
 
 
 def peak_bytes() -> int:

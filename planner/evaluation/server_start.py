@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.common.memory import available_bytes
+from planner.common.memory import available_bytes, node_available_bytes
 from planner.common.units import GIB, size
 from planner.model.hub import has_tokenizer, resolve_model
 from planner.text.tokenizer import load_tokenizer
@@ -125,7 +125,8 @@ def check_port(arguments: Sequence[str]) -> None:
 def cache_flags(folder: Path, arguments: Sequence[str]) -> list[str]:
     """Return vLLM's flag for the memory of its cache on a CPU; none on a GPU, or where the user says how much.
 
-    By default vLLM wants 92% of the memory and stops after two minutes where less is free.
+    By default vLLM wants 92% of the memory and stops after two minutes where less is free. A rank's cache must also fit
+    beside its weights in the NUMA node that vLLM binds it to.
 
     Args:
         folder: the checkpoint.
@@ -152,7 +153,10 @@ def cache_flags(folder: Path, arguments: Sequence[str]) -> list[str]:
     for names in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
         count = value_of(arguments, *names) or "1"
         ranks *= int(count) if count.isdecimal() and int(count) > 0 else 1
-    return [CACHE_FLAGS[0], str(left // 2 // ranks)]
+    node = node_available_bytes()
+    on_node = left if node is None else node - weights // ranks - BESIDE
+    # A node that the weights alone fill gives no bound: vLLM can be told not to bind.
+    return [CACHE_FLAGS[0], str(min(left // ranks, on_node if on_node > 0 else left) // 2)]
 
 
 def _bytes(text: str) -> int:

@@ -63,6 +63,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.setattr(server_start, "available_bytes", lambda _: 7 * GIB)
+    monkeypatch.setattr(server_start, "node_available_bytes", lambda: None)
     monkeypatch.delenv(server_start.CACHE_VARIABLE, raising=False)
 
 
@@ -77,6 +78,19 @@ def test_the_cache_gets_half_of_what_weights_leave(tmp_path: Path) -> None:
     shard(tmp_path, 2 * GIB)
     assert cache_flags(tmp_path, []) == ["--kv-cache-memory-bytes", str(GIB)]
     assert cache_flags(tmp_path, ["-tp", "2"]) == ["--kv-cache-memory-bytes", str(GIB // 2)]
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize(
+    ("node", "ranks", "cache"),
+    [(6 * GIB, 1, GIB // 2), (100 * GIB, 1, GIB), (6 * GIB, 2, GIB // 2), (5 * GIB, 2, GIB // 2), (4 * GIB, 1, GIB)],
+)
+def test_the_cache_fits_in_a_node_of_memory(
+    node: int, ranks: int, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_start, "node_available_bytes", lambda: node)
+    shard(tmp_path, 2 * GIB)
+    assert cache_flags(tmp_path, ["-tp", str(ranks)]) == ["--kv-cache-memory-bytes", str(cache)]
 
 
 @pytest.mark.usefixtures("on_a_cpu")
