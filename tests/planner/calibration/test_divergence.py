@@ -64,8 +64,8 @@ def test_one_rounded_expert_diverges_as_in_memory(name: str, tmp_path: Path) -> 
     variants = [(index, expert, bits) for index in wanted for expert, bits in wanted[index]]
     for (index, expert, bits), expected in zip(variants, in_memory(folder, tokens[:2], variants), strict=True):
         assert expected > 1e-3
-        # One side computes in float32, and each divergence is a small difference.
-        assert found[index][expert, bits] == pytest.approx(expected, rel=3e-4)
+        # One side computes in float32, and each divergence is a small difference; without AVX-512 it is 6e-4.
+        assert found[index][expert, bits] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

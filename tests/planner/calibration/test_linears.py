@@ -13,8 +13,6 @@ from planner.calibration.gptq.linears import quantize_linears
 from planner.calibration.gptq.stages import NEEDS_EXPERTS, NOT_CALLED, ConstantExperts, find_stages
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.routed import first_hidden
-from planner.common.progress import Progress
-from planner.evaluation import perplexity
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers.gptq import GptqSettings
@@ -105,7 +103,7 @@ def test_tokens_that_are_not_finite_are_left_out(tiny_mixtral: Path, tmp_path: P
 
 
 def test_each_part_of_the_method_makes_the_model_better(tmp_path: Path, moeq: Run) -> None:
-    text, values = (MIXTRAL / "held_out.txt").read_text(), {}
+    values, held_out = {}, ("--data", MIXTRAL / "held_out.txt", "--reference", MIXTRAL, "--max-tokens", 8192)
     plan = tmp_path / "plan.json"
     assert moeq("plan", MIXTRAL, "-o", plan, "--method", "uniform", "--avg-bits", 2).code == 0
     for name, flags in {
@@ -118,7 +116,8 @@ def test_each_part_of_the_method_makes_the_model_better(tmp_path: Path, moeq: Ru
         found = moeq("quantize", MIXTRAL, *given, *flags)
         assert found.code == 0, found.err
         assert moeq("verify", output).code == 0
-        values[name] = perplexity(output, text, Progress(quiet=True), max_tokens=8192)
+        # Perplexity on so few tokens differs by less than processors round.
+        values[name] = json.loads(moeq("eval", output, *held_out, "--json").out)["kl"]["mean"]
         report = json.loads((output / "quantization_report.json").read_text())
         assert "linear_fallback" not in report
         assert report["settings"]["linear_quantizer"] == ("rtn" if name == "old" else "gptq")
