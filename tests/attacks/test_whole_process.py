@@ -20,10 +20,7 @@ pytestmark = pytest.mark.slow
 
 MOST_MIB, MOST_SECONDS = 60, 10.0
 
-LARGER = {
-    "no last norm": 200,  # only transformers' class knows that there is one
-    "three hundred thousand empty tensors": 150,  # so many names may be in an honest index
-}
+LARGER = {"three hundred thousand empty tensors": 150}  # so many names may be in an honest index
 """The damages that take more, and their bounds in MiB besides the imports."""
 
 

@@ -201,9 +201,16 @@ class TestConfig:
             verify_whole(folder, values=False)
 
     def test_without_a_class_only_experts_are_checked(self, quantized_mixtral: Path, tmp_path: Path) -> None:
-        folder = edited(quantized_mixtral, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
+        gone = "model.layers.0.input_layernorm.weight"
+        folder = edited(quantized_mixtral, tmp_path / "copy", lambda tensors: tensors.pop(gone))
         configure(folder, model_type="mixtral_of_tomorrow")
         assert "no class for model_type 'mixtral_of_tomorrow'" in str(verify_whole(folder).only_experts)
+
+    def test_the_last_norm_is_required_without_a_class_too(self, quantized_mixtral: Path, tmp_path: Path) -> None:
+        folder = edited(quantized_mixtral, tmp_path / "copy", lambda tensors: tensors.pop("model.norm.weight"))
+        configure(folder, model_type="mixtral_of_tomorrow")
+        with pytest.raises(MoeqError, match=r"model\.norm\.weight is missing: expected \[64\]"):
+            verify_whole(folder)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def check_against_files(shards: ShardSet, config: dict[str, Any], parsed: MoeqCo
         raise ConfigError(f"{path}: {layers} layers of {max(experts)} experts: expected files for them, found a few")
     _check_numbers_of_layers(shards, config, parsed)
     _check_embedding(shards, config)
+    _check_last_norm(shards, config, parsed)
 
 
 def _check_numbers_of_layers(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig) -> None:
@@ -85,6 +86,27 @@ def _check_embedding(shards: ShardSet, config: dict[str, Any]) -> None:
                 f"{shards.place(name)}: expected {expected}, as vocab_size and hidden_size of config.json say, "
                 f"found {list(info.shape)}"
             )
+
+
+def _check_last_norm(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig) -> None:
+    """Require the norm behind the layers: a vector beside the list of layers that has experts, whatever its name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    hidden = size(config, "hidden_size") or size(config, "d_model")
+    first = next(filter(None, map(FIRST_NUMBER.match, parsed.experts)), None)
+    if hidden is None or first is None:
+        return
+    around = first[1].rpartition(".")[0]
+    beside = f"{around}." if around else ""
+    for name, info in shards.tensors.items():
+        if name.startswith(beside) and name.count(".") == beside.count(".") + 1 and len(info.shape) == 1:
+            return
+    raise CheckpointError(
+        f"{shards.folder}: {beside}norm.weight is missing: expected [{hidden}] for the norm behind {first[1]}, "
+        "found no vector of any name there"
+    )
 
 
 def size(config: dict[str, Any], key: str) -> int | None:
