@@ -62,13 +62,15 @@ class QuantizerFlags:
         typer.Option(
             "--quantizer",
             metavar="NAME",
-            help=f"Quantizer for two bits and more: {', '.join(quantizer_names())} "
-            f"[{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
+            help=f"Quantizer for two bits and more: {', '.join(quantizer_names())}; with trellises gptq is "
+            f"calibrated and the others are not [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
         ),
         NAMES,
     ] = None
     one_bit: Annotated[
-        str, typer.Option("--one-bit", help="Quantizer for one bit, without calibration."), OneOf(one_bit_names())
+        str,
+        typer.Option("--one-bit", help="Quantizer of grids for one bit, without calibration."),
+        OneOf(one_bit_names()),
     ] = CodeKeywords.one_bit
     min_tokens: Annotated[
         int,
@@ -94,7 +96,7 @@ class WrittenQuantizerFlags(QuantizerFlags):
     """The same for a checkpoint that is written."""
 
     zero_points: Annotated[
-        ZeroPoints, typer.Option("--zero-points", help="Zero points of experts; other formats need integer ones.")
+        ZeroPoints, typer.Option("--zero-points", help="Zero points of grids; other formats need integer ones.")
     ] = WrittenCodeKeywords.zero_points
     scheme: Scheme = SchemeKeyword.scheme
 
@@ -119,7 +121,11 @@ class StorageFlags:
     """The scales of experts, and the format of other linears."""
 
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Expert weights per scale, a multiple of 32; -1 for whole rows.")
+        int,
+        typer.Option(
+            "--group-size",
+            help="Weights per scale of a grid, a multiple of 32; -1 for whole rows. A trellis has one per row.",
+        ),
     ] = StorageKeywords.group_size
     linear_bits: Annotated[
         str | None,
