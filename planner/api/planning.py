@@ -83,12 +83,20 @@ def plan(wanted: PlanKeywords) -> Planned:
             with with_statistics(
                 source, layout, work.options, work.text, where, output, progress, wanted.resume
             ) as known:
-                made = make_plan(source, layout, known, progress)
+                made = _with_linears(make_plan(source, layout, known, progress), wanted, layout)
         sizes = _sizes(work, made)
     if output is not None:
         made.write(output)
         discard_statistics(output)
     return Planned(made, sizes, output)
+
+
+def _with_linears(made: Plan, wanted: PlanKeywords, layout: Layout) -> Plan:
+    """Return the plan with the width that was asked for all linears, so that quantizing by it needs no flag again."""
+    if wanted.linear_bits is None or wanted.linears_compete:
+        return made
+    names = (name.removesuffix(".weight") for name in layout.linears)
+    return made.model_copy(update={"linears": dict.fromkeys(names, int(wanted.linear_bits))})
 
 
 def estimate_plan(wanted: PlanKeywords) -> Estimate:

@@ -283,7 +283,8 @@ def _given_plan(
 
 def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
     """Raise UsageError where a plan and the argument both say, or leave open, which widths linears have."""
-    if made.linears and not wanted.linears_compete and wanted.linear_bits is not None:
+    planned = {str(bits) for bits in made.linears.values()}
+    if planned and not wanted.linears_compete and wanted.linear_bits is not None and planned != {wanted.linear_bits}:
         raise UsageError(
             f"--linear-bits: expected auto or none, as {where} gives linears their widths, found {wanted.linear_bits}"
         )

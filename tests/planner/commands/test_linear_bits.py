@@ -163,6 +163,19 @@ def test_a_plan_and_a_flag_that_disagree_are_refused(moeq: Run, plan: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--linear-bits", "8")], ids=str)
+def test_a_plan_keeps_the_width_that_was_asked_for_all(flags: tuple[str, ...], moeq: Run, tmp_path: Path) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "out"
+    assert moeq("plan", MIXTRAL, "--avg-bits", 2, "--linear-bits", 8, "-o", plan).code == 0
+    assert moeq("quantize", MIXTRAL, "--plan", plan, *flags, "--quantizer", "rtn", "-o", output).code == 0
+    config = load_config(output)
+    assert (config.format_version, config.linear.bits, config.linear.widths) == (1, 8, {})
+    other = moeq(
+        "quantize", MIXTRAL, "--plan", plan, "--linear-bits", 4, "--quantizer", "rtn", "-o", tmp_path / "other"
+    )
+    assert f"--linear-bits: expected auto or none, as {plan} gives linears their widths, found 4" in one_line(other)
+
+
 def test_a_comparison_has_one_width(moeq: Run, tmp_path: Path) -> None:
     flags = ("--methods", "kl", *TEXT, "--held-out", MIXTRAL / "held_out.txt", "-o", tmp_path / "out")
     assert "--linear-bits auto: expected 4, 8 or 16" in one_line(moeq("compare", MIXTRAL, *flags, *AUTO))
