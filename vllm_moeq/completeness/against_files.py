@@ -104,7 +104,7 @@ def _check_last_norm(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfi
         if name.startswith(beside) and name.count(".") == beside.count(".") + 1 and len(info.shape) == 1:
             return
     raise CheckpointError(
-        f"{shards.folder}: {beside}norm.weight is missing: expected [{hidden}] for the norm behind {first[1]}, "
+        f"{shards.folder}: tensor {beside}norm.weight is missing: expected [{hidden}] for the norm behind {first[1]}, "
         "found no vector of any name there"
     )
 
