@@ -8,7 +8,8 @@ from pathlib import Path
 from planner.model.codecs import FILES
 from vllm_moeq.format import CheckpointError, UsageError
 from vllm_moeq.format.files import check_inside
-from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME, index_shards
+from vllm_moeq.format.index import index_shards
+from vllm_moeq.format.shards import INDEX_NAME, SINGLE_NAME
 
 TOKENIZERS = (
     "tokenizer.json",

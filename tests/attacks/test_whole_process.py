@@ -18,10 +18,7 @@ from tests.attacks.damages.attack import Attack
 
 pytestmark = pytest.mark.slow
 
-MOST_MIB, MOST_SECONDS = 60, 10.0
-
-LARGER = {"three hundred thousand empty tensors": 150}  # so many names may be in an honest index
-"""The damages that take more, and their bounds in MiB besides the imports."""
+MOST_MIB, MOST_SECONDS = 64, 10.0
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def test_a_damaged_checkpoint(
     shutil.rmtree(tmp_path / "damaged")
     assert found["code"] == 2, found
     assert found["said"].startswith("error: "), found
-    assert found["mib"] < LARGER.get(attack.name, MOST_MIB), found
+    assert found["mib"] < MOST_MIB, found
     assert found["seconds"] < MOST_SECONDS
 
 

@@ -12,7 +12,7 @@ import pytest
 from vllm_moeq.format import CheckpointError
 from vllm_moeq.format.files import MAX_WIDE_BYTES
 from vllm_moeq.format.headers import read_header
-from vllm_moeq.format.shards import index_shards
+from vllm_moeq.format.index import index_shards
 
 
 def written(path: Path, header: Any) -> Path:

@@ -82,23 +82,43 @@ def parse_json(data: bytes, where: str) -> Any:
     Raises:
         ConfigError: the text is too large or too deep, an object has a key twice, or the text is not JSON.
     """
+    text = json_text(data, where)
+    del data  # the caller may keep none: a long text is in memory once
+    with invalid_json(where), no_collection():
+        parsed = json.loads(text, object_pairs_hook=unique)
+        if is_deep(parsed):
+            raise RecursionError
+    return parsed
+
+
+def json_text(data: bytes, where: str) -> str:
+    """Decode JSON text, if it would not take much memory when it is parsed.
+
+    Args:
+        data: the text in UTF-8.
+        where: its name in error messages, usually the file's path.
+
+    Raises:
+        ConfigError: the text has too many values, has too many bytes for one that is not all ASCII, or is not UTF-8.
+    """
     if len(data) > MAX_WIDE_BYTES and not (data.isascii() and b"\\u" not in data):
         raise ConfigError(f"{where}: expected at most {MAX_WIDE_BYTES} bytes of text that is not all ASCII")
     values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
     if values > MAX_JSON_VALUES:
         raise ConfigError(f"{where}: expected at most {MAX_JSON_VALUES} values, found {values}")
+    with invalid_json(where):
+        return data.decode("utf-8")
+
+
+@contextmanager
+def invalid_json(where: str) -> Iterator[None]:
+    """Turn what parsers raise for text that is not valid JSON, or too deep, into a ConfigError that names the file."""
     try:
-        text = data.decode("utf-8")
-        del data  # the caller may keep none: a long text is in memory once
-        with no_collection():
-            parsed = json.loads(text, object_pairs_hook=unique)
-        if _is_deep(parsed):
-            raise RecursionError
+        yield
     except RecursionError:
         raise ConfigError(f"{where}: not valid JSON (expected at most {MAX_JSON_DEPTH} levels)") from None
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON ({error!s:.200})") from None
-    return parsed
 
 
 @contextmanager
@@ -122,7 +142,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
     """Tell whether containers are nested deeper than ``MAX_JSON_DEPTH``, so that recursive functions are safe."""
     waiting = [(value, 1)]
     while waiting:

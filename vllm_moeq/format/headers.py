@@ -5,7 +5,6 @@ The official reader checks the same header again before it returns a tensor.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from vllm_moeq.format.errors import CheckpointError
-from vllm_moeq.format.files import MAX_WIDE_BYTES, no_collection, unique
+from vllm_moeq.format.files import MAX_WIDE_BYTES, no_collection
+from vllm_moeq.format.walk import Walk
 
 MAX_HEADER_BYTES = 24 << 20
 MAX_TENSORS = 100_000
@@ -25,8 +25,9 @@ MAX_NAME = 512
 MAX_SIZE = 1 << 48
 """The largest number in a header, and the largest product of a tensor's sizes."""
 METADATA = "__metadata__"
-ENTRY = ("dtype", "shape", "data_offsets")
+ENTRY = {"dtype", "shape", "data_offsets"}
 """What a header says of a tensor."""
+Entry = tuple[str, int, int, tuple[int, ...], torch.dtype]
 MAX_METADATA = 1 << 20
 """Characters of a header's metadata, which nobody here reads; the official reader keeps them in memory."""
 
@@ -98,15 +99,12 @@ def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
                     f"{path}: damaged or truncated shard of {whole} bytes (expected a header of at most "
                     f"{MAX_HEADER_BYTES} bytes inside the file, found one of {length})"
                 )
-            entries = _parse(file.read(length), path)
+            text = _text(file.read(length), path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read ({error.strerror})") from None
-    _check_metadata(entries.pop(METADATA, None) or {}, path)
     found: dict[str, TensorInfo] = {}
     end = 0
-    for name, begin, until, shape, dtype in sorted(
-        (_entry(path, name, entry, dtypes) for name, entry in entries.items()), key=lambda it: it[1:3]
-    ):
+    for name, begin, until, shape, dtype in sorted(_entries(text, path, dtypes), key=lambda it: it[1:3]):
         info = TensorInfo(path.name, shape, dtype, 8 + length + begin)
         if begin != end or until - begin != info.nbytes:
             raise CheckpointError(
@@ -121,30 +119,43 @@ def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
     return found
 
 
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    if (count := text.count(b"{")) > MAX_TENSORS:
+def _text(data: bytes, path: Path) -> str:
+    """Decode a header, if it would not take much memory when it is parsed."""
+    if (count := data.count(b"{")) > MAX_TENSORS:
         raise CheckpointError(f"{path}: expected at most {MAX_TENSORS} tensors in a shard, found {count}")
-    if len(text) > MAX_WIDE_BYTES and not (text.isascii() and b"\\u" not in text):
+    if len(data) > MAX_WIDE_BYTES and not (data.isascii() and b"\\u" not in data):
         raise CheckpointError(f"{path}: expected at most {MAX_WIDE_BYTES} bytes of a header that is not all ASCII")
-
     try:
-        decoded = text.decode("utf-8")
-        del text  # the caller keeps none: a long header is in memory once
+        return data.decode("utf-8")
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception | str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})")
+
+
+def _entries(text: str, path: Path, dtypes: Mapping[str, torch.dtype]) -> list[Entry]:
+    """Check a header entry by entry, so that a bad one is refused before all others are in memory."""
+    found: list[Entry] = []
+    names = set[str]()
+    walk = Walk(text)
+    try:
         with no_collection():
-            entries = json.loads(decoded, object_pairs_hook=_once)
+            if not walk.begins("{"):
+                raise ValueError("expected an object")
+            for name in walk.keys(names):
+                names.add(name)
+                value = walk.value()
+                if name == METADATA:
+                    _check_metadata(value or {}, path)
+                    continue
+                check_name(name, path)
+                found.append(_entry(path, name, value, dtypes))
+            walk.end()
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: damaged or truncated shard (header: expected an object)")
-    for name in entries:
-        check_name(name, path)
-    return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Any:
-    """Build an object; an entry of a tensor becomes a tuple, a third of a dictionary's size."""
-    found = unique(pairs)
-    return tuple(found[key] for key in ENTRY) if len(found) == len(ENTRY) and found.keys() == set(ENTRY) else found
+        raise _damaged(path, error) from None
+    return found
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -155,14 +166,12 @@ def _check_metadata(metadata: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
 
 
-def _entry(
-    path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]
-) -> tuple[str, int, int, tuple[int, ...], torch.dtype]:
+def _entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> Entry:
     """Check one entry of the header; return name, first byte, end, shape and dtype."""
     place = f"{path}: tensor {name}"
-    if not isinstance(entry, tuple):
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
         raise CheckpointError(f"{place}: expected dtype, shape and data_offsets, found {_shown(entry)}")
-    dtype, shape, offsets = entry
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise CheckpointError(f"{place} has unsupported dtype {_shown(dtype)}")
     # A size of 0 counts as 1, because the strides of an empty tensor are products of its other sizes.

@@ -17,37 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_moeq.format.errors import CheckpointError, ConfigError
-from vllm_moeq.format.files import check_inside, read_json
-from vllm_moeq.format.headers import DTYPES, MAX_TENSORS, TensorInfo, check_name, read_header
+from vllm_moeq.format.errors import CheckpointError
+from vllm_moeq.format.files import check_inside
+from vllm_moeq.format.headers import DTYPES, MAX_TENSORS, TensorInfo, read_header
+from vllm_moeq.format.index import index_shards
 from vllm_moeq.format.tensors import Tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_SHARDS = 10_000
-
-
-def _is_plain(shard: Any) -> bool:
-    plain = isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
-    return plain and len(shard) <= 255 and shard.isprintable()
-
-
-def index_shards(path: Path) -> dict[str, str]:
-    """Read an index: tensor name → shard file name; refuse a file name that is not plain."""
-    check_inside(path)
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{path}: expected an object 'weight_map' with the shard of every tensor")
-    plain: dict[str, str] = {}
-    for name, shard in weight_map.items():
-        check_name(name, path)
-        if not isinstance(shard, str) or (shard not in plain and not _is_plain(shard)):
-            raise ConfigError(f"{path}: tensor {name}: expected a plain shard file name, found {shard!r:.80}")
-        weight_map[name] = plain.setdefault(shard, shard)  # one text per shard, not one per tensor
-    if len(plain) > MAX_SHARDS:
-        raise ConfigError(f"{path}: expected at most {MAX_SHARDS} shards")
-    return weight_map
 
 
 def _require_utf8(folder: Path) -> None:
