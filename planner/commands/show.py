@@ -6,19 +6,21 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planner.api.results import Planned
 from planner.common.shown import add_row, say
 from planner.common.units import layer_number, size
 from planner.model.sizes import Sizes
 from planner.planning.methods import METHODS
 from vllm_moeq.format import Summary
+
+if TYPE_CHECKING:  # it imports calibration and comparison, a third of the time that moeq verify takes to start
+    from planner.api.results import Planned
 
 COLOURS = {1: "white on red3", 2: "black on orange1", 3: "black on green3", 4: "white on blue3", 8: "white on purple4"}
 MAX_LAYERS_SHOWN = 64
