@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.text.documents import FIELDS, Document, document_of
-from planner.text.files import TextFile
+from planner.text.files import MAX_BLANK, TextFile
 from vllm_moeq.format import UsageError
 
 MAX_LINE = 1 << 24
@@ -113,12 +113,15 @@ def read_json_documents(file: TextFile, _: int) -> Iterator[Document]:
 
 def _next_line(file: TextFile, number: int) -> tuple[int, bytes]:
     """Return number and bytes of the next line that is not blank, without a byte order mark; no bytes at the end."""
+    first = number
     while line := file.stream.readline(MAX_LINE + 1):
         number += 1
         if number == 1:
             line = line.removeprefix(MARK)
         if line.strip(SPACES.encode()):
             break
+        if number - first > MAX_BLANK:
+            raise UsageError(f"{file.path}: line {number}: expected JSON, found {MAX_BLANK} empty lines")
     return number, line
 
 

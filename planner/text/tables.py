@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 
 from planner.common.install import require
 from planner.text.documents import CHATS, FIELDS, Document, document_of
-from planner.text.files import TextFile
+from planner.text.files import MAX_BLANK, TextFile
 from vllm_moeq.format import UsageError
 
 PARQUET = b"PAR1"
 CSV_NAMES = (".csv", ".tsv")
 MAX_FIELD = 1 << 24
 """Characters of one field of CSV."""
+
+MAX_ROW = 1 << 26
+"""Bytes of a row of parquet."""
 
 DELIMITERS = ",\t;|"
 
@@ -37,11 +40,11 @@ def read_parquet(file: TextFile, _: int) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(file.stream)
         column = _column(table.schema_arrow.names, file)
-        row = 0
-        for batch in table.iter_batches(batch_size=64, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield document_of({column: value}, f"{file.path}: row {row}")
+        # A row at a time: many rows may be one long text that the file has once.
+        for row, batch in enumerate(table.iter_batches(batch_size=1, columns=[column]), 1):
+            if batch.nbytes > MAX_ROW:
+                raise UsageError(f"{file.path}: row {row}: expected at most {MAX_ROW} bytes, found {batch.nbytes}")
+            yield document_of({column: batch.column(0)[0].as_py()}, f"{file.path}: row {row}")
     except (arrow.ArrowException, OSError) as error:
         raise UsageError(f"{file.path}: expected a parquet file, found a damaged one ({error!s:.200})") from None
 
@@ -70,7 +73,7 @@ def read_csv(file: TextFile, _: int) -> Iterator[Document]:
     csv.field_size_limit(MAX_FIELD)
     text = io.TextIOWrapper(file.stream, encoding="utf-8-sig", newline="")
     header = text.readline(MAX_FIELD)
-    reader = csv.reader(text, delimiter=_delimiter(header), strict=True)
+    reader = csv.reader(_lines(text, file), delimiter=_delimiter(header), strict=True)
     try:
         names = next(csv.reader([header], delimiter=_delimiter(header)), [])
         column = names.index(_column([name for name in names if name not in CHATS], file))
@@ -82,6 +85,23 @@ def read_csv(file: TextFile, _: int) -> Iterator[Document]:
                 yield document_of(row[column], where)
     except csv.Error as error:
         raise UsageError(f"{file.path}: line {reader.line_num + 1}: expected CSV ({error})") from None
+
+
+def _lines(text: io.TextIOWrapper, file: TextFile) -> Iterator[str]:
+    """Yield the lines behind the header; one line of a field without end must not fill the memory.
+
+    Raises:
+        UsageError: a line is too long, or too many follow each other without a letter.
+    """
+    blank, number = 0, 1
+    while line := text.readline(MAX_FIELD + 1):
+        number += 1
+        if len(line) > MAX_FIELD:
+            raise UsageError(f"{file.path}: line {number}: expected at most {MAX_FIELD} characters in a line of CSV")
+        blank = 0 if line.strip() else blank + 1
+        if blank > MAX_BLANK:
+            raise UsageError(f"{file.path}: line {number}: expected a row, found {MAX_BLANK} empty lines")
+        yield line
 
 
 def _delimiter(header: str) -> str:

@@ -16,6 +16,7 @@ OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MoeqError)
 
 
 MAX_TOKENIZER_BYTES = 1 << 28
+OTHER_FILES = "fast_tokenizer_files"
 MAX_TOKENS = 1 << 24
 """The largest number of a token. Vocabularies have up to a few hundred thousand."""
 
@@ -30,6 +31,7 @@ def _open(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     _refuse_large_numbers(folder / "tokenizer.json")
+    _refuse_other_files(folder / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.get_vocab()
@@ -121,6 +123,17 @@ def _refuse_large_numbers(path: Path) -> None:
             raise ConfigError(
                 f"{path}: expected numbers up to {MAX_TOKENS}, found token {token!r:.80} with {number!r:.40}"
             )
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Refuse settings that lead transformers to another file than tokenizer.json.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    found = read_json(path) if path.exists() else {}
+    if isinstance(found, dict) and OTHER_FILES in found:
+        raise ConfigError(f"{path}: {OTHER_FILES}: expected no such key, found {found[OTHER_FILES]!r:.80}")
 
 
 def _refuse(what: str, error: BaseException) -> NoReturn:

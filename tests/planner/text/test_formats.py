@@ -226,6 +226,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "short.csv": (b"id,text\n1,x\n2\n", "line 3: expected 2 columns, found 1"),
     "cut.csv": (b'id,text\n1,"a\n', "line 2: expected CSV"),
     "empty.csv": (b"", "expected a column text"),
+    "blank.jsonl.gz": (
+        gzip.compress(LINES + b"\n" * (9 << 20)),
+        "line 838.*: expected JSON, found 8388608 empty lines",
+    ),
+    "blank.csv.gz": (
+        gzip.compress(b"id,text\n1,x\n" + b"\r\n" * (9 << 20)),
+        "line 838.*: expected a row, found 8388608 empty lines",
+    ),
+    "line.csv": (
+        b"text,id\nx,1\n" + b"a," * (1 << 24),
+        "line 3: expected at most 16777216 characters in a line of CSV",
+    ),
     "damaged.parquet": (b"PAR1" + b"x" * 100, "expected a parquet file, found a damaged one"),
 }
 
@@ -237,6 +249,18 @@ def test_refusals_name_the_file_and_the_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"{name}: {message}|{name}: .*{message}") as error:
         read(tmp_path / name)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_one_long_text_in_many_rows_of_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as files
+
+    path = tmp_path / "bomb.parquet"
+    once = arrow.DictionaryArray.from_arrays(arrow.array([0] * 40, arrow.int32()), arrow.array(["x" * (65 << 20)]))
+    files.write_table(arrow.table({"text": once}), path)
+    assert path.stat().st_size < 1 << 22
+    with pytest.raises(UsageError, match=r"row 1: expected at most 67108864 bytes, found 68157"):
+        read(path, 1 << 30)
 
 
 class TestWhatIsNoFile:
@@ -257,6 +281,12 @@ class TestWhatIsNoFile:
     def test_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"nothing: .*No such file"):
             read(tmp_path / "nothing")
+
+    def test_sparse_table(self, tmp_path: Path) -> None:
+        (tmp_path / "sparse.csv").write_bytes(b"text,x\nhello,1\n")
+        os.truncate(tmp_path / "sparse.csv", 1 << 40)
+        with pytest.raises(UsageError, match="line 3: expected at most 16777216 characters"):
+            read(tmp_path / "sparse.csv")
 
     def test_sparse(self, tmp_path: Path) -> None:
         with (tmp_path / "sparse").open("wb") as file:

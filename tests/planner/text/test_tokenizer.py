@@ -15,7 +15,7 @@ from planner.text.documents import Document
 from planner.text.tokenizer import encode, load_tokenizer, render
 from tests.conftest import one_line
 from tests.paths import MIXTRAL
-from vllm_moeq.format import MoeqError, UsageError
+from vllm_moeq.format import ConfigError, MoeqError, UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +76,14 @@ def test_a_token_beyond_the_embeddings(folder: Path) -> None:
 def test_a_number_that_would_fill_the_memory(folder: Path, change: Callable[[Any], Any]) -> None:
     edit(folder / "tokenizer.json", change)
     with pytest.raises(MoeqError, match=r"tokenizer\.json: expected numbers up to 16777216, found token .* 2147483648"):
+        load_tokenizer(folder)
+
+
+def test_another_file_than_the_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**settings, "fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: fast_tokenizer_files: expected no such key"):
         load_tokenizer(folder)
 
 
