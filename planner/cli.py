@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -155,6 +157,9 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command; print a user's mistake as one line and exit with status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII has no sign for "times"
     try:
         sys.exit(app(prog_name="moeq", standalone_mode=False) or 0)
     except KeyboardInterrupt:
@@ -170,6 +175,17 @@ def main() -> NoReturn:
         sys.exit(2)
 
 
+def _output_fails() -> bool:
+    """Tell whether the standard output takes nothing. Then send the rest to nowhere, else Python fails at the end."""
+    try:
+        sys.stdout.flush()
+        os.write(1, b"\n")  # after an error the buffer is empty
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
+
+
 def _usage(error: Any) -> str:
     """Return the parser's complaint in one line; an empty one where it has printed the help instead."""
     path = error.ctx.command_path if error.ctx is not None else "moeq"
@@ -182,6 +198,8 @@ def _mistake(error: Exception) -> str | None:
     from planner.common.mistakes import named_mistakes
     from vllm_moeq.format import MoeqError
 
+    if isinstance(error, OSError) and error.filename is None and _output_fails():
+        return f"cannot write to the standard output ({error.strerror})"
     try:
         with named_mistakes():
             raise error

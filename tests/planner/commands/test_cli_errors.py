@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,3 +284,23 @@ class TestFullDisk:
         assert len(list(out.with_name("out.partial").glob("*.safetensors"))) == 2
         assert moeq("quantize", tiny_mixtral, "-o", out, *self.ONE_BIT).code == 0
         assert verify(out).average_bits == 1
+
+
+MOEQ = Path(sys.executable).with_name("moeq")
+
+
+def test_an_output_that_is_full(quantized_mixtral: Path) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run([MOEQ, "verify", quantized_mixtral], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2
+    assert found.stderr == "error: cannot write to the standard output (No space left on device)\n"
+
+
+def test_an_output_that_takes_ascii_alone(quantized_mixtral: Path) -> None:
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(
+        [MOEQ, "verify", quantized_mixtral], capture_output=True, text=True, env={**os.environ, **plain}
+    )
+    assert found.returncode == 0, found.stderr
+    assert "valid" in found.stdout
+    assert found.stdout.isascii()
