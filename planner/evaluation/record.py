@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.output.files import read_as, write_json
+from vllm_moeq.format.files import check_inside
 from vllm_moeq.format.schema import Count, Strict
 
 FILE = "evaluation.json"
@@ -114,7 +115,9 @@ def read_evaluations(folder: Path) -> Evaluations:
     """Return the contents of a checkpoint's evaluation.json; an empty record if there is no file.
 
     Raises:
+        CheckpointError: a link that leads out of the folder.
         ConfigError: a damaged file; the message names it and the first violation.
     """
     path = folder / FILE
+    check_inside(path)
     return read_as(path, Evaluations) if path.exists() else Evaluations()

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from planner.model.source import SourceModel
 from planner.output.files import read_as
 from vllm_moeq.format import ConfigError
-from vllm_moeq.format.files import read_bytes
+from vllm_moeq.format.files import check_inside, read_bytes
 from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Count
 
 FILE = "quantization_report.json"
@@ -116,9 +116,11 @@ def read_recorded(folder: Path) -> Recorded:
     """Return the contents of a checkpoint's quantization_report.json; an empty record if there is no file.
 
     Raises:
+        CheckpointError: a link that leads out of the folder.
         ConfigError: a damaged file; the message names it and the first violation.
     """
     path = folder / FILE
+    check_inside(path)
     return read_as(path, Recorded) if path.exists() else Recorded()
 
 

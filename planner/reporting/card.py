@@ -15,7 +15,7 @@ from planner.reporting.command_lines import auto_class, method_in_words, quantiz
 from planner.reporting.facts import Facts, collect
 from planner.reporting.files import CARD
 from planner.reporting.tables import evaluation_tables, markdown, named, size_table, width_table
-from vllm_moeq.format.files import read_bytes
+from vllm_moeq.format.files import check_inside, read_bytes
 
 DIR = "DIR"
 """Placeholder for the folder, since the folder's name must not change the card."""
@@ -49,6 +49,7 @@ def refresh_card(folder: Path) -> bool:
         MoeqError: as :func:`write_card`.
     """
     path = folder / CARD
+    check_inside(path)
     if not path.exists():
         write_card(folder)
         return True

@@ -19,9 +19,10 @@ from vllm_moeq.format import (
     ShardSet,
     expert_matrices,
     load_config,
-    read_json,
+    read_config_json,
     verify,
 )
+from vllm_moeq.format.files import check_inside
 from vllm_moeq.format.linears import WORDS
 
 HALF = 2
@@ -180,6 +181,7 @@ def collect(folder: Path) -> Facts:
     average_bits = verify(folder, values=False).average_bits
     config, recorded = load_config(folder), read_recorded(folder)
     path = folder / "plan.json"
+    check_inside(path)
     plan = read_plan(path) if path.exists() else None
     if plan is not None and plan.experts != config.experts:
         raise ConfigError(f"{path}: expected the widths of config.json, found others")
@@ -187,7 +189,7 @@ def collect(folder: Path) -> Facts:
         sizes = _sizes(shards, config, recorded)
     return Facts(
         folder=folder,
-        model=read_json(folder / "config.json"),
+        model=read_config_json(folder / "config.json"),
         config=config,
         plan=plan,
         recorded=recorded,

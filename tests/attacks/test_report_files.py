@@ -33,7 +33,7 @@ def sparse(path: Path) -> None:
 
 CARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (os.mkfifo, "found a pipe or a device"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "found a pipe or a device"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "found a link to /dev/zero"),
     "sparse": (sparse, "expected at most 4194304 bytes"),
     "a folder": (as_folder, "found a folder"),
 }
@@ -48,6 +48,19 @@ def test_a_card_that_is_no_file(name: str, quantized_copy: Path, moeq: Moeq) -> 
         message = one_line(moeq("report", quantized_copy, "--no-png"))
     assert "README.md: expected" in message
     assert words in message
+
+
+@pytest.mark.parametrize("name", ["README.md", "evaluation.json", "plan.json", "quantization_report.json"])
+def test_a_file_that_is_a_link_out_of_the_folder(name: str, quantized_copy: Path, moeq: Moeq, tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.write_text("{}" if name.endswith(".json") else f"secret {BEGIN.decode()} {END.decode()}")
+    (quantized_copy / name).unlink(missing_ok=True)
+    (quantized_copy / name).symlink_to(private)
+    before = private.read_bytes()
+    message = one_line(moeq("report", quantized_copy, "--no-png"))
+    assert f"{name}: expected a file inside the folder" in message
+    assert private.read_bytes() == before
+    assert (quantized_copy / name).is_symlink()
 
 
 BEGIN, END = b"<!-- evaluation -->", b"<!-- end of evaluation -->"
