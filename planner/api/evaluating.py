@@ -32,7 +32,7 @@ from planner.model.whole import check_folder
 from planner.output.files import write_json
 from planner.output.unfinished import PartialRun
 from planner.reporting.card import refresh_card
-from vllm_moeq.format import UsageError, read_json
+from vllm_moeq.format import UsageError, read_config_json
 
 WINDOW = 512
 """Tokens of context, if the model can read as many."""
@@ -181,7 +181,7 @@ def _kept_in(model: str, folder: Path, progress: Progress) -> Path | None:
     Raises:
         ConfigError: its evaluation.json is damaged.
     """
-    if not Path(model).is_dir() or not is_moeq(read_json(folder / "config.json")):
+    if not Path(model).is_dir() or not is_moeq(read_config_json(folder / "config.json")):
         return None
     read_evaluations(folder)
     if os.access(folder, os.W_OK):

@@ -22,7 +22,7 @@ from planner.evaluation.reader import reads_by_layers
 from planner.model.layout import Layout, read_layout
 from planner.model.quantized import DequantizedModel, is_moeq
 from planner.model.skeleton import open_folder
-from vllm_moeq.format import read_json
+from vllm_moeq.format import read_config_json
 
 RESULT_BYTES = 2048
 """Bytes of the file with the result."""
@@ -57,7 +57,7 @@ class ModelSize:
         Raises:
             MoeqError: a damaged checkpoint.
         """
-        config = read_json(folder / "config.json")
+        config = read_config_json(folder / "config.json")
         with DequantizedModel(folder) if is_moeq(config) else open_folder(folder, True) as model:
             stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             if not reads_by_layers(folder):

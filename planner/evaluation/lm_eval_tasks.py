@@ -17,7 +17,7 @@ from planner.evaluation.lm_eval_task_files import known_tasks, load_tasks, reaso
 from planner.evaluation.record import TaskResult
 from planner.output.files import write_json
 from planner.quantization.runners.choose import read_devices
-from vllm_moeq.format import CheckpointError, UsageError, read_json
+from vllm_moeq.format import CheckpointError, UsageError, read_config_json, read_json
 
 PAPER_SUITE: tuple[str, ...] = (
     "piqa",
@@ -73,7 +73,7 @@ def run_tasks(
     if not tasks or ("," in device and not runs.several_devices):
         raise UsageError(f"expected at least one task and one device, found {len(tasks)} and {device!r}")
     devices = read_devices(device)
-    read_json(folder / "config.json")
+    read_config_json(folder / "config.json")
     require_lm_eval()
     results: list[TaskResult] = []
     with _quiet(), ExitStack() as stack:

@@ -15,7 +15,7 @@ from planner.evaluation.reader_whole import WholeReader
 from planner.model.codecs import can_read, read_settings
 from planner.model.quantized import is_moeq
 from planner.model.recognize import find_architecture
-from vllm_moeq.format import ConfigError, read_json
+from vllm_moeq.format import ConfigError, read_config_json
 
 
 class Reader(Protocol):
@@ -74,7 +74,7 @@ def reads_by_layers(folder: Path) -> bool:
     Raises:
         ConfigError: no usable config.json.
     """
-    config = read_json(folder / "config.json")
+    config = read_config_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}")
     row = find_architecture(config)

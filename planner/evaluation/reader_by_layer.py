@@ -16,7 +16,7 @@ from planner.common.progress import Progress
 from planner.model.layout import read_layout
 from planner.model.quantized import DequantizedModel, is_moeq
 from planner.model.source import SourceModel
-from vllm_moeq.format import read_json
+from vllm_moeq.format import read_config_json
 
 
 class LayerReader:
@@ -30,7 +30,7 @@ class LayerReader:
         self.folder = folder
         self._model: SourceModel
         self._odp: Mapping[str, float] = {}
-        if is_moeq(read_json(folder / "config.json")):
+        if is_moeq(read_config_json(folder / "config.json")):
             self._model = quantized = DequantizedModel(folder)
             self._odp = quantized.odp
         else:

@@ -17,7 +17,15 @@ from planner.model.hub import companions
 from planner.model.recognize import find_architecture
 from planner.model.whole import check_checkpoint
 from planner.output.checkpoint import CheckpointWriter
-from vllm_moeq.format import ExpertMatrix, MoeqConfig, ShardSet, expert_matrices, linear_values, load_config, read_json
+from vllm_moeq.format import (
+    ExpertMatrix,
+    MoeqConfig,
+    ShardSet,
+    expert_matrices,
+    linear_values,
+    load_config,
+    read_config_json,
+)
 from vllm_moeq.format.linears import LINEAR_SUFFIXES, SCALES, WORDS
 
 
@@ -40,7 +48,7 @@ def export_dense(folder: Path, output: Path, progress: Progress, dtype: torch.dt
     """
     check_checkpoint(folder)
     config = load_config(folder)
-    source = read_json(folder / "config.json")
+    source = read_config_json(folder / "config.json")
     name = str(dtype).removeprefix("torch.")
     with ShardSet(folder) as shards:
         matrices = {matrix.names()[0]: matrix for matrix in expert_matrices(shards, config)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from planner.model.tensors import SourceTensors
 from vllm_moeq.completeness import check_values, positive_integer
-from vllm_moeq.format import ConfigError, read_json
+from vllm_moeq.format import ConfigError, read_config_json
 from vllm_moeq.format.tensors import Tensors
 
 CONFIG = "config.json"
@@ -23,7 +23,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: it is missing, damaged or no object, or has a value that no model has.
     """
     path = folder / CONFIG
-    config = read_json(path)
+    config = read_config_json(path)
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected an object, found {type(config).__name__}")
     check_values(config, path)

@@ -22,7 +22,7 @@ from vllm_moeq.completeness import (
     refuse_bytes,
     verify_whole,
 )
-from vllm_moeq.format import Summary, read_json
+from vllm_moeq.format import Summary, read_config_json
 from vllm_moeq.format.speculation import announced
 
 
@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> str | None:
     Raises:
         MoeqError: naming the first tensor that is missing, misshapen or too much.
     """
-    config = read_json(folder / CONFIG)
+    config = read_config_json(folder / CONFIG)
     if is_moeq(config):
         return check_checkpoint(folder, values=False).only_experts
     if not isinstance(config, dict) or find_architecture(config) is None:

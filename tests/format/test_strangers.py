@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_moeq.format import CheckpointError, MoeqError, ShardSet, verify
-from vllm_moeq.format.strangers import FILES, KEYS, NOT_ALONE, refuse_files, refuse_keys, without_strangers
+from vllm_moeq.format.strangers import FILES, KEYS, METHODS, NOT_ALONE, refuse_files, refuse_keys, without_strangers
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "mistral", "fastsafetensors")
 NAMES = (
@@ -118,3 +118,14 @@ def test_a_second_quantization_is_refused() -> None:
     with pytest.raises(MoeqError, match=r"text_config\.quantization_config: expected no such key"):
         refuse_keys(config, Path("config.json"))
     assert without_strangers(config) == {"text_config": {}}
+
+
+def test_no_key_takes_the_place_of_a_method() -> None:
+    from transformers import PreTrainedConfig
+
+    methods = {name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))}
+    assert {name for name in methods if not name.startswith("__")} <= set(METHODS)
+    for name in methods:
+        with pytest.raises(MoeqError, match=rf"{name}: expected no such key, found the name of a method"):
+            refuse_keys({name: 1}, Path("config.json"))
+    assert without_strangers(dict.fromkeys(METHODS, 1)) == {}

@@ -18,6 +18,9 @@ from vllm_moeq.format.strangers import QUANTIZATION, without_strangers
 SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 """``model_type`` that transformers lacks → the one whose class its publishers' own code takes."""
 
+SILENT = 100
+"""A level above transformers' gravest: its errors show what config.json holds, escapes and all."""
+
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 """The numbers that JSON lacks."""
 
@@ -103,7 +106,7 @@ def silence() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(SILENT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -122,6 +125,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
     if classes is None:
         raise ConfigError(f"{path}: expected a model that transformers knows, found {config.get('model_type')!r:.80}")
     _check_architectures(config, classes[1], path)
+    _check_methods(config, classes[0], path)
     parsed = classes[0].from_dict(_plain(config))
     check_sizes(config, parsed, path)
     return parsed, classes[1]
@@ -147,6 +151,18 @@ def _check_architectures(config: Mapping[str, Any], model: Any, path: Path) -> N
                 f"{path}: architectures: expected a class of model_type {config.get('model_type')}, "
                 f"such as {model.__name__}, found {name!r:.80}"
             )
+
+
+def _check_methods(config: Mapping[str, Any], own: Any, path: Path) -> None:
+    """Refuse keys that would take the place of a method of transformers' config class.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for part in (config, *filter(lambda value: isinstance(value, Mapping), config.values())):
+        for key in part:
+            if key.startswith("__") or callable(getattr(own, key, None)):
+                raise ConfigError(f"{path}: {key:.80}: expected no such key, found the name of a method")
 
 
 def _letters(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from vllm_moeq.completeness.sizes import MAX_INTEGER, SIZES, numbers, parts
 from vllm_moeq.format import EXPERT_COUNT, NESTED, ConfigError
+from vllm_moeq.format.strangers import QUANTIZATION
 
 MAX_NUMBER = 1 << 53
 """The largest magnitude of a number in a config.json: floats hold all integers up to it."""
@@ -56,6 +58,7 @@ FRACTION = Kind("a number from 0 to 1", _number(lambda value: 0 <= value <= 1))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value))
+TRUE = Kind("true", lambda value: value is True)
 DTYPE = Kind("the name of a dtype, such as bfloat16", _is_dtype)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
@@ -74,6 +77,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), POSITIVE),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "partial_rotary_factor"), FRACTION),
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "attention_bias"), FLAG),
+    **dict.fromkeys(("return_dict", "use_return_dict"), TRUE),
     **dict.fromkeys(("model_type", "hidden_act"), TEXT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "architectures": TEXTS,
@@ -83,6 +87,15 @@ KINDS: dict[str, Kind] = {
 
 UNBOUNDED = ("time_step_limit",)
 """Keys under which infinity is a value: Mamba's layers have a range of time steps without an upper end."""
+
+MAX_LABELS = 1 << 16
+LABELS = re.compile(r"(^|\.)num_labels$")
+"""The keys for the number of a classifier's labels, of which transformers makes a name each."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that control a terminal or cannot be printed; blanks and line breaks are none of them."""
+
+NO_NUMBER = (str, list, Mapping)
 
 ROTARY = ("rope_parameters", "rope_scaling")
 
@@ -97,7 +110,10 @@ def check_values(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    _check_texts({key: value for key, value in config.items() if key != QUANTIZATION}, path)
     for key, value in numbers(config):
+        if not 0 <= value <= MAX_LABELS and LABELS.search(key):
+            raise ConfigError(f"{path}: {key}: expected at most {MAX_LABELS} labels, found {_short(value)}")
         if not abs(value) <= MAX_NUMBER and not (value == math.inf and key.rpartition(".")[2] in UNBOUNDED):
             raise ConfigError(f"{path}: {key}: expected a number up to 2^53, found {_short(value)}")
     for part in _with_rotary(config):
@@ -108,6 +124,22 @@ def check_values(config: Mapping[str, Any], path: Path) -> None:
             values = value if kind.listed and isinstance(value, list) else [value]
             if not all(kind.fits(item) for item in values):
                 raise ConfigError(f"{path}: {key}: expected {kind.words}, found {_short(value)}")
+
+
+def _check_texts(config: Any, path: Path, place: str = "") -> None:
+    """Refuse texts that would control a terminal: other readers print them in their warnings."""
+    if isinstance(config, str):
+        if CONTROL.search(config):
+            raise ConfigError(f"{path}: {place}: expected a text that can be printed, found {config!r:.80}")
+    elif isinstance(config, Mapping):
+        for key, value in config.items():
+            _check_texts(key, path, place or "its keys")
+            if isinstance(value, NO_NUMBER):
+                _check_texts(value, path, f"{place}.{key!s:.80}".removeprefix("."))
+    elif isinstance(config, list):
+        for value in config:
+            if isinstance(value, NO_NUMBER):
+                _check_texts(value, path, place)
 
 
 def _short(value: Any) -> str:

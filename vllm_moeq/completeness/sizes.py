@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moeq.format import EXPERT_COUNT, NESTED, ConfigError
-from vllm_moeq.format.schema import MAX_LAYERS
 
 MAX_INTEGER = 1 << 20
 """Largest size that a config.json may name. A larger one means a damaged file, and would cause long loops."""
+
+MAX_DEPTH = 256
+"""Largest number of layers of any part of a model: twice the largest published, and 4 s to build without weights."""
 
 SIZES = (
     "hidden_size",
@@ -93,7 +95,7 @@ LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth)$")
 """The keys of config.json that say how many layers a part of a model has."""
 
 
-def check_layer_counts(config: Mapping[str, Any], path: Path, most: int = MAX_LAYERS) -> None:
+def check_layer_counts(config: Mapping[str, Any], path: Path, most: int = MAX_DEPTH) -> None:
     """Refuse more layers than a model may have, because building them would take memory and time.
 
     Args:
@@ -105,7 +107,7 @@ def check_layer_counts(config: Mapping[str, Any], path: Path, most: int = MAX_LA
         ConfigError: naming the key.
     """
     for key, value in numbers(config):
-        if LAYER_COUNT.search(key) and not 0 <= value <= most:
+        if not 0 <= value <= most and LAYER_COUNT.search(key):
             raise ConfigError(f"{path}: {key}: expected 0 to {most} layers, found {value!r:.40}")
 
 
@@ -116,6 +118,9 @@ def numbers(value: Any, place: str = "") -> Iterator[tuple[str, int | float]]:
             yield from numbers(child, f"{place}.{key!s:.80}".removeprefix("."))
     elif isinstance(value, list):
         for child in value:
-            yield from numbers(child, place)
+            if isinstance(child, int | float):
+                yield place, child
+            else:
+                yield from numbers(child, place)
     elif isinstance(value, int | float):
         yield place, value

@@ -25,8 +25,9 @@ from vllm_moeq.format import (
     TensorInfo,
     expert_matrices,
     load_config,
-    read_json,
-    verify,
+    open_shards,
+    read_config_json,
+    verify_shards,
 )
 from vllm_moeq.format.speculation import SPECULATIVE, announced, count_layers, is_speculative
 
@@ -49,13 +50,15 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
     Raises:
         MoeqError: a check fails; the message names the file and the tensor.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
     path = folder / "config.json"
-    if path.is_file() and isinstance(found := read_json(path), dict):
+    if path.is_file() and isinstance(found := read_config_json(path), dict):
         check_values(found, path)
-    summary = verify(folder, values=values)
-    config: dict[str, Any] = read_json(path)
     parsed = load_config(folder)
-    with ShardSet(folder) as shards:
+    config: dict[str, Any] = read_config_json(path)
+    with open_shards(folder, parsed) as shards:
+        summary = verify_shards(shards, parsed, values=values)
         check_against_files(shards, config, parsed, path)
         found = _decoded(shards, parsed)
         summary.only_experts = no_class(config)

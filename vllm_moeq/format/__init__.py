@@ -4,7 +4,7 @@ It needs torch and safetensors, but neither vLLM nor a GPU.
 """
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError, MoeqError, UsageError
-from vllm_moeq.format.files import parse_json, read_json
+from vllm_moeq.format.files import parse_json, read_config_json, read_json
 from vllm_moeq.format.headers import TensorInfo
 from vllm_moeq.format.linears import JOINED, LINEAR_SUFFIXES, joined, linear_values, split_width
 from vllm_moeq.format.packing import BIT_WIDTHS, CODES_PER_BLOCK, WHOLE_ROW, dequantize, pack, packed_words, unpack
@@ -54,7 +54,9 @@ from vllm_moeq.format.validation import (
     Summary,
     expert_matrices,
     load_config,
+    open_shards,
     verify,
+    verify_shards,
 )
 
 __all__ = [
@@ -108,12 +110,14 @@ __all__ = [
     "joined",
     "linear_values",
     "load_config",
+    "open_shards",
     "pack",
     "pack_signs",
     "pack_trellis",
     "packed_words",
     "parse_config",
     "parse_json",
+    "read_config_json",
     "read_json",
     "ring_states",
     "rotate",
@@ -125,5 +129,6 @@ __all__ = [
     "unpack_signs",
     "unrotate",
     "verify",
+    "verify_shards",
     "version_for",
 ]

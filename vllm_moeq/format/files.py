@@ -16,6 +16,8 @@ from typing import Any
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 
 MAX_JSON_BYTES = 32 << 20
+MAX_CONFIG_BYTES = 4 << 20
+"""The limit of a config.json. The widths and schemes of the 23,000 experts of a trillion weights take a quarter."""
 MAX_WIDE_BYTES = 8 << 20
 """The limit if not all is ASCII: one other character, escaped or not, makes a string take four bytes per character."""
 MAX_JSON_VALUES = 1 << 20
@@ -61,15 +63,24 @@ def read_bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def read_json(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
+    """Parse a config.json; see :func:`read_json`."""
+    return read_json(path, MAX_CONFIG_BYTES)
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file with a bounded size, number of values and depth; size and number are checked before parsing.
+
+    Args:
+        path: the file.
+        most: largest number of bytes that it may have.
 
     Raises:
         ConfigError: the file is missing, too large, too deep, not a regular file or not JSON.
     """
     if not path.exists():
         raise ConfigError(f"{path}: expected a JSON file, found no file")
-    return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
+    return parse_json(read_bytes(path, most), str(path))
 
 
 def parse_json(data: bytes, where: str) -> Any:

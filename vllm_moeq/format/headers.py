@@ -6,7 +6,7 @@ The official reader checks the same header again before it returns a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ METADATA = "__metadata__"
 ENTRY = {"dtype", "shape", "data_offsets"}
 """What a header says of a tensor."""
 Entry = tuple[str, int, int, tuple[int, ...], torch.dtype]
+MAX_ENTRY = 4096
+"""Characters of what a header says of a tensor."""
 MAX_METADATA = 1 << 20
 """Characters of a header's metadata, which nobody here reads; the official reader keeps them in memory."""
 
@@ -79,16 +81,20 @@ def check_name(name: str, path: Path) -> None:
         )
 
 
-def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorInfo]:
+def read_header(
+    path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES, known: Container[str] | None = None
+) -> dict[str, TensorInfo]:
     """Return the tensors of a shard in the order of their bytes.
 
     Args:
         path: the shard.
         dtypes: the dtypes that it may have, by their names in headers.
+        known: the only names that its tensors may have: those of the index.
 
     Raises:
-        CheckpointError: the header is too large or not JSON; a tensor is named twice, its size does not match its
-            shape and dtype, or it does not begin where the previous one ends; or some bytes belong to no tensor.
+        CheckpointError: the header is too large or not JSON; a tensor is named twice or is not in the index; a
+            tensor's size does not match its shape and dtype, or it does not begin where the previous one ends; or some
+            bytes belong to no tensor.
     """
     try:
         with path.open("rb") as file:
@@ -104,7 +110,7 @@ def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
         raise CheckpointError(f"{path}: cannot read ({error.strerror})") from None
     found: dict[str, TensorInfo] = {}
     end = 0
-    for name, begin, until, shape, dtype in sorted(_entries(text, path, dtypes), key=lambda it: it[1:3]):
+    for name, begin, until, shape, dtype in sorted(_entries(text, path, dtypes, known), key=lambda it: it[1:3]):
         info = TensorInfo(path.name, shape, dtype, 8 + length + begin)
         if begin != end or until - begin != info.nbytes:
             raise CheckpointError(
@@ -135,7 +141,7 @@ def _damaged(path: Path, error: Exception | str) -> CheckpointError:
     return CheckpointError(f"{path}: damaged or truncated shard (header: {error!s:.200})")
 
 
-def _entries(text: str, path: Path, dtypes: Mapping[str, torch.dtype]) -> list[Entry]:
+def _entries(text: str, path: Path, dtypes: Mapping[str, torch.dtype], known: Container[str] | None) -> list[Entry]:
     """Check a header entry by entry, so that a bad one is refused before all others are in memory."""
     found: list[Entry] = []
     names = set[str]()
@@ -146,24 +152,31 @@ def _entries(text: str, path: Path, dtypes: Mapping[str, torch.dtype]) -> list[E
                 raise ValueError("expected an object")
             for name in walk.keys(names):
                 names.add(name)
-                value = walk.value()
                 if name == METADATA:
-                    _check_metadata(value or {}, path)
+                    _check_metadata(walk, path)
                     continue
                 check_name(name, path)
-                found.append(_entry(path, name, value, dtypes))
+                if known is not None and name not in known:
+                    raise CheckpointError(f"{path}: tensor {name} is in the file but not in the index")
+                found.append(_entry(path, name, walk.short_value(MAX_ENTRY), dtypes))
             walk.end()
     except (ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
     return found
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
-    """Refuse metadata that is long or no object of texts, without making another text of it."""
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: {METADATA}: expected an object of texts, found another value")
-    if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA:
-        raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
+def _check_metadata(walk: Walk, path: Path) -> None:
+    """Refuse metadata that is long or no object of texts. Nobody here reads it."""
+    if walk.begins("n") and walk.short_value(MAX_ENTRY) is None:
+        return
+    size, keys = 0, set[str]()
+    for key in walk.keys(keys) if walk.begins("{") else ("",):
+        if not key or not walk.begins('"'):
+            raise CheckpointError(f"{path}: {METADATA}: expected an object of texts, found another value")
+        keys.add(key)
+        size += len(key) + len(walk.value())
+        if size > MAX_METADATA:
+            raise CheckpointError(f"{path}: {METADATA}: expected at most {MAX_METADATA} characters, found more")
 
 
 def _entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> Entry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_moeq.format.errors import CheckpointError
 from vllm_moeq.format.files import check_inside
-from vllm_moeq.format.headers import DTYPES, MAX_TENSORS, TensorInfo, read_header
+from vllm_moeq.format.headers import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 from vllm_moeq.format.index import index_shards
 from vllm_moeq.format.tensors import Tensors
 
 INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADERS_BYTES = 4 * MAX_HEADER_BYTES
 SINGLE_NAME = "model.safetensors"
 
 
@@ -45,6 +46,9 @@ class ShardSet(Tensors):
     Args:
         folder: a folder with ``model.safetensors``, or with an index and its shards.
         dtypes: the dtypes that its tensors may have, by their names in headers.
+        most: largest number of tensors.
+        ours: whether it is a moeq checkpoint. Then the index must name every tensor of its shards: vLLM loads the
+            others too, transformers does not.
 
     Raises:
         CheckpointError: there are no weights; a shard is missing, truncated or damaged; or a tensor is in two shards
@@ -52,9 +56,18 @@ class ShardSet(Tensors):
         ConfigError: the index is damaged.
     """
 
-    def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtypes: Mapping[str, torch.dtype] = DTYPES,
+        *,
+        most: int = 4 * MAX_TENSORS,
+        ours: bool = False,
+    ) -> None:
         self.folder = folder
         self._dtypes = dtypes
+        self._most = most
+        self._header_bytes = 0
         self._handles: dict[str, Any] = {}
         self._files: dict[str, int] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -63,7 +76,7 @@ class ShardSet(Tensors):
         index = folder / INDEX_NAME
         expected: dict[str, str] | None = None
         if index.exists():
-            expected = index_shards(index)
+            expected = index_shards(index, most, ours=ours)
             shards = sorted(set(expected.values()))
         elif (folder / SINGLE_NAME).exists():
             shards = [SINGLE_NAME]
@@ -71,7 +84,7 @@ class ShardSet(Tensors):
             raise CheckpointError(f"{folder}: expected {SINGLE_NAME} or {INDEX_NAME}, found neither")
         self.tensors: dict[str, TensorInfo] = {}
         for shard in shards:
-            self._read_header(shard)
+            self._read_header(shard, expected if ours else None)
         for name, shard in (expected or {}).items():
             if name not in self.tensors or self.tensors[name].shard != shard:
                 raise CheckpointError(f"{folder / shard}: tensor {name} is in the index but not in the file")
@@ -87,7 +100,7 @@ class ShardSet(Tensors):
                 raise CheckpointError(f"{path}: damaged or truncated shard of {size} bytes ({error!s:.300})") from None
         return self._handles[shard]
 
-    def _read_header(self, shard: str) -> None:
+    def _read_header(self, shard: str, known: Container[str] | None) -> None:
         path = self.folder / shard
         self._require_file(path)
         stamp = _stamp(path)
@@ -95,13 +108,17 @@ class ShardSet(Tensors):
         if same is not None:
             raise CheckpointError(f"{path}: expected a file of its own, found the same file as {same}")
         self._stamps[shard] = stamp
-        for name, info in read_header(path, self._dtypes).items():
+        found = read_header(path, self._dtypes, known)
+        self._header_bytes += stamp[1] - sum(info.nbytes for info in found.values())
+        if self._header_bytes > MAX_HEADERS_BYTES:
+            raise CheckpointError(f"{self.folder}: expected at most {MAX_HEADERS_BYTES} bytes of headers in all shards")
+        for name, info in found.items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self.tensors[name].shard}")
             self.tensors[name] = info
         self._open(shard)
-        if len(self.tensors) > 4 * MAX_TENSORS:
-            raise CheckpointError(f"{self.folder}: expected at most {4 * MAX_TENSORS} tensors in all shards")
+        if len(self.tensors) > self._most:
+            raise CheckpointError(f"{self.folder}: expected at most {self._most} tensors in all shards")
 
     @staticmethod
     def _require_file(path: Path) -> None:

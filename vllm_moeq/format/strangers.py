@@ -16,17 +16,43 @@ FILES = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data", "*.npz", "*.pkl", "*.pickle", "*.tensors", "*.py",
     "params.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json",
-    "config.*.json", "modules.json", "sentence_*_config.json",
+    "config.*.json", "modules.json", "sentence_*_config.json", "tokenizer.*.json",
 )  # fmt: skip
 """Names of weights, of configs that readers prefer or add to config.json, and of code. Shards and their index are no
 strangers."""
 
+OF_NO_SHARD = ("model.safetensors", "consolidated*", ".*")
+"""Names that not even a shard in the index may have: transformers or vLLM would take such a shard alone, or leave it
+out."""
+
 KEYS = (
     "auto_map", "configuration_files", "transformers_weights", "compression_config", "speculators_config",
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal",
+    "_experts_implementation", "_experts_implementation_internal", "_auto_class", "attribute_map", "base_config_key",
+    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "default_rope_type",
+    "fusion_config", "has_no_defaults_at_init", "ignore_keys_at_rope_validation", "keys_to_ignore_at_inference",
+    "sub_configs",
 )  # fmt: skip
-"""Keys of config.json, in any of its objects, that name code, a kernel on the Hub, other weights or other configs."""
+"""Keys of config.json, in any of its objects, that name code, a kernel on the Hub, other weights or other configs, or
+that take the place of an attribute of transformers' config classes: ``attribute_map`` gives any key another name."""
+
+METHODS = (
+    "_check_received_keys", "_decode_special_floats", "_dict_from_json_file", "_encode_special_floats",
+    "_get_config_dict", "_get_files_timestamps", "_get_generation_parameters",
+    "_getattr_without_heterogeneous_validation", "_hasattr_without_heterogeneous_validation",
+    "_iter_config_keys_with_heterogeneous_adjustment", "_remove_keys_not_serialized",
+    "_update_heterogeneous_to_dict_output", "_upload_modified_files", "_validate_axial_rope_parameters",
+    "_validate_default_rope_parameters", "_validate_dynamic_rope_parameters",
+    "_validate_linear_rope_parameters", "_validate_llama3_rope_parameters",
+    "_validate_longrope_rope_parameters", "_validate_proportional_rope_parameters",
+    "_validate_yarn_rope_parameters", "convert_rope_params_to_dict", "dict_dtype_to_str", "from_dict",
+    "from_json_file", "from_pretrained", "get_config_dict", "get_mtp_config", "get_text_config",
+    "is_custom_code", "is_remote_code", "nested_rope_parameter_keys", "push_to_hub", "register_for_auto_class",
+    "save_pretrained", "standardize_rope_params", "to_dict", "to_diff_dict", "to_json_file", "to_json_string",
+    "update", "update_from_string", "validate", "validate_architecture", "validate_layer_type",
+    "validate_output_attentions", "validate_rope", "validate_token_ids",
+)  # fmt: skip
+"""Methods of transformers' config classes, whose place a key would take; a special name, ``__init__``, would too."""
 
 QUANTIZATION = "quantization_config"
 
@@ -52,7 +78,8 @@ def refuse_files(folder: Path, ours: Collection[str]) -> None:
         CheckpointError: naming the first such file.
     """
     for name in sorted(path.name for path in folder.iterdir()):
-        if name not in ours and any(fnmatchcase(name.lower(), pattern) for pattern in FILES):
+        patterns = FILES if name not in ours else OF_NO_SHARD if len(ours) > 1 else ()
+        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
             raise CheckpointError(
                 f"{folder / name}: expected no such file beside {next(iter(ours))}: a reader might prefer it"
             )
@@ -71,19 +98,21 @@ def refuse_keys(config: Mapping[str, Any], path: Path) -> None:
     for place, key, value in _keys(config):
         if place in NOT_ALONE and value == NOT_ALONE[place]:
             continue
+        if key in METHODS or key.startswith("__"):
+            raise ConfigError(f"{path}: {place}: expected no such key, found the name of a method")
         if key in KEYS or (key == QUANTIZATION and place != QUANTIZATION):
             raise ConfigError(f"{path}: {place}: expected no such key in a checkpoint, found {value!r:.80}")
 
 
 def without_strangers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without the keys of :data:`KEYS`."""
-    return {key: _clean(value) for key, value in config.items() if key not in KEYS}
+    """Return a config.json without the keys of :data:`KEYS` and :data:`METHODS`."""
+    return {key: _clean(value) for key, value in config.items() if key not in (*KEYS, *METHODS)}
 
 
 def _clean(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {key: _clean(child) for key, child in value.items() if key not in (*KEYS, QUANTIZATION)}
+    return {key: _clean(child) for key, child in value.items() if key not in (*KEYS, *METHODS, QUANTIZATION)}
 
 
 def _keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_moeq.format.errors import CheckpointError, ConfigError
-from vllm_moeq.format.files import check_inside, read_json
+from vllm_moeq.format.files import check_inside, read_config_json
 from vllm_moeq.format.linears import check_linears
 from vllm_moeq.format.packing import CODES_PER_BLOCK
 from vllm_moeq.format.rotation import Rotated
@@ -25,6 +25,10 @@ EXPERT_COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num
 """The keys of config.json that may hold the number of experts; a model has one of them."""
 NESTED = "text_config"
 """The key of config.json that holds the language model's part, in models for text and images."""
+
+
+MOST_OTHERS, MOST_OF_EXPERT = 50_000, 16
+"""Largest numbers of tensors: those of no expert (100 layers have some 3,000), and those of each (it has twelve)."""
 
 
 @dataclass
@@ -63,7 +67,7 @@ def load_config(folder: Path) -> MoeqConfig:
     """
     path = folder / "config.json"
     check_inside(path)
-    config = read_json(path)
+    config = read_config_json(path)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise ConfigError(f"{path}: expected a quantization_config, found none: not a moeq checkpoint")
     refuse_keys(config, path)
@@ -146,27 +150,43 @@ def verify(folder: Path, *, values: bool = True) -> Summary:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
-    with ShardSet(folder) as shards:
-        refuse_files(folder, shards.files)
-        summary = Summary(str(folder), layers=len(config.experts))
-        known: set[str] = set()
-        bit_sum = 0
-        for matrix in expert_matrices(shards, config):
-            known.update(matrix.names())
-            summary.expert_bytes += matrix.nbytes
-            summary.expert_weights += matrix.weights
-            bit_sum += matrix.weights * matrix.bits
-            for suffix in matrix.scheme.checked if values else ():
-                name = matrix.name(suffix)
-                matrix.scheme.check_values(shards.map(name), suffix, shards.place(name))
-        summary.expert_bytes += sum(shards.info(name).nbytes for name in config.signs())
-        _refuse_strays(shards, config, known)
-        summary.linears = dict(check_linears(shards, config, known))
-        for name, info in shards.tensors.items():
-            if name not in known:
-                summary.other_bytes += info.nbytes
-                if values and info.dtype.is_floating_point:
-                    check_finite(shards.map(name), shards.place(name))
+    with open_shards(folder, config) as shards:
+        return verify_shards(shards, config, values=values)
+
+
+def open_shards(folder: Path, config: MoeqConfig) -> ShardSet:
+    """Open a checkpoint's shards, with no more tensors than its experts and the rest of a model may have.
+
+    Raises:
+        MoeqError: damaged headers or index.
+    """
+    experts = sum(map(len, config.experts.values()))
+    return ShardSet(folder, most=MOST_OTHERS + MOST_OF_EXPERT * experts, ours=True)
+
+
+def verify_shards(shards: ShardSet, config: MoeqConfig, *, values: bool) -> Summary:
+    """Check the open shards of a checkpoint with a config; see :func:`verify`."""
+    folder = shards.folder
+    refuse_files(folder, shards.files)
+    summary = Summary(str(folder), layers=len(config.experts))
+    known: set[str] = set()
+    bit_sum = 0
+    for matrix in expert_matrices(shards, config):
+        known.update(matrix.names())
+        summary.expert_bytes += matrix.nbytes
+        summary.expert_weights += matrix.weights
+        bit_sum += matrix.weights * matrix.bits
+        for suffix in matrix.scheme.checked if values else ():
+            name = matrix.name(suffix)
+            matrix.scheme.check_values(shards.map(name), suffix, shards.place(name))
+    summary.expert_bytes += sum(shards.info(name).nbytes for name in config.signs())
+    _refuse_strays(shards, config, known)
+    summary.linears = dict(check_linears(shards, config, known))
+    for name, info in shards.tensors.items():
+        if name not in known:
+            summary.other_bytes += info.nbytes
+            if values and info.dtype.is_floating_point:
+                check_finite(shards.map(name), shards.place(name))
     summary.average_bits = bit_sum / summary.expert_weights
     for widths in config.experts.values():
         summary.experts += len(widths)

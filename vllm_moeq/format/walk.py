@@ -77,6 +77,18 @@ class Walk:
         self._skip(end)
         return found
 
+    def short_value(self, most: int) -> Any:
+        """Return the value that begins here, which may have so many characters; no others are looked at."""
+        part = self._text[self._at : self._at + most]
+        try:
+            found, end = self._decoder.raw_decode(part)
+        except ValueError as error:
+            if len(part) < most or "stands twice" in str(error):
+                raise
+            raise ValueError(f"expected values of at most {most} characters") from None
+        self._skip(self._at + end)
+        return found
+
     def end(self) -> None:
         """Require that no more text follows."""
         if self._at != len(self._text):

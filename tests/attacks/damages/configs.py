@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.attacks.damages.attack import ESCAPE, SHARD, Attack
-from tests.attacks.forge import LAYER, config, config_text, file, ours, sparse
+from tests.attacks.forge import LAYER, config, config_text, file, ours, sparse, weight_map
 
 
 def nested(levels: int) -> dict[str, object]:
@@ -21,6 +21,14 @@ def key(name: str, value: object) -> Callable[[Path], None]:
     return config(lambda it: it.update({name: value}))
 
 
+def thousand_layers(folder: Path) -> None:
+    text = ",".join(f'"x.{i}.a":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(1024))
+    header = f"{{{text}}}".encode()
+    (folder / "e0.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1024))
+    weight_map(lambda it: it.update({f"x.{i}.a": "e0.safetensors" for i in range(1024)}))(folder)
+    key("num_hidden_layers", 1024)(folder)
+
+
 LEADING = [
     Attack(f"leading key: {name}", key(name, value), ("config.json", name, "expected no such key"), foreign=foreign)
     for name, value, foreign in (
@@ -32,6 +40,9 @@ LEADING = [
         ("_attn_implementation", "evil/kernel", True),
         ("experts_implementation", "evil/kernel", True),
         ("_experts_implementation", {"text_config": "evil/kernel"}, True),
+        ("attribute_map", {"zz": "_attn_implementation_internal"}, True),
+        ("base_model_tp_plan", {"layers.*": "colwise"}, True),
+        ("fusion_config", {"x": 1}, True),
         ("vision_config", {"attn_implementation": "evil/kernel"}, True),
     )
 ]  # fmt: skip
@@ -43,10 +54,25 @@ AGAINST_FILES = [
         ("num_hidden_layers", 3), ("num_hidden_layers", 10**8), ("num_hidden_layers", 0), ("num_hidden_layers", -1),
         ("num_hidden_layers", 2.5), ("num_hidden_layers", "2"), ("num_hidden_layers", float("nan")),
         ("hidden_size", -64), ("hidden_size", 0), ("hidden_size", 10**30), ("hidden_size", "64"),
+        ("num_labels", 2**53), ("num_labels", 10**6), ("num_labels", -1),
         ("vocab_size", 10**12), ("vocab_size", 1.5), ("num_attention_heads", 0), ("num_attention_heads", float("nan")),
     )
 ]  # fmt: skip
 AGAINST_FILES += [
+    Attack("labels of a part", key("vision_config", {"num_labels": 10**6}),
+           ("config.json", "vision_config.num_labels", "labels"), foreign=True),
+    Attack("escape in a text", key("use_return_dict", "\x1b[31mno\x07\nerror: second"),
+           ("config.json", "use_return_dict", "can be printed", r"\x1b"), foreign=True),
+    Attack("a method in config.json", key("validate_rope", 1),
+           ("config.json", "validate_rope", "the name of a method"), foreign=True),
+    Attack("a special method in config.json", key("__class__", "x"),
+           ("config.json", "__class__", "the name of a method"), foreign=True),
+    Attack("a thousand layers of one tensor", thousand_layers, ("config.json", "num_hidden_layers", "256 layers")),
+    Attack("return_dict of false", key("return_dict", False), ("config.json", "return_dict", "true"), foreign=True),
+    Attack("escape in a list", key("tags", ["a", {"b": "\x1b]0;title\x07"}]),
+           ("config.json", "tags.b", "can be printed", r"\x1b"), foreign=True),
+    Attack("thirty mebibytes of numbers as texts", key("zz", ["1" * 26] * 1_000_000),
+           ("config.json", "expected at most 4194304 bytes"), foreign=True),
     Attack("one layer of two", config(lambda it: it.update(num_hidden_layers=1)),
            (SHARD, "tensor model.layers.1.", "expected no such tensor")),
     Attack("half of the width", config(lambda it: it.update(hidden_size=32)), (SHARD, "expected [", "found [")),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.attacks.damages.attack import ESCAPE, PACKED, SHARD, Attack
-from tests.attacks.forge import entry, header, raw_shard, weight_map, with_header
+from tests.attacks.forge import INDEX, entry, header, raw_shard, weight_map, with_header
 
 
 def twice_in_header(content: bytes) -> bytes:
@@ -79,18 +80,75 @@ def _without_metadata(entries: bytes) -> bytes:
     return entries[entries.index(b"},") + 2 :]
 
 
-def empty_tensors(folder: Path) -> None:
-    """Three shards of a hundred thousand tensors without elements, as many as a shard may have."""
+def empty_tensors(count: int) -> Callable[[Path], None]:
+    """Three shards of so many tensors without elements; a shard may have 100,000."""
+
+    def change(folder: Path) -> None:
+        for number in range(3):
+            entries = ",".join(
+                f'"e{number}.{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(count)
+            )
+            text = f"{{{entries}}}".encode()
+            (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        more = {f"e{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(count)}
+        weight_map(lambda it: it.update(more))(folder)
+
+    return change
+
+
+def unlisted_tensors(folder: Path) -> None:
+    """Three shards of a hundred thousand tensors with long names, and an index with one of each."""
     for number in range(3):
-        entries = ",".join(f'"e{number}.{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(99_999))
+        names = [f"{number}.{i}{'.1' * 60}" for i in range(99_999)]
+        entries = ",".join(
+            f'"{it}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i, it in enumerate(names)
+        )
         text = f"{{{entries}}}".encode()
-        (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    more = {f"e{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(99_999)}
-    weight_map(lambda it: it.update(more))(folder)
+        (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(99_999))
+    weight_map(lambda it: it.update({f"{number}.0{'.1' * 60}": f"e{number}.safetensors" for number in range(3)}))(
+        folder
+    )
+
+
+def listed_tensors(count: int) -> Callable[[Path], None]:
+    """Three shards of so many tensors of a byte, all in the index."""
+
+    def change(folder: Path) -> None:
+        for number in range(3):
+            entries = ",".join(
+                f'"{number}.{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count)
+            )
+            text = f"{{{entries}}}".encode()
+            (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(count))
+        more = {f"{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(count)}
+        weight_map(lambda it: it.update(more))(folder)
+
+    return change
+
+
+def lists_in_header(folder: Path) -> None:
+    """An entry that is eight million empty lists."""
+    text = b'{"a":{"shape":[' + b"[]," * 7_900_000 + b"0]}}"
+    (folder / "e0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    weight_map(lambda it: it.update(a="e0.safetensors"))(folder)
+
+
+def blank_headers(folder: Path) -> None:
+    """Twelve shards with headers of 24 MiB, nearly all of it blanks."""
+    for number in range(12):
+        text = f'{{"a{number}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}'.encode().ljust(24 << 20)
+        (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"0")
+    weight_map(lambda it: it.update({f"a{number}": f"e{number}.safetensors" for number in range(12)}))(folder)
 
 
 MANY = [
     Attack("one shard under two hundred names", same_shard, ("z1.safetensors", "the same file as z0.safetensors")),
     Attack("twenty megabytes of metadata", raw_shard(large_metadata), (SHARD, "__metadata__", "at most 1048576")),
-    Attack("three hundred thousand empty tensors", empty_tensors, ("e0.safetensors", "no empty tensor")),
+    Attack("three hundred thousand unlisted tensors", unlisted_tensors, ("e0.safetensors", "not in the index")),
+    Attack("three hundred thousand listed tensors", listed_tensors(99_999), (INDEX, "expected at most", "tensors")),
+    Attack("forty-five thousand listed tensors", listed_tensors(15_000), ("e0.safetensors", "expected no such tensor")),
+    Attack("forty-five thousand empty tensors", empty_tensors(15_000), ("e0.safetensors", "no empty tensor")),
+    Attack("a header of lists", lists_in_header, ("e0.safetensors", "values of at most 4096 characters")),
+    Attack("blanks in twelve headers", blank_headers, ("bytes of headers in all shards",)),
+    Attack("three hundred thousand empty tensors", empty_tensors(99_999), (INDEX, "expected at most", "tensors")),
 ]

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.attacks.damages.attack import ESCAPE, PACKED, Attack
-from tests.attacks.forge import INDEX, file, point, shard, sparse, weight_map
+from tests.attacks.forge import INDEX, edit_json, file, point, shard, sparse, weight_map
 
 PLAIN = "expected a plain shard file name"
 
 
 def second_copy(folder: Path) -> None:
     shutil.copy(shard(folder), folder / "model.safetensors")
+
+
+def metadata(value: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / INDEX, lambda it: it.update(metadata=value))
+
+
+def without_one(names: dict[str, str]) -> None:
+    del names[PACKED]
+
+
+def no_metadata(folder: Path) -> None:
+    edit_json(folder / INDEX, lambda it: {"weight_map": it["weight_map"]})
+
+
+def renamed(name: str) -> Callable[[Path], None]:
+    """Give a shard another name, in the index too."""
+
+    def change(folder: Path) -> None:
+        old = shard(folder)
+        old.rename(folder / name)
+        weight_map(lambda it: it.update({tensor: name for tensor, file in it.items() if file == old.name}))(folder)
+
+    return change
 
 
 IN_INDEX = [
@@ -49,5 +74,12 @@ IN_INDEX = [
     Attack("ten thousand shards",
            weight_map(lambda it: it.update({f"t{i}": f"{i}.safetensors" for i in range(10_001)})),
            (INDEX, "at most 10000 shards")),
+    Attack("no metadata in the index", no_metadata, (INDEX, "metadata", "which transformers reads")),
+    Attack("metadata of no object", metadata([]), (INDEX, "metadata", "which transformers reads")),
+    Attack("metadata of null", metadata(None), (INDEX, "metadata", "which transformers reads")),
+    Attack("a tensor that the index lacks", weight_map(without_one),
+           (PACKED, "in the file but not in the index")),
+    *(Attack(f"a shard named {name}", renamed(name), (name, "a reader might prefer it"))
+      for name in ("model.safetensors", "consolidated-7.safetensors", ".hidden.safetensors")),
     Attack("weights beside the index", second_copy, ("model.safetensors: expected no such file beside", INDEX)),
 ]  # fmt: skip

@@ -246,15 +246,16 @@ MAX_MAGNITUDE = 65504.0
 """The largest float of a checkpoint, float16's largest number: a model's are far below, and larger ones overflow."""
 
 
-def check_finite(values: torch.Tensor, place: str) -> None:
+def check_finite(values: torch.Tensor, place: str, most: float = MAX_MAGNITUDE) -> None:
     """Refuse values that are not finite, or so large that a model's activations overflow.
 
     Args:
         values: any float dtype and shape.
         place: the file and the tensor, as the message names them.
+        most: the largest magnitude.
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or larger than :data:`MAX_MAGNITUDE`.
+        CheckpointError: a value is NaN or infinite, or larger.
     """
     if not values.numel():
         return
@@ -262,5 +263,5 @@ def check_finite(values: torch.Tensor, place: str) -> None:
     largest = max(abs(float(bound)) for bound in torch.aminmax(wide))
     if not math.isfinite(largest):
         raise CheckpointError(f"{place}: expected finite values, found NaN or infinity")
-    if largest > MAX_MAGNITUDE:
-        raise CheckpointError(f"{place}: expected values up to {MAX_MAGNITUDE:g}, found {largest:g}")
+    if largest > most:
+        raise CheckpointError(f"{place}: expected values up to {most:g}, found {largest:g}")

@@ -13,7 +13,7 @@ import torch
 
 from vllm_moeq.format.errors import CheckpointError
 from vllm_moeq.format.packing import CODES_PER_BLOCK, pack, packed_words, unpack
-from vllm_moeq.format.schemes.base import Scheme, Span, TensorLayout
+from vllm_moeq.format.schemes.base import MAX_MAGNITUDE, Scheme, Span, TensorLayout, check_finite
 from vllm_moeq.format.tensors import Tensors
 
 TRELLIS, ROW_SCALE = "weight_trellis", "weight_row_scale"
@@ -160,9 +160,9 @@ class Trellis(Scheme):
             )
         return rows, words * 32 // bits
 
-    def check_values(self, values: torch.Tensor, suffix: str, place: str) -> None:
-        """See :meth:`Scheme.check_values`; a scale of 0 is refused too."""
-        super().check_values(values, suffix, place)
+    def check_values(self, values: torch.Tensor, suffix: str, place: str) -> None:  # noqa: ARG002 (it has one)
+        """See :meth:`Scheme.check_values`; a scale of 0, or one of weights that are too large, is refused too."""
+        check_finite(values, place, MAX_MAGNITUDE / (CENTRE + 0.5))
         if bool((values == 0).any()):
             raise CheckpointError(f"{place}: expected no scale of 0")
 
