@@ -23,7 +23,7 @@ from vllm_moeq.serving.loading import ExpertLoader, Partition
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 3.0
+SECONDS = 2.0
 BYTES = 200 << 20
 SHARD_IDS = ("w1", "w3", "w2")
 HIDDEN, INTERMEDIATE = 64, 128

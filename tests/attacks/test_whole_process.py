@@ -18,10 +18,14 @@ from tests.attacks.damages.attack import Attack
 
 pytestmark = pytest.mark.slow
 
-MOST_MIB, MOST_SECONDS = 66, 10.0
+MOST_MIB, MOST_SECONDS = 60, 10.0
 
-COMPARED = {"forty-five thousand listed tensors": 200}
-"""Damages that only the comparison with transformers' class finds: its import counts."""
+LARGER = {
+    "twenty-four thousand listed tensors": 200,  # compared with its class: transformers is imported
+    "blanks in twelve headers": 66,  # a header of 24 MiB is in memory twice
+    "a header of lists": 66,
+}
+"""Damages with bounds of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def test_a_damaged_checkpoint(
     shutil.rmtree(tmp_path / "damaged")
     assert found["code"] == 2, found
     assert found["said"].startswith("error: "), found
-    assert found["mib"] < COMPARED.get(attack.name, MOST_MIB), found
+    assert found["mib"] < LARGER.get(attack.name, MOST_MIB), found
     assert found["seconds"] < MOST_SECONDS
 
 

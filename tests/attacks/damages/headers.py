@@ -80,50 +80,26 @@ def _without_metadata(entries: bytes) -> bytes:
     return entries[entries.index(b"},") + 2 :]
 
 
-def empty_tensors(count: int) -> Callable[[Path], None]:
-    """Three shards of so many tensors without elements; a shard may have 100,000."""
+def small_tensors(names: Callable[[int], list[str]], size: int, listed: int | None = None) -> Callable[[Path], None]:
+    """Three shards of tensors with so many bytes each; the index names all of them, or the first of each shard."""
 
     def change(folder: Path) -> None:
+        more: dict[str, str] = {}
         for number in range(3):
             entries = ",".join(
-                f'"e{number}.{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(count)
+                f'"{name}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{i * size},{(i + 1) * size}]}}'
+                for i, name in enumerate(names(number))
             )
-            text = f"{{{entries}}}".encode()
-            (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-        more = {f"e{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(count)}
+            text, shard = f"{{{entries}}}".encode(), f"e{number}.safetensors"
+            (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size * len(names(number))))
+            more |= dict.fromkeys(names(number)[:listed], shard)
         weight_map(lambda it: it.update(more))(folder)
 
     return change
 
 
-def unlisted_tensors(folder: Path) -> None:
-    """Three shards of a hundred thousand tensors with long names, and an index with one of each."""
-    for number in range(3):
-        names = [f"{number}.{i}{'.1' * 60}" for i in range(99_999)]
-        entries = ",".join(
-            f'"{it}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i, it in enumerate(names)
-        )
-        text = f"{{{entries}}}".encode()
-        (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(99_999))
-    weight_map(lambda it: it.update({f"{number}.0{'.1' * 60}": f"e{number}.safetensors" for number in range(3)}))(
-        folder
-    )
-
-
-def listed_tensors(count: int) -> Callable[[Path], None]:
-    """Three shards of so many tensors of a byte, all in the index."""
-
-    def change(folder: Path) -> None:
-        for number in range(3):
-            entries = ",".join(
-                f'"{number}.{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count)
-            )
-            text = f"{{{entries}}}".encode()
-            (folder / f"e{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(count))
-        more = {f"{number}.{i}": f"e{number}.safetensors" for number in range(3) for i in range(count)}
-        weight_map(lambda it: it.update(more))(folder)
-
-    return change
+def numbered(count: int, end: str = "") -> Callable[[int], list[str]]:
+    return lambda number: [f"e{number}.{i}{end}" for i in range(count)]
 
 
 def lists_in_header(folder: Path) -> None:
@@ -144,11 +120,29 @@ def blank_headers(folder: Path) -> None:
 MANY = [
     Attack("one shard under two hundred names", same_shard, ("z1.safetensors", "the same file as z0.safetensors")),
     Attack("twenty megabytes of metadata", raw_shard(large_metadata), (SHARD, "__metadata__", "at most 1048576")),
-    Attack("three hundred thousand unlisted tensors", unlisted_tensors, ("e0.safetensors", "not in the index")),
-    Attack("three hundred thousand listed tensors", listed_tensors(99_999), (INDEX, "expected at most", "tensors")),
-    Attack("forty-five thousand listed tensors", listed_tensors(15_000), ("e0.safetensors", "expected no such tensor")),
-    Attack("forty-five thousand empty tensors", empty_tensors(15_000), ("e0.safetensors", "no empty tensor")),
+    Attack(
+        "three hundred thousand unlisted tensors",
+        small_tensors(numbered(99_999, ".1" * 60), 1, listed=1),
+        ("e0.safetensors", "not in the index"),
+    ),
+    Attack(
+        "three hundred thousand listed tensors",
+        small_tensors(numbered(99_999), 1),
+        (INDEX, "expected at most", "tensors"),
+    ),
+    Attack(
+        "twenty-four thousand listed tensors",
+        small_tensors(numbered(8_000), 1),
+        ("e0.safetensors", "expected no such tensor"),
+    ),
+    Attack(
+        "twenty-four thousand empty tensors", small_tensors(numbered(8_000), 0), ("e0.safetensors", "no empty tensor")
+    ),
     Attack("a header of lists", lists_in_header, ("e0.safetensors", "values of at most 4096 characters")),
     Attack("blanks in twelve headers", blank_headers, ("bytes of headers in all shards",)),
-    Attack("three hundred thousand empty tensors", empty_tensors(99_999), (INDEX, "expected at most", "tensors")),
+    Attack(
+        "three hundred thousand empty tensors",
+        small_tensors(numbered(99_999), 0),
+        (INDEX, "expected at most", "tensors"),
+    ),
 ]
