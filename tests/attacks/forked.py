@@ -16,6 +16,9 @@ from pathlib import Path
 
 from planner.common.memory import peak_bytes, reset_peak, resident_bytes
 
+IMPORTED = ("planner.cli", "planner.commands.verify", "rich.progress", "safetensors.torch", "vllm_moeq.kernels")
+"""What every run of the command imports, some of it when it is needed."""
+
 
 def verify(folder: str, errors: Path) -> int:
     """Run the command and return how far the memory of this process grew, in bytes; end with its exit status."""
@@ -50,6 +53,7 @@ def measure(folder: str, errors: Path) -> dict[str, float | int | str]:
 
 if __name__ == "__main__":
     # A child shares these pages, and what it adds to them is what a process alone would add to its own.
-    importlib.import_module("planner.commands.verify")
+    for module in IMPORTED:
+        importlib.import_module(module)
     for line in sys.stdin:
         print(json.dumps(measure(line.rstrip("\n"), Path(sys.argv[1]))), flush=True)

@@ -52,6 +52,17 @@ def test_what_vllm_would_read_instead_is_refused(quantized_copy: Path) -> None:
     assert "weights.pt" in preferred
 
 
+def test_the_only_shard_of_an_index_may_be_the_file_that_readers_prefer(quantized_copy: Path) -> None:
+    (quantized_copy.parent / "model.safetensors").write_bytes(b"")
+    index = "model.safetensors.index.json"
+    refuse_files(quantized_copy.parent, [index, "model.safetensors"])
+    for shard in ("consolidated.safetensors", ".hidden.safetensors"):
+        (quantized_copy.parent / shard).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"{shard}: expected no such file"):
+            refuse_files(quantized_copy.parent, [index, shard])
+        (quantized_copy.parent / shard).unlink()
+
+
 def test_names_that_transformers_knows_are_ours_or_refused(quantized_copy: Path) -> None:
     from transformers import utils
 

@@ -21,7 +21,10 @@ FILES = (
 """Names of weights, of configs that readers prefer or add to config.json, and of code. Shards and their index are no
 strangers."""
 
-OF_NO_SHARD = ("model.safetensors", "consolidated*", ".*")
+WHOLE = "model.safetensors"
+"""The file that readers prefer to an index. It may be the only shard of one: then both say the same."""
+
+OF_NO_SHARD = (WHOLE, "consolidated*", ".*")
 """Names that not even a shard in the index may have: transformers or vLLM would take such a shard alone, or leave it
 out."""
 
@@ -78,11 +81,18 @@ def refuse_files(folder: Path, ours: Collection[str]) -> None:
         CheckpointError: naming the first such file.
     """
     for name in sorted(path.name for path in folder.iterdir()):
-        patterns = FILES if name not in ours else OF_NO_SHARD if len(ours) > 1 else ()
-        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
+        if any(fnmatchcase(name.lower(), pattern) for pattern in _refused(name, ours)):
             raise CheckpointError(
                 f"{folder / name}: expected no such file beside {next(iter(ours))}: a reader might prefer it"
             )
+
+
+def _refused(name: str, ours: Collection[str]) -> tuple[str, ...]:
+    """Return the patterns that a name may not match."""
+    if name not in ours:
+        return FILES
+    alone = len(ours) == 1 or (name == WHOLE and len(ours) == 2)
+    return () if alone else OF_NO_SHARD
 
 
 def refuse_keys(config: Mapping[str, Any], path: Path) -> None:
