@@ -13,6 +13,9 @@ from planner.text.files import EXPECTED, TextFile, open_text
 from planner.text.json_values import is_json, read_json_documents
 from vllm_moeq.format import UsageError
 
+MAX_EMPTY = 1 << 17
+"""Documents without a text that may follow each other; a small packed file has many millions."""
+
 
 @dataclass(frozen=True)
 class TextFormat:
@@ -35,11 +38,17 @@ def read_documents(path: Path, characters: int) -> Iterator[Document]:
         characters: most characters to read of a plain text.
 
     Raises:
-        UsageError: no such file, or its contents are damaged; the message names file and line.
+        UsageError: no such file, its contents are damaged, or too many empty texts follow each other; the message
+            names file and line.
     """
+    empty = 0
     with open_text(path) as file:
         found = next(it for it in FORMATS if it.fits(file))
-        yield from found.read(file, characters)
+        for document in found.read(file, characters):
+            empty = empty + 1 if not document.messages and not (document.text or "").strip() else 0
+            if empty > MAX_EMPTY:
+                raise UsageError(f"{document.where}: expected a text, found {MAX_EMPTY} empty ones")
+            yield document
 
 
 def _read_plain(file: TextFile, characters: int) -> Iterator[Document]:

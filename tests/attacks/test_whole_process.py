@@ -21,7 +21,6 @@ pytestmark = pytest.mark.slow
 MOST_MIB, MOST_SECONDS = 60, 10.0
 
 LARGER = {
-    "twelve thousand listed tensors": 200,  # compared with its class: transformers is imported
     "blanks in twelve headers": 66,  # a header of 24 MiB is in memory twice
     "a header of lists": 66,
 }

@@ -47,3 +47,19 @@ def test_published_names_of_classes_differ_in_capitals_and_underscores(name: str
     assert type(meta_model({**config, "architectures": [name]}, Path("c"))).__name__ == "Qwen3MoeForCausalLM"
     with pytest.raises(ConfigError, match="architectures: expected a class of model_type qwen3_moe"):
         meta_model({**config, "architectures": [f"{name}X"]}, Path("c"))
+
+
+def test_a_model_of_too_many_modules_is_not_built() -> None:
+    import transformers
+
+    made = transformers.NllbMoeConfig(
+        vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, num_experts=200,
+        encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=4, decoder_ffn_dim=4,
+        encoder_sparse_step=1, decoder_sparse_step=1,
+    )  # fmt: skip
+    config = json.loads(made.to_json_string()) | {"architectures": ["NllbMoeForConditionalGeneration"]}
+    config |= {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 2}
+    assert sum(1 for _ in meta_model(config, Path("c")).modules()) > 2000
+    with pytest.raises(ConfigError, match=r"^c: expected a model of at most 2000 modules and parameters, found more"):
+        meta_model(config, Path("c"), 2000)
+    assert sum(1 for _ in meta_model(config, Path("c")).modules()) > 2000

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.architectures import TINY, build, quantize
 from tests.folders import edit_tensors
 from vllm_moeq.completeness import verify_whole
-from vllm_moeq.format import MoeqError
+from vllm_moeq.format import ConfigError, MoeqError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -154,7 +154,17 @@ def test_classes_that_others_register_do_not_count(quantized_mixtral: Path) -> N
         AutoConfig.register("mixtral", MixtralConfig, exist_ok=True)
 
 
-@pytest.mark.parametrize("named", [None, [], ["MixtralForCausalLM"], ["MIXTRALFORCAUSALLM"]])
+@pytest.mark.parametrize("named", [None, []])
+def test_no_architecture(named: Any, quantized_mixtral: Path, tmp_path: Path) -> None:
+    """vLLM would build the class without the layer that gives logits."""
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized_mixtral, folder)
+    configure(folder, architectures=named)
+    with pytest.raises(ConfigError, match=r"config\.json: architectures: expected the name of the model's class"):
+        verify_whole(folder, values=False)
+
+
+@pytest.mark.parametrize("named", [["MixtralForCausalLM"], ["MIXTRALFORCAUSALLM"]])
 def test_architectures_of_the_config(named: Any, quantized_mixtral: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(quantized_mixtral, folder)

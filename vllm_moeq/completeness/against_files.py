@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm_moeq.completeness.aliases import check_aliases
 from vllm_moeq.completeness.sizes import MAX_DEPTH, check_layer_counts, check_top_k, parts
 from vllm_moeq.format import CheckpointError, ConfigError, MoeqConfig, ShardSet
 
@@ -44,6 +45,7 @@ def check_against_files(shards: ShardSet, config: dict[str, Any], parsed: MoeqCo
     """
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path}: model_type: expected the name of an architecture, found none")
+    check_aliases(config, parsed, path)
     check_top_k(config, path)
     layers = min(_count_layers(shards), MAX_DEPTH)
     check_layer_counts(config, path, layers)

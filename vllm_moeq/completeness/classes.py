@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from vllm_moeq.completeness.sizes import check_layer_counts, check_sizes
 from vllm_moeq.format import ConfigError
@@ -20,6 +24,9 @@ SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 
 SILENT = 100
 """A level above transformers' gravest: its errors show what config.json holds, escapes and all."""
+
+MOST_MODULES = 1 << 20
+"""Modules and parameters of a model: DeepSeek-V3 with a module per expert would have some 100,000."""
 
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 """The numbers that JSON lacks."""
@@ -65,24 +72,44 @@ def find_classes(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
     return None
 
 
-def meta_model(config: Mapping[str, Any], path: Path) -> Any:
+def meta_model(config: Mapping[str, Any], path: Path, most: int = MOST_MODULES) -> Any:
     """Return transformers' model of a config on the meta device.
 
     Args:
         config: contents of config.json, with a class (see :func:`no_class`). Without a dtype, weights are bfloat16.
         path: config.json, for messages.
+        most: largest number of modules and parameters; many more tensors than the files have need not be built.
 
     Raises:
-        ConfigError: config.json lacks a size, or transformers cannot build its model.
+        ConfigError: config.json lacks a size, the model has too many modules, or transformers cannot build it.
     """
     check_layer_counts(config, path)
     try:
-        with silence():
+        with silence(), _bounded(most, path):
             return _build(config, path)
     except ConfigError:
         raise
     except Exception as error:  # the config may hold anything, and transformers raises whatever it meets first
         raise cannot_build(path, error) from None
+
+
+@contextmanager
+def _bounded(most: int, path: Path) -> Iterator[None]:
+    """Stop the building of a model with too many parts, whichever key of config.json asks for them."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ConfigError(f"{path}: expected a model of at most {most} modules and parameters, found more")
+
+    handles = register_module_module_registration_hook(counted), register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def cannot_build(path: Path, error: Exception) -> ConfigError:

@@ -57,7 +57,7 @@ POSITIVE = Kind("a positive number", _number(lambda value: value > 0))
 FRACTION = Kind("a number from 0 to 1", _number(lambda value: 0 <= value <= 1))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
-TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value))
+NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value))
 TRUE = Kind("true", lambda value: value is True)
 DTYPE = Kind("the name of a dtype, such as bfloat16", _is_dtype)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
@@ -72,15 +72,21 @@ KINDS: dict[str, Kind] = {
         ),
         COUNT,
     ),
-    "max_position_embeddings": POSITIONS,
+    **dict.fromkeys(
+        (
+            "max_position_embeddings", "max_seq_len", "max_seq_length", "max_sequence_length", "model_max_length",
+            "n_positions", "seq_len", "seq_length",
+        ),
+        POSITIONS,
+    ),
     "sliding_window": WINDOW,
     **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), POSITIVE),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "partial_rotary_factor"), FRACTION),
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "attention_bias"), FLAG),
-    **dict.fromkeys(("return_dict", "use_return_dict"), TRUE),
+    **dict.fromkeys(("return_dict", "use_return_dict", "is_causal"), TRUE),
     **dict.fromkeys(("model_type", "hidden_act"), TEXT),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
-    "architectures": TEXTS,
+    "architectures": NAMES,
     NESTED: OBJECT,
 }  # fmt: skip
 """Key → the kind of its value, in a config, in its language model's part and in their settings of rotary embeddings."""
@@ -88,7 +94,13 @@ KINDS: dict[str, Kind] = {
 UNBOUNDED = ("time_step_limit",)
 """Keys under which infinity is a value: Mamba's layers have a range of time steps without an upper end."""
 
-MAX_LABELS = 1 << 16
+MAX_LISTED = 1 << 16
+"""The largest number in a list within a list, which may say how often its neighbour is repeated."""
+
+MAX_LABELS = 1 << 12
+MAX_KEYS = 1 << 12
+"""Keys of an object; no model has as many labels."""
+
 LABELS = re.compile(r"(^|\.)num_labels$")
 """The keys for the number of a classifier's labels, of which transformers makes a name each."""
 
@@ -116,6 +128,9 @@ def check_values(config: Mapping[str, Any], path: Path) -> None:
             raise ConfigError(f"{path}: {key}: expected at most {MAX_LABELS} labels, found {_short(value)}")
         if not abs(value) <= MAX_NUMBER and not (value == math.inf and key.rpartition(".")[2] in UNBOUNDED):
             raise ConfigError(f"{path}: {key}: expected a number up to 2^53, found {_short(value)}")
+    for key, value in _listed(config):
+        if not abs(value) <= MAX_LISTED:
+            raise ConfigError(f"{path}: {key}: expected at most {MAX_LISTED} in a list of lists, found {_short(value)}")
     for part in _with_rotary(config):
         for key, value in part.items():
             kind = KINDS.get(key)
@@ -132,6 +147,8 @@ def _check_texts(config: Any, path: Path, place: str = "") -> None:
         if CONTROL.search(config):
             raise ConfigError(f"{path}: {place}: expected a text that can be printed, found {config!r:.80}")
     elif isinstance(config, Mapping):
+        if len(config) > MAX_KEYS:
+            raise ConfigError(f"{path}: {place or 'the file'}: expected at most {MAX_KEYS} keys, found {len(config)}")
         for key, value in config.items():
             _check_texts(key, path, place or "its keys")
             if isinstance(value, NO_NUMBER):
@@ -140,6 +157,20 @@ def _check_texts(config: Any, path: Path, place: str = "") -> None:
         for value in config:
             if isinstance(value, NO_NUMBER):
                 _check_texts(value, path, place)
+
+
+def _listed(value: Any, place: str = "", *, within: int = 0) -> Iterator[tuple[str, float]]:
+    """Yield (dotted key, number) for all numbers in lists within lists."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            if isinstance(child, NO_NUMBER):
+                yield from _listed(child, f"{place}.{key!s:.80}".removeprefix("."))
+    elif isinstance(value, list):
+        for child in value:
+            if isinstance(child, NO_NUMBER):
+                yield from _listed(child, place, within=within + 1)
+            elif within and isinstance(child, int | float):
+                yield place, child
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.completeness.classes import cannot_build, meta_model, silence
+from vllm_moeq.completeness.classes import MOST_MODULES, cannot_build, meta_model, silence
 from vllm_moeq.format import TensorInfo
 
 LEFTOVERS = (r"\.rotary_emb\.inv_freq$", r"\.(q|k|v|kv|prob)_scale$")
@@ -51,17 +51,18 @@ class Expected:
     ignored: tuple[str, ...]
 
 
-def expected_tensors(config: Mapping[str, Any], path: Path) -> Expected:
+def expected_tensors(config: Mapping[str, Any], path: Path, most: int = MOST_MODULES) -> Expected:
     """Return the tensors of a model, from its config alone. No weights are allocated.
 
     Args:
         config: contents of config.json, with a class (see :func:`no_class`). Without a dtype, weights are bfloat16.
         path: config.json, for messages.
+        most: largest number of the model's modules and parameters.
 
     Raises:
         ConfigError: config.json lacks a size, or transformers cannot build its model.
     """
-    model = meta_model(config, path)
+    model = meta_model(config, path, most)
     try:
         with silence():
             return _of_model(model, path.name)

@@ -91,7 +91,7 @@ def check_top_k(config: Mapping[str, Any], path: Path) -> None:
                 raise ConfigError(f"{path}: {key}: expected 1 to {experts} experts per token, found {value!r:.40}")
 
 
-LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth)$")
+LAYER_COUNT = re.compile(r"(^|\.)(num_(\w+_)?layers|n_layers?|depth|(en|de)coder_layers)$")
 """The keys of config.json that say how many layers a part of a model has."""
 
 

@@ -33,6 +33,9 @@ from vllm_moeq.format.speculation import SPECULATIVE, announced, count_layers, i
 
 WORDS = LINEAR_SUFFIXES[0]
 
+MODULES, MODULES_OF_TENSOR = 10_000, 8
+"""Largest numbers of a model's modules and parameters, for a checkpoint with no tensors, and for each tensor."""
+
 LAYER = re.compile(r"(.*\.\d+\.)")
 """The beginning of an experts' prefix, up to its layer's index."""
 
@@ -63,7 +66,7 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
         found = _decoded(shards, parsed)
         summary.only_experts = no_class(config)
         if summary.only_experts is None:
-            expected = expected_tensors(config, path)
+            expected = expected_tensors(config, path, MODULES + MODULES_OF_TENSOR * len(found))
             _compare(shards, expected, found, parsed, _kept_behind(shards, config))
             if values:
                 check_tied(shards, expected)

@@ -22,7 +22,7 @@ from vllm_moeq.format.walk import Walk
 MAX_METADATA = 1 << 16
 """Characters of any value besides the shards' names."""
 
-MAX_SHARDS = 10_000
+MAX_SHARDS = 4_000
 METADATA = "metadata"
 WEIGHT_MAP = "weight_map"
 

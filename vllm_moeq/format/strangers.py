@@ -34,10 +34,11 @@ KEYS = (
     "_experts_implementation", "_experts_implementation_internal", "_auto_class", "attribute_map", "base_config_key",
     "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "default_rope_type",
     "fusion_config", "has_no_defaults_at_init", "ignore_keys_at_rope_validation", "keys_to_ignore_at_inference",
-    "sub_configs",
+    "sub_configs", "llm_config", "text_encoder", "decoder", "generator",
 )  # fmt: skip
-"""Keys of config.json, in any of its objects, that name code, a kernel on the Hub, other weights or other configs, or
-that take the place of an attribute of transformers' config classes: ``attribute_map`` gives any key another name."""
+"""Keys of config.json, in any of its objects, that name code, a kernel on the Hub, other weights or other configs, that
+take the place of an attribute of transformers' config classes (``attribute_map`` gives any key another name), or whose
+object readers would take for the language model's config."""
 
 METHODS = (
     "_check_received_keys", "_decode_special_floats", "_dict_from_json_file", "_encode_special_floats",

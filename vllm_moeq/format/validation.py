@@ -27,8 +27,9 @@ NESTED = "text_config"
 """The key of config.json that holds the language model's part, in models for text and images."""
 
 
-MOST_OTHERS, MOST_OF_EXPERT = 50_000, 16
-"""Largest numbers of tensors: those of no expert (100 layers have some 3,000), and those of each (it has twelve)."""
+MOST_OTHERS, MOST_OF_LAYER, MOST_OF_EXPERT = 4_000, 100, 16
+"""Largest numbers of tensors: of no layer (towers for images and sound have some 1,000), of a layer without its experts
+(it has some thirty), and of an expert (it has twelve)."""
 
 
 @dataclass
@@ -161,7 +162,8 @@ def open_shards(folder: Path, config: MoeqConfig) -> ShardSet:
         MoeqError: damaged headers or index.
     """
     experts = sum(map(len, config.experts.values()))
-    return ShardSet(folder, most=MOST_OTHERS + MOST_OF_EXPERT * experts, ours=True)
+    most = MOST_OTHERS + MOST_OF_LAYER * len(config.experts) + MOST_OF_EXPERT * experts
+    return ShardSet(folder, most=most, ours=True)
 
 
 def verify_shards(shards: ShardSet, config: MoeqConfig, *, values: bool) -> Summary:

@@ -15,7 +15,9 @@ from vllm_moeq.format.files import is_deep, unique
 BLANK = frozenset(" \t\n\r")
 BLANKS = re.compile(r"[ \t\n\r]*")
 COMMA = re.compile(r",[ \t\n\r]*")
-PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+MAX_KEY = 1 << 16
+"""Characters of a key."""
+PLAIN_KEY = re.compile(r'"([^"\\\x00-\x1f]{0,4096})"[ \t\n\r]*:[ \t\n\r]*')
 """A key without escapes, and all before its value: nearly every key is one, and this takes half the time."""
 
 
@@ -61,7 +63,7 @@ class Walk:
             return plain[1]
         if not self.begins('"'):
             raise self._error("expected a key in double quotes")
-        key: str = self.value()
+        key: str = self.short_value(MAX_KEY)
         self._expect(":")
         return key
 

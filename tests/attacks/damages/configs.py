@@ -29,6 +29,17 @@ def thousand_layers(folder: Path) -> None:
     key("num_hidden_layers", 1024)(folder)
 
 
+SMALL = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 1}
+SMALL |= {"decoder_attention_heads": 1, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4, "num_layers": 2}
+
+
+def another_model(model_type: str, **changes: object) -> Callable[[Path], None]:
+    """Say that it is a small model of another type, but for what is given."""
+    names = {"bart": "BartForCausalLM", "nllb-moe": "NllbMoeForConditionalGeneration", "gpt_neo": "GPTNeoForCausalLM"}
+    keys = {"model_type": model_type, "architectures": [names[model_type]], **SMALL, **changes}
+    return config(lambda it: it.update(keys))
+
+
 LEADING = [
     Attack(f"leading key: {name}", key(name, value), ("config.json", name, "expected no such key"), foreign=foreign)
     for name, value, foreign in (
@@ -59,6 +70,23 @@ AGAINST_FILES = [
     )
 ]  # fmt: skip
 AGAINST_FILES += [
+    Attack(f"{name} as vLLM reads it: {value!r:.20}", key(name, value), ("config.json", name, "expected"), foreign=True)
+    for name, value in (
+        ("n_head_kv", 1), ("num_kv_heads", 1), ("hidden_size_per_head", 3), ("max_seq_len", "x"),
+        ("model_max_length", -4), ("llm_config", {"hidden_size": 3}), ("text_encoder", {"hidden_size": 3}),
+        ("architectures", []), ("architectures", None), ("is_causal", False), ("is_encoder_decoder", True),
+        ("layer_types", ["sliding_attention"] * 2),
+    )
+]  # fmt: skip
+AGAINST_FILES += [
+    Attack("a model of many layers", another_model("bart", decoder_layers=1 << 20),
+           ("config.json", "decoder_layers", "layers"), foreign=True),
+    Attack("a model of many experts", another_model("nllb-moe", num_experts=20_000),
+           ("config.json", "num_experts", "expected 8 experts"), foreign=True),
+    Attack("a model of repeated layers", another_model("gpt_neo", attention_types=[[["global", "local"], 10**8]]),
+           ("config.json", "attention_types", "in a list of lists"), foreign=True),
+    Attack("a hundred thousand labels", key("id2label", {str(i): "x" for i in range(100_000)}),
+           ("config.json", "id2label", "4096 keys"), foreign=True),
     Attack("labels of a part", key("vision_config", {"num_labels": 10**6}),
            ("config.json", "vision_config.num_labels", "labels"), foreign=True),
     Attack("escape in a text", key("use_return_dict", "\x1b[31mno\x07\nerror: second"),

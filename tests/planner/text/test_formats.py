@@ -230,6 +230,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         gzip.compress(LINES + b"\n" * (9 << 20)),
         "line 838.*: expected JSON, found 8388608 empty lines",
     ),
+    "empty.jsonl.gz": (
+        gzip.compress(LINES + b'{"text":""}\n' * 200_000),
+        "line 13.*: expected a text, found 131072 empty ones",
+    ),
+    "empty.csv.gz": (
+        gzip.compress(b"text,x\nhello,1\n" + b",\n" * 200_000),
+        "line 13.*: expected a text, found 131072 empty ones",
+    ),
     "blank.csv.gz": (
         gzip.compress(b"id,text\n1,x\n" + b"\r\n" * (9 << 20)),
         "line 838.*: expected a row, found 8388608 empty lines",
