@@ -49,6 +49,59 @@ def test_published_names_of_classes_differ_in_capitals_and_underscores(name: str
         meta_model({**config, "architectures": [f"{name}X"]}, Path("c"))
 
 
+def small_mixtral(**changes: object) -> dict[str, object]:
+    import transformers
+
+    made = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, head_dim=16,
+    )  # fmt: skip
+    return {**json.loads(made.to_json_string()), **changes}
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"partial_rotary_factor": 0.5}, {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}],
+)
+def test_a_part_of_heads_that_only_vllm_would_rotate(changes: dict[str, object]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^c: partial_rotary_factor: .* which MixtralForCausalLM has not, found 0\.5"
+    ):
+        meta_model(small_mixtral(**changes), Path("c"))
+
+
+def test_a_part_of_heads_that_both_rotate() -> None:
+    import transformers
+
+    yarn = {**PLAIN, "rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}
+    meta_model(small_mixtral(rope_parameters={**yarn, "original_max_position_embeddings": 64}), Path("c"))
+    meta_model(small_mixtral(rope_parameters={**PLAIN, "partial_rotary_factor": 1.0}), Path("c"))
+    glm = json.loads(
+        transformers.Glm4MoeConfig(num_hidden_layers=1, vocab_size=64, hidden_size=64, head_dim=16).to_json_string()
+    )
+    assert glm["rope_parameters"]["partial_rotary_factor"] == 0.5
+    meta_model(glm, Path("c"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "bogus"}, "^c: hidden_act: transformers cannot build the model"),
+        (
+            {"rope_parameters": {**PLAIN, "rope_type": "bogus"}},
+            "^c: rope_parameters.rope_type: transformers cannot build",
+        ),
+        ({"text_config": {}}, "^c: text_config: expected no such key in a config of MixtralConfig"),
+    ],
+)
+def test_the_key_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        meta_model(small_mixtral(**changes), Path("c"))
+
+
 def test_a_model_of_too_many_modules_is_not_built() -> None:
     import transformers
 

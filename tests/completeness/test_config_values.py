@@ -33,7 +33,8 @@ BAD: dict[str, list[Any]] = {
     "tie_word_embeddings": [1, "true"],
     "model_type": [4, True, [], {}],
     "architectures": [4, "MixtralForCausalLM", {}, [4]],
-    "dtype": [4, "4", True, [], {}, "nn", "quantized.x"],
+    "dtype": [4, "4", True, [], {}, "nn", "quantized.x", "float64", "float8_e4m3fn"],
+    "transformers_version": [5, "4\nx"],
     "hidden_act": [4, {}],
     "text_config": [4, "x", []],
 }

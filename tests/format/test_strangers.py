@@ -52,15 +52,25 @@ def test_what_vllm_would_read_instead_is_refused(quantized_copy: Path) -> None:
     assert "weights.pt" in preferred
 
 
-def test_the_only_shard_of_an_index_may_be_the_file_that_readers_prefer(quantized_copy: Path) -> None:
-    (quantized_copy.parent / "model.safetensors").write_bytes(b"")
+def test_the_only_shard_of_an_index_may_be_the_file_that_readers_prefer(tmp_path: Path) -> None:
     index = "model.safetensors.index.json"
-    refuse_files(quantized_copy.parent, [index, "model.safetensors"])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refuse_files(tmp_path, [index, "model.safetensors"])
     for shard in ("consolidated.safetensors", ".hidden.safetensors"):
-        (quantized_copy.parent / shard).write_bytes(b"")
+        (tmp_path / shard).write_bytes(b"")
         with pytest.raises(CheckpointError, match=f"{shard}: expected no such file"):
-            refuse_files(quantized_copy.parent, [index, shard])
-        (quantized_copy.parent / shard).unlink()
+            refuse_files(tmp_path, [index, shard])
+        (tmp_path / shard).unlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["original/consolidated.00.pth", "custom_generate/generate.py", "adapter/adapter_config.json"]
+)
+def test_weights_and_code_in_a_folder_within(name: str, quantized_copy: Path) -> None:
+    (quantized_copy / name).parent.mkdir()
+    (quantized_copy / name).write_bytes(b"x")
+    with ShardSet(quantized_copy) as shards, pytest.raises(CheckpointError, match=f"{name}: expected no weights"):
+        refuse_files(quantized_copy, shards.files)
 
 
 def test_names_that_transformers_knows_are_ours_or_refused(quantized_copy: Path) -> None:

@@ -15,6 +15,11 @@ ALIASES = {
 }
 """Key → those that vLLM reads in its place, some of them before it."""
 
+LENGTHS = (
+    "max_seq_len", "max_seq_length", "max_sequence_length", "model_max_length", "n_positions", "seq_len", "seq_length",
+)  # fmt: skip
+"""The keys by which vLLM finds the longest sequence, besides ``max_position_embeddings``."""
+
 
 TWO_STACKS = "is_encoder_decoder"
 
@@ -47,7 +52,16 @@ def check_aliases(config: Mapping[str, Any], parsed: MoeqConfig, path: Path) -> 
                     raise ConfigError(
                         f"{path}: {other}: expected no such key, or the value of {key}, found {value!r:.40}"
                     )
+        _check_lengths(part, path)
         _check_windows(part, path)
+
+
+def _check_lengths(part: Mapping[str, Any], path: Path) -> None:
+    """Refuse another longest sequence beside ``max_position_embeddings``."""
+    longest = part.get("max_position_embeddings")
+    for key in LENGTHS if longest is not None else ():
+        if part.get(key) not in (None, longest):
+            raise ConfigError(f"{path}: {key}: expected no such key, or {longest!r:.40}, found {part[key]!r:.40}")
 
 
 def _check_windows(part: Mapping[str, Any], path: Path) -> None:

@@ -15,8 +15,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from vllm_moeq.completeness.partial import check_partial
 from vllm_moeq.completeness.sizes import check_layer_counts, check_sizes
-from vllm_moeq.format import ConfigError
+from vllm_moeq.format import NESTED, ConfigError
 from vllm_moeq.format.strangers import QUANTIZATION, without_strangers
 
 SAME_CLASS = {"kimi_k2": "deepseek_v3"}
@@ -90,7 +91,7 @@ def meta_model(config: Mapping[str, Any], path: Path, most: int = MOST_MODULES) 
     except ConfigError:
         raise
     except Exception as error:  # the config may hold anything, and transformers raises whatever it meets first
-        raise cannot_build(path, error) from None
+        raise cannot_build(path, error, config) from None
 
 
 @contextmanager
@@ -112,9 +113,22 @@ def _bounded(most: int, path: Path) -> Iterator[None]:
             handle.remove()
 
 
-def cannot_build(path: Path, error: Exception) -> ConfigError:
-    """Return the error for a config of which transformers makes no model."""
-    return ConfigError(f"{path}: transformers cannot build the model ({_in_one_line(error)})")
+def cannot_build(path: Path, error: Exception, config: Mapping[str, Any] | None = None) -> ConfigError:
+    """Return the error for a config of which transformers makes no model, naming the key of a value that it lacks."""
+    unknown = error.args[0] if isinstance(error, KeyError) and error.args else None
+    key = next((key for key, value in _texts(config or {}) if value == unknown), None)
+    place = path if key is None else f"{path}: {key}"
+    return ConfigError(f"{place}: transformers cannot build the model ({_in_one_line(error)})")
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) for the texts in a config's objects."""
+    for key, child in value.items() if isinstance(value, Mapping) else ():
+        inner = f"{place}.{key}".removeprefix(".")
+        if isinstance(child, str):
+            yield inner, child
+        else:
+            yield from _texts(child, inner)
 
 
 def cannot_load(folder: Path, error: Exception) -> ConfigError:
@@ -153,6 +167,9 @@ def parse_config(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
         raise ConfigError(f"{path}: expected a model that transformers knows, found {config.get('model_type')!r:.80}")
     _check_architectures(config, classes[1], path)
     _check_methods(config, classes[0], path)
+    check_partial(config, classes, path)
+    if NESTED in config and NESTED not in (classes[0].sub_configs or {}):
+        raise ConfigError(f"{path}: {NESTED}: expected no such key in a config of {classes[0].__name__}")
     parsed = classes[0].from_dict(_plain(config))
     check_sizes(config, parsed, path)
     return parsed, classes[1]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_moeq.completeness.sizes import MAX_INTEGER, SIZES, numbers, parts
 from vllm_moeq.format import EXPERT_COUNT, NESTED, ConfigError
 from vllm_moeq.format.strangers import QUANTIZATION
@@ -46,7 +44,7 @@ def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
 
 
 def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+    return isinstance(value, str) and value.removeprefix("torch.") in ("bfloat16", "float16", "float32")
 
 
 SIZE = Kind(f"a positive integer of at most {MAX_INTEGER}", _integer(1, MAX_INTEGER), listed=True)
@@ -57,9 +55,10 @@ POSITIVE = Kind("a positive number", _number(lambda value: value > 0))
 FRACTION = Kind("a number from 0 to 1", _number(lambda value: 0 <= value <= 1))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
+LINE = Kind("a line of text", lambda value: isinstance(value, str) and value.isprintable())
 NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value))
 TRUE = Kind("true", lambda value: value is True)
-DTYPE = Kind("the name of a dtype, such as bfloat16", _is_dtype)
+DTYPE = Kind("bfloat16, float16 or float32", _is_dtype)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 KINDS: dict[str, Kind] = {
@@ -85,6 +84,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "attention_bias"), FLAG),
     **dict.fromkeys(("return_dict", "use_return_dict", "is_causal"), TRUE),
     **dict.fromkeys(("model_type", "hidden_act"), TEXT),
+    "transformers_version": LINE,
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "architectures": NAMES,
     NESTED: OBJECT,

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_moeq.format.errors import CheckpointError, ConfigError
 
 FILES = (
-    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data", "*.npz", "*.pkl", "*.pickle", "*.tensors", "*.py",
+    "*.safetensors", "*.index.json", "*.index.*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5",
+    "*.msgpack", "*.onnx", "*.onnx_data", "*.npz", "*.pkl", "*.pickle", "*.tensors", "*.py",
     "params.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json",
     "config.*.json", "modules.json", "sentence_*_config.json", "tokenizer.*.json",
 )  # fmt: skip
@@ -86,6 +86,16 @@ def refuse_files(folder: Path, ours: Collection[str]) -> None:
             raise CheckpointError(
                 f"{folder / name}: expected no such file beside {next(iter(ours))}: a reader might prefer it"
             )
+    for path in _in_folders(folder):
+        if any(fnmatchcase(path.name.lower(), pattern) for pattern in FILES):
+            raise CheckpointError(f"{path}: expected no weights, configs or code in a folder within a checkpoint")
+
+
+def _in_folders(folder: Path) -> Iterator[Path]:
+    """Yield the files of the folders in a checkpoint, but of hidden ones, which tools keep beside what they load."""
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and not inner.name.startswith("."):
+            yield from sorted(inner.iterdir())
 
 
 def _refused(name: str, ours: Collection[str]) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ AGAINST_FILES = [
 AGAINST_FILES += [
     Attack(f"{name} as vLLM reads it: {value!r:.20}", key(name, value), ("config.json", name, "expected"), foreign=True)
     for name, value in (
-        ("n_head_kv", 1), ("num_kv_heads", 1), ("hidden_size_per_head", 3), ("max_seq_len", "x"),
+        ("n_head_kv", 1), ("num_kv_heads", 1), ("hidden_size_per_head", 3), ("max_seq_len", "x"), ("max_seq_len", 2),
+        ("dtype", "float8_e4m3fn"), ("dtype", "float64"), ("transformers_version", "4.0\n[red]x"),
         ("model_max_length", -4), ("llm_config", {"hidden_size": 3}), ("text_encoder", {"hidden_size": 3}),
         ("architectures", []), ("architectures", None), ("is_causal", False), ("is_encoder_decoder", True),
         ("layer_types", ["sliding_attention"] * 2),

@@ -282,7 +282,7 @@ class TestCommand:
             (json.dumps({"model_type": "llama"}), "model_type 'llama' is not supported"),
             (json.dumps({"model_type": "mixtral"}), "expected a positive integer hidden_size"),
             (json.dumps(MIXTRAL | {"hidden_size": "4096"}), "hidden_size: expected a positive integer"),
-            (json.dumps(MIXTRAL | {"dtype": "four\nbits"}), "dtype: expected the name of a dtype"),
+            (json.dumps(MIXTRAL | {"dtype": "four\nbits"}), "dtype: expected bfloat16, float16 or float32"),
             (json.dumps(MIXTRAL | {"quantization_config": {"quant_method": "aqlm"}}), "quantized already (aqlm)"),
             (json.dumps(MIXTRAL | {"quantization_config": 8}), "quantization_config: expected an object, found 8"),
         ],
