@@ -16,7 +16,7 @@ from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, load_tokenizer, render
 from vllm_moeq.format import UsageError
 
-MAX_CHARACTERS = 1 << 28
+MAX_CHARACTERS = 1 << 25
 """Characters of all texts together that a model is asked to predict."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from planner.model.tensors import SourceTensors
 from vllm_moeq.completeness import check_values, positive_integer
 from vllm_moeq.format import ConfigError, read_config_json
+from vllm_moeq.format.files import check_inside
 from vllm_moeq.format.tensors import Tensors
 
 CONFIG = "config.json"
@@ -21,8 +22,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: it is missing, damaged or no object, or has a value that no model has.
+        CheckpointError: it is a link that leads out of the folder.
     """
     path = folder / CONFIG
+    check_inside(path)
     config = read_config_json(path)
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected an object, found {type(config).__name__}")

@@ -16,7 +16,7 @@ from vllm_moeq.format.files import open_regular
 HEAD_BYTES = 1 << 16
 """Bytes at the beginning of a file by which its format is recognised."""
 
-MAX_BLANK = 1 << 23
+MAX_BLANK = 1 << 20
 """Blank lines that may follow each other; a gibibyte of them takes a mebibyte of a packed file."""
 
 GZIP = b"\x1f\x8b"

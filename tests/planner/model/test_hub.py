@@ -59,7 +59,7 @@ def test_quantize_copies_them(moeq: Moeq, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
 def test_links_out_of_the_folder_are_refused(moeq: Moeq, model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("secret")
     (model / name).unlink()
