@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import planner
-from benchmarks.greedy import ServingError, compare
+from benchmarks.greedy import ServingError, compare, declare_operators
 from benchmarks.models.families import FAMILIES, build, classes
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.exact import advance
@@ -218,6 +218,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--serve", action="store_true", help="have vLLM serve each family and compare its tokens")
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="all if left out")
     asked = parser.parse_args(arguments)
+    declare_operators()
     found = list(outcomes(asked.families or FAMILIES, asked.serve))
     print(table(found), end="")
     return int(any(row.broken for row in found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import tempfile
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -26,12 +27,24 @@ NEW_TOKENS = 12
 PATIENCE = 300
 """Seconds that vLLM may take from its start to the last token."""
 
-LIMITS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "enforce_eager": True, "skip_tokenizer_init": True}
+LIMITS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "enforce_eager": True, "skip_tokenizer_init": False}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
 }  # fmt: skip
 NOISE = re.compile(r"\x1b\[[0-9;]*m|/\S+/")
 """Colours and folders, which have no place in a table."""
+
+_KEPT: dict[str, Any] = {}
+"""What lives as long as the process: declared operators."""
+
+OPERATORS = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""Declares the operators without which torchvision cannot be imported. PyPI's wheel has them in a library for CUDA,
+which does not load beside a torch for CPUs; vLLM's classes for images import torchvision, and texts need none of it."""
 
 Tokens = list[list[int]]
 
@@ -40,6 +53,19 @@ SAME, AS_DENSE = "yes", "yes: as vLLM's dense model, which transformers' differs
 
 class ServingError(Exception):
     """vLLM cannot serve a checkpoint; the message is its reason in one line."""
+
+
+def declare_operators() -> None:
+    """Declare torchvision's operators where it is installed without them, here and in the processes begun later."""
+    try:
+        import torchvision  # type: ignore[import-not-found,unused-ignore] # noqa: F401
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:  # its operators do not exist
+        folder = tempfile.mkdtemp(prefix="operators-")
+        Path(folder, "sitecustomize.py").write_text(OPERATORS)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        exec(OPERATORS, _KEPT)
 
 
 def served(folder: Path, dtype: str = "float32", more: Mapping[str, Any] | None = None) -> Tokens:

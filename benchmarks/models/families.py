@@ -143,7 +143,7 @@ FAMILIES: dict[str, Family] = {
             "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"],
         },
         vision={"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-                "num_key_value_heads": 2, "head_dim": 32},
+                "num_key_value_heads": 2, "head_dim": 32, "default_output_length": 64},
         model=_SEES,
     ),
     "nemotron_h": Family(
