@@ -1,4 +1,4 @@
-"""Keys of config.json that other readers take for one that transformers reads: both must say the same."""
+"""Keys of config.json that must agree: transformers reads some of them, vLLM others."""
 
 from __future__ import annotations
 

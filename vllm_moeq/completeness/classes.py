@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 from vllm_moeq.completeness.partial import check_partial
 from vllm_moeq.completeness.sizes import check_layer_counts, check_sizes
 from vllm_moeq.format import NESTED, ConfigError
-from vllm_moeq.format.strangers import QUANTIZATION, without_strangers
+from vllm_moeq.format.strangers import QUANTIZATION, keys_within, without_strangers
 
 SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 """``model_type`` that transformers lacks → the one whose class its publishers' own code takes."""
@@ -116,19 +116,11 @@ def _bounded(most: int, path: Path) -> Iterator[None]:
 def cannot_build(path: Path, error: Exception, config: Mapping[str, Any] | None = None) -> ConfigError:
     """Return the error for a config of which transformers makes no model, naming the key of a value that it lacks."""
     unknown = error.args[0] if isinstance(error, KeyError) and error.args else None
-    key = next((key for key, value in _texts(config or {}) if value == unknown), None)
+    key = next(
+        (place for place, _, value in keys_within(config or {}) if unknown is not None and value == unknown), None
+    )
     place = path if key is None else f"{path}: {key}"
     return ConfigError(f"{place}: transformers cannot build the model ({_in_one_line(error)})")
-
-
-def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text) for the texts in a config's objects."""
-    for key, child in value.items() if isinstance(value, Mapping) else ():
-        inner = f"{place}.{key}".removeprefix(".")
-        if isinstance(child, str):
-            yield inner, child
-        else:
-            yield from _texts(child, inner)
 
 
 def cannot_load(folder: Path, error: Exception) -> ConfigError:

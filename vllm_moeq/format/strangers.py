@@ -116,7 +116,7 @@ def refuse_keys(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         ConfigError: naming the first such key.
     """
-    for place, key, value in _keys(config):
+    for place, key, value in keys_within(config):
         if place in NOT_ALONE and value == NOT_ALONE[place]:
             continue
         if key in METHODS or key.startswith("__"):
@@ -136,7 +136,7 @@ def _clean(value: Any) -> Any:
     return {key: _clean(child) for key, child in value.items() if key not in (*KEYS, *METHODS, QUANTIZATION)}
 
 
-def _keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def keys_within(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield (dotted place, key, value) of all objects within objects, but not inside our own configuration."""
     waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while waiting:

@@ -138,8 +138,8 @@ MANY = [
         (INDEX, "expected at most", "tensors"),
     ),
     Attack(
-        "twelve thousand listed tensors",
-        small_tensors(numbered(4_000), 1),
+        "twenty-four thousand listed tensors",
+        small_tensors(numbered(8_000), 1),
         (INDEX, "expected at most", "tensors"),
     ),
     Attack("three thousand empty tensors", small_tensors(numbered(1_000), 0), ("e0.safetensors", "no empty tensor")),
