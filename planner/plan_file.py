@@ -17,6 +17,7 @@ from vllm_moeq.format.schema import (
     Average,
     Bits,
     Ids,
+    Line,
     LinearBits,
     Name,
     SchemeNames,
@@ -40,7 +41,7 @@ class PlanSettings(Strict):
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
     ranking: Literal["layer", "global"] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(lt=1 << 64)] | None = None
     initial_model: str | None = None
     stats: str | None = None
     quantizer: str | None = None
@@ -61,7 +62,7 @@ class Plan(Strict):
     """
 
     version: Literal[1]
-    method: Annotated[str, Field(max_length=64)]
+    method: Line
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
     avg_bits: Average
     achieved_avg_bits: Average
@@ -73,7 +74,7 @@ class Plan(Strict):
     promoted: dict[Name, Ids] = Field(default_factory=dict)
     near_ties: dict[Name, list[Ids]] = Field(default_factory=dict)
     settings: PlanSettings = Field(default_factory=PlanSettings)
-    source: dict[str, Any] = Field(default_factory=dict)
+    source: dict[str, Line] = Field(default_factory=dict)
     cost: dict[str, float] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
@@ -169,5 +170,5 @@ def read_plan(path: Path) -> Plan:
     data = read_json(path)
     version = data.get("version") if isinstance(data, dict) else None
     if type(version) is not int or version != 1:
-        raise ConfigError(f"{path}: expected a plan of version 1, found {version!r}")
+        raise ConfigError(f"{path}: expected a plan of version 1, found {version!r:.80}")
     return validated(path, data, Plan)

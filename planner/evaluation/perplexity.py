@@ -13,7 +13,7 @@ from planner.evaluation.passes import evaluate_text
 from planner.evaluation.reader import open_reader
 from planner.evaluation.scores import windows
 from planner.text.formats import read_documents
-from planner.text.tokenizer import encode, load_tokenizer, render
+from planner.text.tokenizer import encode, encode_beginning, load_tokenizer, render
 from vllm_moeq.format import UsageError
 
 MAX_CHARACTERS = 1 << 25
@@ -66,8 +66,13 @@ def read_tokens(folder: Path, texts: Sequence[str], max_tokens: int | None, name
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for number, text in enumerate(texts):
-        ids += ([*end] if number else []) + encode(tokenizer, text, name, special=number == 0)
-        if max_tokens is not None and len(ids) >= max_tokens:
+        ids += end if number else []
+        if max_tokens is None:
+            ids += encode(tokenizer, text, name, special=number == 0)
+            continue
+        most = max_tokens + 1 - len(ids)  # one more, since the first may be left out
+        ids += encode_beginning(tokenizer, text, name, most, special=number == 0)
+        if len(ids) > max_tokens:
             break
     begin = tokenizer.bos_token_id
     if begin is not None and ids[:2] == [begin, begin]:  # a chat template has written it too

@@ -15,6 +15,11 @@ from vllm_moeq.format.schema import Count, Strict
 
 FILE = "evaluation.json"
 Text = Annotated[str, Field(max_length=4096)]
+Positive = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Perplexity = Annotated[float, Field(ge=0.99)]
+"""At least 1, but for rounding."""
+
 AGREE = 1e-4
 """Relative tolerance. One model's perplexities from different batch sizes or devices differ by less."""
 
@@ -30,12 +35,12 @@ class Divergence(Strict):
     """
 
     mean: float
-    error: float
+    error: Positive
     median: float
     p99: float
     max: float
-    same_top: float
-    same_top_error: float
+    same_top: Share
+    same_top_error: Positive
 
 
 class TextResult(Strict):
@@ -45,11 +50,11 @@ class TextResult(Strict):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     window: Count
     tokens: Count
-    perplexity: float
-    perplexity_error: float
+    perplexity: Perplexity
+    perplexity_error: Positive
     reference: Text | None = None
-    reference_perplexity: float | None = None
-    reference_perplexity_error: float | None = None
+    reference_perplexity: Perplexity | None = None
+    reference_perplexity_error: Positive | None = None
     kl: Divergence | None = None
 
     @property
@@ -77,7 +82,7 @@ class TaskResult(Strict):
     task: Text
     metric: Text
     value: float
-    stderr: float | None = None
+    stderr: Positive | None = None
     samples: Count
     limit: Count | None = None
     backend: Annotated[str, AfterValidator(_known_backend)]

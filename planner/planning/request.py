@@ -192,7 +192,7 @@ def check_overrides(data: Any, where: str, layout: Layout, choices: Sequence[int
     for name, bits in data.items():
         if name not in known:
             example = f"{layout.layers[0].prefix}.0"
-            raise ConfigError(f"{where}: {name}: the model has no such expert (names look like {example})")
+            raise ConfigError(f"{where}: {name:.200}: the model has no such expert (names look like {example})")
         if type(bits) is not int or bits not in choices:
-            raise ConfigError(f"{where}: {name}: expected a width among --bits {sorted(choices)}, found {bits!r}")
+            raise ConfigError(f"{where}: {name}: expected a width among --bits {sorted(choices)}, found {bits!r:.80}")
     return data

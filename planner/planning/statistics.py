@@ -19,6 +19,7 @@ from planner.common.interrupts import note_kept
 from planner.common.progress import Progress
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
+from planner.output.paths import check_file
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions, check_options
 from vllm_moeq.format import UsageError, read_json
@@ -69,6 +70,7 @@ def with_statistics(
         with TemporaryDirectory() as temporary:
             path = Path(temporary) / "statistics.safetensors" if output is None else _beside(output)
             kept = path if output is not None else path.parent
+            check_file(json_path(path))
             if not _usable(path, model, facts, wanted, resume):
                 dtype = compute_dtype(device)
                 collect(model, layout, text, path, facts, device, dtype, progress, resume, wanted)

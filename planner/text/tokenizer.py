@@ -17,6 +17,12 @@ OURS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, MoeqError)
 
 MAX_TOKENIZER_BYTES = 1 << 28
 OTHER_FILES = "fast_tokenizer_files"
+MARGIN = 256
+"""Tokens before a cut that the cut may have changed."""
+
+CHARACTERS_PER_TOKEN = 8
+"""More than most texts have, so that one try is enough for them."""
+
 MAX_TOKENS = 1 << 24
 """The largest number of a token. Vocabularies have up to a few hundred thousand."""
 
@@ -79,6 +85,31 @@ def encode(tokenizer: Any, text: str, where: str, special: bool = False) -> list
     except BaseException as error:
         _refuse(f"{where}: the model's tokenizer cannot read it", error)
     return found
+
+
+def encode_beginning(tokenizer: Any, text: str, where: str, most: int, special: bool = False) -> list[int]:
+    """Return a text's first tokens, and read only as much of its beginning as they need.
+
+    A tokenizer takes some 200 bytes of memory per character, and a text of millions may be read for a few tokens. Where
+    the text is cut, its last tokens may be others; :data:`MARGIN` tokens before the cut are therefore left out.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        where: the text's place, for messages.
+        most: the largest number of tokens.
+        special: see :func:`encode`.
+
+    Raises:
+        UsageError: the tokenizer fails.
+    """
+    characters = (most + MARGIN) * CHARACTERS_PER_TOKEN
+    while characters < len(text):
+        found = encode(tokenizer, text[:characters], where, special)
+        if len(found) >= most + MARGIN:
+            return found[:most]
+        characters *= 4
+    return encode(tokenizer, text, where, special)[:most]
 
 
 def render(document: Document, tokenizer: Any) -> str:

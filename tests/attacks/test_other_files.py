@@ -36,6 +36,10 @@ PLANS: dict[str, tuple[Edit, str]] = {
     "zeta without end": (lambda it: it.update(settings={"zeta": float("inf")}), "settings.zeta"),
     "nested deeply": (lambda it: it.update(source=nested(300)), "levels"),
     "true for a version": (lambda it: it.update(version=True), "version 1"),
+    "escape for a method": (lambda it: it.update(method=ESCAPE), "expected a text that can be printed"),
+    "a version without end": (lambda it: it.update(version=10**4000), "version 1"),
+    "a seed without end": (lambda it: it.update(settings={"seed": 10**400}), "settings.seed"),
+    "a number for a fingerprint": (lambda it: it.update(source={"fingerprint": 1}), "source.fingerprint"),
     "average NaN": (lambda it: it.update(avg_bits=float("nan")), "avg_bits"),
 }
 

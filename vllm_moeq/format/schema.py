@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,6 +43,15 @@ MORE_KEYS = {"linear.widths": MAX_LINEARS}
 """Place of an object in a ``quantization_config`` → its largest number of keys, where that is not ``MAX_LAYERS``."""
 
 Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected a text that can be printed")
+    return text
+
+
+Line = Annotated[str, Field(max_length=64), AfterValidator(_printable)]
 
 
 def _integer(value: Any) -> Any:
@@ -193,14 +203,14 @@ class Rotation(Strict):
 class PlanSummary(Strict):
     """The origin of the widths, for people and reports; no kernel reads it."""
 
-    method: Annotated[str, Field(max_length=64)]
+    method: Line
     avg_bits: Average
     achieved_avg_bits: Average
     bit_choices: Annotated[list[Bits], Field(fail_fast=True, min_length=1, max_length=len(BIT_WIDTHS))]
     zeta: Annotated[float, Field(ge=1)] | None = None
     promotion: Literal["official", "stable"] | None = None
     counts: Literal["paper", "official"] | None = None
-    quantizer: Annotated[str, Field(max_length=64)] | None = None
+    quantizer: Line | None = None
     fallback: Annotated[dict[Name, Ids], Field(max_length=MAX_LAYERS)] | None = None
 
 

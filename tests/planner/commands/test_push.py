@@ -103,6 +103,25 @@ def test_links_out_of_the_folder_are_refused(
     assert not hub.branches
 
 
+NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "report.html": (lambda path: os.truncate(path, 5 << 30), "expected at most 67108864 bytes, found 5368709120"),
+    "report-widths.png": (lambda path: path.write_text("TOPSECRET"), "expected a PNG picture"),
+    "evaluation.json": (lambda path: path.write_text("TOPSECRET"), "not valid JSON"),
+    "quantization_report.json": (lambda path: path.write_text("TOPSECRET"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_only_has_one_of_our_names_is_refused(push: Push, hub: Hub, quantized_copy: Path, name: str) -> None:
+    make, words = NOT_OURS[name]
+    (quantized_copy / name).touch()
+    make(quantized_copy / name)
+    message = one_line(push(quantized_copy, REPO))
+    assert name in message
+    assert words in message
+    assert not hub.branches
+
+
 def test_a_private_repository_and_a_branch(push: Push, hub: Hub, quantized_mixtral: Path) -> None:
     assert push(quantized_mixtral, REPO, "--private", "--revision", "two-bits").code == 0
     assert hub.repositories == {REPO: True}

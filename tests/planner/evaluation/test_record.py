@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from planner.api.results import Evaluated
 from planner.commands.evaluate import print_found
 from planner.evaluation.record import Divergence, Evaluations, TextResult, read_evaluations
+from vllm_moeq.format import ConfigError
 
 KL = Divergence(mean=0.1, error=0.01, median=0.05, p99=1.0, max=2.0, same_top=0.9, same_top_error=0.01)
 
@@ -28,6 +30,16 @@ def test_reading_again_without_a_reference_keeps_the_divergence() -> None:
 def test_another_result_replaces_the_older_one() -> None:
     (kept,) = Evaluations(texts=[read(12.5, KL)]).merged([read(13.0)], []).texts
     assert (kept.perplexity, kept.kl) == (13.0, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("perplexity", 0.5), ("perplexity_error", -1.0), ("reference_perplexity", -3.0)]
+)
+def test_impossible_numbers_are_refused(key: str, value: float, tmp_path: Path) -> None:
+    record = {"texts": [read(12.5).model_dump(exclude_none=True) | {key: value}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=f"evaluation.json: texts.0.{key}: Input should be greater"):
+        read_evaluations(tmp_path)
 
 
 def test_other_windows_stand_beside() -> None:

@@ -133,6 +133,23 @@ class TestTokens:
             tokenizer.eos_token_id, *plain[1],
         ]  # fmt: skip
 
+    def test_the_first_are_those_of_the_whole_text(self, folder: Path) -> None:
+        text = (MIXTRAL / "held_out.txt").read_text()[:100_000]
+        whole = read_tokens(folder, [text], None, "x")
+        for most in (2, 1000, 20_000):
+            assert read_tokens(folder, [text], most, "x") == whole[:most]
+
+    def test_the_first_of_a_long_text_take_little_of_it(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[int] = []
+
+        def counted(tokenizer: Any, text: str, where: str, special: bool = False) -> list[int]:
+            given.append(len(text))
+            return encode(tokenizer, text, where, special)
+
+        monkeypatch.setattr("planner.text.tokenizer.encode", counted)
+        assert len(read_tokens(folder, ["\u200d" * 2_000_000, "b"], 64, "x")) == 64
+        assert sum(given) < 5000
+
     def test_a_template_does_not_begin_it_twice(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
         begin = tokenizer.bos_token
