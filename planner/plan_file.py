@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from planner.model.layout import Layout
 from planner.output.files import validated, write_json
 from vllm_moeq.format import BIT_WIDTHS, SCHEMES, ConfigError, PlanSummary, read_json, split_width
-from vllm_moeq.format.schema import (
+from vllm_moeq.format.fields import (
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_LINEARS,

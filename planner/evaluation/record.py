@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field
 
 from planner.evaluation.lm_eval_backends import TASK_BACKENDS
 from planner.output.files import read_as, write_json
+from vllm_moeq.format.fields import Count, Strict
 from vllm_moeq.format.files import check_inside
-from vllm_moeq.format.schema import Count, Strict
 
 FILE = "evaluation.json"
 Text = Annotated[str, Field(max_length=4096)]

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_moeq.format import CheckpointError, ConfigError, UsageError, first_problem, read_json
+from vllm_moeq.format.fields import MAX_NAMES
 from vllm_moeq.format.problems import refuse_crowds
-from vllm_moeq.format.schema import MAX_NAMES
 
 Kind = TypeVar("Kind", bound=BaseModel)
 

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from planner.model.source import SourceModel
 from planner.output.files import read_as
 from vllm_moeq.format import ConfigError
+from vllm_moeq.format.fields import MAX_EXPERTS, MAX_LAYERS, Count
 from vllm_moeq.format.files import check_inside, read_bytes
-from vllm_moeq.format.schema import MAX_EXPERTS, MAX_LAYERS, Count
 
 FILE = "quantization_report.json"
 README = "README.md"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.format.test_schema import PREFIX, VALID, changed, refusal
 from vllm_moeq.format import Linear, parse_config, version_for
-from vllm_moeq.format.schema import MAX_LINEARS
+from vllm_moeq.format.fields import MAX_LINEARS
 
 NAMES = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qkvo"]
 WIDTHS = st.sampled_from([4, 8, 16])

@@ -16,7 +16,7 @@ from planner.reporting.palette import DARK, LIGHT
 from tests.matches import first_match
 from vllm_moeq.format import BIT_WIDTHS, GRID, pack, parse_config, unpack
 from vllm_moeq.format.errors import ConfigError
-from vllm_moeq.format.schema import Bits
+from vllm_moeq.format.fields import Bits
 from vllm_moeq.kernels.cpu import build
 
 TABLE = set(BIT_WIDTHS)
