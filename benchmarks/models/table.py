@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.coverage import outcomes, table
 from benchmarks.models.families import FAMILIES
 from benchmarks.models.listed import MODELS, Listed
+from benchmarks.models.recipes import recipes
 from planner.common.progress import Progress
 from planner.common.units import GIB
 from planner.estimates.paper_formula import count_weights
@@ -29,6 +30,7 @@ from planner.quantization.settings import QuantizeSettings, check_sizes, default
 from vllm_moeq.format import CheckpointError
 
 CONFIGS = Path(__file__).with_name("configs")
+README = Path(__file__).parents[2] / "README.md"
 AVERAGES = ("3", "2.5", "2")
 SERVED = "2.5"
 CHOICES = (1, 2, 3)
@@ -153,8 +155,8 @@ def command(listed: Listed, calibrated: bool, group_size: int) -> str:
 
 
 def page(rows: Iterable[str], families: str) -> str:
-    """Return the page with the lines of all models, and the table of families."""
-    return f"{HEADER}{''.join(rows)}{RECOGNIZED}{families}"
+    """Return the page with the lines of all models, the table of families, and that of recipes."""
+    return f"{HEADER}{''.join(rows)}{RECOGNIZED}{families}{recipes(README.read_text(), families)}"
 
 
 if __name__ == "__main__":

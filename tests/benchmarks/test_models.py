@@ -13,8 +13,10 @@ import typer
 from benchmarks.coverage import line, outcome
 from benchmarks.models.families import FAMILIES
 from benchmarks.models.listed import MODELS, Listed
+from benchmarks.models.recipes import HEADER, RECIPES, answers
 from benchmarks.models.table import CONFIGS, RECOGNIZED, page, row
 from planner.cli import app
+from tests.architectures import TINY
 from tests.conftest import Outcome
 from tests.paths import ROOT
 from tests.tiers import thorough
@@ -30,6 +32,11 @@ def lines() -> list[str]:
     return [f"{line}\n" for line in PAGE.read_text().splitlines() if line.startswith("| [")]
 
 
+def families() -> str:
+    """Return the table of other families."""
+    return PAGE.read_text().partition(RECOGNIZED)[2].partition(HEADER)[0]
+
+
 def cells(listed: Listed) -> list[str]:
     """Return the cells about a model."""
     (line,) = (line for line in lines() if f"](https://huggingface.co/{listed.name})" in line)
@@ -37,8 +44,7 @@ def cells(listed: Listed) -> list[str]:
 
 
 def test_the_page_is_the_scripts() -> None:
-    _, _, families = PAGE.read_text().partition(RECOGNIZED)
-    assert page(lines(), families) == PAGE.read_text()
+    assert page(lines(), families()) == PAGE.read_text()
     assert len(lines()) == len(MODELS) >= 20
     assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(listed.short for listed in MODELS)
 
@@ -57,6 +63,25 @@ def test_a_familys_line_is_what_happens(name: str, tmp_path: Path) -> None:
     assert not found.broken
     before_served = line(found).rstrip("\n")
     assert any(row.startswith(before_served) for row in PAGE.read_text().splitlines())
+
+
+def test_recipes_take_their_answers_from_both_tables() -> None:
+    found = answers((ROOT / "README.md").read_text(), families())
+    assert found["qwen3_moe"] == (("yes",) * 4, "`tests/architectures.py`")
+    assert found["minimax_m2"][0] == ("yes", "yes", "yes", "not tried")
+    assert found["gpt_oss"][0] == ("yes", "yes", "no", "no")
+    assert found["hy_v3"] == (("yes",) * 4, "`benchmarks.coverage`")
+    assert found["longcat_flash"][0] == ("no",) * 4
+    assert {name for name, (_, where) in found.items() if "tests" in where} <= set(TINY)
+
+
+def test_fifty_of_vllms_recipes_are_computed() -> None:
+    found = answers((ROOT / "README.md").read_text(), families())
+    read = [
+        model for name, models in RECIPES.items() if name in found and found[name][0][2] == "yes" for model in models
+    ]
+    assert len(read) >= 50
+    assert len(set(read)) == len(read)
 
 
 @pytest.mark.parametrize("listed", MODELS, ids=lambda it: it.short)
