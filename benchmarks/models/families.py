@@ -222,6 +222,17 @@ FAMILIES: dict[str, Family] = {
             "sliding_window_size": 128, "rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334,
         },
     ),
+    "mellum": Family(
+        name="Mellum",
+        sizes={**HEADS, **MOE, **LOCAL, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128},
+    ),
+    "cohere2_moe": Family(
+        name="Cohere2Moe",
+        sizes={
+            **HEADS, **NUMBER, "intermediate_size": 128, "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 128, "logit_scale": 0.25, "tie_word_embeddings": True,
+        },
+    ),
     "mistral4": Family(name="Mistral4", sizes={**MLA, **MOE, **ROUTED, **GROUPED}),
     "deepseek_v4": Family(
         name="DeepseekV4",

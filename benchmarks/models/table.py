@@ -75,7 +75,7 @@ otherwise. Why vLLM's dense models differ from transformers' has not been found;
 ours differ and there is no dense model to compare with.
 
 Linears that vLLM takes in 16 bits alone stay so, with one note: those of Mamba 1 blocks, as in Jamba.
-`hunyuan_v1_moe` is served by vLLM's transformers back end.
+`hunyuan_v1_moe` and `mellum` are served by vLLM's transformers back end.
 
 """
 
