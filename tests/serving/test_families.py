@@ -12,7 +12,7 @@ from benchmarks.models.families import build
 
 pytestmark = pytest.mark.slow
 
-REST = ["hunyuan_v1_moe", "afmoe"]
+REST = ["hunyuan_v1_moe", "afmoe", "mellum", "cohere2_moe"]
 
 
 def check(name: str, work: Path) -> None:
