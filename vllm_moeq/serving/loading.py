@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError, MoeqConfig, Rotated, Scheme, UsageError
+from vllm_moeq.format.slices import check_ranks
 from vllm_moeq.kernels import RaggedMatrices, ragged, wide_enough
 from vllm_moeq.serving.checkpoint import Checkpoint
 
@@ -69,28 +69,6 @@ class Partition:
         names = self.config.projections
         return self.config.rotated(self.prefix, names.gate if part == "w13" else names.down)
 
-    def _check_slices(self) -> None:
-        """Refuse slices that the schemes or the rotation cannot have: tiles, words and blocks stay whole.
-
-        Raises:
-            UsageError: naming the layer, and what fits.
-        """
-        steps = [number for scheme in self.local_schemes for number in (scheme.row_step, scheme.column_step)]
-        rotated = self.rotated("w2")
-        step = math.lcm(*steps, 1 if rotated is None else rotated.size)
-        if self.intermediate % step == 0:
-            return
-        whole = self.intermediate * self.ranks
-        # Attention has been split by all ranks already, so that it can be split by a divisor of their number.
-        fitting = [str(it) for it in range(1, self.ranks) if self.ranks % it == 0 and whole // it % step == 0]
-        if not fitting:
-            raise UsageError(f"{self.prefix}: expected an intermediate size in multiples of {step}, found {whole}")
-        raise UsageError(
-            f"{self.prefix}: expected {' or '.join(fitting)} as the number of ranks, so that each gets a multiple of "
-            f"{step} of the intermediate size {whole}, found {self.ranks}; lower --tensor-parallel-size or add "
-            "--enable-expert-parallel"
-        )
-
     @cached_property
     def w13(self) -> RaggedMatrices:
         """The layout of gate and up, or of up alone; ranks split their rows, so groups stay whole.
@@ -98,7 +76,7 @@ class Partition:
         Raises:
             UsageError: see :attr:`w2`.
         """
-        self._check_slices()
+        check_ranks(self.prefix, self.intermediate * self.ranks, self.local_schemes, self.rotated("w2"), self.ranks)
         return ragged(
             self.local_widths,
             self.stacked * self.intermediate,
@@ -114,7 +92,7 @@ class Partition:
         Raises:
             UsageError: a scheme or the rotation cannot be split there; the grid can be between blocks of 32 codes.
         """
-        self._check_slices()
+        check_ranks(self.prefix, self.intermediate * self.ranks, self.local_schemes, self.rotated("w2"), self.ranks)
         size = self.config.group_size
         offset = 0 if size == WHOLE_ROW else self.begin % size
         return ragged(self.local_widths, self.hidden, self.intermediate, size, offset, self.local_schemes)

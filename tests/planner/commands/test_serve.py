@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner.commands.serve import IMPOSSIBLE, check_flags
+from planner.commands.serve import IMPOSSIBLE, check_flags, check_tensor_parallel
 from planner.common.units import GIB
 from planner.evaluation import server_start
 from planner.evaluation.server_start import cache_flags, chat_note, check_port, check_tokenizer, find_checkpoint
@@ -47,6 +47,22 @@ def test_the_plugin_gives_the_same_reasons() -> None:
     options = pytest.importorskip("vllm_moeq.serving.options")
     reasons = {option.flag: option.reason for option in options.OPTIONS}
     assert {flag: reasons[flag] for flag in IMPOSSIBLE if flag != "--model"}.items() <= IMPOSSIBLE.items()
+
+
+@pytest.mark.parametrize("flags", [("--tensor-parallel-size", "8"), ("-tp=8",), ("--tensor_parallel_size=8",)])
+def test_ranks_that_experts_cannot_be_cut_for(flags: tuple[str, ...], quantized_mixtral: Path) -> None:
+    with pytest.raises(UsageError, match=r"experts: expected 1 or 2 or 4 as the number of ranks, .* 128, found 8"):
+        check_tensor_parallel(quantized_mixtral, flags)
+
+
+@pytest.mark.parametrize("flags", [("-tp", "4"), ("-tp", "8", "-ep"), ("-tp", "8", "--enable-expert-parallel"), ()])
+def test_ranks_that_fit(flags: tuple[str, ...], quantized_mixtral: Path) -> None:
+    check_tensor_parallel(quantized_mixtral, flags)
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "x", "9" * 5000])
+def test_what_is_no_number_of_ranks_is_left_to_vllm(value: str, quantized_mixtral: Path) -> None:
+    check_tensor_parallel(quantized_mixtral, ("-tp", value))
 
 
 def test_a_taken_port_is_named_with_a_free_one() -> None:
