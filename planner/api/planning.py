@@ -115,7 +115,7 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
         check_sizes(source, layout, settings)
         found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.storage)
-        serving = serving_needs(source.config, layout, found.ours, work.load)
+        serving = serving_needs(source.config, layout, found.ours, work.load, settings.storage)
         return Estimate(needs, made.achieved_avg_bits, found.ours, serving, _formula(work, made, found))
 
 

@@ -132,7 +132,9 @@ def estimate_quantize(wanted: QuantizeKeywords) -> Estimate:
             options = _options(work, ranked=False)
             made, measures = make_plan(work.source, work.layout, options, work.progress), options.measures
         sizes = _sizes(work, made)
-        serving = serving_needs(work.source.config, work.layout, sizes, work.wanted.service())
+        serving = serving_needs(
+            work.source.config, work.layout, sizes, work.wanted.service(), work.settings.with_plan(made).storage
+        )
         return Estimate(_needs(work, made, sizes, measures), made.achieved_avg_bits, sizes, serving)
 
 

@@ -43,7 +43,7 @@ def serving_line(serving: ServingNeeds) -> str:
     if serving.gpus is None:
         count = f"more than {RANKS[-1]} GPUs, or fewer requests:"
     else:
-        flag = f" (--tensor-parallel-size {serving.gpus})" if serving.gpus > 1 else ""
+        flag = f" ({serving.flags})" if serving.flags else ""
         count = f"{serving.gpus} GPU{'s' if serving.gpus > 1 else ''} of {serving.gpu_gib:g} GiB{flag}:"
     return (
         f"serving {load} takes {count} {size(serving.weight_bytes)} of weights, {size(serving.cache_bytes)} of cache, "

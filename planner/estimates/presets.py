@@ -70,11 +70,12 @@ def budget_for(
     budget = _on_disk(weight_room(model.config, layout, service), layout, least)
     if least.total_bytes <= budget * GIB:
         return budget
-    needs = serving_needs(model.config, layout, least, service)
+    needs = serving_needs(model.config, layout, least, service, settings.storage)
     if needs.gpus is None:
         would = f"it takes more than {RANKS[-1]} such GPUs, or fewer requests"
     else:
-        would = f"it takes {needs.gpus} such GPU{'s' if needs.gpus > 1 else ''} (--tensor-parallel-size {needs.gpus})"
+        flags = f" ({needs.flags})" if needs.flags else ""
+        would = f"it takes {needs.gpus} such GPU{'s' if needs.gpus > 1 else ''}{flags}"
     raise UsageError(
         f"--preset {name}: expected room for {size(least.total_bytes)} (--bits {low}), found {budget:g} GiB, "
         f"{MEMORY_SHARE:.0%} of {service.gpu_gib:g} GiB, less {size(FIXED_BYTES)} reserved and the cache of "

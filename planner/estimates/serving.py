@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import Any
 
 from planner.common.units import GIB
-from planner.model.layout import Layout
-from planner.model.sizes import Sizes
+from planner.model.layout import Layout, MoeLayer
+from planner.model.sizes import GRIDS, Sizes, Storage
 from vllm_moeq.format import UsageError
 
 MEMORY_SHARE = 0.9
@@ -59,6 +59,7 @@ class ServingNeeds:
         context: see :class:`Service`.
         concurrency: see :class:`Service`.
         gpu_gib: see :class:`Service`.
+        expert_parallel: whether each GPU has whole experts, because they cannot be cut for so many.
     """
 
     gpus: int | None
@@ -68,13 +69,23 @@ class ServingNeeds:
     context: int
     concurrency: int
     gpu_gib: float
+    expert_parallel: bool = False
+
+    @property
+    def flags(self) -> str:
+        """The flags that make vLLM use so many GPUs."""
+        if self.gpus is None or self.gpus == 1:
+            return ""
+        return f"--tensor-parallel-size {self.gpus}{' --enable-expert-parallel' if self.expert_parallel else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for ``--json``."""
         return asdict(self)
 
 
-def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, service: Service) -> ServingNeeds:
+def serving_needs(
+    config: Mapping[str, Any], layout: Layout, sizes: Sizes, service: Service, storage: Storage = GRIDS
+) -> ServingNeeds:
     """Return the least number of GPUs that serve a checkpoint, and the bytes on each GPU.
 
     Args:
@@ -82,6 +93,7 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
         layout: the source's layout.
         sizes: sizes of the quantized checkpoint.
         service: the load to serve.
+        storage: how its experts are stored.
     """
     text = text_config(config)
     available = MEMORY_SHARE * service.gpu_gib * GIB
@@ -89,11 +101,12 @@ def serving_needs(config: Mapping[str, Any], layout: Layout, sizes: Sizes, servi
     for ranks in RANKS:
         if int(text.get("num_attention_heads") or ranks) % ranks:
             break
-        weights = _weights_per_rank(layout, sizes, ranks)
+        whole = not all(_can_be_cut(layer, storage, ranks) for layer in layout.layers)
+        weights = _weights_per_rank(layout, sizes, ranks, whole)
         cache = service.concurrency * cache_per_request(text, layout, service.context, ranks)
         taken = weights + cache + FIXED_BYTES
         fits = taken <= available
-        found = ServingNeeds(ranks if fits else None, weights, cache, taken, **vars(service))
+        found = ServingNeeds(ranks if fits else None, weights, cache, taken, **vars(service), expert_parallel=whole)
         if fits:
             break
     assert found is not None  # one rank divides every number of heads
@@ -112,12 +125,23 @@ def weight_room(config: Mapping[str, Any], layout: Layout, service: Service) -> 
     return int(MEMORY_SHARE * service.gpu_gib * GIB) - FIXED_BYTES - cache
 
 
-def _weights_per_rank(layout: Layout, sizes: Sizes, ranks: int) -> int:
+def _can_be_cut(layer: MoeLayer, storage: Storage, ranks: int) -> bool:
+    """Tell whether ranks can split the experts of a layer."""
+    return layer.shapes[layer.projections.down][1] % (storage.slice_step(layer) * ranks) == 0 or ranks == 1
+
+
+def _weights_per_rank(layout: Layout, sizes: Sizes, ranks: int, whole: bool) -> int:
     """Return the bytes of weights per rank.
 
-    Ranks split experts, linears and embeddings. Routers and norms are not split but small, so they count as split.
+    Ranks split experts, or have whole ones each; and they split linears and embeddings. Routers and norms are not split
+    but small, so they count as split.
     """
-    experts = math.ceil(sizes.expert_bytes * growth_on_gpu(layout, ranks))
+    if whole:
+        uneven = max(Fraction(-(-it.num_experts // ranks) * ranks, it.num_experts) for it in layout.layers)
+        growth = growth_on_gpu(layout) * uneven
+    else:
+        growth = growth_on_gpu(layout, ranks)
+    experts = math.ceil(sizes.expert_bytes * growth)
     return math.ceil((experts + sizes.linear_bytes + sizes.kept_bytes) / ranks)
 
 

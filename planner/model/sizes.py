@@ -13,6 +13,7 @@ from planner.common.units import GIB
 from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from vllm_moeq.format import GRID, SCHEMES, Linear, Scheme, TensorInfo, UsageError
+from vllm_moeq.format.rotation import rotation_size
 
 SHAPE_BYTES = 16
 """Bytes of the shape that a packed linear stores."""
@@ -68,6 +69,13 @@ class Storage:
         """Return the bytes that a layer's experts share: a sign for each input of gate and up, and of down."""
         inputs = [layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down)]
         return sum(inputs) // 8 if self.rotated else 0
+
+    def slice_step(self, layer: MoeLayer) -> int:
+        """Return what a rank's part of a layer's intermediate size is a multiple of, where ranks split experts."""
+        schemes = {GRID, self.scheme, *(SCHEMES[name] for name in self.chosen.get(layer.prefix, ()) if self.rotated)}
+        steps = [number for scheme in schemes for number in (scheme.row_step, scheme.column_step)]
+        turned = rotation_size(layer.shapes[layer.projections.down][1]) if self.rotated else None
+        return math.lcm(*steps, turned or 1)
 
 
 GRIDS = Storage()

@@ -17,13 +17,13 @@ from planner.common.units import GIB
 from planner.estimates import Service, serving_needs
 from planner.estimates.serving import FIXED_BYTES, INPUT_BLOCK, ROW_TILE, growth_on_gpu
 from planner.model.layout import Layout, read_layout
-from planner.model.sizes import Sizes
+from planner.model.sizes import Sizes, Storage
 from planner.model.source import SourceModel
 from tests.kernels.layers import random_matrices
 from tests.paths import CALIBRATION_TEXT, MIXTRAL, MOEQ, QWEN
 from tests.shipped import MIXTRAL_SIZES
 from tests.tiers import thorough
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import SCHEMES, UsageError
 from vllm_moeq.kernels.triton.repack import repack
 
 pytestmark = pytest.mark.slow
@@ -147,6 +147,20 @@ def test_experts_grow_on_gpus_to_whole_blocks(layout: Layout) -> None:
     assert growth_on_gpu(odd) == Fraction(2 * 1408 + 1536, 3 * 1408)
     needs = serving_needs(MIXTRAL_8X7B, odd, SIZES, Service(context=1, concurrency=1))
     assert needs.weight_bytes == math.ceil(30 * GIB * growth_on_gpu(odd)) + 2 * GIB
+
+
+def test_experts_that_cannot_be_cut_stay_whole(layout: Layout) -> None:
+    """A rotated trellis keeps blocks of 128: of Qwen3-30B-A3B's 768 neurons four ranks would get 192 each."""
+    wide = with_shapes(layout, {"w1": (768, 2048), "w3": (768, 2048), "w2": (2048, 768)})
+    rotated = Storage(SCHEMES["trellis"], rotated=True)
+    service = Service(context=100, concurrency=1, gpu_gib=14)
+    cut = serving_needs(MIXTRAL_8X7B, wide, SIZES, service)
+    whole = serving_needs(MIXTRAL_8X7B, wide, SIZES, service, rotated)
+    assert (cut.flags, cut.expert_parallel) == ("--tensor-parallel-size 4", False)
+    assert (whole.flags, whole.gpus) == ("--tensor-parallel-size 4 --enable-expert-parallel", 4)
+    assert cut.weight_bytes - whole.weight_bytes == math.ceil(30 * GIB * Fraction(2 * 3 + 4, 9) / 4) - 30 * GIB // 4
+    two = serving_needs(MIXTRAL_8X7B, wide, SIZES, replace(service, gpu_gib=24), rotated)
+    assert two.flags == "--tensor-parallel-size 2"
 
 
 def test_blocks_are_those_of_the_fused_kernel() -> None:
