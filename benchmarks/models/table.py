@@ -71,8 +71,8 @@ its class imports torchvision, which was not installed. The message of `qwen3_5_
 are text alone. vLLM for CPUs fails on an object of llvmlite, which its class for `kimi_k25` imports: the script mends
 that line. `qwen3_5_moe_text` answers in bfloat16, which it needs
 on CPUs, with linear heads of 128; 36 of 48 tokens were those of its dense export in the same vLLM, which rounds
-otherwise. Why vLLM's dense models differ from transformers' has not been found; for Laguna,
-ours differ and there is no dense model to compare with.
+otherwise. Why vLLM's dense models differ from transformers' has not been found. vLLM does not load the bias by which
+Laguna's router chooses, and has no router on CPUs for it: our plugin loads the one and completes the other.
 
 Linears that vLLM takes in 16 bits alone stay so, with one note: those of Mamba 1 blocks, as in Jamba.
 `hunyuan_v1_moe` is served by vLLM's transformers back end.

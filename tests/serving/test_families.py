@@ -14,7 +14,7 @@ from benchmarks.models.families import build
 
 pytestmark = pytest.mark.slow
 
-REST = ["hunyuan_v1_moe", "afmoe"]
+REST = ["hunyuan_v1_moe", "afmoe", "laguna"]
 
 
 SEEING = ["qwen3_vl_moe", "qwen3_vl_moe-exchanged", "glm4v_moe"]
