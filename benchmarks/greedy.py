@@ -100,7 +100,11 @@ def _serve(folder: str, arguments: dict[str, Any], answer: Connection) -> None:
     os.environ.update({**cpu_environment(), **ENVIRONMENT})
     try:
         from vllm import LLM, SamplingParams
+        from vllm.triton_utils import dispatcher
 
+        # Of everything imported, vLLM reads the attributes; one object of llvmlite, which its class for Kimi K2.5
+        # imports with numba, answers with a function, and vLLM fails on it.
+        dispatcher.vars = _attributes  # type: ignore[attr-defined]
         model = LLM(folder, **arguments)
         how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
         found = model.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], how, use_tqdm=False)
@@ -108,6 +112,12 @@ def _serve(folder: str, arguments: dict[str, Any], answer: Connection) -> None:
     except BaseException as error:  # what vLLM's classes raise is what the table has to say
         answer.send(_reason(error))
         raise
+
+
+def _attributes(value: object) -> Mapping[str, Any]:
+    """Return an object's attributes as ``vars`` does, none where they are no mapping."""
+    found = vars(value)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _reason(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.models import wrappers
+
 TOKENIZER = Path(__file__).with_name("stdlib-mixtral")
 HIDDEN, EXPERTS, LAYERS = 128, 8, 2
 BASE: dict[str, Any] = {
@@ -35,8 +37,12 @@ INDEXER = {"index_topk": 16, "index_head_dim": 64, "index_n_heads": 32}
 GATED_DELTA: dict[str, Any] = {
     **HEADS, **MOE, **NUMBER, "shared_expert_intermediate_size": 128,
     "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]
+    },
 }  # fmt: skip
+"""Linear heads have the published size: vLLM's CPU kernel takes no other."""
 VISION: dict[str, Any] = {
     "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": 4,
     "deepstack_visual_indexes": [0], "image_size": 32,
@@ -53,6 +59,8 @@ class Family:
         name: transformers' classes without their endings ``Config`` and ``For...``.
         sizes: what the config of the language model gets besides :data:`BASE`.
         vision: sizes of the part that sees images; None for a model of text alone.
+        around: what the config gets that holds both.
+        wrapper: the files with which vLLM serves that part; None where it asks for none, or serves it not at all.
         without: sizes that the class does not have.
         model: ending of the model's class.
         called: the model's class, where it is not called after the config.
@@ -63,6 +71,8 @@ class Family:
     name: str
     sizes: Mapping[str, Any]
     vision: Mapping[str, Any] | None = None
+    around: Mapping[str, Any] = field(default_factory=dict)
+    wrapper: wrappers.Wrapper | None = None
     without: tuple[str, ...] = ()
     model: str = "ForCausalLM"
     called: str | None = None
@@ -93,16 +103,27 @@ def named(*renamed: tuple[str, str]) -> Callable[[Tensors], Tensors]:
     return rename
 
 
-_QWEN3_VL: dict[str, Any] = {**HEADS, **NUMBER, "moe_intermediate_size": 96}
+_QWEN3_VL: dict[str, Any] = {
+    "name": "Qwen3VLMoe",
+    "sizes": {
+        **HEADS, **NUMBER, "moe_intermediate_size": 96,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+    },
+    "vision": VISION,
+    "wrapper": wrappers.QWEN,
+    "model": _SEES,
+    "published": {"text_config": {"norm_topk_prob": True}},
+}  # fmt: skip
 _DENSE_APART = named((r"block_sparse_moe\.((gate|up|down)_proj)", r"mlp.\1"))
 
 FAMILIES: dict[str, Family] = {
-    "qwen3_5_moe": Family(name="Qwen3_5Moe", sizes=GATED_DELTA, vision=VISION, model=_SEES),
-    "qwen3_5_moe_text": Family(name="Qwen3_5MoeText", sizes=GATED_DELTA),
-    "qwen3_vl_moe": Family(name="Qwen3VLMoe", sizes=_QWEN3_VL, vision=VISION, model=_SEES),
-    "qwen3_vl_moe-exchanged": Family(
-        name="Qwen3VLMoe", sizes=_QWEN3_VL, vision=VISION, model=_SEES, convert=exchange_last_two
+    "qwen3_5_moe": Family(
+        name="Qwen3_5Moe", sizes=GATED_DELTA, vision={**VISION, "deepstack_visual_indexes": []}, wrapper=wrappers.QWEN,
+        model=_SEES,
     ),
+    "qwen3_5_moe_text": Family(name="Qwen3_5MoeText", sizes=GATED_DELTA),
+    "qwen3_vl_moe": Family(**_QWEN3_VL),
+    "qwen3_vl_moe-exchanged": Family(**_QWEN3_VL, convert=exchange_last_two),
     "deepseek_v32": Family(name="DeepseekV32", sizes={**MLA, **MOE, **ROUTED, **GROUPED, **DENSE_FIRST, **INDEXER}),
     "glm_moe_dsa": Family(
         name="GlmMoeDsa",
@@ -122,8 +143,16 @@ FAMILIES: dict[str, Family] = {
         name="Kimi_K25",
         sizes={"model_type": "deepseek_v3", **MLA, **MOE, **ROUTED, **GROUPED, **UNBIASED, "first_k_dense_replace": 1},
         vision={"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2},
+        wrapper=wrappers.KIMI,
         model=_SEES,
-        convert=named((r"^(language_model.*)\.blocks\.", r"\1.layers.")),
+        around={"projection_hidden_size": 64},
+        convert=named(
+            (r"^(language_model.*)\.blocks\.", r"\1.layers."), (r"^model\.mm_projector", "mm_projector"),
+            (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed"),
+        ),
+        published={
+            "architectures": ["KimiK25ForConditionalGeneration"], "vision_config": {"projector_ln_eps": 1e-5}
+        },
     ),
     "glm4v_moe": Family(
         name="Glm4vMoe",
@@ -134,7 +163,9 @@ FAMILIES: dict[str, Family] = {
             },
         },
         vision={**VISION, "num_hidden_layers": 1},
+        wrapper=wrappers.GLM,
         model=_SEES,
+        published={"text_config": {"use_qk_norm": False}},
     ),
     "gemma4": Family(
         name="Gemma4",
@@ -280,15 +311,30 @@ def classes(name: str) -> tuple[Any, Any]:
     family = FAMILIES[name]
     sizes = {key: value for key, value in {**BASE, **family.sizes}.items() if key not in family.without}
     if family.vision is not None:
-        sizes = {"text_config": sizes, "vision_config": dict(family.vision), "tie_word_embeddings": False}
+        sizes = {
+            "text_config": sizes,
+            "vision_config": dict(family.vision),
+            "tie_word_embeddings": False,
+            **family.around,
+        }
+        if family.wrapper is not None:
+            sizes["text_config"]["vocab_size"] += wrappers.PLACES
+            sizes |= family.wrapper.config()
     config = getattr(transformers, f"{family.name}Config")(**sizes)
     return config, getattr(transformers, family.called or f"{family.name.removesuffix('Text')}{family.model}")
+
+
+def _as_published(config: dict[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what published ones say; parts within it are merged."""
+    parts = {key: {**config[key], **it} for key, it in published.items() if isinstance(it, dict) and key in config}
+    return {**config, **published, **parts}
 
 
 def config_json(name: str) -> dict[str, Any]:
     """Return a family's config.json."""
     config, model = classes(name)
-    return {**json.loads(config.to_json_string()), "architectures": [model.__name__], **FAMILIES[name].published}
+    said = {**json.loads(config.to_json_string()), "architectures": [model.__name__]}
+    return _as_published(said, FAMILIES[name].published)
 
 
 def build(name: str, folder: Path) -> Any:
@@ -307,9 +353,11 @@ def build(name: str, folder: Path) -> Any:
     _settle(model.to(torch.bfloat16).eval())
     model.save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **family.published}))
+    path.write_text(json.dumps(_as_published(json.loads(path.read_text()), family.published)))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)
+    if family.wrapper is not None:
+        family.wrapper.write(folder)
     if family.convert is not None:
         weights = folder / "model.safetensors"
         save_file(family.convert(load_file(weights)), weights, metadata={"format": "pt"})

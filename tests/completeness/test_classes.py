@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models.families import config_json
 from vllm_moeq.completeness import cannot_build, cannot_load, meta_model, no_class
+from vllm_moeq.completeness.expected import expected_tensors
 from vllm_moeq.format import ConfigError
 
 
@@ -116,3 +118,9 @@ def test_a_model_of_too_many_modules_is_not_built() -> None:
     with pytest.raises(ConfigError, match=r"^c: expected a model of at most 2000 modules and parameters, found more"):
         meta_model(config, Path("c"), 2000)
     assert sum(1 for _ in meta_model(config, Path("c")).modules()) > 2000
+
+
+def test_the_wrapper_of_kimi_k25_has_its_published_names() -> None:
+    """transformers' renamings, read backwards, give others for which no name in a file stands."""
+    names = expected_tensors(config_json("kimi_k25"), Path("config.json")).tensors
+    assert {"mm_projector.pre_norm.weight", "vision_tower.patch_embed.proj.weight"} <= names.keys()

@@ -1,16 +1,19 @@
-"""The routing that vLLM's router for CPUs leaves out."""
+"""The routing that vLLM's router for CPUs leaves out, and the bias that vLLM does not load."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 
-from vllm_moeq.serving.routing import complete_router
+from vllm_moeq.serving.checkpoint import Checkpoint
+from vllm_moeq.serving.routing import complete_router, load_bias
 
 NAME = "model.layers.0.mlp.experts"
 LOGITS = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -56,3 +59,19 @@ def test_sigmoids_without_groups_choose_the_largest(bias: torch.Tensor | None) -
 def test_a_complete_router_stays_as_it_is(router: CPURouter) -> None:
     before = weights_of(router)
     assert torch.equal(weights_of(completed(router)), before)
+
+
+@pytest.mark.parametrize("name", [f"{NAME}.e_score_correction_bias", "model.layers.0.mlp.gate.e_score_correction_bias"])
+def test_a_bias_among_the_experts_is_loaded_and_others_are_left_to_vllm(name: str, tmp_path: Path) -> None:
+    save_file({name: BIAS.bfloat16()}, tmp_path / "model.safetensors")
+    bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+    layer = SimpleNamespace(e_score_correction_bias=bias)
+    load_bias(layer, NAME, Checkpoint(str(tmp_path)))  # type: ignore[arg-type]
+    assert torch.equal(bias, BIAS.bfloat16().float() if name.startswith(NAME) else torch.zeros(8))
+
+
+def test_without_a_bias_or_files_nothing_is_loaded(tmp_path: Path) -> None:
+    load_bias(SimpleNamespace(), NAME, Checkpoint(str(tmp_path)))  # type: ignore[arg-type]
+    bias = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+    load_bias(SimpleNamespace(e_score_correction_bias=bias), NAME, None)  # type: ignore[arg-type]
+    assert not bias.any()

@@ -18,7 +18,11 @@ LEFTOVERS = (r"\.rotary_emb\.inv_freq$", r"\.(q|k|v|kv|prob)_scale$")
 follow from the config, and scales of a key/value cache in eight bits."""
 
 PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
-    "kimi_k25": ((r"^(language_model\..*)\.blocks\.", r"\1.layers."),),
+    "kimi_k25": (
+        (r"^(language_model\..*)\.blocks\.", r"\1.layers."),
+        (r"^model\.mm_projector\.", "mm_projector."),
+        (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
+    ),
     "kimi_linear": ((r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r".mlp.\1."),),
     "minimax_m3_vl": ((r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r".mlp.\1."),),
     "deepseek_v4": (

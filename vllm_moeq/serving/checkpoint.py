@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,6 +51,18 @@ class Checkpoint:
         if self._summary is None and folder is not None:
             self._summary = verify_whole(folder, values=False)
         return self._summary
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """Return one tensor, or None if the checkpoint has none of that name or its files are not here.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
+        """
+        folder = self.folder()
+        if folder is None:
+            return None
+        with ShardSet(folder) as shards:
+            return shards.load(name).clone() if name in shards.tensors else None
 
     def place(self, name: str) -> str:
         """Return the name of a tensor, with its file if that is known, for messages."""

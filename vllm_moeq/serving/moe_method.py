@@ -22,7 +22,7 @@ from vllm_moeq.serving.activations import activation_of, check_back_end, is_of_b
 from vllm_moeq.serving.arguments import check_arguments
 from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.loading import ExpertLoader, Partition
-from vllm_moeq.serving.routing import complete_router
+from vllm_moeq.serving.routing import complete_router, load_bias
 from vllm_moeq.serving.seam import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -144,6 +144,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         load_format = get_current_vllm_config().load_config.load_format
         if self._loader is not None and load_format != "dummy":
             self._loader.check_complete()
+            load_bias(layer, self.prefix, self._checkpoint)
         complete_router(layer)
         # Loading may have widened scales or zeros to float32; the kernels need one dtype for both.
         for part in PARTS:

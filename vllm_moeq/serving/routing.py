@@ -1,10 +1,13 @@
-"""Routing that vLLM's router for CPUs leaves out."""
+"""Routing that vLLM leaves out: its router for CPUs, and a bias that it does not load."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_moeq.serving.checkpoint import Checkpoint
 from vllm_moeq.serving.seam import RoutedExperts, current_platform, get_current_vllm_config
+
+BIAS = "e_score_correction_bias"
 
 
 def complete_router(layer: RoutedExperts) -> None:
@@ -24,3 +27,24 @@ def complete_router(layer: RoutedExperts) -> None:
     if getattr(router, "use_grouped_topk", None) is False:
         router.use_grouped_topk = True
         router.num_expert_group = router.topk_group = 1
+
+
+def load_bias(layer: RoutedExperts, prefix: str, checkpoint: Checkpoint | None) -> None:
+    """Load the bias by which a router chooses, if the checkpoint has it among the experts, as Laguna's.
+
+    vLLM hands what stands there to the loader of experts, which passes over all else without a word.
+
+    Args:
+        layer: a layer of experts whose weights are loaded.
+        prefix: its name in the checkpoint.
+        checkpoint: the checkpoint; None if vLLM did not say which.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    bias = getattr(layer, BIAS, None)
+    if bias is None or checkpoint is None:
+        return
+    stored = checkpoint.tensor(f"{prefix}.{BIAS}")
+    if stored is not None:
+        bias.data.copy_(stored)
