@@ -113,7 +113,11 @@ def calibrate(wanted: CalibrateKeywords) -> Calibrated:
         return_large_blocks()
         dtype = compute_dtype(device)
         with progress.whole():
-            progress.expect(statistics_parts(source.config, layout, work.reading, work.request.measures, device))
+            progress.expect(
+                statistics_parts(
+                    source.config, layout, work.reading, work.request.measures, work.request.widths, device
+                )
+            )
             found = collect(
                 source, layout, work.text, output, work.facts, device, dtype, progress, wanted.resume, work.request
             )
@@ -127,7 +131,11 @@ def estimate_calibrate(wanted: CalibrateKeywords) -> Estimate:
         MoeqError: as :func:`calibrate` does.
     """
     with _opened(wanted, dry_run=True) as work:
-        return Estimate(calibrate_needs(work.source, work.layout, work.reading, work.request.measures, work.device))
+        return Estimate(
+            calibrate_needs(
+                work.source, work.layout, work.reading, work.request.measures, work.request.widths, work.device
+            )
+        )
 
 
 @contextmanager

@@ -321,7 +321,12 @@ def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Ne
     schemes = POSSIBLE[work.wanted.resolved_scheme] if work.plan is None else (settings.scheme,)
     ways = (replace(settings, scheme=scheme) for scheme in schemes)
     return largest(
-        [quantize_needs(work.source, work.layout, made.experts, sizes, it, devices, reading, measures) for it in ways]
+        [
+            quantize_needs(
+                work.source, work.layout, made.experts, sizes, it, devices, reading, measures, made.bit_choices
+            )
+            for it in ways
+        ]
     )
 
 

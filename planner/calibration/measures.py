@@ -15,7 +15,7 @@ from planner.calibration.kl.linears.estimated import ESTIMATING
 from planner.calibration.kl.linears.gains import TRYING
 from planner.calibration.kl.linears.measured import MEASURING
 from planner.calibration.kl.others import TRYING as TRYING_OTHERS
-from planner.calibration.kl.others import check_trellises, other_gains
+from planner.calibration.kl.others import check_trellises, other_gains, tried_weights
 from planner.calibration.kl.second_order import elementwise, second_order
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import HiddenStates
@@ -85,6 +85,7 @@ class Measure:
         parts: names under which the work shows its progress, in order, each with its cost in passes of the text through
             the model besides the pass that counts, by layout and number of tokens; measured on the shipped Mixtral.
         of_linears: whether the values are those of groups of linears, under :data:`LINEARS`, not those of experts.
+        searched: number of weights for which a trellis of each width is searched.
     """
 
     names: tuple[str, ...]
@@ -94,6 +95,7 @@ class Measure:
     parts: Callable[[Layout, int], Parts] = lambda *_: ((READING, 1.0),)
     layer: Callable[[Routed, int, int], dict[str, torch.Tensor]] | None = None
     of_linears: bool = False
+    searched: Callable[[Layout], int] = lambda _: 0
 
     def passes(self, layout: Layout, tokens: int) -> float:
         """Return the cost in passes of a text of some tokens through the model."""
@@ -270,6 +272,7 @@ MEASURES: dict[str, Measure] = {
     "others": Measure(
         ("gain_trellis_{bits}", "gain_rotated_{bits}", "gain_viterbi_{bits}"), _others, _share, check_trellises,
         parts=lambda layout, _: ((TRYING_OTHERS, 7.0 if _is_small(layout) else 1.0),),
+        searched=lambda layout: tried_weights(layout, _is_small(layout)),
     ),
     "gemq": Measure(("gemq_{bits}",), _gradient_error, lambda _: 1, parts=lambda *_: (("gradients", 9.0),)),
     "hessian": Measure(

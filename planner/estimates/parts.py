@@ -12,7 +12,7 @@ from planner.calibration.measures import COUNTING_PASSES, MEASURES, READING
 from planner.common.schedule import Part
 from planner.estimates.memory import Reading
 from planner.estimates.quantizing import quantizing_seconds
-from planner.estimates.seconds import reading_seconds, variance_seconds
+from planner.estimates.seconds import reading_seconds, searching_seconds, variance_seconds
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.planning.methods import METHODS
@@ -24,14 +24,22 @@ from planner.quantization.settings import QuantizeSettings
 
 
 def statistics_parts(
-    config: Mapping[str, Any], layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device
+    config: Mapping[str, Any],
+    layout: Layout,
+    reading: Reading,
+    measures: Sequence[str],
+    widths: Sequence[int],
+    device: torch.device,
 ) -> list[Part]:
     """Return the parts of collecting statistics from a text."""
     one = reading_seconds(config, layout, replace(reading, streams=0), 1.0, device)
-    works = [work for name in measures for work in MEASURES[name].parts(layout, reading.tokens)]
-    meanwhile = sum(passes for name, passes in works if name == READING)
-    later: list[Part] = [(name, one * passes) for name, passes in works if name != READING]
-    return [(READING, one * (COUNTING_PASSES + meanwhile)), *later]
+    meanwhile, later = COUNTING_PASSES, list[Part]()
+    for measure in measures:
+        parts = MEASURES[measure].parts(layout, reading.tokens)
+        search = searching_seconds(layout, [measure], widths, device) / len(parts)
+        meanwhile += sum(passes for name, passes in parts if name == READING)
+        later += [(name, one * passes + search) for name, passes in parts if name != READING]
+    return [(READING, one * meanwhile), *later]
 
 
 def planning_parts(
@@ -41,7 +49,7 @@ def planning_parts(
     method = METHODS[options.resolved_method]
     parts: list[Part] = []
     if reading is not None and reads_text(options):
-        parts = statistics_parts(model.config, layout, reading, options.measures, device)
+        parts = statistics_parts(model.config, layout, reading, options.measures, options.bit_choices, device)
     seconds = variance_seconds(model, layout, torch.get_num_threads()) if "max_var" in method.metrics else 0.0
     return [*parts, (SCORING, seconds)]
 

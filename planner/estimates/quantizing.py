@@ -12,7 +12,7 @@ from planner.calibration.measures import COUNTING_PASSES, MEASURES
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
 from planner.estimates.needs import Needs
-from planner.estimates.seconds import reading_seconds, rounding_seconds, variance_seconds
+from planner.estimates.seconds import reading_seconds, rounding_seconds, searching_seconds, variance_seconds
 from planner.estimates.written import quantized_bytes
 from planner.model.layout import Layout
 from planner.model.sizes import Sizes
@@ -44,6 +44,7 @@ def quantize_needs(
     devices: Sequence[torch.device],
     reading: Reading | None = None,
     measures: Sequence[str] = (),
+    widths: Sequence[int] = (),
 ) -> Needs:
     """Return the needs of ``moeq quantize``.
 
@@ -56,6 +57,7 @@ def quantize_needs(
         devices: devices that quantize experts, one per job.
         reading: run over the calibration text; None without a text.
         measures: measures that the plan needs from the text.
+        widths: the widths that the plan chooses from.
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
@@ -66,6 +68,7 @@ def quantize_needs(
         if measures:
             alone = replace(reading, streams=0)
             seconds += reading_seconds(config, layout, alone, passes_of(layout, measures, reading.tokens), device)
+            seconds += searching_seconds(layout, measures, widths, device)
     return Needs(
         written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.storage),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
@@ -94,12 +97,17 @@ def quantizing_seconds(
 
 
 def calibrate_needs(
-    model: SourceModel, layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device
+    model: SourceModel,
+    layout: Layout,
+    reading: Reading,
+    measures: Sequence[str],
+    widths: Sequence[int],
+    device: torch.device,
 ) -> Needs:
-    """Return the needs of ``moeq calibrate``."""
+    """Return the needs of ``moeq calibrate``, whose measures round to some widths."""
     names = sum(len(MEASURES[name].all_names(BIT_WIDTHS)) for name in measures)
     written = STATISTICS_BYTES * (names + COUNTS) * layout.num_experts
-    return _reading_needs(model, layout, reading, measures, device, written)
+    return _reading_needs(model, layout, reading, measures, widths, device, written)
 
 
 def plan_needs(
@@ -110,14 +118,20 @@ def plan_needs(
     scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in options.measures)
     written = (PLAN_BYTES + SCORE_BYTES * scores) * layout.num_experts
     if reading is not None and method.calibrated and options.stats is None:
-        return _reading_needs(model, layout, reading, options.measures, device, written)
+        return _reading_needs(model, layout, reading, options.measures, options.bit_choices, device, written)
     known = "max_var" in method.metrics and not isinstance(model, ConfigModel)
     seconds = variance_seconds(model, layout, torch.get_num_threads()) if known else 0.0
     return Needs(written, 0, resident_bytes(), 0, seconds)
 
 
 def _reading_needs(
-    model: SourceModel, layout: Layout, reading: Reading, measures: Sequence[str], device: torch.device, written: int
+    model: SourceModel,
+    layout: Layout,
+    reading: Reading,
+    measures: Sequence[str],
+    widths: Sequence[int],
+    device: torch.device,
+    written: int,
 ) -> Needs:
     config = model.config
     return Needs(
@@ -125,7 +139,8 @@ def _reading_needs(
         temporary_bytes=hidden_bytes(config, reading),
         ram_bytes=reading_ram(config, layout, reading, None, device.type),
         device_bytes=_device_bytes(model, layout, reading, device),
-        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures, reading.tokens), device),
+        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures, reading.tokens), device)
+        + searching_seconds(layout, measures, widths, device),
     )
 
 

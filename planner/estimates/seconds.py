@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from planner.calibration.measures import MEASURES
 from planner.calibration.reading.decoder import ROWS
 from planner.estimates.memory import Reading
 from planner.estimates.serving import text_config
@@ -19,7 +20,7 @@ from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.rows import TILES
 from planner.quantization.settings import QuantizeSettings
 from planner.sensitivity import max_variance_of_rows
-from vllm_moeq.format import GRID, WHOLE_ROW, Scheme
+from vllm_moeq.format import GRID, TRELLIS_SCHEME, WHOLE_ROW, Scheme
 
 LONG = 1.0
 """Seconds of a run that is not repeated: the search for a trellis without the native library is slow."""
@@ -48,6 +49,15 @@ def rounding_seconds(
             if grids or scheme is not GRID:
                 weights[bits, scheme] += layer.weights_per_expert
     return sum(count / _rate(*kind, columns, settings, device) for kind, count in weights.items()) / threads
+
+
+def searching_seconds(layout: Layout, measures: Sequence[str], widths: Sequence[int], device: torch.device) -> float:
+    """Return the seconds of some measures to search a trellis of each width for the weights that they try."""
+    weights = sum(MEASURES[name].searched(layout) for name in measures)
+    able = [bits for bits in widths if bits in TRELLIS_SCHEME.widths] if weights else []
+    columns, settings = max(columns for _, columns in layout.layers[0].shapes.values()), QuantizeSettings()
+    rates = [_rate(bits, TRELLIS_SCHEME, columns, settings, device) for bits in able]
+    return sum(weights / rate for rate in rates) / torch.get_num_threads()
 
 
 def reading_seconds(

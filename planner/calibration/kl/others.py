@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planner.calibration.kl.gains import Gains, Reach, Trial, gains, no_gains
+from planner.calibration.kl.gains import TRIED, Gains, Reach, Trial, gains, no_gains
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.expert import load_expert
 from planner.calibration.reading.hidden import HiddenStates
@@ -59,6 +59,12 @@ def other_gains(
         ROTATED: found[ROTATED] or no_gains(decoder, widths),
         ALONE: alone,
     }
+
+
+def tried_weights(layout: Layout, small: bool) -> int:
+    """Return the number of weights for which a trellis of each width is searched."""
+    layers = layout.layers if small else layout.layers[:LAYERS]
+    return sum((layer.num_experts if small else TRIED) * layer.weights_per_expert for layer in layers)
 
 
 def _alone(decoder: Decoder, layer: MoeLayer, widths: tuple[int, ...]) -> dict[int, torch.Tensor]:
