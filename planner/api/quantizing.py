@@ -41,7 +41,14 @@ from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, with_statistics
-from planner.quantization.quantizers.table import AUTO_SCHEME, POSSIBLE, QUANTIZERS, check_widths
+from planner.quantization.quantizers.table import (
+    AUTO_SCHEME,
+    POSSIBLE,
+    QUANTIZERS,
+    SchemeChoice,
+    check_widths,
+    scheme_for,
+)
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
 from planner.quantization.settings import QuantizeSettings, check_sizes
@@ -297,11 +304,20 @@ def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None
         )
 
 
+def _says_the_same(made: Plan, scheme: SchemeChoice) -> bool:
+    """Tell whether a plan with schemes has those that the argument gives to its widths, or was left to choose."""
+    return scheme == AUTO_SCHEME or all(
+        [scheme_for(bits, scheme).name for bits in widths] == list(made.schemes[prefix])
+        for prefix, widths in made.experts.items()
+    )
+
+
 def _check_scheme(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
     """Raise UsageError where a plan and the argument both say, or leave open, how experts are stored."""
-    if made.schemes and wanted.scheme is not None:
-        raise UsageError(f"--scheme: expected none, as {where} gives experts their schemes, found {wanted.scheme}")
-    if wanted.scheme == AUTO_SCHEME:
+    if made.schemes:
+        if wanted.scheme is not None and not _says_the_same(made, wanted.scheme):
+            raise UsageError(f"--scheme: expected none, as {where} gives experts their schemes, found {wanted.scheme}")
+    elif wanted.scheme == AUTO_SCHEME:
         raise UsageError(
             f"--scheme {AUTO_SCHEME}: expected a plan with schemes, which moeq plan --scheme {AUTO_SCHEME} may make; "
             f"found none in {where}"

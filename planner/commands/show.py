@@ -17,7 +17,7 @@ from planner.common.shown import add_row, say
 from planner.common.units import layer_number, size
 from planner.model.sizes import Sizes
 from planner.planning.methods import METHODS
-from vllm_moeq.format import Summary
+from vllm_moeq.format import GRID, Summary
 
 if TYPE_CHECKING:  # it imports calibration and comparison, a third of the time that moeq verify takes to start
     from planner.api.results import Planned
@@ -122,8 +122,10 @@ def _linears(summary: Summary) -> str:
 def print_summary(summary: Summary) -> None:
     """Print the contents of a verified checkpoint."""
     widths = ", ".join(f"{count} × {bits} bit" for bits, count in sorted(summary.widths.items()))
+    schemes = ", ".join(f"{count} × {name}" for name, count in summary.schemes.items())
+    stored = "" if set(summary.schemes) <= {GRID.name} else f"; {schemes}"
     say(
-        f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}), "
+        f"{summary.folder}: valid; {summary.layers} MoE layers, {summary.experts} experts ({widths}{stored}), "
         f"average {summary.average_bits:.4f} bits; experts {size(summary.expert_bytes)}, "
         f"other tensors {size(summary.other_bytes)}{_linears(summary)}"
     )

@@ -203,6 +203,10 @@ def as_csv(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
+LINES = ("-", "--", ":")
+"""Styles of lines: each scheme its own, where several are compared."""
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Plot KL divergence and perplexity against stored bits, with one line per method and scheme.
 
@@ -215,14 +219,20 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     names = ("kl", "perplexity")
     titles = ("KL divergence to the original (nats per token)", "perplexity")
+    schemes = list(dict.fromkeys(row.get("scheme", GRID.name) for row in rows if row["method"] != ORIGINAL))
     for axes, name, title in zip(figure.subplots(1, 2), names, titles, strict=True):
         for number, (key, found) in enumerate(grouped(rows).items()):
             points = sorted((seeds(of, "stored") or (average,), *cell(of, name)) for average, of in found.items())
             x, y, error = zip(*((at[0], *rest) for at, *rest in points), strict=True)
-            ours = any(row["method"] == OURS for of in found.values() for row in of)
+            first = next(iter(found.values()))[0]
+            ours, scheme = first["method"] == OURS, first.get("scheme", GRID.name)
             style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 9} if ours else {"linewidth": 1.2}
             marker, line = "osD^vP*X<>hp"[number % 12], "--" if number >= 10 and not ours else "-"
-            axes.errorbar(x, y, yerr=error, label=_label(*key), marker=marker, linestyle=line, markersize=4, **style)
+            label = _label(*key)
+            if len(schemes) > 1:
+                line = LINES[schemes.index(scheme) % len(LINES)]
+                label += f", {GRID.name}" if scheme == GRID.name else ""
+            axes.errorbar(x, y, yerr=error, label=label, marker=marker, linestyle=line, markersize=4, **style)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))

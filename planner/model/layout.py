@@ -10,7 +10,15 @@ from planner.model.architectures import Architecture, Stack
 from planner.model.codecs import METHODS, read_settings
 from planner.model.recognize import architecture_for
 from planner.model.source import SourceModel
-from vllm_moeq.format import CODES_PER_BLOCK, EXPERT_COUNT, CheckpointError, Projections, TensorInfo, UsageError
+from vllm_moeq.format import (
+    CODES_PER_BLOCK,
+    EXPERT_COUNT,
+    QUANT_METHOD,
+    CheckpointError,
+    Projections,
+    TensorInfo,
+    UsageError,
+)
 from vllm_moeq.format.speculation import SPECULATIVE
 
 ROWS_MULTIPLE = 32
@@ -205,6 +213,11 @@ def _refuse_quantized(model: SourceModel) -> None:
     settings = read_settings(model.folder, model.config)
     if settings is None:
         return
+    if settings.method == QUANT_METHOD:
+        raise UsageError(
+            f"{settings.path}: expected a model that is not quantized, found a checkpoint of moeq; "
+            "moeq export writes its values in sixteen bits, moeq verify and moeq report show it"
+        )
     if settings.method not in METHODS:
         raise UsageError(
             f"{settings.path}: the model is quantized already ({settings.method:.80}) in a way that is not read; "

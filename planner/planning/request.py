@@ -15,12 +15,13 @@ from planner.planning.methods import METHODS, OURS, PAPER
 from planner.quantization.quantizers.table import (
     AUTO_SCHEME,
     DEFAULT,
+    POSSIBLE,
     QUANTIZERS,
     SchemeChoice,
     calibrated_names,
     check_widths,
 )
-from vllm_moeq.format import BIT_WIDTHS, ConfigError, UsageError, read_json
+from vllm_moeq.format import BIT_WIDTHS, SCHEMES, ConfigError, UsageError, read_json
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,19 @@ def check_options(options: PlanOptions) -> None:
     if options.scheme == AUTO_SCHEME:
         _check_auto_scheme(options, method)
     check_widths(options.quantizer, options.bit_choices)
+    _check_scheme_widths(options)
     if not 1 <= options.zeta < math.inf:
         raise UsageError(f"--zeta: expected at least 1, found {options.zeta:g}")
+
+
+def _check_scheme_widths(options: PlanOptions) -> None:
+    """Raise UsageError where the scheme that is asked for has none of the widths: all experts would be grids."""
+    widths = tuple({bits for name in POSSIBLE[options.scheme] for bits in SCHEMES[name].widths})
+    if not set(widths) & set(options.bit_choices):
+        raise UsageError(
+            f"--scheme {options.scheme}: expected --bits with some of {', '.join(map(str, sorted(widths)))}, "
+            f"found {', '.join(map(str, options.bit_choices))}"
+        )
 
 
 def _check_auto_scheme(options: PlanOptions, method: Method) -> None:

@@ -11,10 +11,12 @@ from planner.common.install import CPU_INSTALL, WHERE, install_command
 from planner.common.units import size
 from planner.evaluation.record import Evaluations, read_evaluations
 from planner.output.files import atomic
+from planner.quantization.quantizers.table import QUANTIZERS
 from planner.reporting.command_lines import auto_class, method_in_words, quantize_line, serve_commands, unserved
 from planner.reporting.facts import Facts, collect
 from planner.reporting.files import CARD
 from planner.reporting.tables import evaluation_tables, markdown, named, size_table, width_table
+from vllm_moeq.format import GRID, SCHEMES
 from vllm_moeq.format.files import check_inside, read_bytes
 
 DIR = "DIR"
@@ -130,19 +132,27 @@ def _block(text: str, language: str = "sh") -> str:
 def _plan(facts: Facts) -> str:
     plan = facts.config.plan
     promoted = f"; MaxVar promoted {facts.num_promoted:,} experts" if facts.num_promoted else ""
-    quantizer = f" Codes: {markdown(named(plan.quantizer))}" if plan.quantizer else " Codes: quantizer not recorded"
-    group = facts.config.group_size
-    groups = "one scale per row" if group < 0 else f"groups of {group}"
-    if facts.config.rotation is not None:
-        groups += " of grids; experts in a rotated basis"
     return (
         f"## Plan\n\nMethod {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
-        f"{plan.achieved_avg_bits:.4f} achieved{promoted}.{quantizer}, {groups}; other linears have "
+        f"{plan.achieved_avg_bits:.4f} achieved{promoted}. Codes: {_codes(facts)}; other linears have "
         f"{' or '.join(map(str, facts.config.linear.choices))} bits.\n\n"
         f"{width_table(facts).markdown()}\n\n"
         "The widths of all experts are in `config.json`, the reasons in `plan.json`. Made with\n\n"
         f"{_block(quantize_line(facts, DIR))}"
     )
+
+
+def _codes(facts: Facts) -> str:
+    """Return what found the experts' codes, by scheme."""
+    config = facts.config
+    by = config.plan.quantizer
+    quantizer = markdown(named(by)) if by else "quantizer not recorded"
+    groups = "one scale per row" if config.group_size < 0 else f"groups of {config.group_size}"
+    used = {config.scheme(prefix, it) for prefix, widths in config.experts.items() for it in range(len(widths))}
+    others = QUANTIZERS[by].others if by in QUANTIZERS else {}
+    parts = [f"{quantizer}, {groups}"] if GRID in used else []
+    parts += [f"{it.name} by {others.get(it.name, quantizer)}" for it in SCHEMES.values() if it in used - {GRID}]
+    return "; ".join([*parts, *(["experts in a rotated basis"] if config.rotation is not None else [])])
 
 
 def _sizes(facts: Facts) -> str:

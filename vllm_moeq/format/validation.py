@@ -36,7 +36,8 @@ MOST_OTHERS, MOST_OF_LAYER, MOST_OF_EXPERT = 4_000, 100, 16
 class Summary:
     """Counts and sizes (in bytes) of a verified checkpoint.
 
-    ``widths`` counts experts by their width, ``linears`` the packed linears outside the experts.
+    ``widths`` and ``schemes`` count experts by their width and scheme, ``linears`` the packed linears outside the
+    experts.
 
     ``only_experts`` is the reason why other tensors than the experts' were not compared with the architecture's class;
     None if they were, or if nobody asked for it.
@@ -50,6 +51,7 @@ class Summary:
     other_bytes: int = 0
     average_bits: float = 0.0
     widths: dict[int, int] = field(default_factory=dict)
+    schemes: dict[str, int] = field(default_factory=dict)
     linears: dict[int, int] = field(default_factory=dict)
     only_experts: str | None = None
 
@@ -190,10 +192,12 @@ def verify_shards(shards: ShardSet, config: MoeqConfig, *, values: bool) -> Summ
             if values and info.dtype.is_floating_point:
                 check_finite(shards.map(name), shards.place(name))
     summary.average_bits = bit_sum / summary.expert_weights
-    for widths in config.experts.values():
+    for prefix, widths in config.experts.items():
         summary.experts += len(widths)
-        for bits in widths:
+        for expert, bits in enumerate(widths):
+            scheme = config.scheme(prefix, expert).name
             summary.widths[bits] = summary.widths.get(bits, 0) + 1
+            summary.schemes[scheme] = summary.schemes.get(scheme, 0) + 1
     return summary
 
 

@@ -34,7 +34,7 @@ from vllm_moeq.format import (
 from vllm_moeq.format.tensors import Tensors
 
 IN_WORDS = ", ".join(map(str, WIDTHS))
-HOW = f"make exportable checkpoints with moeq quantize --zero-points integer and --bits of {IN_WORDS}"
+HOW = f"make exportable checkpoints with moeq quantize --scheme grid --zero-points integer and --bits of {IN_WORDS}"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,12 @@ def test_a_plan_says_the_schemes_and_quantize_obeys(moeq: Run, plan: Path, tmp_p
     assert config.schemes == made["schemes"]
     assert config.rotation is not None
     assert content(output / "plan.json")["schemes"] == made["schemes"]
+    codes = "Codes: rtn, groups of 128; trellis by viterbi; experts in a rotated basis;"
+    assert codes in (output / "README.md").read_text()
     assert json.loads(found.out)["sizes"]["expert_bytes"] == verify(output).expert_bytes
+    eights = sum(bits == 8 for widths in made["experts"].values() for bits in widths)
+    assert verify(output).schemes == {"trellis": 56 - eights, "grid": eights}
+    assert f"{56 - eights} × trellis" in moeq("verify", output).out
 
 
 def test_a_plan_of_widths_alone_takes_the_scheme(moeq: Run, tmp_path: Path) -> None:
@@ -160,6 +165,10 @@ def test_a_method_that_measures_no_schemes_is_left_out(moeq: Run, tmp_path: Path
             f"--zero-points: {GRIDS}",
         ),
         ((*TRELLIS, "--one-bit", "rtn"), f"--one-bit: {GRIDS}"),
+        (
+            (*TRELLIS, "--bits", "8", "--avg-bits", "8"),
+            "--scheme trellis: expected --bits with some of 1, 2, 3, 4, found 8",
+        ),
     ],
 )
 def test_what_no_scheme_takes_is_refused(moeq: Run, tmp_path: Path, flags: tuple[str, ...], reason: str) -> None:
@@ -168,8 +177,13 @@ def test_what_no_scheme_takes_is_refused(moeq: Run, tmp_path: Path, flags: tuple
 
 
 def test_a_plan_with_schemes_leaves_none_to_choose(moeq: Run, plan: Path, tmp_path: Path) -> None:
-    found = one_line(moeq("quantize", MIXTRAL, "--plan", plan, *TRELLIS, "-o", tmp_path / "out"))
-    assert found == f"error: --scheme: expected none, as {plan} gives experts their schemes, found trellis"
+    found = one_line(moeq("quantize", MIXTRAL, "--plan", plan, "--scheme", "grid", "-o", tmp_path / "out"))
+    assert found == f"error: --scheme: expected none, as {plan} gives experts their schemes, found grid"
+
+
+def test_a_plan_may_be_said_again(moeq: Run, plan: Path, tmp_path: Path) -> None:
+    same = ("quantize", MIXTRAL, "--plan", plan, "--quantizer", "rtn", *TRELLIS, "--dry-run")
+    assert moeq(*same, "-o", tmp_path / "out").code == 0
 
 
 def test_auto_needs_a_plan_that_chose(moeq: Run, tmp_path: Path) -> None:

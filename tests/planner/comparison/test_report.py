@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from planner.comparison.report import tables
+import pytest
+
+from planner.comparison.report import plot, tables
 
 ORIGINAL = {"method": "original", "perplexity": 9.0}
 
@@ -41,3 +44,15 @@ def test_a_method_without_tasks_keeps_its_other_scores() -> None:
     found = {title: lines for title, _, lines in tables(rows)}
     assert found["copa acc (original 0.6000)"] == [["kl", "0.5000 ± 0.0500"], ["slim", ""]]
     assert found["Perplexity (original 9.000)"][1] == ["slim", "10.000 ± 0.100"]
+
+
+def test_schemes_differ_in_the_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    of_two = [row("kl", bits, 0, scheme=scheme) for scheme in ("grid", "trellis") for bits in (2.0, 3.0)]
+    plot([ORIGINAL, *of_two], tmp_path / "p.png")
+    plot([ORIGINAL, *of_two[:2]], tmp_path / "p.png")
+    both, alone = ({it.get_label(): it[0].get_linestyle() for it in one.axes[0].containers} for one in drawn)
+    assert both == {"kl, grid": "-", "kl, trellis": "--"}
+    assert alone == {"kl": "-"}

@@ -99,7 +99,7 @@ def test_a_model_without_any_router_is_refused(mixtral_copy: Path, change_config
 
 
 def test_a_quantized_model_is_refused(quantized_mixtral: Path) -> None:
-    assert "the model is quantized already (moeq)" in refusal(quantized_mixtral, UsageError)
+    assert "found a checkpoint of moeq; moeq export writes its values" in refusal(quantized_mixtral, UsageError)
 
 
 def test_more_experts_in_the_config_are_refused(mixtral_copy: Path, change_config: Change) -> None:
