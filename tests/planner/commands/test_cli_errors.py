@@ -89,7 +89,7 @@ def test_verify_of_a_model_that_is_not_quantized(refused: Refused, tiny_mixtral:
 
 
 def test_quantizing_twice(refused: Refused, quantized_mixtral: Path, out: Path) -> None:
-    assert "quantized already" in refused("quantize", quantized_mixtral, "-o", out)
+    assert "found a checkpoint of moeq" in refused("quantize", quantized_mixtral, "-o", out)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_card_tells_schemes(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) 
     assert "| bits | scheme | experts | share |" in card
     assert "| 2 | trellis | 8 | 50.0% |" in card
     assert "| 8 | grid | 8 | 50.0% |" in card
-    assert "groups of 32 of grids; experts in a rotated basis" in card
+    assert ", groups of 32; trellis by viterbi; experts in a rotated basis" in card
     assert "scales and zero points, and signs of the rotation" in card
     command = next(line for line in card.splitlines() if line.startswith("moeq quantize"))
     assert "--scheme trellis" in command
