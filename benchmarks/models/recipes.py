@@ -155,7 +155,7 @@ models themselves were not tried.
 
 COLUMNS = 4
 TYPE = re.compile(r"`([a-z0-9_]+)`")
-NOT_TRIED = ("not tried",) + ("no",) * (COLUMNS - 1)
+NOT_TRIED = ("not tried",) * COLUMNS
 
 
 def answers(readme: str, families: str) -> dict[str, tuple[tuple[str, ...], str]]:

@@ -23,6 +23,15 @@ INPUT_BLOCK, ROW_TILE = 256, 64
 """The fused kernel keeps a matrix in blocks of inputs and tiles of output neurons; zeros fill the last ones."""
 
 RANKS = (1, 2, 4, 8, 16)
+FIXED = ("linear_attention", "mamba", "conv", "recurrent", "gated_delta", "moe", "mlp", "sparse", "dense", "none")
+"""Kinds of layers that keep nothing, or a state of fixed size, small beside a long context. Others cache each token."""
+
+KINDS = ("layer_types", "layers_block_type")
+"""Keys of config.json for the kind of each layer."""
+
+PATTERN = "hybrid_override_pattern"
+"""The same as a letter for each layer, an asterisk for attention."""
+
 CACHE_BYTES = 2
 """Bytes of a cached value, bfloat16."""
 
@@ -187,20 +196,30 @@ def cache_per_request(text: Mapping[str, Any], layout: Layout, context: int, ran
     layers = _attention_kinds(text, layout.num_layers)
     window = text.get("sliding_window")
     seen = {
-        "linear_attention": 0,  # its state has a fixed size, small compared with a long context
+        **dict.fromkeys(FIXED, 0),
         "sliding_attention": min(context, window) if isinstance(window, int) and window > 0 else context,
     }
     return CACHE_BYTES * _values_per_token(text, ranks) * sum(seen.get(kind, context) for kind in layers)
 
 
 def _attention_kinds(text: Mapping[str, Any], count: int) -> list[str]:
-    """Return the kind of each layer's attention: config.json lists them, or says that every n-th is a full one."""
-    kinds, interval = text.get("layer_types"), text.get("full_attention_interval")
-    if isinstance(kinds, list) and kinds:
-        return kinds
-    if isinstance(interval, int) and interval > 0:
-        return ["linear_attention" if number % interval else "full_attention" for number in range(1, count + 1)]
-    return ["full_attention"] * count
+    """Return the kind of each layer: config.json lists them, or says which have full attention."""
+    numbers = range(count)
+    listed = next((text[key] for key in KINDS if isinstance(text.get(key), list) and text[key]), None)
+    interval, linear = text.get("full_attention_interval"), text.get("linear_attn_config")
+    period, offset, pattern = (text.get(key) for key in ("attn_layer_period", "attn_layer_offset", PATTERN))
+    full = set(numbers)
+    if listed is not None:
+        return [str(kind) for kind in listed]
+    if isinstance(pattern, str):
+        full = {number for number, letter in enumerate(pattern) if letter == "*"}
+    elif isinstance(linear, Mapping) and isinstance(linear.get("full_attn_layers"), list):
+        full = {number - 1 for number in linear["full_attn_layers"]}
+    elif isinstance(interval, int) and interval > 0:
+        full = {number for number in numbers if (number + 1) % interval == 0}
+    elif isinstance(period, int) and period > 0 and isinstance(offset, int):
+        full = {number for number in numbers if number % period == offset}
+    return ["full_attention" if number in full else "none" for number in numbers]
 
 
 def _values_per_token(text: Mapping[str, Any], ranks: int) -> int:

@@ -93,6 +93,8 @@ def _check_embedding(shards: ShardSet, config: dict[str, Any]) -> None:
 def _check_last_norm(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig) -> None:
     """Require the norm behind the layers: a vector beside the list of layers that has experts, whatever its name.
 
+    It may be part of a module there, whose name then says that it is a norm.
+
     Raises:
         CheckpointError: there is none.
     """
@@ -103,7 +105,10 @@ def _check_last_norm(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfi
     around = first[1].rpartition(".")[0]
     beside = f"{around}." if around else ""
     for name, info in shards.tensors.items():
-        if name.startswith(beside) and name.count(".") == beside.count(".") + 1 and len(info.shape) == 1:
+        own = name.removeprefix(beside)
+        if not name.startswith(beside) or len(info.shape) != 1 or name.startswith(f"{first[1]}."):
+            continue
+        if own.count(".") == 1 or own.endswith("norm.weight"):
             return
     raise CheckpointError(
         f"{shards.folder}: tensor {beside}norm.weight is missing: expected [{hidden}] for the norm behind {first[1]}, "

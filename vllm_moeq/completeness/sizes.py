@@ -46,6 +46,8 @@ def positive_integer(config: Mapping[str, Any], keys: tuple[str, ...], path: Pat
     for found in parts(config):
         for key in keys:
             value = found.get(key)
+            if isinstance(value, list) and value and all(type(one) is int and one == value[0] for one in value):
+                value = value[0]  # as of each layer, the same
             if type(value) is int and 0 < value <= MAX_INTEGER:
                 return value
     raise ConfigError(f"{path}: expected a positive integer {' or '.join(keys)} of at most {MAX_INTEGER}")
@@ -69,7 +71,7 @@ def check_sizes(config: Mapping[str, Any], parsed: Any, path: Path) -> None:
     positive_integer(config, EXPERT_COUNT, path)
 
 
-TOP_K = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk")
+TOP_K = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts", "experts_per_token")
 """The keys of config.json that may say how many experts a token has."""
 
 
@@ -85,9 +87,11 @@ def check_top_k(config: Mapping[str, Any], path: Path) -> None:
     """
     experts = positive_integer(config, EXPERT_COUNT, path)
     for found in parts(config):
-        for key in TOP_K:
-            value = found.get(key)
-            if value is not None and not (type(value) is int and 0 < value <= experts):
+        values = {key: found[key] for key in TOP_K if key in found}
+        for key, value in values.items():
+            each = value if isinstance(value, list) and value else [value]
+            unsaid = value is None and any(other is not None for other in values.values())
+            if not unsaid and not all(type(one) is int and 0 < one <= experts for one in each):
                 raise ConfigError(f"{path}: {key}: expected 1 to {experts} experts per token, found {value!r:.40}")
 
 

@@ -91,6 +91,7 @@ class Decoder:
         try:
             stubs = self._run(tokens)
             if not self._arguments:
+                self._check_width(stubs[0].hidden)
                 self._check(stubs, self._run((tokens + 1) % self.vocabulary))
         finally:
             for module in outside:
@@ -142,6 +143,12 @@ class Decoder:
             if value.shape == last.shape and torch.equal(value, last) and torch.equal(output, result):
                 return name
         raise self._refusal("expected a norm alone behind its last layer, found more")
+
+    def _check_width(self, hidden: torch.Tensor) -> None:
+        """Refuse several streams of hidden states, which a token has with hyper-connections."""
+        expected = self.config.hidden_size
+        if hidden.ndim == 3 and hidden.shape[-1] != expected:
+            raise self._refusal(f"expected hidden states of {expected} values, found {hidden.shape[-1]}")
 
     def _check(self, stubs: list[LayerStub], others: list[LayerStub]) -> None:
         """Refuse layers that read more than hidden states, by their arguments for two texts of one shape."""

@@ -9,6 +9,7 @@ import torch
 
 from planner.model.layout import MoeLayer
 from planner.model.source import SourceModel
+from vllm_moeq.format.schemes.base import check_finite
 from vllm_moeq.kernels import Activation
 
 EXPERT_COPIES = 3
@@ -72,9 +73,16 @@ class ExpertWeights:
 def load_expert(
     model: SourceModel, layer: MoeLayer, expert: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> ExpertWeights:
-    """Read an expert's matrices and biases."""
-    names = (layer.weight(expert, projection) for projection in layer.projections.names())
-    *first, down = (model.shards.map(name).to(device, dtype) for name in names)
+    """Read an expert's matrices and biases.
+
+    Raises:
+        CheckpointError: a matrix is not finite.
+    """
+    names = [layer.weight(expert, projection) for projection in layer.projections.names()]
+    *first, down = matrices = [model.shards.map(name).to(device, dtype) for name in names]
+    for name, matrix in zip(names, matrices, strict=True):
+        if not bool(torch.isfinite(matrix.sum())):  # a NaN or an infinity stays one in the sum
+            check_finite(matrix, model.shards.place(name))
     if layer.biases is None:
         return ExpertWeights(tuple(first), down)
     before, behind = (

@@ -99,6 +99,10 @@ def bind_gptq(stored: Stored, settings: Settings) -> Bound:
         index = stored.info(G_IDX)
         if index.dtype not in (torch.int32, torch.int64) or index.shape != (columns,):
             stored.refuse(G_IDX, f"int32 [{columns}], a group for each input of {widths[0]} bits")
+    elif settings.options.get("desc_act") is True and groups > 1:
+        stored.refuse(
+            VALUES, f"a tensor {stored.weight.removesuffix('weight')}g_idx beside it, as {settings.path} says"
+        )
     elif columns % groups:
         stored.refuse(SCALE, f"a number of groups that divides {columns} inputs")
     codec = Gptq(dtype=settings.dtype, bits=widths[0], columns=columns, offset=offset_of(settings))

@@ -93,6 +93,8 @@ def bind_packed(stored: Stored, settings: Settings) -> Bound:
         stored.refuse(VALUES, f"a tensor {stored.weight}_zero_point beside it, as {settings.path} says")
     if G_IDX in stored.names and (stored.info(G_IDX).dtype not in INTEGERS or stored.info(G_IDX).shape != (columns,)):
         stored.refuse(G_IDX, f"int32 [{columns}], a group for each input")
+    if G_IDX not in stored.names and groups > 1 and _reordered(settings):
+        stored.refuse(VALUES, f"a tensor {stored.weight}_g_idx beside it, as {settings.path} says")
     return Bound(PackQuantized(dtype=settings.dtype, bits=bits, shape=(rows, columns)), (rows, columns))
 
 
@@ -113,6 +115,12 @@ def _width(stored: Stored, settings: Settings) -> int:
     if len(widths) != 1:
         stored.refuse(VALUES, f"codes of one width of {sorted(map(str, named))}, as {SHAPE} beside it says")
     return widths[0]
+
+
+def _reordered(settings: Settings) -> bool:
+    """Tell whether the config says of all weights that their groups do not lie one behind the other."""
+    said = [group.get("actorder") for group in settings.weights()]
+    return bool(said) and all(order in ("group", True) for order in said)
 
 
 def _asymmetric(settings: Settings) -> bool:

@@ -197,6 +197,23 @@ def test_windows_and_linear_attention_hold_less(layout: Layout) -> None:
     assert found.cache_bytes == (1000 + 2 * 128) * (2 * 8 * 128) * 2
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"layer_types": ["mamba", "attention", "conv", "moe"]},
+        {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
+        {"hybrid_override_pattern": "M*-E"},
+        {"linear_attn_config": {"full_attn_layers": [2], "kda_layers": [1, 3, 4]}},
+        {"attn_layer_period": 8, "attn_layer_offset": 1},
+    ],
+)
+def test_layers_without_attention_cache_nothing(layout: Layout, said: dict[str, Any]) -> None:
+    """The forms of Granite and LFM2, Nemotron-H, its published files, Kimi Linear's, and Jamba's."""
+    config = {**MIXTRAL_8X7B, **said}
+    found = serving_needs(config, layout, SIZES, Service(context=1000, concurrency=1, gpu_gib=80))
+    assert found.cache_bytes == 1000 * (2 * 8 * 128) * 2
+
+
 def test_every_other_layer_may_be_a_full_one_without_a_list(layout: Layout) -> None:
     """Published configs of Qwen3-Next say so by an interval."""
     config = {**MIXTRAL_8X7B, "full_attention_interval": 2}

@@ -111,6 +111,9 @@ def test_eval_refuses_a_model_and_a_reference(moeq: Moeq, tmp_path: Path, name: 
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: expected 1 to 8 experts per token, found 9"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok: expected 1 to 8 experts per token, found 0"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok: expected 1 to 8 experts per token, found None"),
+        ({"moe_topk": [2, 9]}, "moe_topk: expected 1 to 8 experts per token, found [2, 9]"),
+        ({"top_k_experts": 9}, "top_k_experts: expected 1 to 8 experts per token, found 9"),
         ({"num_hidden_layers": 1}, "tensor model.layers.1."),
     ],
 )

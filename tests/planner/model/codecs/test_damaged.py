@@ -90,6 +90,8 @@ HEADERS: dict[str, Damage] = {
     "packed-no-scale": Damage("ct-int4-groups", "weight_scale", None, "weight_scale beside it, found none",
                               elsewhere="weight_packed"),
     "packed-order": Damage("ct-int4-order", "weight_g_idx", first, "a group for each input"),
+    "packed-no-order": Damage("ct-int4-order", "weight_g_idx", None, "weight_g_idx beside it",
+                              elsewhere="weight_packed"),
     "packed-zeros": Damage("ct-int4-zeros", "weight_zero_point", first, "expected int32 [16, 4]"),
     "packed-no-zeros": Damage("ct-int4-zeros", "weight_zero_point", None, "weight_zero_point beside it",
                               elsewhere="weight_packed"),
