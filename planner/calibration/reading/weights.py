@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from planner.model.source import SourceModel
 from vllm_moeq.completeness import saved
 from vllm_moeq.format import CheckpointError
+from vllm_moeq.format.schemes import check_finite
 
 
 class Weights:
@@ -83,12 +85,12 @@ class Weights:
         """Return a tensor, joined where the checkpoint has its parts.
 
         Raises:
-            CheckpointError: it is missing, or has another shape.
+            CheckpointError: it is missing, is not finite, or has another shape.
         """
         known = self.model.shards.tensors
         if any(source not in known and source not in replaced for source in sources):
             sources = self._sources(path)
-        parts = [replaced[it] if it in replaced else self.model.shards.map(it) for it in sources]
+        parts = [replaced[it] if it in replaced else self._finite(it) for it in sources]
         value = parts[0]
         if len(parts) > 1:
             sums = [sum(part.shape[axis] for part in parts) for axis in range(value.ndim)]
@@ -98,4 +100,11 @@ class Weights:
             raise CheckpointError(
                 f"{self.model.folder}: tensor {sources[0]}: expected {list(shape)}, found {list(value.shape)}"
             )
+        return value
+
+    def _finite(self, name: str) -> torch.Tensor:
+        """Return a tensor of the checkpoint; refuse NaN and infinity, which would show far from here."""
+        value = self.model.shards.map(name)
+        if value.is_floating_point() and value.dtype.itemsize > 1 and not bool(torch.isfinite(value.sum())):
+            check_finite(value, self.model.shards.place(name), math.inf)
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from planner.model.source import SourceModel
 from planner.model.whole import check_whole
 from tests.architectures import TINY, build
 from tests.conftest import one_line, save_mixtral
-from tests.folders import edit_tensors
+from tests.folders import edit_tensors, save_byte_tokenizer
+from tests.paths import CALIBRATION_TEXT
 from vllm_moeq.format import CheckpointError, MoeqError
 
 Moeq = Callable[..., Any]
@@ -154,3 +156,25 @@ def test_weights_that_are_no_numbers_are_refused(
     assert f"tensor {name}: {words}" in outcome.err.splitlines()[-1]
     assert outcome.code == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_weight_that_is_no_number_is_named_with_a_text(moeq: Moeq, tmp_path: Path, name: str) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    save_byte_tokenizer(folder)
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[3:4].fill_(math.nan))
+    outcome = moeq(
+        "quantize", folder, "--avg-bits", 2, "--data", CALIBRATION_TEXT, "--samples", 4, "--seq-len", 32,
+        "--group-size", 32, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert f"{name}: expected finite values, found NaN or infinity" in outcome.err
+    assert outcome.code == 2
