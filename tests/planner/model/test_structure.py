@@ -45,6 +45,8 @@ PLACES = {
     "jamba": ("model.layers", "feed_forward.experts", "feed_forward.router.weight"),
     "hunyuan_v1_moe": ("model.layers", "mlp.experts", "mlp.gate.wg.weight"),
     "mimo_v2_flash": ("model.layers", "mlp.experts", "mlp.gate.weight"),
+    "mellum": ("model.layers", "mlp.experts", "mlp.gate.weight"),
+    "cohere2_moe": ("model.layers", "mlp.experts", "mlp.gate.weight"),
     "mistral4": ("model.layers", "mlp.experts", "mlp.gate.weight"),
     "deepseek_v4": ("layers", "ffn.experts", "ffn.gate.weight"),
 }
