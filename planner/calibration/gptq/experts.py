@@ -133,11 +133,17 @@ class ExpertQuantizer:
             yield Inputs(inputs, original, None if original is None else weights)
 
     def _inner(self, expert: int, half: ExpertWeights, exact: ExpertWeights, device: torch.device) -> Iterator[Inputs]:
-        """Yield the inputs of an expert's down projection, whose gate and up projections are quantized."""
+        """Yield the inputs of an expert's down projection, whose gate and up projections are quantized.
+
+        Its outputs are added to the layer's, so it also makes up for what the layer lost before its experts.
+        """
         activation = self.decoder.activation
-        for part in self._outer(expert, device):
-            wanted = None if part.original is None else exact.inner(part.original.float(), activation)
-            yield Inputs(half.inner(part.own.float(), activation), wanted, part.weights)
+        for inputs, weights, places in self.routed.chunks(expert, device):
+            original, own = self.routed.original(places, device), half.inner(inputs.float(), activation)
+            if original is None:
+                yield Inputs(own, None)
+            else:
+                yield Inputs(own, exact.inner(original.float(), activation), weights, self.routed.lost(places, device))
 
     def _solve(
         self, weights: torch.Tensor, moments: Moments, bits: int, scheme: Scheme, projection: str

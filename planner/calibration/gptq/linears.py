@@ -16,6 +16,7 @@ from planner.quantization.quantizers.base import check_weights
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.quantizers.linear import quantize_linears_gptq
+from planner.quantization.quantizers.target import Aim
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import CheckpointError, Linear, linear_values
 from vllm_moeq.format.linears import SCALES, WORDS
@@ -141,5 +142,6 @@ def _quantize(
         except CheckpointError as error:
             raise CheckpointError(f"{model.shards.place(name)}: {error}") from None
     spec, tuned = settings.linear.alone(names[0]), settings.gptq or GptqSettings()
-    packed = quantize_linears_gptq(weights, moments.second, moments.shift, spec, tuned)
+    aim = None if moments.shift is None else Aim(moments.shift[None])
+    packed = quantize_linears_gptq(weights, moments.second, aim, spec, tuned)
     return dict(zip(names, packed, strict=True))

@@ -1,4 +1,4 @@
-"""Second moments of inputs, and how far the original model's inputs are from them."""
+"""Second moments of inputs, and how far outputs are from those of the original model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
+from planner.quantization.quantizers.target import Aim
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Inputs:
         own: its inputs x behind quantized layers [n, K].
         original: its inputs o in the original model for the same tokens; None to calibrate symmetrically.
         weights: how much each token counts, float32 [n]; None counts all alike.
+        lost: what the outputs shall make up for besides, float32 [n, N]; None for nothing.
     """
 
     own: torch.Tensor
     original: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    lost: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,17 @@ class Moments:
     Attributes:
         second: sum of x·xᵀ.
         shift: sum of (o − x)·xᵀ; None to calibrate symmetrically.
+        lost: sum of the lost outputs times xᵀ, [N, K] or [B, N, K], times :func:`trust`; None for none.
     """
 
     second: torch.Tensor
     shift: torch.Tensor | None
+    lost: torch.Tensor | None = None
+
+    @property
+    def aim(self) -> Aim | None:
+        """What several matrices with these moments aim at; None to calibrate symmetrically."""
+        return None if self.shift is None else Aim(self.shift, self.lost)
 
     @classmethod
     def of(cls, parts: Iterable[Inputs]) -> Moments:
@@ -44,24 +54,31 @@ class Moments:
         Raises:
             ValueError: there are no parts.
         """
-        second = shift = None
+        second = shift = lost = None
         rows = 0
         for part in parts:
             x, weights = part.own.float(), part.weights
             second = _added(second, x, x, weights)
             if part.original is not None:
                 shift = _added(shift, part.original.float() - x, x, weights)
+            if part.lost is not None:
+                lost = _added(lost, part.lost, x, weights)
             rows += x.shape[0]
         if second is None:
             raise ValueError("no inputs")
-        return cls(second.div_(rows), None if shift is None else shift.div_(rows))
+        if lost is not None:
+            lost.mul_(trust(rows, lost.shape[1]) / rows)
+        return cls(second.div_(rows), None if shift is None else shift.div_(rows), lost)
 
     @classmethod
     def stack(cls, several: Iterable[Moments]) -> Moments:
         """Return the moments of several matrices as one."""
         found = list(several)
-        shifts = [one.shift for one in found if one.shift is not None]
-        return cls(torch.stack([one.second for one in found]), torch.stack(shifts) if shifts else None)
+        return cls(
+            torch.stack([one.second for one in found]),
+            _stacked([one.shift for one in found]),
+            _stacked([one.lost for one in found]),
+        )
 
     def check(self) -> Moments:
         """Return the moments if they are finite.
@@ -69,10 +86,24 @@ class Moments:
         Raises:
             NotPositiveDefiniteError: they are not.
         """
-        for part in (self.second, self.shift):
+        for part in (self.second, self.shift, self.lost):
             if part is not None and not bool(torch.isfinite(part).all()):
                 raise NotPositiveDefiniteError("activations that are not finite")
         return self
+
+
+def trust(rows: int, columns: int) -> float:
+    """Return the share of a regression on K columns that holds for other tokens than its n rows: 1 − K/n, at least 0.
+
+    What the outputs lost is hardly a function of these inputs. As many inputs as tokens would fit anything, and all of
+    it would be chance.
+    """
+    return max(0.0, 1 - columns / rows)
+
+
+def _stacked(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.stack(known) if known else None
 
 
 def _added(

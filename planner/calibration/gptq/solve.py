@@ -44,9 +44,9 @@ def solve_in(
     solve = QUANTIZERS[quantizer].solve
     if solve is None:
         raise ValueError(f"expected a quantizer with calibration, got {quantizer}")
-    second, shift = moments.check().second, moments.shift
+    second, aim = moments.check().second, moments.aim
     if basis is None:
-        return solve(weights, second, bits, group_size, settings, zero_points, shift)
-    turned = None if shift is None else basis.moments(shift)
+        return solve(weights, second, bits, group_size, settings, zero_points, aim)
+    turned = None if aim is None else basis.aim(aim)
     found = solve(basis.weights(weights), basis.moments(second), bits, group_size, settings, zero_points, turned)
     return list(map(basis.wrap, found))

@@ -104,7 +104,7 @@ def gains(
     wanted = reach.indices(decoder)
     tried = [(index, layer) for index, layer in decoder.moe.items() if index in wanted]
     for index, layer in progress.track(tried, label):
-        original = route(decoder, index, store.load(index)[:sequences], store).inputs
+        original = route(decoder, index, store.load(index)[:sequences], store)
         routed = route(decoder, index, behind.load(index), behind).beside(original)
         counts = torch.tensor([int((routed.ids == expert).sum()) for expert in range(layer.num_experts)])
         busiest = counts.argsort(descending=True)[: None if reach.every else TRIED].tolist()

@@ -14,8 +14,9 @@ from vllm_moeq.format import CheckpointError, read_json
 HIDDEN_FILES = 4
 """Number of mapped files of hidden states while a layer runs: inputs and outputs of the layer and of its experts."""
 
-ORIGINAL_FILES = 3
-"""Number of further files for the original model beside it: inputs and outputs of the layer, inputs of its experts."""
+ORIGINAL_FILES = 5
+"""Number of further files for the original model beside it: inputs and outputs of the layer, inputs of its experts, and
+of either model the layer's output without experts."""
 
 
 def file_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -14,6 +14,12 @@ from planner.calibration.reading.hidden import HiddenStates, hidden_folder
 OUTPUTS = "outputs.bin"
 """The file of the experts' outputs."""
 
+BASE = "base.bin"
+"""The file of the layer's output without its experts."""
+
+ROUNDING = 0.05
+"""Largest relative difference between equal sums, in bfloat16 with room to spare."""
+
 
 @dataclass
 class Routed:
@@ -27,6 +33,8 @@ class Routed:
         probabilities: softmax over all experts at each slot, float32 [tokens, k].
         originals: the inputs of the same block in the original model [tokens, hidden], in a file; None if the pass does
             not know them.
+        base: the layer's output without its experts [tokens, hidden], in a file; None if the pass did not keep it.
+        original_base: the same of the original model; None if the layer does not add its experts' outputs to it.
     """
 
     inputs: torch.Tensor
@@ -35,6 +43,8 @@ class Routed:
     weights: torch.Tensor
     probabilities: torch.Tensor
     originals: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    original_base: torch.Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -57,10 +67,28 @@ class Routed:
         """Return the original model's inputs [n, hidden] for some tokens; None if the pass does not know them."""
         return None if self.originals is None else self.originals[tokens].to(device)
 
-    def beside(self, originals: torch.Tensor) -> Routed:
-        """Return the pass with the original model's inputs; a token is dropped where they are not finite."""
-        usable = torch.cat([torch.isfinite(part).all(dim=1) for part in originals.split(ROWS)])
-        return replace(self, ids=torch.where(usable[:, None], self.ids, -1), originals=originals)
+    def lost(self, tokens: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Return what quantization took from the layer's output before its experts, float32 [n, hidden].
+
+        It is divided by the sum of a token's routing weights: all of it is made up for if each of the token's experts
+        adds this to its output. None if the pass does not know it.
+        """
+        if self.base is None or self.original_base is None:
+            return None
+        due = self.original_base[tokens].to(device).float() - self.base[tokens].to(device).float()
+        total = self.weights[tokens].sum(dim=1, keepdim=True).to(device)
+        return torch.where(total > 0, due / total, 0)
+
+    def beside(self, original: Routed, adds: bool = False) -> Routed:
+        """Return the pass with what it has in the original model; a token is dropped where that is not finite.
+
+        Args:
+            original: the same layer's pass in the original model.
+            adds: whether the layer adds its experts' outputs to the rest of its output (:func:`adds_outputs`).
+        """
+        finite = torch.cat([torch.isfinite(part).all(dim=1) for part in original.inputs.split(ROWS)])
+        ids = torch.where(finite[:, None], self.ids, -1)
+        return replace(self, ids=ids, originals=original.inputs, original_base=original.base if adds else None)
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
         """Add an expert's weighted outputs [n, hidden] to the outputs of its tokens."""
@@ -116,6 +144,7 @@ def route(
     hidden: torch.Tensor,
     store: HiddenStates,
     replaced: Mapping[str, torch.Tensor] | None = None,
+    keep_base: bool = False,
 ) -> Routed:
     """Run a layer up to its experts, on all sequences.
 
@@ -125,21 +154,55 @@ def route(
         hidden: the layer's input [sequences, length, hidden].
         store: folder for the tensors.
         replaced: see :meth:`Decoder.layer`.
+        keep_base: whether to keep the layer's output without its experts.
     """
     tokens, layer = hidden.shape[0] * hidden.shape[1], decoder.moe[index]
     size = layer.shapes[layer.projections.gate][1]
     inputs = store.scratch("inputs.bin", (tokens, size), hidden.dtype)
+    base = store.scratch(BASE, tuple(hidden.shape), hidden.dtype) if keep_base else None
     recording = _Recording(inputs)
     hook = decoder.router(index).register_forward_hook(recording.note_logits)
     try:
         with decoder.layer(index, recording, replaced) as call:
-            for _, part in batches(hidden, decoder.rows):
-                call(part)
+            for begin, part in batches(hidden, decoder.rows):
+                output = call(part)
+                if base is not None:
+                    base[begin : begin + part.shape[0]] = output.to(base.device)
     finally:
         hook.remove()
     ids, weights, probabilities = (torch.cat(parts) for parts in zip(*recording.slots, strict=True))
     outputs = store.scratch(OUTPUTS, (tokens, size), torch.float32)
-    return Routed(inputs, outputs, ids, weights, probabilities)
+    flat = None if base is None else base.flatten(0, 1)
+    return Routed(inputs, outputs, ids, weights, probabilities, base=flat)
+
+
+def adds_outputs(
+    decoder: Decoder,
+    index: int,
+    hidden: torch.Tensor,
+    routed: Routed,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> bool:
+    """Tell whether a layer adds its experts' outputs to the rest of its output, with no norm or factor between.
+
+    Args:
+        decoder: the model.
+        index: index of an MoE layer.
+        hidden: the layer's input [sequences, length, hidden]; the first sequence is tried.
+        routed: the layer's pass on it, with its base.
+        replaced: see :meth:`Decoder.layer`.
+    """
+    assert routed.base is not None
+    base = routed.base[: hidden.shape[1]].float()
+    usable = torch.isfinite(base).all(dim=1)
+    if routed.outputs.shape[1] != base.shape[1] or not bool(usable.any()):
+        return False
+    size = base[usable].square().mean().sqrt()
+    outputs = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)) * size
+    with decoder.layer(index, _Replaying(outputs), replaced) as call:
+        found = call(hidden[:1]).flatten(0, 1).cpu().float()
+    off = (found - base - outputs)[usable].square().mean().sqrt()
+    return bool(off < ROUNDING * size)
 
 
 def finish(

@@ -10,7 +10,7 @@ import torch
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.exact import add_experts
 from planner.calibration.reading.hidden import HiddenStates
-from planner.calibration.reading.routed import OUTPUTS, finish, first_hidden, route
+from planner.calibration.reading.routed import OUTPUTS, Routed, finish, first_hidden, route
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Streams:
             self.original.drop(layer)
 
 
-def advance_original(decoder: Decoder, index: int, store: HiddenStates, last: bool) -> torch.Tensor | None:
+def advance_original(decoder: Decoder, index: int, store: HiddenStates, last: bool) -> Routed | None:
     """Run a layer of the original model, and write the next layer's input unless this is the last layer.
 
     Args:
@@ -73,14 +73,14 @@ def advance_original(decoder: Decoder, index: int, store: HiddenStates, last: bo
         last: whether no layer follows.
 
     Returns:
-        The inputs of the layer's MoE block [tokens, hidden], in a file; None if it has none.
+        The pass through the layer's MoE block, with the layer's output without experts; None if it has none.
     """
     hidden, layer = store.load(index), decoder.moe.get(index)
-    routed = None if layer is None else route(decoder, index, hidden, store)
+    routed = None if layer is None else route(decoder, index, hidden, store, keep_base=True)
     if not last:
         if layer is not None and routed is not None:
             add_experts(decoder, layer, routed)
         finish(decoder, index, hidden, store.create(index + 1), None if routed is None else routed.outputs)
         store.complete(index + 1)
     store.discard(OUTPUTS)
-    return None if routed is None else routed.inputs
+    return routed

@@ -10,7 +10,7 @@ import torch
 from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, ZeroPoints
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
-from planner.quantization.quantizers.target import corrected
+from planner.quantization.quantizers.target import Aim, corrected
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
 LEAF = 16
@@ -45,7 +45,7 @@ PUBLISHED = GptqSettings(act_order="none", search="published")
 """The settings behind the paper's results."""
 
 Solve = Callable[
-    [torch.Tensor, torch.Tensor, int, int, GptqSettings, ZeroPoints, torch.Tensor | None], Sequence[QuantizedMatrix]
+    [torch.Tensor, torch.Tensor, int, int, GptqSettings, ZeroPoints, Aim | None], Sequence[QuantizedMatrix]
 ]
 """A quantizer with calibration, with the first arguments of :func:`quantize_gptq`."""
 
@@ -57,7 +57,7 @@ def quantize_gptq(
     group_size: int,
     settings: GptqSettings,
     zero_points: ZeroPoints = "float",
-    shifts: torch.Tensor | None = None,
+    aim: Aim | None = None,
     storage: torch.dtype | None = None,
 ) -> list[Quantized]:
     """Quantize several matrices of one shape, each with the Hessian of its own inputs.
@@ -69,8 +69,7 @@ def quantize_gptq(
         group_size: weights per scale along K, or −1 for whole rows.
         settings: see :class:`GptqSettings`.
         zero_points: see :data:`planner.quantization.quantizers.base.ZeroPoints`.
-        shifts: mean of (o − x)·xᵀ, float32 [B, K, K], with x the inputs and o the original model's inputs for the same
-            tokens. Then the results aim at W·o instead of W·x (:mod:`planner.quantization.quantizers.target`).
+        aim: what to aim at instead of W·x (:mod:`planner.quantization.quantizers.target`).
         storage: dtype of scales and zero points; None chooses float16 or bfloat16.
 
     Returns:
@@ -97,8 +96,8 @@ def quantize_gptq(
         index = order[:, :, None].expand(batch, columns, columns)
         hessians = hessians.gather(1, index).gather(2, index.mT)
     factor = factorize(hessians, settings.damping)
-    if shifts is not None:
-        weights = corrected(weights, shifts, factor, order)
+    if aim is not None:
+        weights = corrected(weights, aim, factor, order)
     grid = settings.grid(bits, zero_points)
     return _Solver(weights, order, factor, grid, size, settings.static_groups, storage).solve()
 

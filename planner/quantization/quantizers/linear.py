@@ -9,6 +9,7 @@ import torch
 
 from planner.quantization.quantizers.base import to_groups
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
+from planner.quantization.quantizers.target import Aim
 from vllm_moeq.format import CODES_PER_BLOCK, Linear, pack
 from vllm_moeq.format.linears import SCALES, SHAPE, WORDS
 
@@ -73,7 +74,7 @@ def quantize_linear(weight: torch.Tensor, spec: Linear) -> dict[str, torch.Tenso
 def quantize_linears_gptq(
     weights: Sequence[torch.Tensor],
     moments: torch.Tensor,
-    shift: torch.Tensor | None,
+    aim: Aim | None,
     spec: Linear,
     settings: GptqSettings,
 ) -> list[dict[str, torch.Tensor]]:
@@ -82,7 +83,7 @@ def quantize_linears_gptq(
     Args:
         weights: float [N, K] each; N may differ.
         moments: mean of x·xᵀ over the inputs x, float32 [K, K].
-        shift: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
+        aim: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
         spec: the width and the group size.
         settings: settings of GPTQ; zero points are in the middle of the codes whatever they say.
 
@@ -90,11 +91,11 @@ def quantize_linears_gptq(
         CheckpointError: see :func:`planner.quantization.quantizers.base.to_groups`.
         NotPositiveDefiniteError: the moments stay unusable with any damping.
     """
-    tuned, shifts = replace(settings, symmetric=True), None if shift is None else shift[None]
+    tuned = replace(settings, symmetric=True)
     dtypes = [_storage(weight) for weight in weights]
     together = torch.cat([weight.float() for weight in weights])
     found = quantize_gptq(
-        together[None], moments[None].clone(), spec.bits, spec.group_size, tuned, shifts=shifts, storage=dtypes[0]
+        together[None], moments[None].clone(), spec.bits, spec.group_size, tuned, aim=aim, storage=dtypes[0]
     )[0]
     rows = [weight.shape[0] for weight in weights]
     parts = zip(weights, found.codes.split(rows), found.scales.split(rows), dtypes, strict=True)

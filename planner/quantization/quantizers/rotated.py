@@ -13,6 +13,7 @@ import torch
 
 from planner.model.layout import MoeLayer
 from planner.quantization.quantizers.base import QuantizedMatrix, Quantizer
+from planner.quantization.quantizers.target import Aim
 from vllm_moeq.format import SIGNS, Rotation, pack_signs, rotate, rotation_size, unrotate
 
 AT_A_TIME = 256
@@ -42,6 +43,10 @@ class Basis:
             for part in turned.split(AT_A_TIME, dim=-2):
                 part.copy_(rotate(part, signs, self.size))
         return moments
+
+    def aim(self, aim: Aim) -> Aim:
+        """Return the aim of matrices with rotated inputs; see :meth:`moments`."""
+        return Aim(self.moments(aim.shift), None if aim.lost is None else self.weights(aim.lost))
 
     def wrap(self, matrix: QuantizedMatrix) -> Rotated:
         """Return a matrix that was quantized for rotated inputs."""

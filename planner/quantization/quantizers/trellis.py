@@ -13,7 +13,7 @@ import torch
 from planner.quantization.quantizers.base import ZeroPoints
 from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hessian import Factor, column_order, factorize
-from planner.quantization.quantizers.target import corrected
+from planner.quantization.quantizers.target import Aim, corrected
 from planner.quantization.quantizers.viterbi import best_bits
 from vllm_moeq.format import (
     CENTRE,
@@ -73,7 +73,7 @@ def quantize_trellis(
     hessians: torch.Tensor | None,
     bits: int,
     damping: float = 0.01,
-    shifts: torch.Tensor | None = None,
+    aim: Aim | None = None,
 ) -> list[TrellisMatrix]:
     """Quantize several matrices of one shape, each with the second moments of its own inputs.
 
@@ -82,7 +82,7 @@ def quantize_trellis(
         hessians: mean of x·xᵀ over the inputs, float32 [B, K, K]; overwritten. None counts all inputs alike.
         bits: 1 to 4.
         damping: λ added to the moments' diagonal, relative to the diagonal's mean.
-        shifts: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
+        aim: see :func:`planner.quantization.quantizers.gptq.quantize_gptq`.
 
     Returns:
         One result per matrix, on the device of the weights.
@@ -102,8 +102,8 @@ def quantize_trellis(
     if hessians is not None:
         order = column_order(hessians.diagonal(dim1=1, dim2=2), columns, "none")
         factor = factorize(hessians, damping)
-        if shifts is not None:
-            aims = corrected(aims, shifts, factor, order)
+        if aim is not None:
+            aims = corrected(aims, aim, factor, order)
     return _round(aims, factor, bits)
 
 
@@ -114,10 +114,10 @@ def solve_trellis(
     group_size: int,  # noqa: ARG001 (of the interface)
     settings: GptqSettings,
     zero_points: ZeroPoints,  # noqa: ARG001
-    shifts: torch.Tensor | None,
+    aim: Aim | None,
 ) -> list[TrellisMatrix]:
     """See :func:`quantize_trellis`; of GPTQ's settings it takes the damping."""
-    return quantize_trellis(weights, hessians, bits, settings.damping, shifts)
+    return quantize_trellis(weights, hessians, bits, settings.damping, aim)
 
 
 def round_trellis(weight: torch.Tensor, bits: int, group_size: int) -> TrellisMatrix:  # noqa: ARG001 (of the interface)
