@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, ZeroPoints
+from planner.quantization.quantizers.descent import Rounded, descend
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
 from planner.quantization.quantizers.target import Aim, corrected
@@ -28,6 +29,7 @@ class GptqSettings:
             earlier errors.
         symmetric: whether the zero point is the middle of the codes, 2^(b−1).
         search: how a group's scale is chosen.
+        sweeps: passes that lower the error afterwards (:mod:`planner.quantization.quantizers.descent`).
     """
 
     damping: float = 0.01
@@ -35,13 +37,14 @@ class GptqSettings:
     static_groups: bool = False
     symmetric: bool = False
     search: Search = "mse"
+    sweeps: int = 1
 
     def grid(self, bits: int, zero_points: ZeroPoints) -> LevelSearch:
         """Return the settings of a group's levels for a width."""
         return LevelSearch(bits, self.symmetric, zero_points, self.search)
 
 
-PUBLISHED = GptqSettings(act_order="none", search="published")
+PUBLISHED = GptqSettings(act_order="none", search="published", sweeps=0)
 """The settings behind the paper's results."""
 
 Solve = Callable[
@@ -99,7 +102,11 @@ def quantize_gptq(
     if aim is not None:
         weights = corrected(weights, aim, factor, order)
     grid = settings.grid(bits, zero_points)
-    return _Solver(weights, order, factor, grid, size, settings.static_groups, storage).solve()
+    solver = _Solver(weights, order, factor, grid, size, settings.static_groups, storage)
+    solver.round()
+    if settings.sweeps and bits > 1 and not settings.static_groups:
+        descend(solver.rounded(hessians), settings.sweeps)
+    return solver.results()
 
 
 class _Solver:
@@ -135,9 +142,17 @@ class _Solver:
         self.adjusted = self.errors.clone()
         self.codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
 
-    def solve(self) -> list[Quantized]:
-        """Round all columns; return the results in the input's order of columns."""
+    def round(self) -> None:
+        """Round all columns."""
         self._groups(0, self.errors.shape[1] // self.size)
+        del self.adjusted
+
+    def rounded(self, hessian: torch.Tensor) -> Rounded:
+        """Return what is known of the rounded columns, given their damped Hessian; it shares its memory."""
+        return Rounded(self.errors, self.codes, self.scales, self.zeros, hessian, self.grid, self.dtype)
+
+    def results(self) -> list[Quantized]:
+        """Return the results in the input's order of columns."""
         codes = torch.empty_like(self.codes).scatter_(1, self.order[:, :, None].expand_as(self.codes), self.codes)
         if self.group_of is None:
             place = (self.order[:, :: self.size] // self.size)[:, :, None].expand_as(self.scales)

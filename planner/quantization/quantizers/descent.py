@@ -1,0 +1,134 @@
+"""After GPTQ, lower the same error further: fit the levels to the codes, and round each column again.
+
+GPTQ rounds a column when it does not know the errors of those that follow, and chooses a group's levels before its
+codes. With all errors known, a column's best code and a group's best scale and zero point have closed forms. Taken in
+turn, they never raise the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from planner.quantization.quantizers.base import MAX_ZERO, NARROWEST
+from planner.quantization.quantizers.grid import LevelSearch
+
+LEAF = 16
+"""Number of columns that are rounded one after the other, before their changes are passed on by a matrix product."""
+
+LEAST_SPREAD = 1e-4
+"""Groups whose codes hardly differ keep their levels: their slope is not known."""
+
+
+@dataclass
+class Rounded:
+    """Matrices [B, K, N] rounded by GPTQ; everything is overwritten.
+
+    Attributes:
+        errors: weights minus rounded weights, float32 [B, K, N].
+        codes: uint8 [B, K, N].
+        scales: float32 [B, groups, N], of consecutive columns.
+        zeros: zero points, float32 [B, groups, N].
+        hessian: damped second moments H of the inputs, float32 [B, K, K].
+        grid: the settings of the levels.
+        dtype: stored dtype of scales and zero points.
+    """
+
+    errors: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    hessian: torch.Tensor
+    grid: LevelSearch
+    dtype: torch.dtype
+
+
+def descend(rounded: Rounded, sweeps: int) -> None:
+    """Lower the error trace(Eᵀ·H·E) by passes over all groups."""
+    count = rounded.scales.shape[1]
+    size = rounded.codes.shape[1] // count
+    slope = rounded.hessian @ rounded.errors
+    for sweep in range(sweeps):
+        for group in range(count):
+            inside = slice(group * size, (group + 1) * size)
+            change = _improve(rounded, group, inside, slope[:, inside])
+            # After this group, the last pass only needs the slopes of those that follow.
+            behind = slice(inside.stop if sweep + 1 == sweeps else 0, None)
+            slope[:, behind].baddbmm_(rounded.hessian[:, behind, inside], change, alpha=-1)
+
+
+def _improve(rounded: Rounded, group: int, inside: slice, slope: torch.Tensor) -> torch.Tensor:
+    """Improve one group, given H·E of its columns [B, G, N]; return by how much its weights changed."""
+    own, codes = rounded.hessian[:, inside, inside], rounded.codes[:, inside].float()
+    scale, zero = rounded.scales[:, group, None], rounded.zeros[:, group, None]
+    before = (codes - zero) * scale
+    scale, zero = _refit(rounded, own, codes, scale, zero, slope)
+    now = (codes - zero) * scale
+    slope = torch.baddbmm(slope, own, now - before, alpha=-1)
+    _round(own, codes, now, scale, zero, slope, rounded.grid.steps)
+    change = now - before
+    rounded.scales[:, group], rounded.zeros[:, group] = scale[:, 0], zero[:, 0]
+    rounded.codes[:, inside] = codes
+    rounded.errors[:, inside] -= change
+    return change
+
+
+def _refit(
+    rounded: Rounded,
+    own: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    slope: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and the zero point [B, 1, N] with the least error for a group's codes, as they are stored."""
+    centred = codes - zero
+    turned = own @ centred
+    by_scale, on_scale = _sum(centred * turned), _sum(centred * slope)
+    if rounded.grid.fixed:
+        wider, lower = on_scale / by_scale, torch.zeros_like(scale)
+    else:
+        # The weights change by centred·wider + lower: two unknowns, two linear equations.
+        by_both, by_offset, on_offset = _sum(turned), own.sum(dim=(1, 2))[:, None, None], _sum(slope)
+        spread = by_scale * by_offset - by_both.square()
+        spread = torch.where(spread > LEAST_SPREAD * by_scale * by_offset, spread, torch.nan)
+        wider = (on_scale * by_offset - on_offset * by_both) / spread
+        lower = (on_offset * by_scale - on_scale * by_both) / spread
+    info, grid = torch.finfo(rounded.dtype), rounded.grid
+    new = (scale + wider).clamp(info.tiny, info.max).to(rounded.dtype).float()
+    shifted = zero if grid.fixed else (zero - lower / new).to(rounded.dtype).float() + 0.0  # never -0
+    change = (codes - shifted) * new - centred * scale
+    gain = _sum(change * (2 * slope - own @ change))
+    better = (gain > 0) & (shifted.abs() <= min(grid.steps / NARROWEST, MAX_ZERO))
+    return torch.where(better, new, scale), torch.where(better, shifted, zero)
+
+
+def _round(
+    own: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    slope: torch.Tensor,
+    steps: int,
+) -> None:
+    """Give each column of a group its best code, given all other columns; codes, values and slopes are overwritten."""
+    size = codes.shape[1]
+    needed = own.diagonal(dim1=1, dim2=2)[..., None]
+    for begin in range(0, size, LEAF):
+        end = min(begin + LEAF, size)
+        before = values[:, begin:end].clone()
+        for column in range(begin, end):
+            aim = torch.addcdiv(values[:, column], slope[:, column], needed[:, column])
+            code = torch.addcdiv(zero[:, 0], aim, scale[:, 0]).round_().clamp_(0, steps)
+            value = (code - zero[:, 0]) * scale[:, 0]
+            rest = slope[:, column + 1 : end]
+            rest.baddbmm_(own[:, column + 1 : end, column, None], (value - values[:, column])[:, None], alpha=-1)
+            codes[:, column], values[:, column] = code, value
+        change = values[:, begin:end] - before
+        slope[:, end:].baddbmm_(own[:, end:, begin:end], change, alpha=-1)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    return values.sum(dim=1, keepdim=True)
