@@ -170,7 +170,7 @@ def _nothing(_: Values) -> str:
 
 
 QUANTIZER = f"--quantizer {' or '.join(calibrated_names())}"
-GPTQ = ("act_order", "static_groups", "symmetric", "scale_search", "compat")
+GPTQ = ("act_order", "static_groups", "symmetric", "scale_search", "sweeps", "compat")
 PLANNED = (
     "avg_bits", "budget_gib", "preset", "bits", "method", "zeta", "promotion", "counts", "ranking", "initial_model",
     "stats", "overrides",

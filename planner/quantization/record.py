@@ -68,6 +68,7 @@ class GptqRecord(_Read):
     static_groups: bool
     symmetric: bool
     search: Text
+    sweeps: Annotated[int, Field(ge=0)] = 0
 
 
 class SettingsRecord(_Read):

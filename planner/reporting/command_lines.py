@@ -98,6 +98,7 @@ def _gptq_flags(facts: Facts) -> list[str]:
             ("--damping", f"{found.damping:g}", f"{default.damping:g}"),
             ("--act-order", found.act_order, default.act_order),
             ("--scale-search", found.search, default.search),
+            ("--sweeps", found.sweeps, default.sweeps),
         )
     )
     flags += ["--static-groups"] if found.static_groups else []

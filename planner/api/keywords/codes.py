@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from planner.api.keywords.common import Count, one_of
 from planner.model.layout import Layout
@@ -202,6 +202,7 @@ class GptqKeywords:
         static_groups: GPTQ: take scales from the original weights.
         symmetric: GPTQ: zero points in the middle of the codes.
         scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
+        sweeps: GPTQ: passes afterwards that fit scales and codes to the errors of all columns.
         compat: GPTQ: the variant of the paper's published code; stands for all of the others.
     """
 
@@ -210,6 +211,7 @@ class GptqKeywords:
     static_groups: bool = GptqSettings.static_groups
     symmetric: bool = GptqSettings.symmetric
     scale_search: Literal["mse", "range"] = "mse"
+    sweeps: Annotated[int, Field(ge=0)] = GptqSettings.sweeps
     compat: bool = False
 
     def gptq_settings(self) -> GptqSettings:
@@ -222,7 +224,9 @@ class GptqKeywords:
             raise UsageError(f"--damping: expected a number between 0 and 1, found {self.damping:g}")
         if self.act_order == "full" and not self.static_groups:
             raise UsageError("--act-order full: expected --static-groups too, or groups would have no fixed columns")
-        made = GptqSettings(self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search)
+        made = GptqSettings(
+            self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search, self.sweeps
+        )
         if not self.compat:
             return made
         if made != GptqSettings():

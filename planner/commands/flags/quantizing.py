@@ -162,6 +162,10 @@ class GptqFlags:
     scale_search: Annotated[
         Literal["mse", "range"], typer.Option("--scale-search", help="GPTQ: least weighted error, or the range.")
     ] = GptqKeywords.scale_search
+    sweeps: Annotated[
+        int,
+        typer.Option("--sweeps", min=0, help="GPTQ: passes afterwards over all codes and scales, given their errors."),
+    ] = GptqKeywords.sweeps
     compat: Annotated[bool, typer.Option("--compat", help="GPTQ: the variant of the paper's published code.")] = (
         GptqKeywords.compat
     )
