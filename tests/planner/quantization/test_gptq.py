@@ -19,7 +19,7 @@ from vllm_moeq.format import BIT_WIDTHS, CheckpointError
 
 pytestmark = pytest.mark.slow
 
-PLAIN = GptqSettings(act_order="none", search="range")
+PLAIN = GptqSettings(act_order="none", search="range", sweeps=0)
 
 
 def problem(rows: int, columns: int, tokens: int = 2048, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 def test_agrees_with_gptqmodel(bits: int, symmetric: bool, theirs: dict[str, torch.Tensor]) -> None:
     weight, hessian = problem(256, 512)
     expected = theirs[f"{bits}-{symmetric}"]
-    ours = GptqSettings(act_order="none", search="range", symmetric=symmetric)
+    ours = GptqSettings(act_order="none", search="range", symmetric=symmetric, sweeps=0)
     zeros = "float" if symmetric else "integer"
     result = quantize_gptq(weight[None], hessian[None].clone(), bits, 128, ours, zeros)[0]  # type: ignore[arg-type]
     found = result.dequantize()

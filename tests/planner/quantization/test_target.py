@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.hessian import ActOrder, column_order, factorize
 from planner.quantization.quantizers.linear import quantize_linear, quantize_linears_gptq
-from planner.quantization.quantizers.target import corrected
+from planner.quantization.quantizers.target import Aim, corrected
 from vllm_moeq.format import Linear, linear_values
 from vllm_moeq.format.linears import SCALES, SHAPE, WORDS
 
@@ -44,7 +44,7 @@ def test_it_is_the_least_squares_solution(seed: int, columns: int, damping: floa
     places = column_order(second.diagonal(dim1=1, dim2=2), 32, order)
     index = places[:, :, None].expand_as(second)
     factor = factorize(second.gather(1, index).gather(2, index.mT), damping)
-    found = corrected(weight, shift, factor, places)[0].double()
+    found = corrected(weight, Aim(shift), factor, places)[0].double()
 
     root = (damping * float(second[0].diagonal().mean()) * len(own)) ** 0.5
     left = torch.cat((own.double(), root * torch.eye(columns, dtype=torch.float64)))
@@ -58,7 +58,7 @@ def test_without_shifts_it_is_the_weight_itself() -> None:
     weight, (second, _) = torch.randn(2, 8, 64), moments(original, own)
     stacked = second.repeat(2, 1, 1)
     places = column_order(stacked.diagonal(dim1=1, dim2=2), 32, "group")
-    assert torch.equal(corrected(weight, torch.zeros_like(stacked), factorize(stacked, 0.01), places), weight)
+    assert torch.equal(corrected(weight, Aim(torch.zeros_like(stacked)), factorize(stacked, 0.01), places), weight)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -68,7 +68,7 @@ def test_codes_come_closer_to_the_original_outputs(bits: int) -> None:
     second, shift = moments(original, own)
     wanted, fit = original @ weight[0].mT, GptqSettings()
     plain = quantize_gptq(weight, second.clone(), bits, 32, fit)[0].dequantize()
-    aimed = quantize_gptq(weight, second.clone(), bits, 32, fit, shifts=shift)[0].dequantize()
+    aimed = quantize_gptq(weight, second.clone(), bits, 32, fit, aim=Aim(shift))[0].dequantize()
     errors = [float((own @ matrix.mT - wanted).norm()) for matrix in (plain, aimed)]
     assert errors[1] < 0.95 * errors[0]
 
@@ -96,9 +96,9 @@ class TestLinears:
         second, shift = moments(original, own)
         weights = [torch.randn(rows, 64).to(dtype) for rows, dtype in ((8, torch.bfloat16), (3, torch.bfloat16))]
         spec = Linear(bits=4, group_size=32)
-        together = quantize_linears_gptq(weights, second[0], shift[0], spec, GptqSettings())
+        together = quantize_linears_gptq(weights, second[0], Aim(shift), spec, GptqSettings())
         for weight, found in zip(weights, together, strict=True):
-            alone = quantize_linears_gptq([weight], second[0], shift[0], spec, GptqSettings())[0]
+            alone = quantize_linears_gptq([weight], second[0], Aim(shift), spec, GptqSettings())[0]
             assert found[SHAPE].tolist() == list(weight.shape)
             # Products of more rows round otherwise, which moves a code halfway between two, and those after it.
             values, expected = (linear_values(it[WORDS], it[SCALES], 4) for it in (found, alone))

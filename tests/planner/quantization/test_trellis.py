@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.quantization.quantizers.target import Aim
 from planner.quantization.quantizers.trellis import SMALLEST, quantize_trellis
 from planner.quantization.quantizers.viterbi import best_bits, codes_by_age, encode
 from vllm_moeq.format import CENTRE, TRELLIS_SCHEME, TRELLIS_WIDTHS, CheckpointError, codes_of_states, ring_states
@@ -113,7 +114,7 @@ def test_scales_are_the_best_for_their_codes(problem: tuple[torch.Tensor, torch.
 def test_aims_at_the_original_models_inputs(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, inputs = problem
     second = moments(inputs)
-    found = quantize_trellis(weights, second.clone(), 4, damping=1e-4, shifts=second)  # o = 2x
+    found = quantize_trellis(weights, second.clone(), 4, damping=1e-4, aim=Aim(second))  # o = 2x
     both = torch.stack([it.dequantize() for it in found])
     assert output_error(both, 2 * weights, inputs) < 0.01
 
