@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Callable[[], Case], str | None]] = {
     "rtn": (lambda: ours("rtn"), None),
     "hqq": (lambda: ours("hqq"), "hqq package"),
     "hqq package": (package_hqq, None),
-    "gptq, same settings": (lambda: our_gptq(act_order="none", search="range"), "gptqmodel package"),
+    "gptq, same settings": (lambda: our_gptq(act_order="none", search="range", sweeps=0), "gptqmodel package"),
     "gptqmodel package": (package_gptq, None),
     "gptq, our defaults": (our_gptq, "gptqmodel package"),
 }

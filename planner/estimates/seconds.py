@@ -16,6 +16,7 @@ from planner.estimates.serving import text_config
 from planner.model.layout import Layout
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantizer_for
+from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.rows import TILES
 from planner.quantization.settings import QuantizeSettings
@@ -92,11 +93,16 @@ def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
 
 
 def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int, streams: int) -> float:
-    """Return the operations of GPTQ in one layer: moments, their factorization, the target, and passing on errors."""
+    """Return the operations of GPTQ in one layer.
+
+    They are moments, their factorization, the target, and passing on errors, which each sweep does twice.
+    """
     total = 0.0
     for rows, columns in shapes.values():
         solve = 2.0 * rows * columns**2
-        total += streams * 2.0 * tokens * columns**2 + experts * (columns**3 + solve + 2.0 * (streams - 1) * solve)
+        total += streams * 2.0 * tokens * columns**2 + experts * (
+            columns**3 + (1 + 2 * GptqSettings.sweeps + 2 * (streams - 1)) * solve
+        )
     return total
 
 
