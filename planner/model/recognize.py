@@ -40,9 +40,12 @@ def architecture_for(config: Mapping[str, Any], folder: Path, tensors: Iterable[
     if isinstance(found, Architecture):
         return found
     looks = sorted({re.sub(r"(?<=[._])\d+(?=\.)", "N", name) for name in tensors if "expert" in name.lower()})
+    kind = f"{folder / CONFIG}: model_type {config.get('model_type')!r:.80}"
+    if not looks:
+        raise UsageError(f"{kind}: expected a model with routed experts: {found}")
     raise UsageError(
-        f"{folder / CONFIG}: model_type {config.get('model_type')!r:.80} is not supported: it has no row in the table, "
-        f"and {found}; tensors that look like experts: {', '.join(looks[:6]) or 'none'}"
+        f"{kind} cannot be read: it has no row in the table, and {found}; tensors that look like experts: "
+        f"{', '.join(looks[:6])}"
     )
 
 

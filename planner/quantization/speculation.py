@@ -10,7 +10,7 @@ from planner.model.layout import Layout, is_plain
 from planner.model.recognize import why_unserved
 from planner.model.source import SourceModel
 from vllm_moeq.format import UsageError
-from vllm_moeq.format.speculation import COUNTS, SPECULATIVE, announced, count_layers, is_speculative
+from vllm_moeq.format.speculation import COUNTS, SPECULATIVE, announced, count_layers, first_gap, is_speculative
 
 Mtp = Literal["drop", "keep"]
 """What becomes of layers for speculative decoding."""
@@ -20,7 +20,7 @@ def with_speculation(model: SourceModel, layout: Layout) -> Layout:
     """Return a layout that keeps the layers for speculative decoding as they are, instead of leaving them out.
 
     Raises:
-        UsageError: the model has none that config.json announces, or vLLM cannot serve it.
+        UsageError: the model has none that config.json announces, one lacks a tensor, or vLLM cannot serve it.
     """
     config, where = model.config, f"{model.folder / 'config.json'}"
     if (reason := why_unserved(config)) is not None:
@@ -32,6 +32,10 @@ def with_speculation(model: SourceModel, layout: Layout) -> Layout:
         raise UsageError(
             f"--mtp keep: expected layers for speculative decoding that {where} announces ({' or '.join(COUNTS)}), "
             f"found {more} announced, and tensors of {count_layers(kept)}"
+        )
+    if (gap := first_gap(kept)) is not None:
+        raise UsageError(
+            f"--mtp keep: {model.folder}: expected the tensor {gap}, found none; --mtp drop leaves the layer out"
         )
     rest = tuple(name for name in layout.left_out if name not in set(kept))
     plain = [name for name in kept if is_plain(name, model.shards.info(name))]

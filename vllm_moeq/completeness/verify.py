@@ -29,7 +29,7 @@ from vllm_moeq.format import (
     read_config_json,
     verify_shards,
 )
-from vllm_moeq.format.speculation import SPECULATIVE, announced, count_layers, is_speculative
+from vllm_moeq.format.speculation import SPECULATIVE, announced, count_layers, first_gap, is_speculative
 
 WORDS = LINEAR_SUFFIXES[0]
 
@@ -77,7 +77,7 @@ def _kept_behind(shards: ShardSet, config: dict[str, Any]) -> set[str]:
     """Return the tensors of layers for speculative decoding that config.json announces; transformers has none.
 
     Raises:
-        CheckpointError: there are fewer: vLLM would draft with random weights.
+        CheckpointError: there are fewer, or one lacks a tensor: vLLM would draft with random weights.
     """
     layers, more = size(config, "num_hidden_layers"), announced(config)
     found = {name for name in shards.tensors if is_speculative(name, layers, more)}
@@ -86,6 +86,10 @@ def _kept_behind(shards: ShardSet, config: dict[str, Any]) -> set[str]:
         raise CheckpointError(
             f"{shards.folder}: expected the tensors of {more} layers for speculative decoding, which config.json "
             f"announces, found {count_layers(found)}"
+        )
+    if (gap := first_gap(found)) is not None:
+        raise CheckpointError(
+            f"{shards.folder}: expected the tensor {gap} of a layer for speculative decoding, found none"
         )
     return found
 

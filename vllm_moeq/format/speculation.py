@@ -15,6 +15,11 @@ SPECULATIVE = ("mtp.", "model.mtp.")
 BEHIND = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
 """The beginning of a tensor's name in the stack that ``num_hidden_layers`` counts, and the layer's index."""
 
+JOINING = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
+"""What joins a token's embedding with the hidden state, in a layer of the stack; none has only some of it."""
+
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+
 
 def announced(config: Mapping[str, Any], nested: str = "text_config") -> int:
     """Return how many layers for speculative decoding a config.json announces, itself or in its language model's part.
@@ -50,3 +55,28 @@ def count_layers(names: Iterable[str]) -> int:
     """
     found = {(match[0] if (match := BEHIND.match(name)) else SPECULATIVE[0]) for name in names}
     return len(found)
+
+
+def first_gap(names: Iterable[str]) -> str | None:
+    """Return the name of a tensor that layers for speculative decoding lack by their other tensors; None if none.
+
+    Such layers have no class in transformers that names all of their tensors. But experts are numbered from 0 and
+    alike, and the tensors of :data:`JOINING` come together.
+
+    Args:
+        names: the tensors for which :func:`is_speculative` holds.
+    """
+    found = set(names)
+    starts = {match[0] for name in found if (match := BEHIND.match(name)) and name.removeprefix(match[0]) in JOINING}
+    wanted = {start + leaf for start in starts for leaf in JOINING}
+    leaves: dict[str, set[str]] = {}
+    counts: dict[str, int] = {}
+    for match in filter(None, map(_EXPERT.match, found)):
+        block, expert, leaf = match.groups()
+        leaves.setdefault(block, set()).add(leaf)
+        counts[block] = max(counts.get(block, 0), int(expert) + 1)
+    for block, count in counts.items():
+        if count > len(found):
+            return f"{block}{count - 2}{min(leaves[block])}"
+        wanted |= {f"{block}{expert}{leaf}" for expert in range(count) for leaf in leaves[block]}
+    return min(wanted - found, default=None)

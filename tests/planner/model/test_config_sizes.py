@@ -278,8 +278,8 @@ class TestCommand:
         [
             ("{", "not valid JSON"),
             ("[]", "expected an object, found list"),
-            ("{}", "model_type None is not supported"),
-            (json.dumps({"model_type": "llama"}), "model_type 'llama' is not supported"),
+            ("{}", "model_type None: expected a model with routed experts: "),
+            (json.dumps({"model_type": "llama"}), "model_type 'llama': expected a model with routed experts: "),
             (json.dumps({"model_type": "mixtral"}), "expected a positive integer hidden_size"),
             (json.dumps(MIXTRAL | {"hidden_size": "4096"}), "hidden_size: expected a positive integer"),
             (json.dumps(MIXTRAL | {"dtype": "four\nbits"}), "dtype: expected bfloat16, float16 or float32"),

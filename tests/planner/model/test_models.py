@@ -77,7 +77,7 @@ def test_an_unknown_architecture_lists_what_looks_like_experts(
 ) -> None:
     change_config(mixtral_copy, lambda config: config.update(model_type=model_type))
     message = refusal(mixtral_copy, UsageError)
-    assert f"model_type {model_type!r} is not supported: it has no row in the table, and " in message
+    assert f"model_type {model_type!r} cannot be read: it has no row in the table, and " in message
     assert "model.layers.N.block_sparse_moe.experts.N.w1.weight" in message
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome, one_line
 from tests.speculative import LAYER, build_with_mtp
@@ -92,3 +94,31 @@ def test_a_count_that_files_do_not_have_is_refused(
     change_config(kept, lambda it: it.update(num_nextn_predict_layers=announced))
     with pytest.raises(CheckpointError, match=message):
         verify_whole(kept, values=False)
+
+
+@pytest.mark.parametrize("leaf", ["eh_proj.weight", "mlp.experts.1.up_proj.weight"])
+def test_a_layer_that_lacks_a_tensor_is_refused(
+    leaf: str, source: Path, kept: Path, tmp_path: Path, moeq: Callable[..., Outcome]
+) -> None:
+    """vLLM would draft with random weights: neither is such a layer kept, nor is such a checkpoint valid."""
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            (torn / name).write_bytes((source / name).read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    del tensors[START + leaf]
+    save_file(tensors, torn / "model.safetensors", metadata={"format": "pt"})
+    message = one_line(moeq("quantize", torn, *ARGUMENTS, "--mtp", "keep", "-o", tmp_path / "out"))
+    assert f"--mtp keep: {torn}: expected the tensor {START}{leaf}, found none" in message
+    assert moeq("quantize", torn, *ARGUMENTS, "-o", tmp_path / "out").code == 0
+    found = next(path for path in kept.glob("*.safetensors") if START + leaf in load_file(path))
+    left = {name: tensor for name, tensor in load_file(found).items() if name != START + leaf}
+    save_file(left, found, metadata={"format": "pt"})
+    index = kept / "model.safetensors.index.json"
+    if index.exists():
+        read = json.loads(index.read_text())
+        del read["weight_map"][START + leaf]
+        index.write_text(json.dumps(read))
+    with pytest.raises(CheckpointError, match=re.escape(f"expected the tensor {START}{leaf}")):
+        verify_whole(kept)

@@ -13,7 +13,7 @@ import pytest
 
 from planner.quantization.speculation import without_speculation
 from tests.conftest import Outcome
-from vllm_moeq.format.speculation import COUNTS
+from vllm_moeq.format.speculation import COUNTS, JOINING, first_gap
 
 
 def test_counts_become_none_at_every_depth() -> None:
@@ -36,6 +36,31 @@ def test_every_count_that_vllm_reads_is_known() -> None:
     read = re.findall(r'"(\w*(?:nextn|mtp)\w*(?:layers|modules))"', inspect.getsource(speculative))
     assert read
     assert set(read) <= set(COUNTS)
+
+
+WHOLE = [
+    *(f"model.layers.3.{leaf}" for leaf in JOINING),
+    "model.layers.3.mlp.gate.weight",
+    *(f"model.layers.3.mlp.experts.{expert}.{name}_proj.weight" for expert in range(12) for name in ("up", "down")),
+]
+
+
+def test_a_whole_layer_lacks_nothing() -> None:
+    assert first_gap(WHOLE) is None
+    assert first_gap([]) is None
+    assert first_gap(["mtp.fc.weight", "model.layers.3.mlp.gate.weight"]) is None
+
+
+@pytest.mark.parametrize(
+    "name", [*WHOLE[:3], *(name for name in WHOLE if ".experts." in name and ".11." not in name), WHOLE[-1], WHOLE[-2]]
+)
+def test_every_missing_tensor_is_named(name: str) -> None:
+    assert first_gap(it for it in WHOLE if it != name) == name
+
+
+def test_a_number_of_an_expert_costs_no_memory() -> None:
+    gap = first_gap([*WHOLE, "model.layers.3.mlp.experts.99999999999.up_proj.weight"])
+    assert gap == "model.layers.3.mlp.experts.99999999998.down_proj.weight"
 
 
 @pytest.mark.slow
