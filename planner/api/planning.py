@@ -17,10 +17,11 @@ from planner.api.keywords.running import RunKeywords
 from planner.api.keywords.text import TextKeywords
 from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Planned
+from planner.api.served import possible_serving
 from planner.calibration.reading.text import CalibrationText
 from planner.common.progress import Progress
 from planner.common.units import GIB
-from planner.estimates import Reading, Service, serving_needs
+from planner.estimates import Reading, Service
 from planner.estimates.paper_formula import ConfigSizes, config_sizes
 from planner.estimates.parts import planning_parts
 from planner.estimates.quantizing import plan_needs
@@ -115,7 +116,7 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
         check_sizes(source, layout, settings)
         found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.storage)
-        serving = serving_needs(source.config, layout, found.ours, work.load, settings.storage)
+        serving = possible_serving(source.config, layout, found.ours, work.load, settings.storage)
         return Estimate(needs, made.achieved_avg_bits, found.ours, serving, _formula(work, made, found))
 
 

@@ -18,6 +18,7 @@ from planner.api.keywords.running import MtpKeyword, QuantizeRunKeywords
 from planner.api.keywords.text import TextKeywords
 from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Planned, Quantized
+from planner.api.served import possible_serving
 from planner.calibration.gptq.runner import GptqRunner
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
@@ -25,7 +26,7 @@ from planner.common.install import missing
 from planner.common.memory import return_large_blocks
 from planner.common.progress import Progress
 from planner.common.schedule import Part
-from planner.estimates import Needs, Reading, serving_needs
+from planner.estimates import Needs, Reading
 from planner.estimates.needs import largest
 from planner.estimates.parts import even_widths, planning_parts, quantizing_parts
 from planner.estimates.quantizing import quantize_needs
@@ -139,9 +140,8 @@ def estimate_quantize(wanted: QuantizeKeywords) -> Estimate:
             options = _options(work, ranked=False)
             made, measures = make_plan(work.source, work.layout, options, work.progress), options.measures
         sizes = _sizes(work, made)
-        serving = serving_needs(
-            work.source.config, work.layout, sizes, work.wanted.service(), work.settings.with_plan(made).storage
-        )
+        service, storage = work.wanted.service(), work.settings.with_plan(made).storage
+        serving = possible_serving(work.source.config, work.layout, sizes, service, storage)
         return Estimate(_needs(work, made, sizes, measures), made.achieved_avg_bits, sizes, serving)
 
 

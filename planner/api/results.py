@@ -186,7 +186,7 @@ class Estimate:
         needs: disk, memory and time.
         achieved_avg_bits: average bits per expert weight, where widths are chosen.
         sizes: bytes of the source, and of the checkpoint.
-        serving: what serving the checkpoint takes.
+        serving: what serving the checkpoint takes; None if vLLM cannot serve it.
         formula: where the model is its config.json alone, the numbers of its weights, and the GiB by several formulas.
     """
 
