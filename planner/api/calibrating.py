@@ -131,11 +131,7 @@ def estimate_calibrate(wanted: CalibrateKeywords) -> Estimate:
         MoeqError: as :func:`calibrate` does.
     """
     with _opened(wanted, dry_run=True) as work:
-        return Estimate(
-            calibrate_needs(
-                work.source, work.layout, work.reading, work.request.measures, work.request.widths, work.device
-            )
-        )
+        return Estimate(calibrate_needs(work.source, work.layout, work.reading, work.request, work.device))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from planner.api.keywords.text import TextKeywords
 from planner.api.presets import PresetKeywords, with_preset
 from planner.api.results import Estimate, Planned, Quantized
 from planner.api.served import possible_serving
+from planner.calibration.collect import StatisticsRequest
 from planner.calibration.gptq.runner import GptqRunner
 from planner.calibration.reading.decoder import compute_dtype
 from planner.calibration.reading.text import CalibrationText, calibration_facts
@@ -41,7 +42,7 @@ from planner.plan_file import Plan, read_plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
-from planner.planning.statistics import discard_statistics, reads_text, with_statistics
+from planner.planning.statistics import discard_statistics, reads_text, wanted_statistics, with_statistics
 from planner.quantization.quantizers.table import (
     AUTO_SCHEME,
     POSSIBLE,
@@ -135,14 +136,15 @@ def estimate_quantize(wanted: QuantizeKeywords) -> Estimate:
         MoeqError: as :func:`quantize` does.
     """
     with _opened(wanted, dry_run=True) as work:
-        made, measures = work.plan, tuple[str, ...]()
+        made, statistics = work.plan, None
         if made is None:
             options = _options(work, ranked=False)
-            made, measures = make_plan(work.source, work.layout, options, work.progress), options.measures
+            made = make_plan(work.source, work.layout, options, work.progress)
+            statistics = wanted_statistics(options) if options.measures else None
         sizes = _sizes(work, made)
         service, storage = work.wanted.service(), work.settings.with_plan(made).storage
         serving = possible_serving(work.source.config, work.layout, sizes, service, storage)
-        return Estimate(_needs(work, made, sizes, measures), made.achieved_avg_bits, sizes, serving)
+        return Estimate(_needs(work, made, sizes, statistics), made.achieved_avg_bits, sizes, serving)
 
 
 @contextmanager
@@ -330,19 +332,14 @@ def _sizes(work: _Work, made: Plan) -> Sizes:
     return estimate(work.source, work.layout, made.experts, settings.group_size, settings.linear, settings.storage)
 
 
-def _needs(work: _Work, made: Plan, sizes: Sizes, measures: Sequence[str]) -> Needs:
+def _needs(work: _Work, made: Plan, sizes: Sizes, wanted: StatisticsRequest | None) -> Needs:
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
     reading = Reading.of(work.text, work.settings.streams)
     devices, settings = work.wanted.job_devices(), work.settings.with_plan(made)
     schemes = POSSIBLE[work.wanted.resolved_scheme] if work.plan is None else (settings.scheme,)
     ways = (replace(settings, scheme=scheme) for scheme in schemes)
     return largest(
-        [
-            quantize_needs(
-                work.source, work.layout, made.experts, sizes, it, devices, reading, measures, made.bit_choices
-            )
-            for it in ways
-        ]
+        [quantize_needs(work.source, work.layout, made.experts, sizes, it, devices, reading, wanted) for it in ways]
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from planner.calibration.collect import StatisticsRequest
 from planner.calibration.measures import COUNTING_PASSES, MEASURES
 from planner.common.memory import resident_bytes
 from planner.estimates.memory import Reading, device_working, hidden_bytes, reading_ram, rounding_ram
@@ -20,6 +21,7 @@ from planner.model.skeleton import ConfigModel
 from planner.model.source import SourceModel
 from planner.planning.methods import METHODS
 from planner.planning.request import PlanOptions
+from planner.planning.statistics import wanted_statistics
 from planner.quantization.settings import QuantizeSettings
 from vllm_moeq.format import BIT_WIDTHS
 
@@ -43,8 +45,7 @@ def quantize_needs(
     settings: QuantizeSettings,
     devices: Sequence[torch.device],
     reading: Reading | None = None,
-    measures: Sequence[str] = (),
-    widths: Sequence[int] = (),
+    wanted: StatisticsRequest | None = None,
 ) -> Needs:
     """Return the needs of ``moeq quantize``.
 
@@ -56,8 +57,7 @@ def quantize_needs(
         settings: how to quantize.
         devices: devices that quantize experts, one per job.
         reading: run over the calibration text; None without a text.
-        measures: measures that the plan needs from the text.
-        widths: the widths that the plan chooses from.
+        wanted: the statistics of the text that the plan needs; None for none.
     """
     device, config = devices[0], model.config
     jobs = 1 if reading is not None and reading.gptq else len(devices)
@@ -65,10 +65,8 @@ def quantize_needs(
     seconds = quantizing_seconds(config, layout, experts, settings, devices, reading)
     if reading is not None:
         ram = max(ram, reading_ram(config, layout, reading, sizes, device.type))
-        if measures:
-            alone = replace(reading, streams=0)
-            seconds += reading_seconds(config, layout, alone, passes_of(layout, measures, reading.tokens), device)
-            seconds += searching_seconds(layout, measures, widths, device)
+        if wanted is not None:
+            seconds += _collecting_seconds(config, layout, replace(reading, streams=0), wanted, device)
     return Needs(
         written_bytes=quantized_bytes(model, layout, sizes, settings.linear, settings.storage),
         temporary_bytes=hidden_bytes(config, reading) if reading is not None else 0,
@@ -100,14 +98,13 @@ def calibrate_needs(
     model: SourceModel,
     layout: Layout,
     reading: Reading,
-    measures: Sequence[str],
-    widths: Sequence[int],
+    wanted: StatisticsRequest,
     device: torch.device,
 ) -> Needs:
-    """Return the needs of ``moeq calibrate``, whose measures round to some widths."""
-    names = sum(len(MEASURES[name].all_names(BIT_WIDTHS)) for name in measures)
+    """Return the needs of ``moeq calibrate``."""
+    names = sum(len(MEASURES[name].all_names(BIT_WIDTHS)) for name in wanted.measures)
     written = STATISTICS_BYTES * (names + COUNTS) * layout.num_experts
-    return _reading_needs(model, layout, reading, measures, widths, device, written)
+    return _reading_needs(model, layout, reading, wanted, device, written)
 
 
 def plan_needs(
@@ -118,7 +115,7 @@ def plan_needs(
     scores = len(method.metrics) + sum(len(MEASURES[name].all_names(options.bit_choices)) for name in options.measures)
     written = (PLAN_BYTES + SCORE_BYTES * scores) * layout.num_experts
     if reading is not None and method.calibrated and options.stats is None:
-        return _reading_needs(model, layout, reading, options.measures, options.bit_choices, device, written)
+        return _reading_needs(model, layout, reading, wanted_statistics(options), device, written)
     known = "max_var" in method.metrics and not isinstance(model, ConfigModel)
     seconds = variance_seconds(model, layout, torch.get_num_threads()) if known else 0.0
     return Needs(written, 0, resident_bytes(), 0, seconds)
@@ -128,8 +125,7 @@ def _reading_needs(
     model: SourceModel,
     layout: Layout,
     reading: Reading,
-    measures: Sequence[str],
-    widths: Sequence[int],
+    wanted: StatisticsRequest,
     device: torch.device,
     written: int,
 ) -> Needs:
@@ -139,9 +135,15 @@ def _reading_needs(
         temporary_bytes=hidden_bytes(config, reading),
         ram_bytes=reading_ram(config, layout, reading, None, device.type),
         device_bytes=_device_bytes(model, layout, reading, device),
-        seconds=reading_seconds(config, layout, reading, passes_of(layout, measures, reading.tokens), device)
-        + searching_seconds(layout, measures, widths, device),
+        seconds=_collecting_seconds(config, layout, reading, wanted, device),
     )
+
+
+def _collecting_seconds(
+    config: Mapping[str, Any], layout: Layout, reading: Reading, wanted: StatisticsRequest, device: torch.device
+) -> float:
+    seconds = reading_seconds(config, layout, reading, passes_of(layout, wanted.measures, reading.tokens), device)
+    return seconds + searching_seconds(layout, wanted.measures, wanted.widths, device)
 
 
 def _device_bytes(model: SourceModel, layout: Layout, reading: Reading | None, device: torch.device) -> int:

@@ -25,6 +25,11 @@ from planner.planning.request import PlanOptions, check_options
 from vllm_moeq.format import UsageError, read_json
 
 
+def wanted_statistics(options: PlanOptions) -> StatisticsRequest:
+    """Return the statistics of a text that a plan needs."""
+    return StatisticsRequest(options.measures, options.bit_choices, options.seed)
+
+
 def reads_text(options: PlanOptions) -> bool:
     """Tell whether the plan needs statistics that are yet to be collected."""
     return METHODS[options.resolved_method].calibrated and options.stats is None and options.ranked
@@ -64,7 +69,7 @@ def with_statistics(
         yield options
         return
     facts = calibration_facts(text, device)
-    wanted = StatisticsRequest(options.measures, options.bit_choices, options.seed)
+    wanted = wanted_statistics(options)
     kept: Path | None = None
     try:
         with TemporaryDirectory() as temporary:
