@@ -71,7 +71,9 @@ greedy tokens after each of four prompts are those that transformers gives for t
 export in the same vLLM. The column tells which. A reason is vLLM's own message; two are cut short.
 
 - Prompts are text alone. `qwen3_5_moe`, `qwen3_5_moe_text`, `qwen3_vl_moe`, `glm4v_moe`, `gemma4` and `minimax_m3_vl`
-  need torchvision, which their classes import: `pip install --no-deps torchvision==0.28.0`.
+  need torchvision, which their classes import. Beside a torch for CPUs it loads in this script alone and would stop
+  transformers elsewhere, so it gets a folder of its own: `pip install --no-deps --target FOLDER torchvision==0.28.0`,
+  and `PYTHONPATH=FOLDER` before the command.
 - vLLM for CPUs fails on an object of llvmlite, which its class for `kimi_k25` imports: the script mends that line.
 - vLLM does not load the bias by which Laguna's router chooses, and has no router on CPUs for it: our plugin loads the
   one and completes the other.
