@@ -33,10 +33,8 @@ def with_speculation(model: SourceModel, layout: Layout) -> Layout:
             f"--mtp keep: expected layers for speculative decoding that {where} announces ({' or '.join(COUNTS)}), "
             f"found {more} announced, and tensors of {count_layers(kept)}"
         )
-    if (gap := first_gap(kept)) is not None:
-        raise UsageError(
-            f"--mtp keep: {model.folder}: expected the tensor {gap}, found none; --mtp drop leaves the layer out"
-        )
+    if (gap := first_gap(kept, max(layer.num_experts for layer in layout.layers))) is not None:
+        raise UsageError(f"--mtp keep: {model.folder}: expected {gap}, found none; --mtp drop leaves the layer out")
     rest = tuple(name for name in layout.left_out if name not in set(kept))
     plain = [name for name in kept if is_plain(name, model.shards.info(name))]
     return replace(

@@ -67,13 +67,13 @@ def verify_whole(folder: Path, *, values: bool = True) -> Summary:
         summary.only_experts = no_class(config)
         if summary.only_experts is None:
             expected = expected_tensors(config, path, MODULES + MODULES_OF_TENSOR * len(found))
-            _compare(shards, expected, found, parsed, _kept_behind(shards, config))
+            _compare(shards, expected, found, parsed, _kept_behind(shards, config, parsed))
             if values:
                 check_tied(shards, expected)
     return summary
 
 
-def _kept_behind(shards: ShardSet, config: dict[str, Any]) -> set[str]:
+def _kept_behind(shards: ShardSet, config: dict[str, Any], parsed: MoeqConfig) -> set[str]:
     """Return the tensors of layers for speculative decoding that config.json announces; transformers has none.
 
     Raises:
@@ -87,10 +87,8 @@ def _kept_behind(shards: ShardSet, config: dict[str, Any]) -> set[str]:
             f"{shards.folder}: expected the tensors of {more} layers for speculative decoding, which config.json "
             f"announces, found {count_layers(found)}"
         )
-    if (gap := first_gap(found)) is not None:
-        raise CheckpointError(
-            f"{shards.folder}: expected the tensor {gap} of a layer for speculative decoding, found none"
-        )
+    if (gap := first_gap(found, max(map(len, parsed.experts.values())))) is not None:
+        raise CheckpointError(f"{shards.folder}: expected {gap} in a layer for speculative decoding, found none")
     return found
 
 

@@ -15,10 +15,10 @@ SPECULATIVE = ("mtp.", "model.mtp.")
 BEHIND = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.")
 """The beginning of a tensor's name in the stack that ``num_hidden_layers`` counts, and the layer's index."""
 
-JOINING = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
-"""What joins a token's embedding with the hidden state, in a layer of the stack; none has only some of it."""
+JOINING = ("enorm", "hnorm", "eh_proj")
+"""The modules that join a token's embedding with the hidden state, in a layer of the stack; none has only some of them."""
 
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,9})(\..*)")
 
 
 def announced(config: Mapping[str, Any], nested: str = "text_config") -> int:
@@ -57,26 +57,30 @@ def count_layers(names: Iterable[str]) -> int:
     return len(found)
 
 
-def first_gap(names: Iterable[str]) -> str | None:
-    """Return the name of a tensor that layers for speculative decoding lack by their other tensors; None if none.
+def first_gap(names: Iterable[str], experts: int = 0) -> str | None:
+    """Return the beginning of a tensor's name that layers for speculative decoding lack; None if nothing shows.
 
-    Such layers have no class in transformers that names all of their tensors. But experts are numbered from 0 and
-    alike, and the tensors of :data:`JOINING` come together.
+    Such layers have no class in transformers that names all of their tensors. But their experts are numbered from 0 and
+    alike, and the modules of :data:`JOINING` come together. A matrix that every expert lacks does not show.
 
     Args:
         names: the tensors for which :func:`is_speculative` holds.
+        experts: the number of experts that other layers have.
     """
-    found = set(names)
-    starts = {match[0] for name in found if (match := BEHIND.match(name)) and name.removeprefix(match[0]) in JOINING}
-    wanted = {start + leaf for start in starts for leaf in JOINING}
-    leaves: dict[str, set[str]] = {}
-    counts: dict[str, int] = {}
-    for match in filter(None, map(_EXPERT.match, found)):
-        block, expert, leaf = match.groups()
-        leaves.setdefault(block, set()).add(leaf)
-        counts[block] = max(counts.get(block, 0), int(expert) + 1)
-    for block, count in counts.items():
-        if count > len(found):
-            return f"{block}{count - 2}{min(leaves[block])}"
-        wanted |= {f"{block}{expert}{leaf}" for expert in range(count) for leaf in leaves[block]}
-    return min(wanted - found, default=None)
+    joined: dict[str, set[str]] = {}
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if (match := BEHIND.match(name)) is not None:
+            module = name.removeprefix(match[0]).partition(".")[0]
+            joined.setdefault(match[0], set()).update({module} & set(JOINING))
+        if (match := _EXPERT.match(name)) is not None:
+            blocks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    for start, modules in joined.items():
+        if modules and (missing := set(JOINING) - modules):
+            return f"{start}{min(missing)}"
+    for block, found in blocks.items():
+        every = set().union(*found.values())
+        for expert in range(max(experts, len(found))):
+            if lacking := every - found.get(expert, set()):
+                return f"{block}{expert}{min(lacking)}"
+    return None
