@@ -16,7 +16,7 @@ BEHIND = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(
 """The beginning of a tensor's name in the stack that ``num_hidden_layers`` counts, and the layer's index."""
 
 JOINING = ("enorm", "hnorm", "eh_proj")
-"""The modules that join a token's embedding with the hidden state, in a layer of the stack; none has only some of them."""
+"""The modules that join a token's embedding with the hidden state, in a layer of the stack: all or none."""
 
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,9})(\..*)")
 

@@ -7,6 +7,7 @@ turn, they never raise the error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ LEAST_SPREAD = 1e-4
 
 @dataclass
 class Rounded:
-    """Matrices [B, K, N] rounded by GPTQ; everything is overwritten.
+    """Matrices [B, K, N] rounded by GPTQ; codes, scales and zeros are overwritten.
 
     Attributes:
         errors: weights minus rounded weights, float32 [B, K, N].
@@ -31,7 +32,7 @@ class Rounded:
         scales: float32 [B, groups, N], of consecutive columns.
         zeros: zero points, float32 [B, groups, N].
         hessian: damped second moments H of the inputs, float32 [B, K, K].
-        grid: the settings of the levels.
+        grids: the settings of the levels of each group; those of one bit stay as they are.
         dtype: stored dtype of scales and zero points.
     """
 
@@ -40,17 +41,24 @@ class Rounded:
     scales: torch.Tensor
     zeros: torch.Tensor
     hessian: torch.Tensor
-    grid: LevelSearch
+    grids: Sequence[LevelSearch]
     dtype: torch.dtype
+
+    def values(self) -> torch.Tensor:
+        """Return the rounded weights, float32 [B, K, N]."""
+        size = self.codes.shape[1] // len(self.grids)
+        scales, zeros = (part.repeat_interleave(size, dim=1) for part in (self.scales, self.zeros))
+        return (self.codes.float() - zeros) * scales
 
 
 def descend(rounded: Rounded, sweeps: int) -> None:
     """Lower the error trace(Eᵀ·H·E) by passes over all groups."""
-    count = rounded.scales.shape[1]
-    size = rounded.codes.shape[1] // count
+    size = rounded.codes.shape[1] // len(rounded.grids)
     slope = rounded.hessian @ rounded.errors
     for sweep in range(sweeps):
-        for group in range(count):
+        for group, grid in enumerate(rounded.grids):
+            if grid.bits == 1:
+                continue
             inside = slice(group * size, (group + 1) * size)
             change = _improve(rounded, group, inside, slope[:, inside])
             # After this group, the last pass only needs the slopes of those that follow.
@@ -63,19 +71,19 @@ def _improve(rounded: Rounded, group: int, inside: slice, slope: torch.Tensor) -
     own, codes = rounded.hessian[:, inside, inside], rounded.codes[:, inside].float()
     scale, zero = rounded.scales[:, group, None], rounded.zeros[:, group, None]
     before = (codes - zero) * scale
-    scale, zero = _refit(rounded, own, codes, scale, zero, slope)
+    scale, zero = _refit(rounded.grids[group], rounded.dtype, own, codes, scale, zero, slope)
     now = (codes - zero) * scale
     slope = torch.baddbmm(slope, own, now - before, alpha=-1)
-    _round(own, codes, now, scale, zero, slope, rounded.grid.steps)
+    _round_again(own, codes, now, scale, zero, slope, rounded.grids[group].steps)
     change = now - before
     rounded.scales[:, group], rounded.zeros[:, group] = scale[:, 0], zero[:, 0]
     rounded.codes[:, inside] = codes
-    rounded.errors[:, inside] -= change
     return change
 
 
 def _refit(
-    rounded: Rounded,
+    grid: LevelSearch,
+    dtype: torch.dtype,
     own: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -86,7 +94,7 @@ def _refit(
     centred = codes - zero
     turned = own @ centred
     by_scale, on_scale = _sum(centred * turned), _sum(centred * slope)
-    if rounded.grid.fixed:
+    if grid.fixed:
         wider, lower = on_scale / by_scale, torch.zeros_like(scale)
     else:
         # The weights change by centred·wider + lower: two unknowns, two linear equations.
@@ -95,16 +103,16 @@ def _refit(
         spread = torch.where(spread > LEAST_SPREAD * by_scale * by_offset, spread, torch.nan)
         wider = (on_scale * by_offset - on_offset * by_both) / spread
         lower = (on_offset * by_scale - on_scale * by_both) / spread
-    info, grid = torch.finfo(rounded.dtype), rounded.grid
-    new = (scale + wider).clamp(info.tiny, info.max).to(rounded.dtype).float()
-    shifted = zero if grid.fixed else (zero - lower / new).to(rounded.dtype).float() + 0.0  # never -0
+    info = torch.finfo(dtype)
+    new = (scale + wider).clamp(info.tiny, info.max).to(dtype).float()
+    shifted = zero if grid.fixed else (zero - lower / new).to(dtype).float() + 0.0  # never -0
     change = (codes - shifted) * new - centred * scale
     gain = _sum(change * (2 * slope - own @ change))
     better = (gain > 0) & (shifted.abs() <= min(grid.steps / NARROWEST, MAX_ZERO))
     return torch.where(better, new, scale), torch.where(better, shifted, zero)
 
 
-def _round(
+def _round_again(
     own: torch.Tensor,
     codes: torch.Tensor,
     values: torch.Tensor,

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, ZeroPoints
-from planner.quantization.quantizers.descent import Rounded, descend
+from planner.quantization.quantizers.descent import LEAF, Rounded, descend
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
 from planner.quantization.quantizers.target import Aim, corrected
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
-
-LEAF = 16
-"""Number of columns that are rounded one after the other. Wider ranges pass on their errors by matrix products."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def quantize_gptq(
     grid = settings.grid(bits, zero_points)
     solver = _Solver(weights, order, factor, grid, size, settings.static_groups, storage)
     solver.round()
-    if settings.sweeps and bits > 1 and not settings.static_groups:
+    if settings.sweeps and not settings.static_groups:
         descend(solver.rounded(hessians), settings.sweeps)
     return solver.results()
 
@@ -149,7 +146,9 @@ class _Solver:
 
     def rounded(self, hessian: torch.Tensor) -> Rounded:
         """Return what is known of the rounded columns, given their damped Hessian; it shares its memory."""
-        return Rounded(self.errors, self.codes, self.scales, self.zeros, hessian, self.grid, self.dtype)
+        return Rounded(
+            self.errors, self.codes, self.scales, self.zeros, hessian, [self.grid] * self.scales.shape[1], self.dtype
+        )
 
     def results(self) -> list[Quantized]:
         """Return the results in the input's order of columns."""

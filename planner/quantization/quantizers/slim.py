@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from planner.quantization.quantizers.base import to_groups
+from planner.quantization.quantizers.base import Quantized, to_groups
+from planner.quantization.quantizers.descent import Rounded, descend
 from planner.quantization.quantizers.gptq import GptqSettings, quantize_gptq
 from planner.quantization.quantizers.grid import LevelSearch, fit_group
 from planner.quantization.quantizers.hessian import Factor, column_order, factorize
@@ -58,11 +59,12 @@ def quantize_slim(
         raise ValueError("widths per group need groups that are contiguous and not static")
     size = to_groups(weight, group_size).shape[2]
     order = column_order(moments.diagonal()[None], size, settings.act_order)[0]
-    factor = factorize(moments.float()[order][:, order][None], settings.damping)
+    hessian = moments.float()[order][:, order][None]
+    factor = factorize(hessian, settings.damping)
     ordered = weight.float()[:, order]
     widths = _choose_widths(ordered, factor.cost[0], inputs[:, order], bits, size, settings)
     result = torch.empty_like(ordered)
-    result[:, order] = _solve(ordered, factor, widths, size, settings)
+    result[:, order] = _solve(ordered, hessian, factor, widths, size, settings)
     width_of = dict(zip((order[::size] // size).tolist(), widths, strict=True))
     return result, [width_of[group] for group in range(len(widths))]
 
@@ -125,15 +127,18 @@ def _nearest(blocks: torch.Tensor, cost: torch.Tensor, grid: LevelSearch) -> tor
     return codes.sub_(zero).mul_(scale)
 
 
-def _solve(weight: torch.Tensor, factor: Factor, widths: list[int], size: int, settings: GptqSettings) -> torch.Tensor:
+def _solve(
+    weight: torch.Tensor, damped: torch.Tensor, factor: Factor, widths: list[int], size: int, settings: GptqSettings
+) -> torch.Tensor:
     """Quantize [N, K] group by group and pass the errors on; return the dequantized weights.
 
     GPTQ solves each group as a problem of its own. The group's Hessian is the product of the factor's diagonal block.
-    The group's weights include the corrections for the errors of earlier groups.
+    The group's weights include the corrections for the errors of earlier groups. The passes afterwards are over all
+    groups, as GPTQ's are.
     """
-    alone = replace(settings, act_order="none", damping=0.0)  # already in order, already damped
+    alone = replace(settings, act_order="none", damping=0.0, sweeps=0)  # already in order, already damped
     feedback, cost = factor.feedback[0], factor.cost[0]
-    result, errors = torch.empty_like(weight), torch.empty_like(weight)
+    errors, found = torch.empty_like(weight), list[Quantized]()
     for group, width in enumerate(widths):
         begin = group * size
         inside = slice(begin, begin + size)
@@ -144,6 +149,16 @@ def _solve(weight: torch.Tensor, factor: Factor, widths: list[int], size: int, s
         own = torch.linalg.solve_triangular(unit, due, upper=True, left=False, unitriangular=True)
         hessian = (unit * cost[inside]) @ unit.mT
         target = weight[:, inside] + own
-        result[:, inside] = quantize_gptq(target[None], hessian[None], width, WHOLE_ROW, alone)[0].dequantize()
-        errors[:, inside] = weight[:, inside] - result[:, inside]
-    return result
+        found += quantize_gptq(target[None], hessian[None], width, WHOLE_ROW, alone)
+        errors[:, inside] = weight[:, inside] - found[-1].dequantize()
+    rounded = Rounded(
+        errors.mT[None],
+        torch.cat([part.codes.mT for part in found])[None],
+        torch.stack([part.scales[:, 0].float() for part in found])[None],
+        torch.stack([part.zeros[:, 0].float() for part in found])[None],
+        damped,
+        [settings.grid(width, "float") for width in widths],
+        found[0].scales.dtype,
+    )
+    descend(rounded, settings.sweeps)
+    return rounded.values()[0].mT

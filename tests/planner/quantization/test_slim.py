@@ -125,7 +125,7 @@ def test_equals_plain_gptq_of_the_same_widths(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(sweeps=0), PUBLISHED], ids=str)
+@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(), PUBLISHED], ids=str)
 def test_without_a_change_is_gptq(bits: int, settings: GptqSettings) -> None:
     weight, moments, inputs = problem()
     found, widths = quantize_slim(weight, moments, inputs[:0], bits, GROUP, settings)
@@ -165,7 +165,7 @@ def test_widths_follow_the_order_of_the_columns(order: str) -> None:
             assert torch.allclose(group.abs(), group[:, :1].abs(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(sweeps=0), PUBLISHED], ids=str)
+@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(), PUBLISHED], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_two_bits_are_no_worse_than_uniform_ones(settings: GptqSettings, seed: int) -> None:
     weight, moments, inputs = problem(seed=seed)
@@ -173,7 +173,7 @@ def test_two_bits_are_no_worse_than_uniform_ones(settings: GptqSettings, seed: i
     assert error < 1.03 * output_error(weight, uniform(weight, moments, 2, settings), moments)
 
 
-@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(sweeps=0), PUBLISHED], ids=str)
+@pytest.mark.parametrize("settings", [PLAIN, GptqSettings(), PUBLISHED], ids=str)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_groups_of_unequal_salience_gain(settings: GptqSettings, bits: int) -> None:
     weight, moments, inputs = problem(spread=1.0)
