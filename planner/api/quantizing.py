@@ -244,7 +244,7 @@ def _make_plan(work: _Work, options: PlanOptions) -> tuple[Plan, Callable[[Path]
 
 def _quantizing(work: _Work, experts: Mapping[str, Sequence[int]]) -> list[Part]:
     """Return the part of the run that follows the plan."""
-    reading = Reading.of(work.text, work.settings.streams) if work.settings.calibrated else None
+    reading = Reading.of(work.text, work.settings.streams, work.settings.sweeps) if work.settings.calibrated else None
     return quantizing_parts(work.source, work.layout, experts, work.settings, work.devices, reading)
 
 
@@ -334,7 +334,7 @@ def _sizes(work: _Work, made: Plan) -> Sizes:
 
 def _needs(work: _Work, made: Plan, sizes: Sizes, wanted: StatisticsRequest | None) -> Needs:
     """Return the disk, memory and time of the work; a plan that is made here adds its statistics."""
-    reading = Reading.of(work.text, work.settings.streams)
+    reading = Reading.of(work.text, work.settings.streams, work.settings.sweeps)
     devices, settings = work.wanted.job_devices(), work.settings.with_plan(made)
     schemes = POSSIBLE[work.wanted.resolved_scheme] if work.plan is None else (settings.scheme,)
     ways = (replace(settings, scheme=scheme) for scheme in schemes)

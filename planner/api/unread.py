@@ -236,6 +236,9 @@ ROWS: Sequence[ReadOnlyWhere] = (
         GPTQ, lambda values: QUANTIZERS[_quantizer(values)].tuned, f"--quantizer {' or '.join(tuned_names())}",
         lambda values: f"--quantizer {_quantizer(values)}",
     ),
+    ReadOnlyWhere(
+        ("sweeps",), lambda values: not values["static_groups"], "no --static-groups", lambda _: "--static-groups"
+    ),
     ReadOnlyWhere((*GPTQ, "one_bit"), _some_grids, "--scheme grid", _found_schemes),
     ReadOnlyWhere(
         ("zero_points",), lambda values: set(_schemes(values)) <= {GRID.name}, "--scheme grid", _found_schemes

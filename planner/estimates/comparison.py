@@ -35,7 +35,7 @@ def compare_needs(run: ComparisonRun, tokens: int) -> Needs:
     models = {scheme: sum(_models(run, name, scheme) for name in wanted.methods) for scheme in wanted.schemes}
     rows = sum(models.values()) * (1 + len(wanted.odp))
     gptq = wanted.settings.calibrated
-    text = Reading(wanted.samples, wanted.length, wanted.settings.streams)
+    text = Reading(wanted.samples, wanted.length, wanted.settings.streams, wanted.settings.sweeps)
     each, passes = {it: _quantizing(run, text if gptq else None, it) for it in models}, _statistics_passes(run)
     one = max(each.values(), key=lambda needs: needs.written_bytes)
     stored = gptq or bool(wanted.tasks)

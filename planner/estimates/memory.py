@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +32,18 @@ class Reading:
         length: tokens per sequence.
         streams: number of streams of hidden states that GPTQ carries during the run: one, or two to calibrate
             asymmetrically; 0 without GPTQ.
+        sweeps: number of passes over all codes after GPTQ.
     """
 
     sequences: int
     length: int
     streams: int = 0
+    sweeps: int = 0
 
     @classmethod
-    def of(cls, text: CalibrationText | None, streams: int = 0) -> Reading | None:
+    def of(cls, text: CalibrationText | None, streams: int = 0, sweeps: int = 0) -> Reading | None:
         """Return the run over a text; None without a text."""
-        return None if text is None else cls(len(text.tokens), text.tokens.shape[1], streams)
+        return None if text is None else cls(len(text.tokens), text.tokens.shape[1], streams, sweeps)
 
     @property
     def gptq(self) -> bool:
@@ -92,7 +95,8 @@ def device_working(config: Mapping[str, Any], layout: Layout, reading: Reading, 
     if reading.gptq:
         count = min(experts.num_experts, max(1, BATCH_BYTES[device] // (FLOAT * columns**2)))
     copies = (FACTOR_COPIES if reading.gptq else 0) + (SHIFT_COPIES if reading.asymmetric else 0)
-    batch = FLOAT * count * (2 * experts.weights_per_expert + copies * columns**2)
+    lost = math.prod(experts.shapes[experts.projections.down]) if reading.asymmetric else 0
+    batch = FLOAT * count * (2 * experts.weights_per_expert + copies * columns**2 + lost)
     return max(scores, batch)
 
 

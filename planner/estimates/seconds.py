@@ -13,10 +13,9 @@ from planner.calibration.measures import MEASURES
 from planner.calibration.reading.decoder import ROWS
 from planner.estimates.memory import Reading
 from planner.estimates.serving import text_config
-from planner.model.layout import Layout
+from planner.model.layout import Layout, MoeLayer
 from planner.model.source import SourceModel
 from planner.quantization.quantizers import quantizer_for
-from planner.quantization.quantizers.gptq import GptqSettings
 from planner.quantization.quantizers.hqq import BLOCK_WEIGHTS
 from planner.quantization.rows import TILES
 from planner.quantization.settings import QuantizeSettings
@@ -72,9 +71,7 @@ def reading_seconds(
     attention = layout.num_layers * (4 * hidden * hidden + 2 * reading.length * hidden)
     operations = 2.0 * passes * reading.tokens * (used + attention)
     if reading.gptq:
-        operations += len(layout.layers) * _gptq_operations(
-            layer.shapes, layer.num_experts, chosen * reading.tokens, reading.streams
-        )
+        operations += len(layout.layers) * _gptq_operations(layer, chosen * reading.tokens, reading)
         if reading.asymmetric:  # the original model runs once more, and its experts' gate and up for their inputs
             operations += 4.0 * reading.tokens * (used + attention)
     return operations / _product_rate(device)
@@ -92,17 +89,18 @@ def variance_seconds(model: SourceModel, layout: Layout, threads: int) -> float:
     return layout.num_experts * _seconds(work, torch.device("cpu")) / threads
 
 
-def _gptq_operations(shapes: Mapping[str, tuple[int, int]], experts: int, tokens: int, streams: int) -> float:
+def _gptq_operations(layer: MoeLayer, tokens: int, reading: Reading) -> float:
     """Return the operations of GPTQ in one layer.
 
-    They are moments, their factorization, the target, and passing on errors, which each sweep does twice.
+    They are moments, their factorization, the target, and passing on errors, which each sweep does twice. Down
+    projections also have moments of what the layer lost.
     """
-    total = 0.0
-    for rows, columns in shapes.values():
-        solve = 2.0 * rows * columns**2
-        total += streams * 2.0 * tokens * columns**2 + experts * (
-            columns**3 + (1 + 2 * GptqSettings.sweeps + 2 * (streams - 1)) * solve
-        )
+    more = reading.streams - 1
+    rows, columns = layer.shapes[layer.projections.down]
+    total = 2.0 * more * tokens * rows * columns
+    for rows, columns in layer.shapes.values():
+        solve = (1 + 2 * reading.sweeps + 2 * more) * 2.0 * rows * columns**2
+        total += reading.streams * 2.0 * tokens * columns**2 + layer.num_experts * (columns**3 + solve)
     return total
 
 

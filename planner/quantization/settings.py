@@ -118,6 +118,11 @@ class QuantizeSettings:
         """Number of streams of hidden states that quantizing carries; 0 without calibration."""
         return (2 if self.asymmetric else 1) if self.calibrated else 0
 
+    @property
+    def sweeps(self) -> int:
+        """Number of passes over all codes after GPTQ; 0 without it."""
+        return (self.gptq or GptqSettings()).sweeps if self.calibrated and self.storage.scheme is GRID else 0
+
     def with_plan(self, plan: Plan) -> QuantizeSettings:
         """Return the settings with what a plan says of linears and schemes; the same where it says nothing."""
         made = self

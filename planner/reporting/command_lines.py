@@ -98,10 +98,12 @@ def _gptq_flags(facts: Facts) -> list[str]:
             ("--damping", f"{found.damping:g}", f"{default.damping:g}"),
             ("--act-order", found.act_order, default.act_order),
             ("--scale-search", found.search, default.search),
-            ("--sweeps", found.sweeps, default.sweeps),
         )
     )
-    flags += ["--static-groups"] if found.static_groups else []
+    if found.static_groups:
+        flags += ["--static-groups"]
+    elif facts.config.rotation is None or _scheme(facts) == AUTO_SCHEME:  # trellises alone are not swept
+        flags += _flags([("--sweeps", found.sweeps, default.sweeps)])
     return flags + (["--symmetric"] if found.symmetric else [])
 
 

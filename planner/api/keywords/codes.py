@@ -202,7 +202,7 @@ class GptqKeywords:
         static_groups: GPTQ: take scales from the original weights.
         symmetric: GPTQ: zero points in the middle of the codes.
         scale_search: GPTQ: the least weighted error (``mse``), or the ``range``.
-        sweeps: GPTQ: passes afterwards that fit scales and codes to the errors of all columns.
+        sweeps: GPTQ: passes afterwards that fit scales and codes to the errors of all columns; none with static groups.
         compat: GPTQ: the variant of the paper's published code; stands for all of the others.
     """
 
@@ -224,9 +224,8 @@ class GptqKeywords:
             raise UsageError(f"--damping: expected a number between 0 and 1, found {self.damping:g}")
         if self.act_order == "full" and not self.static_groups:
             raise UsageError("--act-order full: expected --static-groups too, or groups would have no fixed columns")
-        made = GptqSettings(
-            self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search, self.sweeps
-        )
+        sweeps = 0 if self.static_groups else self.sweeps
+        made = GptqSettings(self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search, sweeps)
         if not self.compat:
             return made
         if made != GptqSettings():

@@ -38,7 +38,7 @@ class CalibratedExpert:
         outputs: (tokens [n], weighted outputs [n, hidden]) of the quantized expert, in parts.
         tokens: number of calibration tokens routed to it.
         output_error: ‖Y − Ŷ‖ / ‖Y‖ on these tokens, with Ŷ its weighted outputs and Y those of the exact expert on the
-            inputs that it aims at; None without tokens.
+            original's inputs; what Ŷ makes up for besides counts as an error. None without tokens.
         fallback: reason why it was quantized without calibration; None if it was calibrated.
     """
 

@@ -35,7 +35,7 @@ class Moments:
     Attributes:
         second: sum of x·xᵀ.
         shift: sum of (o − x)·xᵀ; None to calibrate symmetrically.
-        lost: sum of the lost outputs times xᵀ, [N, K] or [B, N, K], times :func:`trust`; None for none.
+        lost: sum of the lost outputs times xᵀ, [N, K] or [B, N, K], times :func:`trust`; None for nothing.
     """
 
     second: torch.Tensor
@@ -55,7 +55,7 @@ class Moments:
             ValueError: there are no parts.
         """
         second = shift = lost = None
-        rows = 0
+        rows, total, squares = 0, 0.0, 0.0
         for part in parts:
             x, weights = part.own.float(), part.weights
             second = _added(second, x, x, weights)
@@ -63,11 +63,13 @@ class Moments:
                 shift = _added(shift, part.original.float() - x, x, weights)
             if part.lost is not None:
                 lost = _added(lost, part.lost, x, weights)
+                total += float(x.shape[0] if weights is None else weights.sum())
+                squares += float(x.shape[0] if weights is None else weights.square().sum())
             rows += x.shape[0]
         if second is None:
             raise ValueError("no inputs")
         if lost is not None:
-            lost.mul_(trust(rows, lost.shape[1]) / rows)
+            lost.mul_(trust(total**2 / squares if squares else 0.0, lost.shape[1]) / rows)
         return cls(second.div_(rows), None if shift is None else shift.div_(rows), lost)
 
     @classmethod
@@ -92,13 +94,17 @@ class Moments:
         return self
 
 
-def trust(rows: int, columns: int) -> float:
-    """Return the share of a regression on K columns that holds for other tokens than its n rows: 1 − K/n, at least 0.
+def trust(tokens: float, columns: int) -> float:
+    """Return the share of a regression on K columns that holds for other tokens than its own: 1 − K/n, at least 0.
 
     What the outputs lost is hardly a function of these inputs. As many inputs as tokens would fit anything, and all of
     it would be chance.
+
+    Args:
+        tokens: n, the number of tokens that count alike; of tokens with weights w it is (Σw)² / Σw².
+        columns: K.
     """
-    return max(0.0, 1 - columns / rows)
+    return max(0.0, 1 - columns / tokens) if tokens else 0.0
 
 
 def _stacked(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

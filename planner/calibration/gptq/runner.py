@@ -13,7 +13,7 @@ from planner.calibration.gptq.layer import quantize_layer
 from planner.calibration.gptq.linears import quantize_linears
 from planner.calibration.reading.decoder import Decoder
 from planner.calibration.reading.hidden import remove_hidden
-from planner.calibration.reading.routed import adds_outputs, finish, route
+from planner.calibration.reading.routed import finish, outputs_factor, route
 from planner.calibration.reading.streams import Streams, advance_original
 from planner.calibration.reading.text import CalibrationText
 from planner.common.memory import explained_if_out_of_memory
@@ -88,7 +88,7 @@ class GptqRunner:
         if task.layer is not None:
             routed = route(decoder, index, hidden, store, replaced, keep_base=exact is not None)
             if exact is not None:
-                routed = routed.beside(exact, adds_outputs(decoder, index, hidden, routed, replaced))
+                routed = routed.beside(exact, outputs_factor(decoder, index, hidden, routed, replaced))
             found = quantize_layer(decoder, task.layer, task.widths, routed, settings, self.devices)
             schemes = settings.storage.schemes(task.layer.prefix, task.widths)
             for expert, result in found:

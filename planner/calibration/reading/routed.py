@@ -18,7 +18,7 @@ BASE = "base.bin"
 """The file of the layer's output without its experts."""
 
 ROUNDING = 0.05
-"""Largest relative difference between equal sums, in bfloat16 with room to spare."""
+"""Largest relative difference between equal outputs, in bfloat16 with room to spare."""
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Routed:
         originals: the inputs of the same block in the original model [tokens, hidden], in a file; None if the pass does
             not know them.
         base: the layer's output without its experts [tokens, hidden], in a file; None if the pass did not keep it.
-        original_base: the same of the original model; None if the layer does not add its experts' outputs to it.
+        original_base: the same of the original model; None if the pass does not know it.
+        factor: what the layer multiplies its experts' outputs by before it adds them to the rest of its output.
     """
 
     inputs: torch.Tensor
@@ -45,6 +46,7 @@ class Routed:
     originals: torch.Tensor | None = None
     base: torch.Tensor | None = None
     original_base: torch.Tensor | None = None
+    factor: float = 1.0
 
     @property
     def dropped(self) -> int:
@@ -70,25 +72,26 @@ class Routed:
     def lost(self, tokens: torch.Tensor, device: torch.device) -> torch.Tensor | None:
         """Return what quantization took from the layer's output before its experts, float32 [n, hidden].
 
-        It is divided by the sum of a token's routing weights: all of it is made up for if each of the token's experts
-        adds this to its output. None if the pass does not know it.
+        It is divided by the sum of a token's routing weights, and by the layer's factor: all of it is made up for if
+        each of the token's experts adds this to its output. None if the pass does not know it.
         """
         if self.base is None or self.original_base is None:
             return None
         due = self.original_base[tokens].to(device).float() - self.base[tokens].to(device).float()
-        total = self.weights[tokens].sum(dim=1, keepdim=True).to(device)
-        return torch.where(total > 0, due / total, 0)
+        total = self.factor * self.weights[tokens].sum(dim=1, keepdim=True).to(device)
+        return torch.where((total > 0) & torch.isfinite(due).all(dim=1, keepdim=True), due / total, 0)
 
-    def beside(self, original: Routed, adds: bool = False) -> Routed:
+    def beside(self, original: Routed, factor: float | None = None) -> Routed:
         """Return the pass with what it has in the original model; a token is dropped where that is not finite.
 
         Args:
             original: the same layer's pass in the original model.
-            adds: whether the layer adds its experts' outputs to the rest of its output (:func:`adds_outputs`).
+            factor: see :func:`outputs_factor`; None leaves out what was lost before the experts.
         """
         finite = torch.cat([torch.isfinite(part).all(dim=1) for part in original.inputs.split(ROWS)])
         ids = torch.where(finite[:, None], self.ids, -1)
-        return replace(self, ids=ids, originals=original.inputs, original_base=original.base if adds else None)
+        both = replace(self, ids=ids, originals=original.inputs)
+        return both if factor is None else replace(both, original_base=original.base, factor=factor)
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
         """Add an expert's weighted outputs [n, hidden] to the outputs of its tokens."""
@@ -176,14 +179,14 @@ def route(
     return Routed(inputs, outputs, ids, weights, probabilities, base=flat)
 
 
-def adds_outputs(
+def outputs_factor(
     decoder: Decoder,
     index: int,
     hidden: torch.Tensor,
     routed: Routed,
     replaced: Mapping[str, torch.Tensor] | None = None,
-) -> bool:
-    """Tell whether a layer adds its experts' outputs to the rest of its output, with no norm or factor between.
+) -> float | None:
+    """Return the number by which a layer multiplies its experts' outputs before it adds them to the rest of its output.
 
     Args:
         decoder: the model.
@@ -191,18 +194,22 @@ def adds_outputs(
         hidden: the layer's input [sequences, length, hidden]; the first sequence is tried.
         routed: the layer's pass on it, with its base.
         replaced: see :meth:`Decoder.layer`.
+
+    Returns:
+        The number, above 0; None if the layer does anything else with them, such as a norm.
     """
     assert routed.base is not None
     base = routed.base[: hidden.shape[1]].float()
     usable = torch.isfinite(base).all(dim=1)
     if routed.outputs.shape[1] != base.shape[1] or not bool(usable.any()):
-        return False
-    size = base[usable].square().mean().sqrt()
-    outputs = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)) * size
+        return None
+    outputs = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)) * base[usable].square().mean().sqrt()
     with decoder.layer(index, _Replaying(outputs), replaced) as call:
-        found = call(hidden[:1]).flatten(0, 1).cpu().float()
-    off = (found - base - outputs)[usable].square().mean().sqrt()
-    return bool(off < ROUNDING * size)
+        added = call(hidden[:1]).flatten(0, 1).cpu().float() - base
+    added, outputs = added[usable], outputs[usable]
+    factor = float((added * outputs).sum() / outputs.square().sum())
+    off = float((added - factor * outputs).norm() / outputs.norm())
+    return factor if factor > 0 and off < ROUNDING * factor else None
 
 
 def finish(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +73,8 @@ def advance_original(decoder: Decoder, index: int, store: HiddenStates, last: bo
         last: whether no layer follows.
 
     Returns:
-        The pass through the layer's MoE block, with the layer's output without experts; None if it has none.
+        The pass through the layer's MoE block with the layer's output without experts, but without its experts'
+        outputs, whose file is gone; None if the layer has no such block.
     """
     hidden, layer = store.load(index), decoder.moe.get(index)
     routed = None if layer is None else route(decoder, index, hidden, store, keep_base=True)
@@ -83,4 +84,4 @@ def advance_original(decoder: Decoder, index: int, store: HiddenStates, last: bo
         finish(decoder, index, hidden, store.create(index + 1), None if routed is None else routed.outputs)
         store.complete(index + 1)
     store.discard(OUTPUTS)
-    return routed
+    return None if routed is None else replace(routed, outputs=torch.empty(0))

@@ -45,7 +45,7 @@ class Basis:
         return moments
 
     def aim(self, aim: Aim) -> Aim:
-        """Return the aim of matrices with rotated inputs; see :meth:`moments`."""
+        """Return the aim of matrices with rotated inputs; its shift is overwritten, as by :meth:`moments`."""
         return Aim(self.moments(aim.shift), None if aim.lost is None else self.weights(aim.lost))
 
     def wrap(self, matrix: QuantizedMatrix) -> Rotated:

@@ -50,6 +50,8 @@ REFUSED = [
     ("quantize", "--bits 2,3 --one-bit rtn", "--one-bit: expected --bits that have 1 with it, found --bits 2,3"),
     ("quantize", "--data t --quantizer rtn --damping 0.1", "--damping: expected --quantizer gptq with it"),
     ("quantize", "--data t --scheme trellis --act-order none", "--act-order: expected --scheme grid with it"),
+    ("quantize", "--data t --static-groups --sweeps 2", "--sweeps: expected no --static-groups with it, found"),
+    ("quantize", "--data t --scheme trellis --sweeps 2", "--sweeps: expected --scheme grid with it, found"),
     ("quantize", "--compat", "--compat: expected --quantizer gptq with it, found --quantizer hqq"),
     ("quantize", "--min-tokens 3", "--min-tokens: expected --quantizer gptq with it"),
     ("calibrate", "--for pmq --scheme auto", "--scheme: expected a method that reads it (kl, kl-estimated) with it"),

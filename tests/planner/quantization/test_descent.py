@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from planner.quantization.quantizers.base import MAX_ZERO, Quantized, ZeroPoints
 from planner.quantization.quantizers.gptq import PUBLISHED, GptqSettings, quantize_gptq
+from planner.quantization.quantizers.hessian import ActOrder
 from tests.planner.quantization.test_gptq import output_error, problem
 
 pytestmark = pytest.mark.slow
@@ -93,12 +94,30 @@ def test_the_levels_are_the_best_for_their_codes() -> None:
 
 
 @pytest.mark.parametrize("chosen", [GptqSettings(sweeps=0), PUBLISHED, GptqSettings(static_groups=True)], ids=str)
-def test_without_sweeps_or_with_static_groups_it_is_gptq_alone(chosen: GptqSettings) -> None:
+def test_without_sweeps_or_with_static_groups_it_is_gptq_alone(
+    chosen: GptqSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, hessian = problem(16, 128)
-    settled = GptqSettings(chosen.damping, chosen.act_order, chosen.static_groups, search=chosen.search, sweeps=0)
-    assert torch.equal(
-        solved(weight, hessian, 3, 32, chosen).dequantize(), solved(weight, hessian, 3, 32, settled).dequantize()
-    )
+    expected = solved(weight, hessian, 3, 32, chosen).dequantize()
+    called: list[object] = []
+    monkeypatch.setattr("planner.quantization.quantizers.gptq.descend", lambda *given: called.append(given))
+    assert torch.equal(solved(weight, hessian, 3, 32, chosen).dequantize(), expected)
+    assert not called
+    solved(weight, hessian, 3, 32, GptqSettings())
+    assert called
+
+
+@pytest.mark.parametrize("act_order", ["none", "group"])
+def test_a_batch_is_its_matrices_in_any_order_of_columns(act_order: ActOrder) -> None:
+    chosen = GptqSettings(act_order=act_order)
+    problems = [problem(16, 128, seed=seed) for seed in range(3)]
+    weights, hessians = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    together = quantize_gptq(weights, hessians.clone(), 2, 32, chosen, storage=torch.bfloat16)
+    for found, (weight, hessian) in zip(together, problems, strict=True):
+        assert found.scales.dtype == torch.bfloat16
+        alone = quantize_gptq(weight[None], hessian[None].clone(), 2, 32, chosen, storage=torch.bfloat16)[0]
+        errors = [output_error(weight, it.dequantize(), damped(hessian)) for it in (found, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 def test_one_bit_stays_the_sign_times_the_mean() -> None:

@@ -35,20 +35,24 @@ def moments(original: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, to
     columns=st.sampled_from([32, 64, 96]),
     damping=st.sampled_from([1e-4, 1e-2, 1.0]),
     order=st.sampled_from(["none", "group", "full"]),
+    more=st.booleans(),
 )
-def test_it_is_the_least_squares_solution(seed: int, columns: int, damping: float, order: ActOrder) -> None:
-    """In float64, by torch's own solver: min ‖VX − WO‖² + λ‖V − W‖²."""
+def test_it_is_the_least_squares_solution(seed: int, columns: int, damping: float, order: ActOrder, more: bool) -> None:
+    """In float64, by torch's own solver: min ‖VX − (WO + lost)‖² + λ‖V − W‖²."""
     original, own = streams(columns, 4 * columns, seed)
     weight = torch.randn((1, 5, columns), generator=torch.Generator().manual_seed(seed))
     second, shift = moments(original, own)
     places = column_order(second.diagonal(dim1=1, dim2=2), 32, order)
     index = places[:, :, None].expand_as(second)
     factor = factorize(second.gather(1, index).gather(2, index.mT), damping)
-    found = corrected(weight, Aim(shift), factor, places)[0].double()
+    lost = torch.randn((len(own), 5), generator=torch.Generator().manual_seed(seed)) * more
+    aim = Aim(shift, (lost.mT @ own / len(own))[None] if more else None)
+    found = corrected(weight, aim, factor, places)[0].double()
 
     root = (damping * float(second[0].diagonal().mean()) * len(own)) ** 0.5
     left = torch.cat((own.double(), root * torch.eye(columns, dtype=torch.float64)))
     right = torch.cat((original.double(), root * torch.eye(columns, dtype=torch.float64))) @ weight[0].double().mT
+    right[: len(own)] += lost.double()
     expected = torch.linalg.lstsq(left, right).solution.mT
     assert (found - expected).norm() / expected.norm() < 1e-3
 
