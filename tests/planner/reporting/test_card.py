@@ -13,6 +13,8 @@ import yaml
 
 from planner.evaluation.record import Evaluations
 from planner.reporting.card import BEGIN, END, refresh_card
+from planner.reporting.command_lines import quantize_line
+from planner.reporting.facts import collect
 from tests.conftest import Outcome
 from tests.planner.reporting.test_report import EVALUATIONS, HOSTILE
 
@@ -82,6 +84,20 @@ def test_the_card_tells_schemes(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) 
     assert report.code == 0, report.err
     assert "2 bits, trellis" in page
     assert '"schemes":[["' in page
+
+
+def test_records_of_gptq_without_passes_afterwards(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) -> None:
+    """As checkpoints had them before there were such passes. A trellis has none, so that the flag would be refused."""
+    settings = {"damping": 0.01, "act_order": "group", "static_groups": False, "symmetric": False, "search": "mse"}
+    for scheme, word in (("grid", True), ("trellis", False)):
+        folder = quantized(
+            moeq, tiny_mixtral, tmp_path / scheme, "--avg-bits", 2, "--bits", "1,2,3", "--scheme", scheme
+        )
+        path = folder / "quantization_report.json"
+        report = json.loads(path.read_text())
+        report["settings"]["gptq"] = settings
+        path.write_text(json.dumps(report))
+        assert ("--sweeps 0" in quantize_line(collect(folder), "out")) == word
 
 
 def test_the_name_of_the_folder_changes_nothing(moeq: Moeq, mixtral_copy: Path, tmp_path: Path) -> None:
