@@ -10,6 +10,9 @@ import torch
 from planner.quantization.quantizers.hessian import NotPositiveDefiniteError
 from planner.quantization.quantizers.target import Aim
 
+SIDE = 256
+"""Rows of moments that are summed at a time. A product of fewer does not reach the processor's rate."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -58,7 +61,7 @@ class Moments:
         rows, total, squares = 0, 0.0, 0.0
         for part in parts:
             x, weights = part.own.float(), part.weights
-            second = _added(second, x, x, weights)
+            second = _added_square(second, x, weights)
             if part.original is not None:
                 shift = _added(shift, part.original.float() - x, x, weights)
             if part.lost is not None:
@@ -68,6 +71,7 @@ class Moments:
             rows += x.shape[0]
         if second is None:
             raise ValueError("no inputs")
+        _mirror(second)
         if lost is not None:
             lost.mul_(trust(total**2 / squares if squares else 0.0, lost.shape[1]) / rows)
         return cls(second.div_(rows), None if shift is None else shift.div_(rows), lost)
@@ -117,3 +121,19 @@ def _added(
 ) -> torch.Tensor:
     left = left if weights is None else left * weights[:, None]
     return left.mT @ right if total is None else total.addmm_(left.mT, right)
+
+
+def _added_square(total: torch.Tensor | None, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Add the sum of x·xᵀ, in rows of blocks from the diagonal to the right; :func:`_mirror` fills the rest."""
+    left, columns = x if weights is None else x * weights[:, None], x.shape[1]
+    if total is None:
+        total = x.new_zeros(columns, columns)
+    for begin in range(0, columns, SIDE):
+        total[begin : begin + SIDE, begin:].addmm_(left[:, begin : begin + SIDE].mT, x[:, begin:])
+    return total
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Fill the blocks below the diagonal of a symmetric matrix."""
+    for begin in range(SIDE, total.shape[0], SIDE):
+        total[begin : begin + SIDE, :begin] = total[:begin, begin : begin + SIDE].mT

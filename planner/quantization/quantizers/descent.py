@@ -14,6 +14,7 @@ import torch
 
 from planner.quantization.quantizers.base import MAX_ZERO, NARROWEST
 from planner.quantization.quantizers.grid import LevelSearch
+from planner.quantization.quantizers.hessian import Factor
 
 LEAF = 16
 """Number of columns that are rounded one after the other, before their changes are passed on by a matrix product."""
@@ -27,20 +28,23 @@ class Rounded:
     """Matrices [B, K, N] rounded by GPTQ; codes, scales and zeros are overwritten.
 
     Attributes:
-        errors: weights minus rounded weights, float32 [B, K, N].
+        residuals: (I + U)ᵀ·E of the errors E, weights minus rounded weights, float32 [B, K, N]: what each column was
+            off by when it was rounded.
         codes: uint8 [B, K, N].
         scales: float32 [B, groups, N], of consecutive columns.
         zeros: zero points, float32 [B, groups, N].
         hessian: damped second moments H of the inputs, float32 [B, K, K].
+        factor: H = (I + U)·diag(d)·(I + U)ᵀ.
         grids: the settings of the levels of each group; those of one bit stay as they are.
         dtype: stored dtype of scales and zero points.
     """
 
-    errors: torch.Tensor
+    residuals: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     hessian: torch.Tensor
+    factor: Factor
     grids: Sequence[LevelSearch]
     dtype: torch.dtype
 
@@ -54,16 +58,25 @@ class Rounded:
 def descend(rounded: Rounded, sweeps: int) -> None:
     """Lower the error trace(Eᵀ·H·E) by passes over all groups."""
     size = rounded.codes.shape[1] // len(rounded.grids)
-    slope = rounded.hessian @ rounded.errors
+    slopes = rounded.residuals  # their place, group by group
+    changes = torch.zeros_like(slopes)
     for sweep in range(sweeps):
         for group, grid in enumerate(rounded.grids):
-            if grid.bits == 1:
-                continue
             inside = slice(group * size, (group + 1) * size)
-            change = _improve(rounded, group, inside, slope[:, inside])
-            # After this group, the last pass only needs the slopes of those that follow.
-            behind = slice(inside.stop if sweep + 1 == sweeps else 0, None)
-            slope[:, behind].baddbmm_(rounded.hessian[:, behind, inside], change, alpha=-1)
+            if sweep == 0:
+                slopes[:, inside] = _slope(rounded, inside)
+            if grid.bits > 1:
+                known = slice(None if sweep else inside.start)  # in the first pass, what follows has not changed
+                slope = torch.baddbmm(slopes[:, inside], rounded.hessian[:, inside, known], changes[:, known], alpha=-1)
+                changes[:, inside] += _improve(rounded, group, inside, slope)
+
+
+def _slope(rounded: Rounded, inside: slice) -> torch.Tensor:
+    """Return H·E in some columns: (I + U)·diag(d) times the residuals, of which no earlier columns are needed."""
+    behind = slice(inside.start, None)
+    unit = rounded.factor.feedback[:, inside, behind].triu(1)
+    unit.diagonal(dim1=1, dim2=2).fill_(1)
+    return (unit * rounded.factor.cost[:, None, behind]) @ rounded.residuals[:, behind]
 
 
 def _improve(rounded: Rounded, group: int, inside: slice, slope: torch.Tensor) -> torch.Tensor:

@@ -142,13 +142,13 @@ class _Solver:
     def round(self) -> None:
         """Round all columns."""
         self._groups(0, self.errors.shape[1] // self.size)
-        del self.adjusted
 
     def rounded(self, hessian: torch.Tensor) -> Rounded:
         """Return what is known of the rounded columns, given their damped Hessian; it shares its memory."""
-        return Rounded(
-            self.errors, self.codes, self.scales, self.zeros, hessian, [self.grid] * self.scales.shape[1], self.dtype
-        )
+        grids = [self.grid] * self.scales.shape[1]
+        found = Rounded(self.adjusted, self.codes, self.scales, self.zeros, hessian, self.factor, grids, self.dtype)
+        found.residuals.sub_(found.values())
+        return found
 
     def results(self) -> list[Quantized]:
         """Return the results in the input's order of columns."""

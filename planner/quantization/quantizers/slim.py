@@ -152,11 +152,12 @@ def _solve(
         found += quantize_gptq(target[None], hessian[None], width, WHOLE_ROW, alone)
         errors[:, inside] = weight[:, inside] - found[-1].dequantize()
     rounded = Rounded(
-        errors.mT[None],
+        (errors @ (factor.feedback[0].triu(1) + torch.eye(errors.shape[1], device=errors.device))).mT[None],
         torch.cat([part.codes.mT for part in found])[None],
         torch.stack([part.scales[:, 0].float() for part in found])[None],
         torch.stack([part.zeros[:, 0].float() for part in found])[None],
         damped,
+        factor,
         [settings.grid(width, "float") for width in widths],
         found[0].scales.dtype,
     )
