@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from planner.calibration.kl.gradients import head_rows
+from planner.common.memory import return_freed_heap
 from planner.common.progress import Progress
 from planner.evaluation.reader import Reader
 from planner.evaluation.scores import Score, perplexity_of, refuse_not_finite, summarize, token_distances, token_losses
@@ -114,6 +115,7 @@ def _read_pass(
     wanted, count = targets.flatten(), targets.numel()
     found = {name: torch.zeros(count) for name in ("loss", "divergence", "reference")}
     found["same"] = torch.ones(count, dtype=torch.bool)
+    return_freed_heap()
     with torch.no_grad(), ExitStack() as stack:
         head = stack.enter_context(model.head())
         other = None if reference is None else stack.enter_context(reference.head())

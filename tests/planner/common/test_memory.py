@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from planner.common import memory
-from planner.common.memory import cpu_numbers, node_available_bytes, out_of_memory
+from planner.common.memory import cpu_numbers, node_available_bytes, out_of_memory, resident_bytes, return_freed_heap
 
 
 def test_a_tensor_that_no_machine_can_hold() -> None:
@@ -34,6 +34,18 @@ def test_something_else(error: Exception) -> None:
 )
 def test_cpu_numbers(text: str, numbers: set[int]) -> None:
     assert cpu_numbers(text) == numbers
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system doesn't report resident memory")
+def test_the_freed_heap_is_returned() -> None:
+    """What is freed below a block that is still in use stays this process's until it is returned."""
+    blocks = [torch.ones(1 << 14) for _ in range(1024)]  # of 64 KiB, on the heap
+    last = blocks.pop()
+    before = resident_bytes()
+    blocks.clear()
+    return_freed_heap()
+    assert before - resident_bytes() > 48 << 20
+    assert last.sum() == 1 << 14
 
 
 def node(folder: Path, number: int, cpus: str, free: int) -> None:
