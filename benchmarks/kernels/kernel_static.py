@@ -28,9 +28,11 @@ from triton.compiler import ASTSource
 from vllm_moeq.kernels.activations import SILU, Activation
 from vllm_moeq.kernels.triton import activate
 from vllm_moeq.kernels.triton.arrange import arrange
-from vllm_moeq.kernels.triton.codings import CODINGS, rings_in, set_of
-from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
-from vllm_moeq.kernels.triton.schedule import FEW, MANY, Schedule
+from vllm_moeq.kernels.triton.codings import CODINGS, planes_in, rings_in, set_of
+from vllm_moeq.kernels.triton.few import few_tokens
+from vllm_moeq.kernels.triton.many import many_tokens
+from vllm_moeq.kernels.triton.records import NO_CONSTANTS
+from vllm_moeq.kernels.triton.schedule import FEW_TOKENS, MANY, Block, Schedule, schedule_few
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -39,6 +41,8 @@ TARGETS = {
     **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
 }
 CODES_PER_LANE = 16
+BLOCK = 256
+"""Inputs of a block."""
 NUMBERS = {f"{coding.scheme.name}{coding.width}": number for number, coding in enumerate(CODINGS)}
 DEFAULT = ("grid1,grid2,grid3", "grid1,grid2,grid3,grid4,grid8", "trellis1,trellis2,trellis3,trellis4")
 ISSUES = 29e12
@@ -85,8 +89,10 @@ class Variant:
 
 
 def variants(codings: Sequence[str], dtype: str = "bf16", group_size: int = 128) -> Iterator[Variant]:
-    """Every schedule of both kernels and both projections."""
-    for kernel, schedules in (("few_tokens", FEW), ("many_tokens", MANY)):
+    """Every schedule of both kernels and both projections, of those that these codings meet."""
+    block = Block(planes_in(set_of(NUMBERS[name] for name in codings)), 4 * BLOCK // group_size)
+    few = list(dict.fromkeys(schedule_few(tokens, block) for tokens in range(1, FEW_TOKENS + 1)))
+    for kernel, schedules in (("few_tokens", few), ("many_tokens", MANY)):
         for schedule in schedules:
             for gated in (True, False):
                 yield Variant(kernel, gated, schedule, tuple(codings), group_size, dtype=dtype)
@@ -98,14 +104,18 @@ def constants_of(variant: Variant, arch: str) -> dict[str, Any]:
     codings = set_of(NUMBERS[name] for name in variant.codings)
     rings = rings_in(codings)
     groups = block // variant.group_size if False in rings else 0
-    chunked = few and not variant.gated and True not in rings
+    chunked = few and False in rings
     constants: dict[str, Any] = {
         "SHARE": 1, "ROWS": schedule.rows, "TOKENS": schedule.tokens, "LANES": variant.lanes, "CODINGS": codings,
         "GROUPS": groups, "SUM": 32 if chunked else block // max(groups, 1), "EVEN": True,
         **activate.constants_of(variant.activation if variant.gated else None),
         "STAGES": schedule.stages, "MODE": "plain" if TARGETS[arch].backend == "hip" else "ptx",
     }  # fmt: skip
-    constants |= {"PAIRS": 8 * schedule.tokens} if few else {"EXPERTS": 128, "TOGETHER": 8}
+    constants |= (
+        {"SIDE": int(not variant.gated), "SLICES": schedule.slices, "FULL": variant.gated}
+        if few
+        else {"EXPERTS": 128, "TOGETHER": 8}
+    )
     if not variant.biased:
         constants["biases"] = None
     return constants if variant.gated and True not in rings else {**constants, "out_sums": None}
@@ -127,7 +137,7 @@ def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], a
             signature[name] = "constexpr"
             continue
         signature[name] = f"*{pointers[name]}" if name in pointers else "i32"
-        if name not in ("pairs", "blocks", "ids", "weights"):  # not specialized on
+        if name not in ("pairs", "blocks", "ids", "local", "weights"):  # not specialized on
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[arch], options=options)
@@ -139,7 +149,7 @@ def compile_variant(variant: Variant, arch: str) -> Any:
     constants = constants_of(variant, arch)
     pointers = {
         "x": variant.dtype, "sums": "fp32", "ids": "i32", "order": "i32", "counts": "i32", "weights": "fp32",
-        "words": "i16", "scales": "i32", "table": "i32", "biases": "fp32", "splits": "i32",
+        "words": "i16", "scales": "i32", "table": "i32", "biases": "fp32", "records": "i32",
         "out": variant.dtype if variant.gated or not few else "fp32", "out_sums": "fp32",
     }  # fmt: skip
     options = {"num_warps": schedule.warps}
@@ -151,8 +161,11 @@ def compile_variant(variant: Variant, arch: str) -> Any:
 
 def compile_arrange(size: int, dtype: str, arch: str) -> Any:
     """Compile the launch before down in a layer with grids and trellises; ``size``: of the rotation, or 0."""
-    constants = {"LANES": 16, "SIZE": size, "PLAIN": True, "RINGS": True, "SUM": 128}
-    pointers = {"x": dtype, "ids": "i32", "signs": "i32", "out": dtype, "sums": "fp32"}
+    constants = {
+        "LANES": 16, "SIZE": size, "PLAIN": True, "RINGS": True, "SUM": 128, **NO_CONSTANTS, "up": None, "down": None,
+        "splits": None, "records": None, "ids": None,
+    }  # fmt: skip
+    pointers = {"x": dtype, "local": "i32", "signs": "i32", "out": dtype, "sums": "fp32"}
     return compiled(arrange, constants if size else {**constants, "signs": None}, pointers, arch, num_warps=2)
 
 
@@ -227,7 +240,7 @@ def report(variant: Variant, arch: str) -> Report:
     registers, spilled = usage_of(kernel)
     loops = loops_of(cuobjdump("-sass", kernel))
     schedule = variant.schedule
-    lanes = schedule.warps * 32 / (schedule.rows * CODES_PER_LANE * variant.lanes)
+    lanes = schedule.warps * 32 / (schedule.slices * schedule.rows * CODES_PER_LANE * variant.lanes)
     kinds = [Counter(kind_of(opcode) for opcode in loop.elements()) for loop in loops]
     return Report(
         arch, variant.name, variant.dtype, variant.codings, registers, spilled, int(kernel.metadata.shared),

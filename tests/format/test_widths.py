@@ -92,8 +92,8 @@ def test_the_fused_kernel() -> None:
     from vllm_moeq.kernels.triton.codings import CODINGS
     from vllm_moeq.kernels.triton.fields import PTX
 
-    assert {width for _, width, _ in PTX} == TABLE
-    for (_, width, _), text in PTX.items():
+    assert {width for _, width, _, _ in PTX} == TABLE
+    for (_, width, _, _), text in PTX.items():
         assert max(int(register) for register in re.findall(r"\$(\d+)", text)) <= width, f"{width} bits: {text}"
     assert {coding.width for coding in CODINGS if coding.scheme == GRID} == TABLE
 

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_moeq.format import BIT_WIDTHS, codes_of_states
 from vllm_moeq.kernels.triton import rings
-from vllm_moeq.kernels.triton.fields import PTX, offset_of
+from vllm_moeq.kernels.triton.fields import PTX, bits_of, offset_of
 
 
 def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
@@ -76,35 +76,72 @@ def execute(text: str, inputs: list[np.ndarray], dtype: str) -> np.ndarray:
     return registers["$0"]
 
 
-def expected_code(words: list[np.ndarray], code: int, width: int) -> np.ndarray:
-    """Read a code as the repacking documents it, from 16-bit words."""
-    if width == 3 and code == 15:
-        bits = [((words[index] >> 15) & 1) << index for index in range(3)]
-        return bits[0] | bits[1] | bits[2]
-    per_word = 5 if width == 3 else 16 // width
-    return (words[code // per_word] >> (code % per_word * width)) & (2**width - 1)
+def expected_codes(words: list[np.ndarray], width: int) -> list[np.ndarray]:
+    """Read the codes of 16-bit words; which bits have which code is written here once more."""
+    halves = 2**width - 1
+    if width == 1:
+        order = [bit for pair in zip(range(7), range(7, 14), strict=True) for bit in pair] + [14, 15]
+        return [(words[0] >> bit) & 1 for bit in order]
+    if width == 3:
+        found = [(words[index % 2] >> (index // 2 * 3)) & 7 for index in range(10)]
+        found += [(words[2] >> bit) & 7 for bit in (0, 6, 3, 9, 12)]
+        top = [((words[index] >> 15) & 1) << index for index in range(3)]
+        return [*found, top[0] | top[1] | top[2]]
+    found = []
+    for first in range(0, width, 2):
+        for bit in range(0, 16, width):
+            found += [(words[first] >> bit) & halves, (words[first + 1] >> bit) & halves]
+    return found
 
 
+def test_every_bit_of_the_words_belongs_to_one_code() -> None:
+    for width in BIT_WIDTHS:
+        seen = np.zeros((width, 16), dtype=int)
+        for word in range(width):
+            for bit in range(16):
+                words = [np.array([0]) for _ in range(width)]
+                words[word] = np.array([1 << bit])
+                seen[word, bit] = sum(int(code[0] != 0) for code in expected_codes(words, width))
+        assert (seen == 1).all(), width
+
+
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("width", BIT_WIDTHS)
-def test_every_code_of_every_word(width: int, dtype: str) -> None:
+def test_every_code_of_every_word(width: int, dtype: str, spread: bool) -> None:
     generator = np.random.default_rng(width)
     low, high = (generator.permutation(65536).astype(np.uint32) for _ in range(2))
     lows = [np.roll(low, index) for index in range(width)]
     highs = [np.roll(high, index) for index in range(width)]
     registers = [a | b << 16 for a, b in zip(lows, highs, strict=True)]
-    offset = offset_of(width, dtype)
+    expected = list(zip(expected_codes(lows, width), expected_codes(highs, width), strict=True))
     for code in range(16):
-        result = execute(PTX[code, width, dtype], registers, dtype)
-        assert np.array_equal(to_float(result & 0xFFFF, dtype) - offset, expected_code(lows, code, width))
-        assert np.array_equal(to_float(result >> 16, dtype) - offset, expected_code(highs, code, width))
+        offset = offset_of(code, width, dtype, spread)
+        result = execute(PTX[code, width, dtype, spread], registers, dtype)
+        assert np.array_equal(to_float(result & 0xFFFF, dtype) - offset, expected[code][0])
+        assert np.array_equal(to_float(result >> 16, dtype) - offset, expected[code][1])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("width", BIT_WIDTHS)
-def test_offsets_leave_the_accuracy_to_the_codes(width: int, dtype: str) -> None:
+def test_equal_offsets_leave_the_accuracy_to_the_codes(width: int, dtype: str) -> None:
     """A sum of codes plus offsets loses at most three bits more of float32 than one of the largest codes."""
-    assert offset_of(width, dtype) <= 9 * (2**width - 1)
+    offsets = {offset_of(code, width, dtype, False) for code in range(16)}
+    assert len(offsets) == 1
+    assert offsets.pop() <= 9 * (2**width - 1)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("width", BIT_WIDTHS)
+def test_spread_codes_have_one_offset_per_pair_and_few_shifts(width: int, dtype: str) -> None:
+    """Sums of activations are over two fields; an offset over 128 would cost more than seven bits of float32."""
+    offsets = [offset_of(code, width, dtype, True) for code in range(16)]
+    assert offsets[::2] == offsets[1::2]
+    assert width > 7 or max(offsets) <= 128
+    if width <= 7:
+        parts = [part for code in range(16) for part in bits_of(code, width, dtype, True)]
+        shifts = {(word, shift) for word, shift, _ in parts if shift}
+        assert len(shifts) == {"bf16": {1: 3, 2: 4, 3: 9}, "fp16": {1: 4, 2: 6, 3: 12}}[dtype].get(width, 12)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

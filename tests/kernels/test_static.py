@@ -34,6 +34,7 @@ SETTINGS = [
     "--arch sm_90 --codings trellis2",
     pytest.param("--arch sm_90 --codings grid1,grid2,grid3 grid1,trellis2,trellis3,grid8", marks=pytest.mark.full),
     pytest.param("--arch sm_80 --codings grid2,grid3 trellis2,grid3", marks=pytest.mark.full),
+    pytest.param("--arch sm_90 sm_120 --codings grid1,grid2,grid3 --group-size 32", marks=pytest.mark.full),
     *(
         pytest.param(f"--arch {arch} --codings {codings} --dtype {dtype} --group-size {group}", marks=pytest.mark.full)
         for arch in ("sm_80", "sm_90")
@@ -60,8 +61,8 @@ def test_every_coding_has_a_pipelined_loop_without_conversions(rows: list[dict[s
     for row in rows:
         assert row["loops"] == len(row["codings"]), row
         assert row["i2f_in_loop"] == 0, row
-        # 16 parts of the activations and at least one plane of words.
-        assert row["async_copies_in_loop"] >= 17, row
+        # A plane of words, the activations, their sums.
+        assert row["async_copies_in_loop"] >= 3, row
         assert row["per_weight"]["convert"] == 0, row
 
 

@@ -21,7 +21,16 @@ from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import PackedExperts, PackedMatrices, moe_reference
 from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer
 from vllm_moeq.kernels.triton.repack import repack
-from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, schedule_few, schedule_many
+from vllm_moeq.kernels.triton.schedule import (
+    FEW,
+    FEW_TOKENS,
+    MANY,
+    SHARED_BYTES,
+    SHARED_BYTES_AMD,
+    Block,
+    schedule_few,
+    schedule_many,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -56,11 +65,14 @@ def test_identity_returns_the_weights(tokens: int, group_size: int, dtype: torch
     x = torch.eye(columns)[picked].to(DEVICE, dtype)
     ids = torch.arange(tokens, dtype=torch.int32, device=DEVICE) % len(bits)
     routing = Tokens(ids, torch.ones(tokens, device=DEVICE), 1)
-    if tokens > FEW_TOKENS:
+    few, lookup = tokens <= FEW_TOKENS, None
+    schedule = layer.schedule_few(tokens) if few else schedule_many(tokens, len(bits))
+    if few:
+        lookup = layer.with_records(routing, schedule, 1)
+    else:
         routing.order, routing.counts = layer._sort(routing)
-    schedule = schedule_few(tokens) if tokens <= FEW_TOKENS else schedule_many(tokens, len(bits))
     out = torch.full((1, tokens, rows), float("nan"), device=DEVICE)
-    layer.project(layer.down, layer.before_down(x), routing, schedule, out)
+    layer.project(layer.down, layer.before_down(x, few, lookup=lookup), routing, schedule, out)
     expected = torch.stack([dense(packed, int(ids[t]))[:, picked[t]] for t in range(tokens)])
     assert torch.equal(out[0], expected)
 
@@ -119,7 +131,7 @@ def test_every_schedule(schedule: object, monkeypatch: pytest.MonkeyPatch) -> No
     """Whatever number of tokens a schedule is meant for, it is right for any."""
     import vllm_moeq.kernels.triton.layer as module
 
-    monkeypatch.setattr(module, "schedule_few", lambda _: schedule)
+    monkeypatch.setattr(module, "schedule_few", lambda *_: schedule)
     monkeypatch.setattr(module, "schedule_many", lambda *_: schedule)
     packed = random_layer([3, 2, 8, 1], 128, 128, 128, device=DEVICE)
     found, expected = run(packed, torch.float16, *random_routing(7 if schedule in FEW else 90, 4, 2))
@@ -132,6 +144,41 @@ def test_splitting_the_input_dimension(splits: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(TritonLayer, "_splits", lambda *_: splits)
     found, expected = run(packed, torch.float16, *random_routing(4, 4, 2))
     assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(("bits", "hidden"), [([3, 1], 1024), ([3, 1], 1088), ([2, 1], 3328), ([4, 2], 1280)], ids=str)
+def test_slices_share_the_blocks_of_the_inputs(bits: list[int], hidden: int) -> None:
+    """A block for each slice; some have one or three more, the last of which may be cut off."""
+    found, expected = run(random_layer(bits, hidden, 64, 64, device=DEVICE), torch.float16, *random_routing(3, 2, 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+def test_slices_of_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonLayer, "_splits", lambda *_: 2)
+    packed = random_layer([3, 1], 64, 4608, 64, device=DEVICE)
+    found, expected = run(packed, torch.float16, *random_routing(1, 2, 2))
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("tokens", [5, 16])
+def test_a_token_may_choose_one_expert_twice(tokens: int) -> None:
+    """An expert then has more pairs than one program takes."""
+    packed = random_layer([3], 128, 64, 64, device=DEVICE)
+    weights, ids = torch.rand(tokens, 2), torch.zeros((tokens, 2), dtype=torch.int32)
+    found, expected = run(packed, torch.float16, weights, ids)
+    assert difference(found, expected) < TOLERANCE[torch.float16]
+
+
+def test_buffers_fit_into_shared_memory() -> None:
+    """Widths, scales and the GPU decide; groups of 32 with float32 scales would take 114 KiB with four slices."""
+    slices = [
+        tuple(schedule_few(5, Block(3, scales), shared).slices for shared in (SHARED_BYTES, SHARED_BYTES_AMD))
+        for scales in (0, 8, 64)
+    ]
+    assert slices == [(4, 2), (4, 2), (2, 1)]
+    for block in (Block(planes, scales) for planes in range(1, 9) for scales in (0, 8, 32, 64)):
+        for tokens in (1, 16):
+            assert block.shared_bytes(schedule_few(tokens, block)) <= SHARED_BYTES
 
 
 def test_float32_scales() -> None:
@@ -163,18 +210,25 @@ def test_repacked_size_is_the_format_s(lanes: int) -> None:
 
 
 def test_warm_up_covers_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = TritonLayer(random_layer([2, 3] * 4, 128, 64, 64, device=DEVICE))
-    seen = []
-    monkeypatch.setattr(TritonLayer, "project", lambda *arguments, **_: seen.append(arguments[4]))
-    layer.warm_up(torch.float16, 2)
-    assert set(seen) == {*FEW, *MANY}
+    met: set[object] = set()
+    for bits in ([2, 3] * 4, [2, 4] * 4, [2, 8] * 4):
+        seen: set[object] = set()
+        monkeypatch.setattr(TritonLayer, "project", lambda *arguments, seen=seen, **_: seen.add(arguments[4]))
+        layer = TritonLayer(random_layer(bits, 128, 64, 64, device=DEVICE))
+        layer.warm_up(torch.float16, 2)
+        assert seen == {*map(layer.schedule_few, range(1, FEW_TOKENS + 1)), *MANY}
+        met |= seen
+    assert met == {*FEW, *MANY}
 
 
 def test_warm_up_meets_every_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_moeq.kernels.triton.layer.PROGRAMS", 16)
     layer = TritonLayer(random_layer([2, 3, 1, 3], 256, 1024, 64, device=DEVICE))
-    warm = {(schedule_few(size), layer._splits(2 * size)) for size in layer.warm_up_sizes(2) if size <= FEW_TOKENS}
-    needed = {(schedule_few(size), layer._splits(2 * size)) for size in range(1, FEW_TOKENS + 1)}
+    sizes = [size for size in layer.warm_up_sizes(2) if size <= FEW_TOKENS]
+    warm, needed = (
+        {(layer.schedule_few(size), layer._splits(2 * size)) for size in each}
+        for each in (sizes, range(1, FEW_TOKENS + 1))
+    )
     assert warm == needed
     assert len({splits for _, splits in needed}) > 1
 

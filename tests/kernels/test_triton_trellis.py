@@ -26,7 +26,7 @@ from vllm_moeq.kernels.triton import inputs as inputs_module
 from vllm_moeq.kernels.triton import layer as layer_module
 from vllm_moeq.kernels.triton.layer import Tokens, TritonLayer
 from vllm_moeq.kernels.triton.repack import repack
-from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, schedule_few, schedule_many
+from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, schedule_many
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -88,13 +88,22 @@ def project(layer: TritonLayer, x: torch.Tensor, ids: torch.Tensor, *, gated: bo
     """Return one projection of tokens with one expert each, float32 from down and x's dtype from gate and up."""
     matrices, prepared = (layer.gate_up, layer.before_up) if gated else (layer.down, layer.before_down)
     routing = Tokens(ids, torch.ones(len(ids), device=DEVICE), 1)
-    few = len(ids) <= FEW_TOKENS
-    if not few:
+    few, lookup = len(ids) <= FEW_TOKENS, None
+    schedule = layer.schedule_few(len(ids)) if few else schedule_many(len(ids), len(layer.bits))
+    if few:
+        lookup = layer.with_records(routing, schedule, 1)
+    else:
         routing.order, routing.counts = layer._sort(routing)
-    schedule = schedule_few(len(ids)) if few else schedule_many(len(ids), len(layer.bits))
     shape = (len(ids), matrices.rows // 2) if gated else (1, len(ids), matrices.rows)
     out = torch.full(shape, float("nan"), device=DEVICE, dtype=x.dtype if gated else torch.float32)
-    layer.project(matrices, prepared(x), routing, schedule, out, activation=layer.activation if gated else None)
+    layer.project(
+        matrices,
+        prepared(x, few, lookup=lookup),
+        routing,
+        schedule,
+        out,
+        activation=layer.activation if gated else None,
+    )
     return out.view(len(ids), -1)
 
 
@@ -152,7 +161,7 @@ def test_every_size_of_rotation(size: int, dtype: torch.dtype, experts: list[Cod
     packed = PackedMatrices(matrices.matrices, *matrices.tensors.values(), rotation=rotation)
     prepared = TritonLayer(PackedExperts(placed(packed), placed(packed))).before_down
     x = torch.randn((3, columns), generator=torch.Generator().manual_seed(size)).to(dtype)
-    found = prepared(x.to(DEVICE))
+    found = prepared(x.to(DEVICE), False)
     expected = rotated(x, rotation)
     plain = [] if experts is ALL else [expected]
     rings = [] if experts is GRIDS else [expected.view(3, 3, 16, 16).transpose(2, 3).flatten(1)]
@@ -160,6 +169,11 @@ def test_every_size_of_rotation(size: int, dtype: torch.dtype, experts: list[Cod
     assert torch.allclose(found.x.cpu().double(), torch.stack(plain + rings), rtol=step, atol=1e-6)
     sums = found.x[0].cpu().double().view(3, 3 * max(groups, 1), -1).sum(-1)
     assert torch.allclose(found.sums.cpu().double(), sums, rtol=1e-5, atol=1e-4)
+    few = prepared(x.to(DEVICE), True)
+    assert torch.equal(few.x, found.x)
+    chunks = few.sums.cpu().double()  # of a pair of fields, where codes are spread
+    assert chunks.shape[1] == (3 if experts is ALL else columns // 32)
+    assert torch.allclose(chunks.view(*sums.shape, -1).sum(-1), sums, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +216,7 @@ def test_torchs_default_dtype_changes_nothing() -> None:
 
 @pytest.mark.parametrize("schedule", [*FEW, *MANY], ids=str)
 def test_every_schedule(schedule: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "schedule_few", lambda _: schedule)
+    monkeypatch.setattr(layer_module, "schedule_few", lambda *_: schedule)
     monkeypatch.setattr(layer_module, "schedule_many", lambda *_: schedule)
     packed = mixed_layer([(TRELLIS_SCHEME, 3), (GRID, 2)], 128, 128)
     check(packed, torch.float16, *random_routing(7 if schedule in FEW else 40, 2, 1))

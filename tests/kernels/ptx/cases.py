@@ -193,7 +193,7 @@ def run(case: Case, change: Change | None = None) -> Figures:
         if case.splits is not None:
             patch.setattr(module.TritonLayer, "_splits", lambda *_: case.splits)
         if case.schedule is not None:
-            patch.setattr(module, "schedule_few", lambda _: case.schedule)
+            patch.setattr(module, "schedule_few", lambda *_: case.schedule)
             patch.setattr(module, "schedule_many", lambda *_: case.schedule)
         layer = module.TritonLayer(turned(packed, turns))
         with emulate(case.arch, change) as session:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.ptx.cases import Case, Edit, Figures
 from tests.kernels.ptx.process import Call
-from tests.kernels.ptx.table import ACTIVATIONS, EVERY_RUN, TRELLISES, cases
+from tests.kernels.ptx.table import ACTIVATIONS, EVERY_RUN, TRELLISES, WIDE, cases
 from tests.tiers import thorough
 from vllm_moeq.kernels.triton.schedule import FEW, MANY
 
@@ -19,6 +19,11 @@ def check(figures: Figures) -> None:
 
 @pytest.mark.parametrize("case", EVERY_RUN, ids=str)
 def test_every_schedule(emulated: Call, case: Case) -> None:
+    check(emulated("cases.run", case))
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_slices_share_the_blocks_of_the_inputs(emulated: Call, case: Case) -> None:
     check(emulated("cases.run", case))
 
 
@@ -36,6 +41,7 @@ def test_every_schedule_is_there() -> None:
     assert [case.schedule for case in EVERY_RUN] == [*FEW, *MANY]
 
 
+SORTED = next(case for case in EVERY_RUN if case.schedule == MANY[0])
 EDITS = [
     Edit("0x00380038", "0x00700070"),  # the mask of a code
     Edit(r"shr\.b32 (\S+) (\S+), 6;", r"shr.b32 \1 \2, 5;"),  # the shift of a field
@@ -47,7 +53,21 @@ EDITS = [
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_broken_kernels_are_caught(emulated: Call, edit: Edit) -> None:
-    figures = emulated("cases.run", EVERY_RUN[2], edit)
+    figures = emulated("cases.run", SORTED, edit)
+    assert figures.outcome.changed
+    assert figures.problems
+
+
+FEW_EDITS = [
+    Edit(r"shr\.b32 t, (\S+), 9;", r"shr.b32 t, \1, 8;"),  # the shift of a part of the codes
+    Edit(r"setp\.lt\.s32", "setp.gt.s32"),  # whether a block is there, or an expert
+]
+
+
+@pytest.mark.parametrize("edit", FEW_EDITS, ids=str)
+def test_broken_kernels_for_few_tokens_are_caught(emulated: Call, edit: Edit) -> None:
+    case = next(case for case in EVERY_RUN if case.schedule == FEW[-1])
+    figures = emulated("cases.run", case, edit)
     assert figures.outcome.changed
     assert figures.problems
 

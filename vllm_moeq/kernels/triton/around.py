@@ -5,10 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_moeq.kernels.triton.records import look_up
 
-@triton.jit(do_not_specialize=["columns"])
-def column_sums(x, sums, columns, sum_columns, SUM: tl.constexpr, CHUNKS: tl.constexpr):
-    """Store Σ x over SUM columns, float32. Grid: (rows, chunks / CHUNKS)."""
+
+@triton.jit(do_not_specialize=["columns", "pairs"], do_not_specialize_on_alignment=["ids"])
+def column_sums(
+    x, sums, columns, sum_columns, ids, pairs, up, down, splits, records,
+    SUM: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """Store Σ x over SUM columns, float32, and the records of pairs. Grid: (rows, chunks / CHUNKS + TOP_K).
+
+    The last TOP_K programs of a row look up the pairs of its token; see :func:`records.look_up` for their arguments.
+    """
+    parts = tl.cdiv(sum_columns, CHUNKS)
+    if TOP_K:
+        if tl.program_id(1) >= parts:
+            pair = tl.program_id(0) * TOP_K + tl.program_id(1) - parts
+            look_up(ids, pairs, pair, up, down, splits, records, TOKENS, PAIRS)
+            return
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     column = chunk[:, None] * SUM + tl.arange(0, SUM)[None, :]
@@ -51,7 +65,7 @@ def reduce_pairs(
     Args:
         parts: weighted outputs [SPLITS, pairs, columns]; unused splits and pairs with negative ids hold no values.
         ids: local expert indices [pairs].
-        splits: each expert's number of splits [E].
+        splits: each expert's number of splits [E]; not read if SPLITS is 1.
         out: sums [tokens, columns], written.
     """
     token = tl.program_id(0)
@@ -60,7 +74,7 @@ def reduce_pairs(
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         expert = tl.load(ids + pair)
-        count = tl.load(splits + expert, mask=expert >= 0, other=0)
+        count = tl.load(splits + expert, mask=expert >= 0, other=0) if SPLITS > 1 else (expert >= 0).to(tl.int32)
         for split in tl.static_range(SPLITS):
             if split < count:
                 at = (split * pairs + pair).to(tl.int64) * columns + column

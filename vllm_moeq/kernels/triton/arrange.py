@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_moeq.kernels.triton.records import look_up
+
 
 @triton.jit
 def _hadamard(SIZE: tl.constexpr):
@@ -31,16 +33,20 @@ def _rotated(values, BLOCK: tl.constexpr, SIZE: tl.constexpr):
     return low.reshape(BLOCK) * scale
 
 
-@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=["columns", "pairs"], do_not_specialize_on_alignment=["local", "ids"])
 def arrange(
-    x, ids, signs, out, sums, columns, padded,
+    x, local, signs, out, sums, columns, padded, ids, pairs, up, down, splits, records,
     LANES: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr, RINGS: tl.constexpr, SUM: tl.constexpr,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """Rotate rows, and store them in the orders of columns that codings read, and their sums. Grid: (rows, blocks).
+    """Rotate rows, and store them in the orders of columns that codings read, and their sums, and records of pairs.
+
+    Grid: (rows, blocks + TOP_K). The last TOP_K programs of a row look up the pairs of its token; see
+    :func:`records.look_up` for their arguments.
 
     Args:
         x: rows [rows, columns].
-        ids: local expert indices [rows]; rows with negative ones are skipped. None skips none.
+        local: local expert indices [rows]; rows with negative ones are skipped. None skips none.
         signs: the rotation's signs, a bit per column, int32 [columns / 32]; unused if SIZE is 0.
         out: the copies [PLAIN + RINGS, rows, padded], written. If PLAIN, one has the columns in their order; if RINGS,
             the last one has column 16·lane + field of a block at field·LANES + lane.
@@ -50,8 +56,14 @@ def arrange(
     """
     BLOCK: tl.constexpr = 16 * LANES
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if ids is not None:
-        if tl.load(ids + row) < 0:
+    if TOP_K:
+        blocks = tl.num_programs(1) - TOP_K
+        if block >= blocks:
+            pair = tl.program_id(0) * TOP_K + block - blocks
+            look_up(ids, pairs, pair, up, down, splits, records, TOKENS, PAIRS)
+            return
+    if local is not None:
+        if tl.load(local + row) < 0:
             return
     inner = tl.arange(0, BLOCK)
     column = block * BLOCK + inner

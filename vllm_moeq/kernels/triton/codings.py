@@ -42,6 +42,11 @@ def number_of(scheme: Scheme, width: int) -> int:
     return next(i for i, coding in enumerate(CODINGS) if (coding.scheme, coding.width) == (scheme, width))
 
 
+def planes_in(codings: int) -> int:
+    """Return the most planes of words that a coding of a set loads for a block; rings load one for the row before."""
+    return max(coding.width + coding.ring for number, coding in enumerate(CODINGS) if codings >> number & 1)
+
+
 def set_of(numbers: Iterable[int]) -> int:
     """Return a set of codings as the kernel takes it: bit i stands for coding i."""
     return sum(1 << number for number in set(numbers))

@@ -1,11 +1,17 @@
 """Decode codes from 16-bit words to exact floats without an integer-to-float conversion.
 
-A word holds 16 / b codes, least significant first. Sixteen 3-bit codes take three words: five in each, and the last one
-in the three top bits. OR-ing a code into the mantissa of a power of two gives that power plus the code, if the code's
-lowest bit stands for one there. The power is the same for all codes of a width, so it is not subtracted here but with
-the zero point, once per group; see :func:`offset_of`. It is small where the code lies high in the mantissa, so that
-little of float32's accuracy goes into it. A code of eight bits exceeds bfloat16's mantissa: it is decoded in two halves
-without an offset.
+A word holds 16 / b codes. Sixteen 3-bit codes take three words: five in each, and the last one in the three top bits.
+OR-ing a code into the mantissa of a power of two gives that power plus the code, if the code's lowest bit stands for
+one there. The power is not subtracted here but from the sum over a group; see :func:`offset_of`. There are two ways:
+
+- *equal*: every code is shifted to the highest place of the mantissa that fits, so that all have one small power, which
+  is subtracted with the zero point;
+- *spread*: several codes of a word lie at places of the mantissa at once, each with the power of its place. In bfloat16
+  sixteen codes of 1, 2 and 3 bits then take 3, 4 and 9 shifts instead of 14 or 15; wider ones stay equal, as they would
+  take no fewer. The sums of the activations over pairs of fields must be known. The two codes of a pair have the same
+  power; :func:`stored_at` orders the codes so that this hardly takes another shift.
+
+A code of eight bits exceeds bfloat16's mantissa: it is decoded in two halves without an offset.
 """
 
 from __future__ import annotations
@@ -24,6 +30,9 @@ ONE = {"bf16": 0x4300, "fp16": 0x6400}
 CODES = 16
 """The number of codes in ``b`` words."""
 
+WINDOW = 7
+"""The mantissa's highest bits, at which spread codes lie: bfloat16 has no more, and more would cost accuracy."""
+
 
 def pattern(value: float, dtype: str) -> int:
     """Return the bit pattern of a value that ``dtype``, 16 bits wide, represents exactly."""
@@ -37,26 +46,47 @@ def pair(bits: int) -> str:
     return f"0x{bits * 0x10001:08x}"
 
 
-def place_of(width: int, dtype: str) -> int:
-    """Return the mantissa's bit that each code's lowest bit gets to, the highest at which a word has a code."""
-    return max(MANTISSA[dtype] - width, 0) // width * width
+def stored_at(code: int, width: int) -> tuple[int, int]:
+    """Return the word that has a code, and the bit of it at which the code begins.
+
+    Codes 2·i and 2·i + 1 are a pair. They lie at the same bits of two words, or in one word so far apart that the shift
+    for other codes brings one to where the other is, if there are such bits. The last 3-bit code begins there, and has
+    the top bits of the next two words too.
+    """
+    index, second = divmod(code, 2)
+    if width == 1:
+        return 0, code if index == WINDOW else index + second * WINDOW
+    if width == 3 and code >= 10:
+        return ((2, 0), (2, 6), (2, 3), (2, 9), (2, 12), (0, 15))[code - 10]
+    per_word = CODES // width
+    return index // per_word * 2 + second, index % per_word * width
 
 
-def offset_of(width: int, dtype: str) -> float:
-    """Return what each decoded code exceeds its value by."""
-    return 2.0 ** (MANTISSA[dtype] - place_of(width, dtype)) if width <= MANTISSA[dtype] else 0.0
+def place_of(code: int, width: int, dtype: str, spread: bool) -> int:
+    """Return the mantissa's bit that a code's lowest bit gets to."""
+    mantissa = MANTISSA[dtype]
+    if not spread or WINDOW // width < 2:
+        return max(mantissa - width, 0) // width * width
+    bit = stored_at(code - code % 2, width)[1]
+    return mantissa - WINDOW + bit // width % (WINDOW // width) * width
 
 
-def bits_of(code: int, width: int, dtype: str) -> list[tuple[int, int, int]]:
+def offset_of(code: int, width: int, dtype: str, spread: bool) -> float:
+    """Return what a decoded code exceeds its value by."""
+    place = place_of(code, width, dtype, spread)
+    return 2.0 ** (MANTISSA[dtype] - place) if width <= MANTISSA[dtype] else 0.0
+
+
+def bits_of(code: int, width: int, dtype: str, spread: bool) -> list[tuple[int, int, int]]:
     """Return the word, the right shift (a left one if negative) and the mask of each part of a code."""
-    place = place_of(width, dtype)
+    place = place_of(code, width, dtype, spread)
     if width == 3 and code == CODES - 1:
         return [(word, 15 - word - place, 1 << (word + place)) for word in range(3)]
-    word, index = divmod(code, 5 if width == 3 else CODES // width)
-    return [(word, index * width - place, (2**width - 1) << place)]
+    word, bit = stored_at(code, width)
+    return [(word, bit - place, (2**width - 1) << place)]
 
 
-def code_ptx(code: int, width: int, dtype: str) -> str:
+def code_ptx(code: int, width: int, dtype: str, spread: bool) -> str:
     """Return PTX that decodes a code from ``width`` registers, $1 …, into $0.
 
     A register holds two words or two floats, and every instruction works on both. Bits that a shift moves from one word
@@ -77,13 +107,15 @@ def code_ptx(code: int, width: int, dtype: str) -> str:
 
     if width > mantissa:
         one = pair(ONE[dtype])
-        take("u", code // 2, code % 2 * 8, 15, one)
+        word, bit = stored_at(code, width)
+        take("u", word, bit, 15, one)
         scale("u", "u", 1, -(2.0**mantissa))
-        take("t", code // 2, code % 2 * 8 + 4, 15, one)
+        take("t", word, bit + 4, 15, one)
         scale("t", "t", 16, -(2.0 ** (mantissa + 4)))
         scale("$0", "u", 1, "t")
         return "\n".join([*lines, "}"])
-    base, parts = pair(pattern(offset_of(width, dtype), dtype)), bits_of(code, width, dtype)
+    base = pair(pattern(offset_of(code, width, dtype, spread), dtype))
+    parts = bits_of(code, width, dtype, spread)
     for index, part in enumerate(parts):
         target = "$0" if index == len(parts) - 1 else "u"
         take(target, *part, base)
@@ -91,16 +123,23 @@ def code_ptx(code: int, width: int, dtype: str) -> str:
     return "\n".join([*lines, "}"])
 
 
-OFFSETS = {(width, dtype): offset_of(width, dtype) for width in BIT_WIDTHS for dtype in ONE}
-BASES = {(width, dtype): pattern(value, dtype) for (width, dtype), value in OFFSETS.items()}
-KEYS = [(code, width, dtype) for code in range(CODES) for width in BIT_WIDTHS for dtype in ONE]
-BITS = {key: bits_of(*key) for key in KEYS}
+KEYS = [
+    (code, width, dtype, spread)
+    for code in range(CODES)
+    for width in BIT_WIDTHS
+    for dtype in ONE
+    for spread in (False, True)
+]
+OFFSETS = {key: offset_of(*key) for key in KEYS}
+BASES = {key: pattern(value, key[2]) for key, value in OFFSETS.items()}
+BITS = {key: bits_of(*key) for key in KEYS if key[1] <= MANTISSA[key[2]]}
+STORED = {(code, width): stored_at(code, width) for code in range(CODES) for width in BIT_WIDTHS}
 PTX = {key: code_ptx(*key) for key in KEYS}
 
 
 @triton.constexpr_function
-def _ptx(code, width, dtype):
-    return PTX[code, width, str(dtype)]
+def _ptx(code, width, dtype, spread):
+    return PTX[code, width, str(dtype), spread]
 
 
 @triton.constexpr_function
@@ -124,19 +163,30 @@ def _one(dtype):
 
 
 @triton.constexpr_function
-def offset(width, dtype):
+def offset(code, width, dtype, spread):
     """Return :func:`offset_of` within a kernel."""
-    return OFFSETS[width, str(dtype)]
+    return OFFSETS[code, width, str(dtype), spread]
 
 
 @triton.constexpr_function
-def _base(width, dtype):
-    return BASES[width, str(dtype)]
+def differ(width, dtype, spread):
+    """Tell whether the codes of a width have different offsets."""
+    return len({OFFSETS[code, width, str(dtype), spread] for code in range(CODES)}) > 1
 
 
 @triton.constexpr_function
-def _bits(code, width, dtype):
-    return BITS[code, width, str(dtype)]
+def _base(code, width, dtype, spread):
+    return BASES[code, width, str(dtype), spread]
+
+
+@triton.constexpr_function
+def _bits(code, width, dtype, spread):
+    return BITS[code, width, str(dtype), spread]
+
+
+@triton.constexpr_function
+def _stored(code, width):
+    return STORED[code, width]
 
 
 @triton.jit
@@ -162,22 +212,26 @@ def _part(words, WORD: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def code_of(words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr):
-    """Return the code with index CODE in ``WIDTH`` tensors of int16 words plus their offset, exact in DTYPE.
+def code_of(
+    words, CODE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, SPREAD: tl.constexpr, MODE: tl.constexpr
+):
+    """Return the code with index CODE in ``WIDTH`` tensors of int16 words plus its offset, exact in DTYPE.
 
     Args:
+        SPREAD: whether codes have the offsets of their places.
         MODE: "ptx"; "plain" for GPUs without PTX; "float32" for the interpreter, which has no bfloat16 arithmetic.
     """
     if MODE == "ptx":
         return tl.inline_asm_elementwise(
-            _ptx(CODE, WIDTH, DTYPE), _constraints(WIDTH), words, dtype=_dtypes(DTYPE), is_pure=True, pack=2
+            _ptx(CODE, WIDTH, DTYPE, SPREAD), _constraints(WIDTH), words, dtype=_dtypes(DTYPE), is_pure=True, pack=2
         )[0]
     elif WIDTH > _mantissa(DTYPE):
-        word = words[CODE // 2] >> (CODE % 2 * 8)
+        STORED: tl.constexpr = _stored(CODE, WIDTH)
+        word = words[STORED[0]] >> STORED[1]
         return float_of(word & 15, DTYPE, MODE) + float_of((word >> 4) & 15, DTYPE, MODE) * 16
     else:
-        PARTS: tl.constexpr = _bits(CODE, WIDTH, DTYPE)
+        PARTS: tl.constexpr = _bits(CODE, WIDTH, DTYPE, SPREAD)
         bits = _part(words, PARTS[0][0], PARTS[0][1], PARTS[0][2])
         for index in tl.static_range(1, len(PARTS)):
             bits = bits | _part(words, PARTS[index][0], PARTS[index][1], PARTS[index][2])
-        return _pattern_to_float(bits | _base(WIDTH, DTYPE), DTYPE, MODE)
+        return _pattern_to_float(bits | _base(CODE, WIDTH, DTYPE, SPREAD), DTYPE, MODE)

@@ -11,7 +11,11 @@ from vllm_moeq.format import BlockRotation
 from vllm_moeq.kernels.triton.around import column_sums
 from vllm_moeq.kernels.triton.arrange import arrange
 from vllm_moeq.kernels.triton.codings import rings_in
+from vllm_moeq.kernels.triton.records import NO_ARGUMENTS, NO_CONSTANTS, Lookup
 from vllm_moeq.kernels.triton.repack import Repacked
+
+CHUNK = 32
+"""Columns per sum where sums are not per group: the neurons of one tile of gate and up, the inputs of two fields."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,34 @@ class Preparation:
         """Whether the projection reads anything but the activations as they are."""
         return self.size > 0 or True in rings_in(self.matrices.codings)
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> Inputs:
+    def __call__(
+        self, x: torch.Tensor, few: bool, local: torch.Tensor | None = None, lookup: Lookup | None = None
+    ) -> Inputs:
         """Return the inputs in one launch.
 
         Args:
             x: activations [rows, columns].
-            ids: local expert indices [rows]; the inputs of rows with negative ones hold no values. None keeps all.
+            few: whether ``few_tokens`` reads them, not ``many_tokens``.
+            local: local expert indices [rows]; the inputs of rows with negative ones hold no values. None keeps all.
+            lookup: the records to make in the same launch; None for none. The rows are then tokens.
         """
-        matrices = self.matrices
+        matrices, size = self.matrices, sum_size(self.matrices, few)
+        sums = x.new_empty((x.shape[0], matrices.blocks * (matrices.block // size)), dtype=torch.float32)
+        more = NO_ARGUMENTS if lookup is None else lookup.arguments
+        constants = NO_CONSTANTS if lookup is None else lookup.constants
         if not self.changes:
-            return Inputs(x[None], sums_of(x, matrices))
+            columns = sums.shape[1]
+            chunks = min(16, triton.next_power_of_2(columns))
+            column_sums[(x.shape[0], triton.cdiv(columns, chunks) + constants["TOP_K"])](
+                x, sums, x.shape[1], columns, *more, SUM=size, CHUNKS=chunks, **constants
+            )
+            return Inputs(x[None], sums)
         rings = rings_in(matrices.codings)
         padded = matrices.blocks * matrices.block
         out = x.new_empty((len(rings), x.shape[0], padded))
-        sums = sums_for(x, matrices)
-        arrange[(x.shape[0], matrices.blocks)](
-            x, ids, self.signs, out, sums, x.shape[1], padded, matrices.lanes, self.size, False in rings, True in rings,
-            matrices.group_size, num_warps=2,
+        arrange[(x.shape[0], matrices.blocks + constants["TOP_K"])](
+            x, local, self.signs, out, sums, x.shape[1], padded, *more, LANES=matrices.lanes, SIZE=self.size,
+            PLAIN=False in rings, RINGS=True in rings, SUM=size, **constants, num_warps=2,
         )  # fmt: skip
         return Inputs(out, sums)
 
@@ -84,18 +99,7 @@ def prepare(matrices: Repacked, rotation: BlockRotation | None) -> Preparation:
     return Preparation(matrices, rotation.signs.to(matrices.words.device), rotation.size)
 
 
-def sums_for(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:
-    """Return an empty tensor for the sums of x over each group of the matrices' padded columns."""
-    columns = matrices.blocks * (matrices.block // matrices.group_size)
-    return torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
-
-
-def sums_of(x: torch.Tensor, matrices: Repacked) -> torch.Tensor:
-    """Return Σ x over each group of the matrices' padded input dimension, float32 [rows, groups]."""
-    sums = sums_for(x, matrices)
-    columns = sums.shape[1]
-    chunks = min(16, triton.next_power_of_2(columns))
-    column_sums[(x.shape[0], triton.cdiv(columns, chunks))](
-        x, sums, x.shape[1], columns, SUM=matrices.group_size, CHUNKS=chunks
-    )
-    return sums
+def sum_size(matrices: Repacked, few: bool) -> int:
+    """Return over how many columns a projection needs sums: those of a group, or where codes are spread, of a chunk."""
+    spread = few and False in rings_in(matrices.codings)
+    return CHUNK if spread else matrices.group_size

@@ -13,22 +13,25 @@ from vllm_moeq.kernels.activations import Activation
 from vllm_moeq.kernels.interface import PackedExperts
 from vllm_moeq.kernels.triton.activate import constants_of
 from vllm_moeq.kernels.triton.around import reduce_pairs, sort_pairs
-from vllm_moeq.kernels.triton.gemm import few_tokens, many_tokens
-from vllm_moeq.kernels.triton.inputs import Inputs, prepare
+from vllm_moeq.kernels.triton.codings import planes_in
+from vllm_moeq.kernels.triton.few import few_tokens
+from vllm_moeq.kernels.triton.inputs import CHUNK, Inputs, prepare
+from vllm_moeq.kernels.triton.many import many_tokens
+from vllm_moeq.kernels.triton.records import FIXED, Lookup
 from vllm_moeq.kernels.triton.repack import Repacked, repack
 from vllm_moeq.kernels.triton.schedule import (
     FEW_TOKENS,
     MANY,
+    SHARED_BYTES,
+    SHARED_BYTES_AMD,
     SPLIT_CHOICES,
+    Block,
     Schedule,
     schedule_few,
     schedule_many,
     splits_for,
     weighted_splits,
 )
-
-CHUNK = 32
-"""Columns per sum of down's inputs: as many as one tile of gate and up covers."""
 
 PROGRAMS = 132 * 4
 """The programs that keep a GPU busy while it streams weights; if there are fewer, down's input dimension is split."""
@@ -49,6 +52,14 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "plain" if torch.version.hip else "ptx"
 
 
+def block_of(*projections: Repacked) -> Block:
+    """Return the largest block that a program of any projection loads."""
+    return Block(
+        max(planes_in(it.codings) for it in projections),
+        max(it.groups * it.scales.element_size() for it in projections),
+    )
+
+
 @dataclass
 class Tokens:
     """The routing of one call; a pair is a token and one of its experts.
@@ -59,6 +70,7 @@ class Tokens:
         top_k: pairs per token.
         order: the pairs sorted by expert; None for few tokens.
         counts: pairs per expert; None for few tokens.
+        records: what :func:`vllm_moeq.kernels.triton.records.look_up` finds; None for many tokens.
     """
 
     ids: torch.Tensor
@@ -66,6 +78,7 @@ class Tokens:
     top_k: int
     order: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    records: torch.Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -92,6 +105,8 @@ class TritonLayer:
         self.before_up = prepare(self.gate_up, packed.gate_up.rotation)
         self.before_down = prepare(self.down, packed.down.rotation)
         device = packed.device
+        self.block = block_of(self.gate_up, self.down)
+        self.shared = SHARED_BYTES_AMD if torch.version.hip else SHARED_BYTES
         self.experts = triton.next_power_of_2(max(len(self.bits), 2))
         self.splits = {
             most: torch.tensor(weighted_splits(self.bits, most), dtype=torch.int32, device=device)
@@ -107,12 +122,14 @@ class TritonLayer:
         ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
         tokens = Tokens(ids.flatten(), weights.flatten(), topk_ids.shape[1])
         few = x.shape[0] <= FEW_TOKENS
+        lookup = None
         if few:
-            schedule, splits = schedule_few(x.shape[0]), self._splits(tokens.pairs)
+            schedule, splits = self.schedule_few(x.shape[0]), self._splits(tokens.pairs)
+            lookup = self.with_records(tokens, schedule, splits)
         else:
             schedule, splits = schedule_many(tokens.pairs, len(self.bits)), 1
             tokens.order, tokens.counts = self._sort(tokens)
-        inner = self._gate_up(self.before_up(x), tokens, schedule)
+        inner = self._gate_up(self.before_up(x, few, lookup=lookup), tokens, schedule)
         dtype = torch.float32 if few else x.dtype
         parts = x.new_empty((splits, tokens.pairs, self.hidden), dtype=dtype)
         self.project(self.down, inner, tokens, schedule, parts, splits=splits)
@@ -126,6 +143,16 @@ class TritonLayer:
         programs = min(pairs, len(self.bits)) * triton.cdiv(self.hidden, 64)
         return splits_for(programs, self.down.blocks, PROGRAMS)
 
+    def schedule_few(self, tokens: int) -> Schedule:
+        """Return the variant for up to FEW_TOKENS tokens."""
+        return schedule_few(tokens, self.block, self.shared)
+
+    def with_records(self, tokens: Tokens, schedule: Schedule, splits: int) -> Lookup:
+        """Give few tokens a tensor for their records, and return what fills it."""
+        tokens.records = tokens.ids.new_empty((tokens.pairs, FIXED.value + schedule.tokens))
+        tables = self.gate_up.table, self.down.table
+        return Lookup(tokens.ids, *tables, self.splits[splits], tokens.records, tokens.top_k, schedule.tokens)
+
     def _sort(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         order, counts = torch.empty_like(tokens.ids), tokens.ids.new_empty(self.experts)
         sort_pairs[(self.experts,)](tokens.ids, order, counts, tokens.pairs, SORT_CHUNK)
@@ -136,7 +163,7 @@ class TritonLayer:
         hidden = inputs.x.new_empty((tokens.pairs, self.intermediate))
         if self.before_down.changes:
             self.project(self.gate_up, inputs, tokens, schedule, hidden, activation=self.activation)
-            return self.before_down(hidden, tokens.ids)
+            return self.before_down(hidden, tokens.order is None, local=tokens.ids)
         columns = self.down.blocks * self.down.block // CHUNK
         padded = columns * CHUNK != self.intermediate
         make = torch.zeros if padded else torch.empty
@@ -165,7 +192,7 @@ class TritonLayer:
             inputs: the inputs of tokens or pairs.
             tokens: the routing.
             schedule: the variant to launch.
-            out: the output, written; see :func:`vllm_moeq.kernels.triton.gemm.few_tokens`.
+            out: the output, written; see :func:`vllm_moeq.kernels.triton.few.few_tokens`.
             activation: what follows gate and up; None for down.
             out_sums: the sums of ``out`` over CHUNK columns, written if gate and up's are wanted.
             splits: the parts of the input dimension of the widest expert.
@@ -181,19 +208,20 @@ class TritonLayer:
         limit = schedule.register_limit(matrices.codings.bit_count())
         if limit is not None and common["MODE"] == "ptx":
             common["maxnreg"] = limit
-        weights = (matrices.words, matrices.scales, matrices.table, matrices.bias)
         sizes = (matrices.rows, inputs.columns, 0 if out_sums is None else out_sums.shape[1])
         tiles = triton.cdiv(matrices.rows, schedule.rows)
         if tokens.order is None or tokens.counts is None:
             few_tokens[(tiles, tokens.pairs, splits)](
-                inputs.x, inputs.sums, tokens.ids, tokens.weights, *weights, self.splits[splits], out, out_sums,
-                tokens.pairs, *sizes, PAIRS=triton.next_power_of_2(schedule.tokens * tokens.top_k), **common,
+                inputs.x, inputs.sums, tokens.records, tokens.weights, matrices.words, matrices.scales, matrices.bias,
+                out, out_sums, tokens.pairs, *sizes, SIDE=int(activation is None), SLICES=schedule.slices,
+                FULL=splits == 1 and matrices.blocks % schedule.slices == 0, **common,
             )  # fmt: skip
             return
         blocks = min(tokens.pairs, triton.cdiv(tokens.pairs, schedule.tokens) + len(self.bits))
         many_tokens[(tiles * blocks,)](
-            inputs.x, inputs.sums, tokens.order, tokens.counts, tokens.weights, *weights, out, out_sums,
-            tokens.pairs, blocks, *sizes, EXPERTS=self.experts, TOGETHER=8, **common,
+            inputs.x, inputs.sums, tokens.order, tokens.counts, tokens.weights, matrices.words, matrices.scales,
+            matrices.table, matrices.bias, out, out_sums, tokens.pairs, blocks, *sizes, EXPERTS=self.experts,
+            TOGETHER=8, **common,
         )  # fmt: skip
 
     def warm_up(self, dtype: torch.dtype, top_k: int) -> None:
@@ -206,6 +234,6 @@ class TritonLayer:
 
     def warm_up_sizes(self, top_k: int) -> list[int]:
         """Return numbers of tokens that together use every schedule and every number of splits."""
-        few = {(schedule_few(tokens), self._splits(tokens * top_k)): tokens for tokens in range(FEW_TOKENS, 0, -1)}
+        few = {(self.schedule_few(tokens), self._splits(tokens * top_k)): tokens for tokens in range(FEW_TOKENS, 0, -1)}
         many = {max(FEW_TOKENS + 1, schedule.tokens * len(self.bits) // top_k) for schedule in MANY}
         return sorted({*few.values(), *many})

@@ -21,6 +21,7 @@ from vllm_moeq.format import CENTRE, GRID, PACKED, ROW_SCALE, SCALE, TRELLIS, TR
 from vllm_moeq.kernels.interface import PackedMatrices
 from vllm_moeq.kernels.ragged import RaggedMatrices
 from vllm_moeq.kernels.triton.codings import CODINGS, number_of, set_of
+from vllm_moeq.kernels.triton.fields import stored_at
 from vllm_moeq.kernels.triton.rings import OFFSET
 
 TILE = 64
@@ -204,10 +205,11 @@ def planes(codes: torch.Tensor, bits: int, lanes: int) -> torch.Tensor:
     """Pack uint8 codes [tiles·64, blocks·16·lanes] into int16 [tiles, blocks, bits, 64, lanes]."""
     fields = codes.view(-1, TILE, codes.shape[1] // (FIELDS * lanes), FIELDS, lanes).permute(0, 2, 3, 1, 4)
     words = fields.new_zeros((*fields.shape[:2], bits, *fields.shape[3:]), dtype=torch.int32)
-    per_word = 5 if bits == 3 else FIELDS // bits
-    for plane in range(bits):
-        for place in range(per_word):
-            words[:, :, plane] |= fields[:, :, plane * per_word + place].int() << (place * bits)
-        if bits == 3:
-            words[:, :, plane] |= ((fields[:, :, 15].int() >> plane) & 1) << 15
+    for field in range(FIELDS):
+        if bits == 3 and field == FIELDS - 1:
+            for plane in range(bits):
+                words[:, :, plane] |= ((fields[:, :, field].int() >> plane) & 1) << 15
+        else:
+            plane, bit = stored_at(field, bits)
+            words[:, :, plane] |= fields[:, :, field].int() << bit
     return words.to(torch.int16)  # the low 16 bits

@@ -16,9 +16,11 @@ class Schedule:
 
     Attributes:
         tokens: tokens of one expert per program.
-        rows: output neurons per program, a multiple of 64.
+        rows: output neurons per program: 64 for few tokens, else a multiple of 64.
         warps: warps per program.
         stages: the depth of the pipeline of loads.
+        slices: the blocks of inputs that a program of few tokens takes at a time, a warp or more for each.
+        planes: the most planes of words of a block for which the registers suffice.
         registers: the limit of registers per thread. With None ptxas chooses; it sometimes accepts a few bytes of
             spills to fit one more program.
         registers_for_many: the limit for more than FEW_CODINGS codings, whose buffers leave room for fewer programs.
@@ -28,6 +30,8 @@ class Schedule:
     rows: int
     warps: int
     stages: int
+    slices: int = 1
+    planes: int = 8
     registers: int | None = None
     registers_for_many: int | None = None
 
@@ -36,15 +40,49 @@ class Schedule:
         return self.registers_for_many if codings > FEW_CODINGS and self.registers_for_many else self.registers
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a program loads of 64 rows in a block of 256 inputs.
+
+    Attributes:
+        planes: the most planes of words; see :func:`vllm_moeq.kernels.triton.codings.planes_in`.
+        scales: bytes of a row's scales and zeros.
+    """
+
+    planes: int
+    scales: int
+
+    def shared_bytes(self, schedule: Schedule) -> int:
+        """Return the shared memory that the buffers of a variant for few tokens take."""
+        inputs, sums = 256 * 2 * schedule.tokens, 8 * 4 * schedule.tokens
+        return schedule.slices * (schedule.stages - 1) * (64 * (16 * 2 * self.planes + self.scales) + inputs + sums)
+
+
 FEW_CODINGS = 3
 
-FEW = (Schedule(8, 64, 2, 3, registers=144, registers_for_many=192), Schedule(16, 64, 2, 3, registers=255))
+SHARED_BYTES = 99 << 10
+"""Of a program, on the NVIDIA GPUs that have the least."""
+
+SHARED_BYTES_AMD = 56 << 10
+"""Of 64 KiB; Triton pads buffers there."""
+
+FEW = (
+    Schedule(8, 64, 4, 3, slices=4, planes=3, registers=255),
+    Schedule(8, 64, 2, 3, slices=2, planes=5, registers=255),
+    Schedule(8, 64, 4, 3, registers=255),
+    Schedule(16, 64, 2, 3, registers=255),
+)
 MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3, registers_for_many=168), Schedule(64, 128, 8, 2))
 
 
-def schedule_few(tokens: int) -> Schedule:
-    """Return the variant for up to FEW_TOKENS tokens."""
-    return next(choice for choice in FEW if tokens <= choice.tokens)
+def schedule_few(tokens: int, block: Block, shared: int = SHARED_BYTES) -> Schedule:
+    """Return the variant for up to FEW_TOKENS tokens whose registers and shared memory suffice for a layer's blocks.
+
+    If no shared memory suffices, that is the last one for these tokens.
+    """
+    wide = [choice for choice in FEW if tokens <= choice.tokens and block.planes <= choice.planes]
+    wide = [choice for choice in wide if choice.tokens == wide[0].tokens]
+    return next((choice for choice in wide if block.shared_bytes(choice) <= shared), wide[-1])
 
 
 def schedule_many(pairs: int, experts: int) -> Schedule:
