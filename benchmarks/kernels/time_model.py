@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernels.kernel_static import NUMBERS
 from benchmarks.kernels.routing import MODELS, Shape, activation_bytes, expert_bytes
+from vllm_moeq.kernels.triton.codings import planes_in, set_of
 from vllm_moeq.kernels.triton.layer import PROGRAMS
-from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, Schedule, schedule_few, splits_for
+from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, Block, Schedule, schedule_few, splits_for
 
 LANES, SCHEDULERS, REGISTERS = 32, 4, 65536
 """Of a warp; schedulers and registers of a multiprocessor, of all these cards."""
@@ -21,8 +23,12 @@ LANES, SCHEDULERS, REGISTERS = 32, 4, 65536
 ROUND_TRIP = 0.7
 """Microseconds of a load from memory that others wait for: assumed."""
 
-ROUND_TRIPS = 4
-"""Of a program before its first weight: the expert, the parts of its input, its row of the table, the words."""
+ROUND_TRIPS = 2
+"""Of a program before its first weight: the record of its pair, the words."""
+
+OTHER_ROUND_TRIPS = 5
+"""Of the small launches: before gate and up an expert and its row of the table, at the end an expert, its parts and an
+output."""
 
 
 BLOCK = 256
@@ -40,6 +46,7 @@ class Card:
         clock: GHz that it keeps under load: the boost clock of the data sheet.
         bandwidth: of memory, GB/s.
         shared: KiB of shared memory of a multiprocessor.
+        tensor: TFLOP/s of dense bfloat16 products with sums in float32.
         launch: microseconds of a launch inside a CUDA graph: assumed.
     """
 
@@ -49,6 +56,7 @@ class Card:
     clock: float
     bandwidth: float
     shared: int
+    tensor: float
     launch: float = 1.5
 
     @property
@@ -58,22 +66,28 @@ class Card:
 
 
 CARDS = (
-    Card("H100 SXM", ("H100", "HBM3"), 132, 1.755, 3350, 228),  # NVIDIA H100 data sheet and Hopper white paper
-    Card("H200", ("H200",), 132, 1.755, 4800, 228),  # NVIDIA H200 data sheet; the chip is the H100's
-    Card("A100 80 SXM", ("A100-SXM", "80GB"), 108, 1.41, 2039, 164),  # NVIDIA A100 data sheet, Ampere white paper
-    Card("L40S", ("L40S",), 142, 2.52, 864, 100),  # NVIDIA L40S data sheet
-    Card("RTX 4090", ("RTX 4090",), 128, 2.52, 1008, 100),  # NVIDIA Ada white paper
+    Card("H100 SXM", ("H100", "HBM3"), 132, 1.755, 3350, 228, 989),  # NVIDIA H100 data sheet and Hopper white paper
+    Card("H200", ("H200",), 132, 1.755, 4800, 228, 989),  # NVIDIA H200 data sheet; the chip is the H100's
+    Card("A100 80 SXM", ("A100-SXM", "80GB"), 108, 1.41, 2039, 164, 312),  # NVIDIA A100 data sheet, Ampere white paper
+    Card("L40S", ("L40S",), 142, 2.52, 864, 100, 362),  # NVIDIA L40S data sheet
+    Card("RTX 4090", ("RTX 4090",), 128, 2.52, 1008, 100, 165),  # NVIDIA Ada white paper
 )
 
-INSTRUCTIONS: dict[str, tuple[float, float]] = {
-    "grid1": (1.91, 2.39), "grid2": (1.99, 2.46), "grid3": (2.22, 2.69), "grid4": (2.27, 2.74),
-    "trellis1": (5.55, 5.72), "trellis2": (5.59, 5.77), "trellis3": (5.74, 5.91), "trellis4": (5.64, 5.83),
-}  # fmt: skip
-"""Coding → instructions per weight with 8 and with 16 tokens of a program, of the table in docs/benchmarks.md."""
+INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
+    "grid1": (1.29, 2.00, 3.55),
+    "grid2": (1.34, 2.02, 3.61),
+    "grid3": (1.59, 2.26, 3.75),
+    "grid4": (1.56, 2.11, 3.61),
+    "trellis1": (5.31, 5.68, 6.32),
+    "trellis2": (5.34, 5.73, 6.35),
+    "trellis3": (5.49, 5.87, 6.75),
+    "trellis4": (5.37, 5.78, 6.43),
+}
+"""Coding → instructions per weight with 8, 16 and 64 tokens of a program, of the table in docs/benchmarks.md."""
 
 RINGS = "trellis"
-PROGRAM = ((168, 28.1), (218, 36.1))
-"""Registers of a thread and KiB of shared memory with 8 and 16 tokens of a program, of the same table."""
+PROGRAM = ((255, 86.0), (255, 56.1), (168, 41.5), (239, 50.0))
+"""Registers of a thread and KiB of shared memory of the variants for few tokens, the most that was counted."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,8 @@ def estimate(card: Card, codings: Sequence[str], visited: float, tokens: int, sh
     """
     if not 1 <= tokens <= FEW_TOKENS:
         raise ValueError(f"expected 1 to {FEW_TOKENS} tokens, found {tokens}")
-    schedule = schedule_few(tokens)
-    number = FEW.index(schedule)
+    schedule = schedule_few(tokens, Block(planes_in(set_of(NUMBERS[name] for name in codings)), 4 * BLOCK // group))
+    number = int(tokens > FEW[0].tokens)
     weights = 3 * shape.hidden * shape.intermediate
     each = visited / len(codings)
     rings = any(name.startswith(RINGS) for name in codings)
@@ -148,7 +162,9 @@ def estimate(card: Card, codings: Sequence[str], visited: float, tokens: int, sh
     splits = splits_for(round(tiles), -(-shape.intermediate // BLOCK), PROGRAMS)
     up = launch_us(card, moved * 2 / 3 + rest, issued * 2 / 3, visited * 2 * shape.intermediate / 64, schedule)
     down = launch_us(card, moved / 3 + rest, issued / 3, tiles * splits, schedule)
-    return Estimate((up, down), (3 if rings else 2) * card.launch)  # arrangements or sums before, the reduction after
+    others = 3 if rings else 2  # arrangements or sums before, the reduction after
+    trips = OTHER_ROUND_TRIPS + others - 2
+    return Estimate((up, down), others * card.launch + trips * ROUND_TRIP)
 
 
 def estimate_grids(device: str, bits: Sequence[int], tokens: int, shape: Shape, group: int) -> float | None:

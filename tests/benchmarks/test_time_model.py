@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.kernels.moe_layer import describe
+from benchmarks.kernels.prefill_model import once_us, per_tile_us
 from benchmarks.kernels.routing import MODELS, Shape
 from benchmarks.kernels.time_model import (
     CARDS,
@@ -18,15 +21,15 @@ from benchmarks.kernels.time_model import (
 )
 from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS
 
-ROUND = Card("round", ("Round",), 100, 1.0, 1000, 228, launch=2.0)
+ROUND = Card("round", ("Round",), 100, 1.0, 1000, 228, 100, launch=2.0)
 """12.8 · 10¹² instructions a second."""
 
 
 def test_a_launch_by_hand() -> None:
-    fixed = 4 * 0.7 + 2.0
+    fixed = 2 * 0.7 + 2.0
     assert launch_us(ROUND, 1e6, 0, 1e4, FEW[0]) == pytest.approx(1 + fixed)
     assert launch_us(ROUND, 0, 12.8e6, 1e4, FEW[0]) == pytest.approx(1 + fixed)
-    assert launch_us(ROUND, 0, 12.8e6, 100, FEW[0]) == pytest.approx(2 + fixed), "two warps for four schedulers"
+    assert launch_us(ROUND, 0, 12.8e6, 50, FEW[0]) == pytest.approx(2 + fixed), "two warps for four schedulers"
     assert launch_us(ROUND, 3e6, 12.8e6, 1e4, FEW[0]) == pytest.approx(3 + fixed), "the slower stream counts"
 
 
@@ -73,8 +76,23 @@ def test_a_layer_of_the_benchmark() -> None:
     assert "15.0 µs, error 0.0e+00, 2% of bandwidth, estimate 12.0 µs" in "\n".join(describe(row, 4e12))
 
 
+def test_a_prompt_by_hand() -> None:
+    """Two experts with 128 tokens each, two tiles; each of the three streams is once the slowest."""
+    shape, weights = Shape(2, 1, 128, 128), 3 * 128 * 128
+    packed, dense = 2 * (weights // 4 + 4 * 3 * 128), 2 * weights * 2
+    moved = 2 * (2 * 256 * 128 + 2 * 256 * 128)
+    operations = 2 * 256 * weights
+    assert per_tile_us(ROUND, "grid2", 256, shape) == pytest.approx((packed + moved) / 1e6)
+    assert once_us(ROUND, "grid2", 256, shape) == pytest.approx((packed + dense + dense + moved) / 1e6 + 2)
+    fast = replace(ROUND, bandwidth=1e9)
+    assert per_tile_us(fast, "grid2", 256, shape) == pytest.approx(operations / 100e6)
+    assert once_us(fast, "grid2", 256, shape) == pytest.approx(operations / 100e6 + 2, rel=1e-3)
+    issued = 2 * 2 * weights * INSTRUCTIONS["grid2"][2]
+    assert per_tile_us(replace(fast, tensor=1e6), "grid2", 256, shape) == pytest.approx(issued / 12.8e6)
+
+
 def test_only_counted_launches_are_estimated() -> None:
     with pytest.raises(ValueError, match="expected 1 to 16 tokens, found 17"):
         estimate(ROUND, ["grid2"], 2, FEW_TOKENS + 1, MODELS["tiny"], 128)
-    assert all(few <= many for few, many in INSTRUCTIONS.values())
+    assert all(few <= more <= most for few, more, most in INSTRUCTIONS.values())
     assert visited_by(1, Shape(8, 2, 128, 64)) == pytest.approx(2)
