@@ -153,9 +153,8 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         "out": variant.dtype if variant.gated or not few else "fp32", "out_sums": "fp32",
     }  # fmt: skip
     options = {"num_warps": schedule.warps}
-    limit = schedule.register_limit(len(variant.codings))
-    if limit is not None and constants["MODE"] == "ptx":
-        options["maxnreg"] = limit
+    if schedule.registers and constants["MODE"] == "ptx":
+        options["maxnreg"] = schedule.registers
     return compiled(few_tokens if few else many_tokens, constants, pointers, arch, **options)
 
 

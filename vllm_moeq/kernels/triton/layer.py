@@ -205,9 +205,8 @@ class TritonLayer:
             **constants_of(activation), "STAGES": schedule.stages, "MODE": arithmetic(inputs.x.dtype),
             "num_warps": schedule.warps,
         }  # fmt: skip
-        limit = schedule.register_limit(matrices.codings.bit_count())
-        if limit is not None and common["MODE"] == "ptx":
-            common["maxnreg"] = limit
+        if schedule.registers and common["MODE"] == "ptx":
+            common["maxnreg"] = schedule.registers
         sizes = (matrices.rows, inputs.columns, 0 if out_sums is None else out_sums.shape[1])
         tiles = triton.cdiv(matrices.rows, schedule.rows)
         if tokens.order is None or tokens.counts is None:

@@ -41,8 +41,9 @@ def _multiply(
     PLANE: tl.constexpr = TILE * LANES
     PARTS: tl.constexpr = GROUPS if GROUPS else 1
     FIELDS: tl.constexpr = 16 // PARTS
+    TOGETHER: tl.constexpr = 4 if FIELDS > 4 else FIELDS  # of one product; more need more registers
     OFFSET: tl.constexpr = 0.0 if RING else offset(0, WIDTH, dtype, False)
-    lane = tl.arange(0, FIELDS * LANES)[:, None]
+    lane = tl.arange(0, TOGETHER * LANES)[:, None]
     x = x[None, :] + lane
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     total_x = tl.zeros((TOKENS,), tl.float32)
@@ -53,17 +54,21 @@ def _multiply(
         start = block * (16 * LANES)
         for group in tl.static_range(PARTS):
             at = start + group * FIELDS * LANES
-            inputs = tl.load(x + at) if EVEN else tl.load(x + at, mask=lane + at < columns, other=0.0)
-            if MODE == "float32":
-                inputs = inputs.to(tl.float32)
-            fields = ()
-            for field in tl.static_range(FIELDS):
-                if RING:
-                    codes = ring_code_of(planes, group * FIELDS + field, WIDTH, dtype, MODE)
-                else:
-                    codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, False, MODE)
-                fields = fields + (codes,)  # type: ignore[assignment]  # noqa: RUF005
-            part = tl.dot(beside(fields, FIELDS, (ROWS, FIELDS * LANES)), inputs, input_precision="ieee")
+            part = tl.zeros((ROWS, TOKENS), tl.float32)
+            for first in tl.static_range(0, FIELDS, TOGETHER):
+                here = at + first * LANES
+                inputs = tl.load(x + here) if EVEN else tl.load(x + here, mask=lane + here < columns, other=0.0)
+                if MODE == "float32":
+                    inputs = inputs.to(tl.float32)
+                fields = ()
+                for field in tl.static_range(group * FIELDS + first, group * FIELDS + first + TOGETHER):
+                    if RING:
+                        codes = ring_code_of(planes, field, WIDTH, dtype, MODE)
+                    else:
+                        codes = code_of(planes, field, WIDTH, dtype, False, MODE)
+                    fields = fields + (codes,)  # type: ignore[assignment]  # noqa: RUF005
+                codes = beside(fields, TOGETHER, (ROWS, TOGETHER * LANES))
+                part = tl.dot(codes, inputs, part, input_precision="ieee")
             part_x = tl.zeros((TOKENS,), tl.float32)
             for index in tl.static_range(FIELDS * LANES // SUM):
                 part_x += tl.load(sums + at // SUM + index)

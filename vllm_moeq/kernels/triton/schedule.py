@@ -21,9 +21,8 @@ class Schedule:
         stages: the depth of the pipeline of loads.
         slices: the blocks of inputs that a program of few tokens takes at a time, a warp or more for each.
         planes: the most planes of words of a block for which the registers suffice.
-        registers: the limit of registers per thread. With None ptxas chooses; it sometimes accepts a few bytes of
-            spills to fit one more program.
-        registers_for_many: the limit for more than FEW_CODINGS codings, whose buffers leave room for fewer programs.
+        registers: the limit of registers per thread. 0 leaves it to ptxas; it sometimes accepts a few bytes of spills
+            to fit one more program, and sometimes spills more with more registers.
     """
 
     tokens: int
@@ -32,12 +31,7 @@ class Schedule:
     stages: int
     slices: int = 1
     planes: int = 8
-    registers: int | None = None
-    registers_for_many: int | None = None
-
-    def register_limit(self, codings: int) -> int | None:
-        """Return the limit of registers per thread for a kernel with this many codings."""
-        return self.registers_for_many if codings > FEW_CODINGS and self.registers_for_many else self.registers
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,6 @@ class Block:
         return schedule.slices * (schedule.stages - 1) * (64 * (16 * 2 * self.planes + self.scales) + inputs + sums)
 
 
-FEW_CODINGS = 3
-
 SHARED_BYTES = 99 << 10
 """Of a program, on the NVIDIA GPUs that have the least."""
 
@@ -72,7 +64,7 @@ FEW = (
     Schedule(8, 64, 4, 3, registers=255),
     Schedule(16, 64, 2, 3, registers=255),
 )
-MANY = (Schedule(16, 64, 4, 3), Schedule(32, 64, 4, 3, registers_for_many=168), Schedule(64, 128, 8, 2))
+MANY = (Schedule(16, 64, 4, 3, registers=168), Schedule(32, 64, 4, 3), Schedule(64, 128, 8, 2))
 
 
 def schedule_few(tokens: int, block: Block, shared: int = SHARED_BYTES) -> Schedule:
