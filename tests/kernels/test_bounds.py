@@ -14,7 +14,6 @@ from vllm_moeq.format import BIT_WIDTHS
 from vllm_moeq.kernels import make_layer
 from vllm_moeq.kernels.triton.around import column_sums
 from vllm_moeq.kernels.triton.layer import TritonLayer
-from vllm_moeq.kernels.triton.records import NO_ARGUMENTS, NO_CONSTANTS
 from vllm_moeq.kernels.triton.schedule import FEW, FEW_TOKENS, MANY, SPLIT_CHOICES, Schedule
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")]
@@ -30,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), re
 def test_an_access_outside_is_seen(inputs: int, sums: int, what: str) -> None:
     x = torch.zeros(1024)[128 : 128 + 64 * inputs]
     with bounded(), pytest.raises(InterpreterError, match=what):
-        column_sums[(2, 1)](x, torch.zeros(sums), 64, 2, *NO_ARGUMENTS, SUM=32, CHUNKS=2, **NO_CONSTANTS)
+        column_sums[(2, 1)](x, torch.zeros(sums), 64, 2, SUM=32, CHUNKS=2)
 
 
 # Without shrinking: a failure names the launch's argument, and another example takes a second.

@@ -9,7 +9,6 @@ from tests.kernels.ptx.emulator.device import emulate
 from tests.kernels.ptx.emulator.outcome import Outcome
 from vllm_moeq.kernels.triton.around import column_sums, reduce_pairs, sort_pairs
 from vllm_moeq.kernels.triton.layer import REDUCE_BLOCK, SORT_CHUNK
-from vllm_moeq.kernels.triton.records import NO_ARGUMENTS, NO_CONSTANTS
 
 
 def sums(arch: str, dtype: str, size: int) -> Outcome:
@@ -20,9 +19,7 @@ def sums(arch: str, dtype: str, size: int) -> Outcome:
     chunks = min(16, count)
     with emulate(arch) as session:
         out = torch.empty((rows, count))
-        column_sums[(rows, -(-count // chunks))](
-            x, out, columns, count, *NO_ARGUMENTS, SUM=size, CHUNKS=chunks, **NO_CONSTANTS
-        )
+        column_sums[(rows, -(-count // chunks))](x, out, columns, count, SUM=size, CHUNKS=chunks)
     exact = torch.nn.functional.pad(x.double(), (0, padded - columns)).view(rows, count, size).sum(-1)
     return session.outcome(float((out.double() - exact).abs().max()))
 

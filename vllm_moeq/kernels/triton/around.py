@@ -10,8 +10,9 @@ from vllm_moeq.kernels.triton.records import look_up
 
 @triton.jit(do_not_specialize=["columns", "pairs"], do_not_specialize_on_alignment=["ids"])
 def column_sums(
-    x, sums, columns, sum_columns, ids, pairs, up, down, splits, records,
-    SUM: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, TOP_K: tl.constexpr,
+    x, sums, columns, sum_columns, SUM: tl.constexpr, CHUNKS: tl.constexpr,
+    ids=None, pairs=0, up=None, down=None, splits=None, records=None,
+    TOKENS: tl.constexpr = 0, PAIRS: tl.constexpr = 0, TOP_K: tl.constexpr = 0,
 ):  # fmt: skip
     """Store Σ x over SUM columns, float32, and the records of pairs. Grid: (rows, chunks / CHUNKS + TOP_K).
 

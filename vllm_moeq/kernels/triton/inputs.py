@@ -79,7 +79,7 @@ class Preparation:
             columns = sums.shape[1]
             chunks = min(16, triton.next_power_of_2(columns))
             column_sums[(x.shape[0], triton.cdiv(columns, chunks) + constants["TOP_K"])](
-                x, sums, x.shape[1], columns, *more, SUM=size, CHUNKS=chunks, **constants
+                x, sums, x.shape[1], columns, size, chunks, *more, **constants
             )
             return Inputs(x[None], sums)
         rings = rings_in(matrices.codings)
