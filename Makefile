@@ -96,7 +96,8 @@ bench: setup
 	for model in stdlib-mixtral stdlib-qwen3-moe; do \
 		$(BIN)/moeq compare benchmarks/models/$$model --held-out benchmarks/models/$$model/held_out.txt \
 			--data benchmarks/models/calibration.jsonl --methods all --bits 1,2,3 --avg-bits 2,2.5,3 \
-			-o results-bench-$$model && $(BIN)/python benchmarks/quantizing/calibrated.py benchmarks/models/$$model || exit 1; \
+			-o results-bench-$$model && $(BIN)/python benchmarks/quantizing/calibrated.py \
+			benchmarks/models/$$model --output results-calibrated-$$model || exit 1; \
 	done
 
 # The paper's tables and figures on both shipped models; continues where it was stopped.

@@ -11,7 +11,6 @@ from typing import Any
 import planner
 from benchmarks.peers.asked import Asked
 from benchmarks.peers.processes.job import PLACES
-from benchmarks.peers.storage import ours
 from planner.model.layout import read_layout
 from planner.model.source import SourceModel
 from planner.output.files import write_json, write_tensors
@@ -42,23 +41,25 @@ def quantize_ours(asked: Asked, options: Mapping[str, Any], folder: Path, values
         given["stats"] = folder / STATISTICS
     began, output = time.perf_counter(), values.parent / "checkpoint"
     plan = planner.plan(asked.model, **given)
-    planner.quantize(
+    made = planner.quantize(
         asked.model, output=output, plan=plan, data=str(asked.data), samples=asked.samples, seq_len=asked.length,
         linear_bits=16, calibration=calibration,
     )  # fmt: skip
     seconds = before + time.perf_counter() - began
-    write_tensors(values, _dequantized(asked.model, output))
+    found = _dequantized(asked.model, output)
+    write_tensors(values, found)
+    weights = sum(matrix.numel() for matrix in found.values())
     versions = {name: importlib.metadata.version(name) for name in ("vllm-moeq", "torch")}
-    return {"total_bits": plan.plan.achieved_avg_bits + ours(0).bits, "seconds": seconds, "versions": versions}
+    return {"total_bits": 8 * made.sizes.expert_bytes / weights, "seconds": seconds, "versions": versions}
 
 
 def _statistics(asked: Asked, folder: Path) -> float:
-    """Measure what plans need, once; return the seconds that it took."""
+    """Measure what plans of either scheme need, once; return the seconds that it took."""
     if not (folder / SECONDS).is_file():
         began = time.perf_counter()
         planner.calibrate(
             asked.model, output=folder / STATISTICS, methods=("kl",), data=str(asked.data), samples=asked.samples,
-            seq_len=asked.length,
+            seq_len=asked.length, scheme="trellis",
         )  # fmt: skip
         write_json(folder / SECONDS, time.perf_counter() - began)
     return float(read_json(folder / SECONDS))

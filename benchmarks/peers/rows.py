@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.peers.storage import Storage, ggml, gptq, hqq, ours
+from benchmarks.peers.storage import Storage, ggml, gptq, hqq, ours, trellis
 
 TORCH = "torch==2.13.0"
 """GPTQModel brings a newer one."""
@@ -94,13 +94,21 @@ def rows(bits: int) -> list[Row]:
               {"avg_bits": bits, "method": "uniform", "bits": str(bits), "calibration": calibration})
           for calibration in ("symmetric", "asymmetric")),
     ]  # fmt: skip
-    return others + [plan_row(bits, total) for total in sorted({row.storage.bits for row in others})]
+    plans = [plan_row(bits, total) for total in sorted({row.storage.bits for row in others})]
+    return [*others, *plans, trellis_row(bits, gptq(bits).bits)]
 
 
 def plan_row(bits: int, total: float) -> Row:
     """Return our plan with some total bits per weight."""
     average = total - ours(0).bits
     return Row(PLAN, OURS, bits, ours(average), {"avg_bits": average, "method": "kl"})
+
+
+def trellis_row(bits: int, total: float) -> Row:
+    """Return our plan with trellis codes and some total bits per weight."""
+    average = total - trellis(0).bits
+    return Row(f"{PLAN}, trellis", OURS, bits, trellis(average),
+               {"avg_bits": average, "method": "kl", "scheme": "trellis"})  # fmt: skip
 
 
 def all_rows() -> list[Row]:

@@ -31,10 +31,18 @@ GROUP = 128
 HALF = 16
 """Bits of a scale, and of a zero point that is no integer."""
 
+MIXTRAL_ROW = 192
+"""Inputs of a row of the shipped Mixtral's experts: two of three rows have 256, the others 128 (harmonic mean)."""
+
 
 def ours(average: float) -> Storage:
     """Return our format: dense codes of any average, scale and zero point of 16 bits each."""
     return Storage(average, GROUP, 2 * HALF)
+
+
+def trellis(average: float) -> Storage:
+    """Return our format's trellis codes: a scale of 16 bits per row, here of the shipped Mixtral's rows."""
+    return Storage(average, MIXTRAL_ROW, HALF)
 
 
 def hqq(bits: int) -> Storage:
