@@ -9,7 +9,7 @@ from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
 from vllm_moeq.kernels.triton.fields import code_of, differ, offset
 from vllm_moeq.kernels.triton.records import ENTRIES, EXPERT, FIXED, PARTS
 from vllm_moeq.kernels.triton.rings import ring_code_of
-from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_scale_and_zero, load_words, row_before
+from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_scale_and_zero, load_words, places
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _multiply(
     words = words[None, :, :] + slices[:, None, None] * (WIDTH * PLANE)
     before = before[None, :, :] + (slices[:, None, None] * WIDTH + WIDTH - 1) * PLANE
     if GROUPS:
-        scales = scales[None, :] + slices[:, None] * (GROUPS * TILE)
+        scales += slices[:, None, None] * (GROUPS * TILE)
     total = tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
     total_x = tl.zeros((SLICES, TOKENS), tl.float32)
     for block in tl.range(begin, end, SLICES, num_stages=STAGES):
@@ -95,22 +95,23 @@ def _multiply(
                     codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, True, MODE)
                 fields = fields + (codes,)  # type: ignore[assignment]  # noqa: RUF005
             codes = beside(fields, FIELDS, (SLICES, ROWS, FIELDS * LANES))
-            if DIFFER:
-                part = tl.broadcast_to(-offset_x[:, None, :], (SLICES, ROWS, TOKENS))
-                part = tl.dot(codes, inputs, part, input_precision="ieee")
-            else:
-                part = tl.dot(codes, inputs, input_precision="ieee")
+            # What is subtracted begins the sum: so it takes no instruction of its own.
+            part = tl.broadcast_to(-offset_x[:, None, :], (SLICES, ROWS, TOKENS))
             if GROUPS:
-                scale, zero = load_scale_and_zero(scales + (block * GROUPS + group) * TILE, inside)
-                if OFFSET > 0:
-                    zero += OFFSET
-                total += scale[:, :, None] * (part - zero[:, :, None] * part_x[:, None, :])
+                scale, zero = load_scale_and_zero(scales + (block * GROUPS + group) * TILE, deep, (SLICES, ROWS), MODE)
+                if DIFFER:
+                    part -= zero[:, :, None] * part_x[:, None, :]
+                else:
+                    part = -(zero + OFFSET)[:, :, None] * part_x[:, None, :]
+            part = tl.dot(codes, inputs, part, input_precision="ieee")
+            if GROUPS:
+                total += scale[:, :, None] * part
             else:
                 total += part
                 total_x += part_x
     result = tl.sum(total, axis=0)
     if not GROUPS:
-        scale, zero = load_scale_and_zero(scales, None)
+        scale, zero = load_scale_and_zero(scales, None, (ROWS,), MODE)
         if OFFSET > 0:
             zero += OFFSET
         result = scale[:, None] * (result - zero[:, None] * tl.sum(total_x, axis=0)[None, :])
@@ -157,21 +158,19 @@ def few_tokens(
     pair = tl.maximum(found, 0)
     blocks = tl.cdiv(columns, 16 * LANES)
     begin, end = blocks * split // parts, blocks * (split + 1) // parts
-    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
     source = (pair // SHARE).to(tl.int64)
     inputs = x + source * columns
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
-    base = words + first_word.to(tl.int64) * (TILE * LANES)  # a product has a known alignment
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for CODING in tl.static_range(COUNT):
         if CODINGS & (1 << CODING):
             if coding == CODING:
-                at = tile * (blocks * width_of(CODING) * TILE * LANES)
-                groups = 1 if is_ring(CODING) or not GROUPS else blocks * GROUPS
+                weights_at, before, scales_at = places(
+                    words, scales, first_word, first_scale, tile, tile, blocks, ROWS,
+                    width_of(CODING), is_ring(CODING), LANES, GROUPS, GATED,
+                )  # fmt: skip
                 total = _multiply(
-                    base + (at + row * LANES)[:, None] + lane[None, :],
-                    base + (at + row_before(row, GATED) * LANES)[:, None] + lane[None, :],
-                    scales + (first_scale.to(tl.int64) + tile * groups) * TILE + row,
+                    weights_at, before, scales_at,
                     inputs + (pairs // SHARE).to(tl.int64) * columns * copy_of(CODING, CODINGS), input_sums, columns,
                     begin, end, SLICES, FULL, ROWS, TOKENS, width_of(CODING), is_ring(CODING), LANES,
                     0 if is_ring(CODING) else GROUPS, SUM, EVEN, STAGES, MODE,

@@ -35,7 +35,8 @@ class Repacked:
     Attributes:
         words: the codes of all experts, 1-D int16.
         scales: pairs of scale and zero, 1-D: int32 holds two float16, int64 two float32. An expert has [tiles, scales
-            per row, 64].
+            per row, 8, 8]: of a tile's rows first 0, 8, …, 56, then 1, 9, …, 57; see
+            :func:`vllm_moeq.kernels.triton.tile.load_scale_and_zero`.
         table: for each expert the number of its coding, its first word in units of 64·lanes words, and its first scale
             in units of 64; int32 [E, 3].
         codings: the set of the experts' codings; bit i stands for number i.
@@ -123,11 +124,11 @@ def repack(packed: PackedMatrices, *, gated: bool, lanes: int = 16) -> Repacked:
     counts = [form.tiles * (1 if CODINGS[number].ring else form.scales) for number in numbers]
     first_unit, first_scale = (list(accumulate(sizes, initial=0)) for sizes in (units, counts))
     words = torch.empty((first_unit[-1], TILE * lanes), dtype=torch.int16, device=device)
-    pairs = torch.empty((first_scale[-1], TILE, 2), dtype=dtype, device=device)
+    pairs = torch.empty((first_scale[-1], 8, TILE // 8, 2), dtype=dtype, device=device)
     for expert, scheme in enumerate(matrices.schemes):
         planes, scales = REPACKERS[scheme](packed, expert, form)
         words[first_unit[expert] : first_unit[expert + 1]] = planes.reshape(-1, TILE * lanes)
-        pairs[first_scale[expert] : first_scale[expert + 1]] = scales.reshape(-1, TILE, 2)
+        pairs[first_scale[expert] : first_scale[expert + 1]] = scales.reshape(-1, TILE // 8, 8, 2).transpose(1, 2)
     table = torch.tensor([numbers, first_unit[:-1], first_scale[:-1]], dtype=torch.int32, device=device)
     return Repacked(
         words.flatten(), pairs.view(torch.int32 if dtype == torch.float16 else torch.int64).flatten(),
