@@ -133,7 +133,7 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
         notes.refuse_incomplete(source, layout, progress)
         notes.note_limits(source, layout, progress)
         linear, group_size = wanted.linear(source, layout), wanted.checked_group_size()
-        quantizer = wanted.resolved_quantizer(given)
+        quantizer = wanted.resolved_quantizer(given or wanted.stats is not None)  # their text will calibrate it
         settings = QuantizeSettings(
             quantizer,
             group_size=group_size,

@@ -34,7 +34,7 @@ def plan_command(
             "--quantizer",
             metavar="NAME",
             help="Quantizer that will find the codes, because some choices depend on it: "
-            f"{', '.join(quantizer_names())} [{DEFAULT_WITH_TEXT} with --data, else {DEFAULT}].",
+            f"{', '.join(quantizer_names())} [{DEFAULT_WITH_TEXT} with --data or --stats, else {DEFAULT}].",
         ),
         NAMES,
     ] = None,
