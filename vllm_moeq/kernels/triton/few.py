@@ -43,8 +43,9 @@ def _multiply(
     Each of the SLICES takes every SLICES-th block: a batch of small matrix products, a warp or more for each. FULL says
     that the last ones take as many as the first, so that no load needs a mask for that. A group is computed as
     s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype. Codes of the grid are multiplied with
-    their offsets on them; equal ones are subtracted with z, others begin the sum. The words of the rows ``before`` are
-    read if RING: their last plane, which this program reads for those rows too.
+    their offsets on them. A group's sum begins with minus what offsets and z add, which takes no instruction of its
+    own. The words of the rows ``before`` are read if RING: their last plane, which this program reads for those rows
+    too.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = TILE * LANES
@@ -95,7 +96,6 @@ def _multiply(
                     codes = code_of(planes, group * FIELDS + field, WIDTH, dtype, True, MODE)
                 fields = fields + (codes,)  # type: ignore[assignment]  # noqa: RUF005
             codes = beside(fields, FIELDS, (SLICES, ROWS, FIELDS * LANES))
-            # What is subtracted begins the sum: so it takes no instruction of its own.
             part = tl.broadcast_to(-offset_x[:, None, :], (SLICES, ROWS, TOKENS))
             if GROUPS:
                 scale, zero = load_scale_and_zero(scales + (block * GROUPS + group) * TILE, deep, (SLICES, ROWS), MODE)
