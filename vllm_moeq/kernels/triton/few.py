@@ -9,7 +9,7 @@ from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
 from vllm_moeq.kernels.triton.fields import code_of, differ, offset
 from vllm_moeq.kernels.triton.records import ENTRIES, EXPERT, FIXED, PARTS
 from vllm_moeq.kernels.triton.rings import ring_code_of
-from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_scale_and_zero, load_words, places
+from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_words, scale_and_zero, words_at
 
 
 @triton.jit
@@ -29,6 +29,17 @@ def _load_sums(pointers, mask, COUNT: tl.constexpr):
             one = tl.load(pointers + index) if mask is None else tl.load(pointers + index, mask=mask, other=0.0)
             found = found + (one,)  # type: ignore[assignment]  # noqa: RUF005
     return found
+
+
+@triton.jit
+def _load_scale_and_zero(pairs, mask, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Return scales and zeros of rows, float32 [SHAPE]; zeros for both where the mask leaves them out.
+
+    ``pairs`` are pointers [..., 8, 8] in the order of memory. A thread needs every eighth row of a matrix product, and
+    so loads its rows together.
+    """
+    both = tl.load(pairs) if mask is None else tl.load(pairs, mask=mask, other=0)
+    return scale_and_zero(both.permute(0, 2, 1).reshape(SHAPE), MODE)
 
 
 @triton.jit
@@ -98,7 +109,7 @@ def _multiply(
             codes = beside(fields, FIELDS, (SLICES, ROWS, FIELDS * LANES))
             part = tl.broadcast_to(-offset_x[:, None, :], (SLICES, ROWS, TOKENS))
             if GROUPS:
-                scale, zero = load_scale_and_zero(scales + (block * GROUPS + group) * TILE, deep, (SLICES, ROWS), MODE)
+                scale, zero = _load_scale_and_zero(scales + (block * GROUPS + group) * TILE, deep, (SLICES, ROWS), MODE)
                 if DIFFER:
                     part -= zero[:, :, None] * part_x[:, None, :]
                 else:
@@ -111,7 +122,7 @@ def _multiply(
                 total_x += part_x
     result = tl.sum(total, axis=0)
     if not GROUPS:
-        scale, zero = load_scale_and_zero(scales, None, (ROWS,), MODE)
+        scale, zero = _load_scale_and_zero(scales, None, (ROWS,), MODE)
         if OFFSET > 0:
             zero += OFFSET
         result = scale[:, None] * (result - zero[:, None] * tl.sum(total_x, axis=0)[None, :])
@@ -161,16 +172,16 @@ def few_tokens(
     source = (pair // SHARE).to(tl.int64)
     inputs = x + source * columns
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
+    base = words + first_word.to(tl.int64) * (TILE * LANES)  # a product has a known alignment
+    inner_scale = (tl.arange(0, 8)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for CODING in tl.static_range(COUNT):
         if CODINGS & (1 << CODING):
             if coding == CODING:
-                weights_at, before, scales_at = places(
-                    words, scales, first_word, first_scale, tile, tile, blocks, ROWS,
-                    width_of(CODING), is_ring(CODING), LANES, GROUPS, GATED,
-                )  # fmt: skip
+                words_here, before = words_at(base, tile, tl.arange(0, ROWS), blocks, width_of(CODING), LANES, GATED)
+                groups = 1 if is_ring(CODING) or not GROUPS else blocks * GROUPS
                 total = _multiply(
-                    weights_at, before, scales_at,
+                    words_here, before, scales + (first_scale.to(tl.int64) + tile * groups) * TILE + inner_scale,
                     inputs + (pairs // SHARE).to(tl.int64) * columns * copy_of(CODING, CODINGS), input_sums, columns,
                     begin, end, SLICES, FULL, ROWS, TOKENS, width_of(CODING), is_ring(CODING), LANES,
                     0 if is_ring(CODING) else GROUPS, SUM, EVEN, STAGES, MODE,

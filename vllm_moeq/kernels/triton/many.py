@@ -8,7 +8,7 @@ import triton.language as tl
 from vllm_moeq.kernels.triton.codings import COUNT, copy_of, is_ring, width_of
 from vllm_moeq.kernels.triton.fields import code_of, offset
 from vllm_moeq.kernels.triton.rings import ring_code_of
-from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_scale_and_zero, load_words, places
+from vllm_moeq.kernels.triton.tile import TILE, beside, finish, load_words, scale_and_zero, words_at
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _multiply(
             for index in tl.static_range(FIELDS * LANES // SUM):
                 part_x += tl.load(sums + at // SUM + index)
             if GROUPS:
-                scale, zero = load_scale_and_zero(scales + (block * GROUPS + group) * TILE, None, (ROWS,), MODE)
+                scale, zero = scale_and_zero(tl.load(scales + (block * GROUPS + group) * TILE), MODE)
                 if OFFSET > 0:
                     zero += OFFSET
                 total += scale[:, None] * (part - zero[:, None] * part_x[None, :])
@@ -81,7 +81,7 @@ def _multiply(
                 total += part
                 total_x += part_x
     if not GROUPS:
-        scale, zero = load_scale_and_zero(scales, None, (ROWS,), MODE)
+        scale, zero = scale_and_zero(tl.load(scales), MODE)
         if OFFSET > 0:
             zero += OFFSET
         total = scale[:, None] * (total - zero[:, None] * total_x[None, :])
@@ -102,20 +102,24 @@ def _expert_tile(
     entry = table + expert * 3
     coding, first_word, first_scale = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     blocks = tl.cdiv(columns, 16 * LANES)
+    row = tl.arange(0, ROWS)
+    first = tile * (ROWS // TILE)
+    # The last program may reach past the last tile: it reads that one again, and stores nothing of it.
+    among = first + tl.minimum(row // TILE, tiles - 1 - first) if ROWS > TILE else first + row // TILE
+    inner = row % TILE
     source = tl.where(valid, source, 0).to(tl.int64)
     inputs = x + source * columns
     input_sums = sums + source * (blocks * (16 * LANES // SUM))
+    base = words + first_word.to(tl.int64) * (TILE * LANES)  # a product has a known alignment
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for CODING in tl.static_range(COUNT):
         if CODINGS & (1 << CODING):
             if coding == CODING:
-                # The last program may reach past the last tile: it reads that one again, and stores nothing of it.
-                weights_at, before, scales_at = places(
-                    words, scales, first_word, first_scale, tile * (ROWS // TILE), tiles - 1, blocks, ROWS,
-                    width_of(CODING), is_ring(CODING), LANES, GROUPS, GATED,
-                )  # fmt: skip
+                words_here, before = words_at(base, among, inner, blocks, width_of(CODING), LANES, GATED)
+                groups = 1 if is_ring(CODING) or not GROUPS else blocks * GROUPS
                 total = _multiply(
-                    weights_at, before, scales_at,
+                    words_here, before,
+                    scales + (first_scale.to(tl.int64) + among * groups) * TILE + inner % 8 * (TILE // 8) + inner // 8,
                     inputs + sources.to(tl.int64) * columns * copy_of(CODING, CODINGS), input_sums, columns, blocks,
                     ROWS, TOKENS, width_of(CODING), is_ring(CODING), LANES, 0 if is_ring(CODING) else GROUPS,
                     SUM, EVEN, STAGES, MODE,

@@ -35,8 +35,7 @@ class Repacked:
     Attributes:
         words: the codes of all experts, 1-D int16.
         scales: pairs of scale and zero, 1-D: int32 holds two float16, int64 two float32. An expert has [tiles, scales
-            per row, 8, 8]: of a tile's rows first 0, 8, …, 56, then 1, 9, …, 57; see
-            :func:`vllm_moeq.kernels.triton.tile.load_scale_and_zero`.
+            per row, 8, 8]: of a tile's rows first 0, 8, …, 56, then 1, 9, …, 57.
         table: for each expert the number of its coding, its first word in units of 64·lanes words, and its first scale
             in units of 64; int32 [E, 3].
         codings: the set of the experts' codings; bit i stands for number i.

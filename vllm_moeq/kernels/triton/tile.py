@@ -32,60 +32,35 @@ def row_before(row, GATED: tl.constexpr):
 
 
 @triton.jit
-def places(
-    words, scales, first_word, first_scale, tile, last, blocks, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """Return where the first block of ROWS rows of an expert lies: its words, those of the rows before, its scales.
+def words_at(base, tile, row, blocks, WIDTH: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr):
+    """Return where the first block of some rows lies, and that of the rows before them: pointers [rows, LANES].
 
     Args:
-        words, scales: see :class:`vllm_moeq.kernels.triton.repack.Repacked`.
-        first_word, first_scale: where the expert's begin, in tiles.
-        tile: the first tile of the rows.
-        last: the expert's last tile, which stands for those behind it.
+        base: where the expert's words begin.
+        tile: the rows' tile, one for all or [rows].
+        row: the rows' places in their tile, [rows].
         blocks: blocks of the inputs.
-
-    Returns:
-        Pointers [ROWS, LANES], [ROWS, LANES] and [ROWS / TILE, 8, 8], the last for :func:`load_scale_and_zero`.
     """
-    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)[None, :]
-    own, each = tile, tile + tl.arange(0, ROWS // TILE)
-    if ROWS > TILE:
-        own, each = tl.minimum(tile + row // TILE, last), tl.minimum(each, last)
-    inner = row % TILE
-    base = words + first_word.to(tl.int64) * (TILE * LANES)  # a product has a known alignment
-    at = own * (blocks * WIDTH * TILE * LANES)
-    groups = 1 if RING or not GROUPS else blocks * GROUPS
-    inner_scale = tl.arange(0, 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    return (
-        base + (at + inner * LANES)[:, None] + lane,
-        base + (at + row_before(inner, GATED) * LANES)[:, None] + lane,
-        scales + ((first_scale.to(tl.int64) + each * groups) * TILE)[:, None, None] + inner_scale[None, :, :],
-    )
+    lane = tl.arange(0, LANES)[None, :]
+    at = tile * (blocks * WIDTH * TILE * LANES)
+    return base + (at + row * LANES)[:, None] + lane, base + (at + row_before(row, GATED) * LANES)[:, None] + lane
 
 
 @triton.jit
-def load_scale_and_zero(pairs, mask, SHAPE: tl.constexpr, MODE: tl.constexpr):
-    """Return scales and zeros of rows, float32 [SHAPE]; zeros for both where the mask leaves them out.
-
-    Args:
-        pairs: pointers [..., 8, 8], in the order of memory: first the rows 0, 8, …, 56 of a tile, then 1, 9, …, 57. A
-            thread needs every eighth row of a matrix product, and so loads them together.
-    """
-    both = tl.load(pairs) if mask is None else tl.load(pairs, mask=mask, other=0)
-    both = both.permute(0, 2, 1).reshape(SHAPE)
-    if both.dtype == tl.int64:
-        scale = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-        return scale, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def scale_and_zero(pairs, MODE: tl.constexpr):
+    """Return the scales and zeros of pairs, float32; see :class:`vllm_moeq.kernels.triton.repack.Repacked`."""
+    if pairs.dtype == tl.int64:
+        scale = (pairs & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        return scale, (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     elif MODE == "ptx":
         # One instruction for each: Triton's own way takes two for the upper half.
         return tl.inline_asm_elementwise(
             "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-            "=f,=f,r", (both,), dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+            "=f,=f,r", (pairs,), dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        scale = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return scale, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return scale, (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.constexpr_function
