@@ -54,9 +54,9 @@ def _multiply(
     Each of the SLICES takes every SLICES-th block: a batch of small matrix products, a warp or more for each. FULL says
     that the last ones take as many as the first, so that no load needs a mask for that. A group is computed as
     s·(Σ x·q − z·Σ x), because the codes q are exact in the activation's dtype. Codes of the grid are multiplied with
-    their offsets on them. A group's sum begins with minus what offsets and z add, which takes no instruction of its
-    own. The words of the rows ``before`` are read if RING: their last plane, which this program reads for those rows
-    too.
+    their offsets on them. A group's sum begins with minus what offsets and z add, so that nothing is subtracted after
+    the product. With one scale per row (GROUPS = 0) z and an offset that all codes have are subtracted at the end. The
+    words of the rows ``before`` are read if RING: their last plane, which this program reads for those rows too.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PLANE: tl.constexpr = TILE * LANES

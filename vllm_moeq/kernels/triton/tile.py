@@ -1,4 +1,4 @@
-"""What both kernels do with a tile: load the words and scales of an expert, add biases, store the results."""
+"""What both kernels do with a tile: load the words of an expert, read its scales, add biases, store the results."""
 
 from __future__ import annotations
 
