@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 
 from planner.common.progress import Progress
 from planner.evaluation import perplexity
@@ -67,6 +71,35 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def trellis(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Trellises of 1 to 4 bits and grids of 8 in every layer, rotated."""
     return make_pair(MIXTRAL, tmp_path_factory.mktemp("trellis"), 4, "--scheme", "trellis")
+
+
+@pytest.fixture(scope="session")
+def wide_trellis(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same with 256 neurons per expert, so that each of two ranks gets a whole block of the rotation."""
+    folder = tmp_path_factory.mktemp("wide-trellis")
+    return make_pair(widened(folder / "source"), folder, 4, "--scheme", "trellis")
+
+
+def widened(folder: Path) -> Path:
+    """Write the shipped Mixtral with each expert and the next one side by side, the mean of both, as one expert."""
+    shutil.copytree(MIXTRAL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(MIXTRAL / "model.safetensors")
+    experts = config["num_local_experts"]
+
+    def wide(name: str) -> torch.Tensor:
+        found = re.search(r"(.*experts\.)(\d+)\.(w\d)(.*)", name)
+        if found is None:
+            return weights[name]
+        following = weights[f"{found[1]}{(int(found[2]) + 1) % experts}.{found[3]}{found[4]}"]
+        if found[3] == "w2":
+            return torch.cat((weights[name], following), dim=1) / 2
+        return torch.cat((weights[name], following))
+
+    save_file({name: wide(name) for name in weights}, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

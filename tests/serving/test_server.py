@@ -141,7 +141,7 @@ def test_trellises_answer_like_the_dense_model(trellis: Pair, tmp_path: Path) ->
     [(1, []), (2, []), (2, ["--enable-expert-parallel"])],
     ids=["tp1", "tp2", "tp2-ep"],
 )
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "trellis"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "wide_trellis"])
 def test_matrix(
     architecture: str, ranks: int, extra: list[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -160,7 +160,7 @@ def test_matrix(
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "ranks", "extra"),
-    [("mixtral", 1, []), ("mixtral", 2, ["--enable-expert-parallel"]), ("trellis", 2, [])],
+    [("mixtral", 1, []), ("mixtral", 2, ["--enable-expert-parallel"]), ("wide_trellis", 2, [])],
     ids=["tp1", "tp2-ep", "trellis-tp2"],
 )
 def test_fused_kernel_in_the_server(
