@@ -18,7 +18,8 @@ def short(tmp_path: Path) -> Path:
     """The shipped Mixtral with a short text."""
     folder = tmp_path / "model"
     shutil.copytree(MIXTRAL, folder, ignore=shutil.ignore_patterns("held_out.txt"))
-    folder.joinpath("held_out.txt").write_text((MIXTRAL / "held_out.txt").read_text(encoding="utf-8")[:8000])
+    text = (MIXTRAL / "held_out.txt").read_text(encoding="utf-8")[:8000]
+    (folder / "held_out.txt").write_text(text, encoding="utf-8")
     return folder
 
 

@@ -40,7 +40,7 @@ class QuantizerKeyword:
 
     Attributes:
         quantizer: quantizer for two bits and more: ``hqq``, ``rtn`` or ``gptq``; None is ``gptq`` with a
-            text, else ``hqq``.
+            text, and for a plan with statistics of one, else ``hqq``.
     """
 
     quantizer: QuantizerName | None = None
