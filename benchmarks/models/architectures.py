@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from benchmarks.models.fit import SEQUENCE
+
 LARGE = "mixtral-200m"
 NAMES = ("mixtral", "qwen3-moe", LARGE)
 
@@ -13,7 +15,7 @@ SHARED = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": SEQUENCE,
     "rms_norm_eps": 1e-5,
     "output_router_logits": True,
     "router_aux_loss_coef": 0.01,

@@ -206,7 +206,7 @@ class TestStatistics:
             (("--data", CALIBRATION_TEXT, "--bits", "2,5"), "--bits: expected widths among"),
             ((), "--data: calibration needs a text"),
             (("--data", "missing.txt"), "--data: expected a text"),
-            (("--data", CALIBRATION_TEXT, "--seq-len", 4096), "--seq-len: expected at most 1024"),
+            (("--data", CALIBRATION_TEXT, "--seq-len", 4096), "--seq-len: expected at most 512"),
             (("--data", CALIBRATION_TEXT, "--device", "cuda:7"), "--device"),
         ],
     )

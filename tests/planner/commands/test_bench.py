@@ -58,7 +58,7 @@ def answering(status: int, body: str) -> Iterator[str]:
         ("{model} -- --served_model_name=x", "--served-model-name: moeq bench starts its own"),
         ("{model} -- --model x", "--model: moeq bench starts its own server"),
         ("{model} -- --quantization=moeq", "--quantization: {model} is no checkpoint of moeq; expected it left out"),
-        ("{model} --input-tokens 5000", "expected at most 1024 together, the longest text of {model}, found 5064"),
+        ("{model} --input-tokens 5000", "expected at most 512 together, the longest text of {model}, found 5064"),
         ("{model} -- --max-model-len 100", "expected at most 100 together, the longest text of {model}, found 192"),
         ("{model} --url localhost:8000", "--url: expected an address such as http://localhost:8000, found"),
         ("{model} --url http://127.0.0.1:{free}", "--url: expected a running server, found none at http://127.0.0.1:"),

@@ -229,7 +229,7 @@ class TestRefused:
             (("--data", "none.txt"), "none.txt: cannot read (No such file or directory); expected a text file"),
             (("--tasks", "piqa", "--reference", MIXTRAL), "--reference: expected --data FILE with it"),
             (("--data", HELD_OUT, "--reference", "none"), "none: expected a model folder or a Hub name"),
-            (("--data", HELD_OUT, "--window", 1025), "--window: expected at most 1024, the model's longest text"),
+            (("--data", HELD_OUT, "--window", 513), "--window: expected at most 512, the model's longest text"),
             (("--data", HELD_OUT, "--device", "tpu"), "--device: expected cpu, cuda or a list"),
             (("--data", HELD_OUT, "--device", "cpu,cpu"), "--device: expected one device"),
             (
