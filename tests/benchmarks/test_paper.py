@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import planner
 from benchmarks.replication.paper import run as paper
 from benchmarks.replication.paper.common import Result, markdown_table
 from benchmarks.replication.paper.tables import ABLATION, ZETAS
@@ -77,6 +78,12 @@ def test_the_figure_has_every_rule(results: Path) -> None:
     wanted = {(rule, average, 0) for rule in rules for average in (2.25, 2.5)}
     wanted |= {("random", average, seed) for average in (2.25, 2.5) for seed in (0, 1)}
     assert found == wanted | {("uniform", 2.0, 0), ("uniform", 3.0, 0)}
+
+
+def test_the_original_is_as_good_as_moeq_eval_finds_it(results: Path) -> None:
+    window, tokens = paper.QUICK["window"], paper.QUICK["max_tokens"]
+    found = planner.evaluate(MODEL, data=MODEL / "held_out.txt", window=window, max_tokens=tokens)
+    assert rows(results, "figure2")[0]["perplexity"] == pytest.approx(found.perplexity, rel=1e-6)
 
 
 def test_zeta_of_one_is_the_order_by_maxvar_alone(results: Path) -> None:

@@ -88,7 +88,7 @@ class Bench:
 
     def __init__(self, model: SourceModel, output: Path, asked: Asked) -> None:
         self.model, self.folder, self.output, self.asked = model, model.folder, output, asked
-        self.held_out = (model.folder / "held_out.txt").read_text(encoding="utf-8")
+        self.text = (model.folder / "held_out.txt").read_text(encoding="utf-8")
         self.layout = read_layout(model)
         self.device = torch.device(asked.device)
         self.progress = Progress()
@@ -112,7 +112,7 @@ class Bench:
         facts = {
             "model": self.model.fingerprint(),
             "settings": (settings or self.settings()).as_dict(),
-            "held_out": self.held_out,
+            "held_out": self.text,
             "calibration": asked.data.read_text(encoding="utf-8"),
             "asked": [asked.samples, asked.length, asked.window, asked.max_tokens, self.device.type],
         }
@@ -158,7 +158,7 @@ class Bench:
         run = self.run(settings)
         # Evaluated with the calibration text of seed 0: seeds are to show what the order does, not the text.
         shared = [replace(entry, seed=0) for entry in found]
-        scores = evaluate(run, shared, self.held_out)
+        scores = evaluate(run, shared, [self.text])
         remove_hidden(run.folder)
         original, *rows = rows_of(run, shared, scores)
         return [original, *({**row, "seed": entry.seed} for entry, row in zip(found, rows, strict=True))]

@@ -108,7 +108,7 @@ def _tokens(bench: Bench) -> tuple[object, list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(bench.folder)
-    return tokenizer, tokenizer(bench.held_out, verbose=False)["input_ids"][: bench.asked.max_tokens]
+    return tokenizer, tokenizer(bench.text, verbose=False)["input_ids"][: bench.asked.max_tokens]
 
 
 def figure10(bench: Bench) -> Result:
