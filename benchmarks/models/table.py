@@ -27,7 +27,7 @@ from planner.model.source import SourceModel
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions
 from planner.quantization.settings import QuantizeSettings, check_sizes, default_linear
-from vllm_moeq.format import CheckpointError
+from vllm_moeq.format import GRID, CheckpointError
 
 CONFIGS = Path(__file__).with_name("configs")
 README = Path(__file__).parents[2] / "README.md"
@@ -108,7 +108,7 @@ def settings_of(model: SourceModel, layout: Layout) -> QuantizeSettings:
     for group_size in GROUP_SIZES:
         settings = QuantizeSettings(group_size=group_size, linear=default_linear(model, layout, 4))
         try:
-            check_sizes(model, layout, settings)
+            check_sizes(model, layout, settings, [GRID])
         except CheckpointError:
             continue
         return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from planner.model.source import SourceModel
 from planner.output.paths import check_output
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers import QUANTIZERS
-from planner.quantization.quantizers.table import POSSIBLE
+from planner.quantization.quantizers.table import possible_schemes
 from planner.quantization.settings import QuantizeSettings, check_sizes
 from vllm_moeq.format import UsageError
 
@@ -129,13 +129,13 @@ def _opened(wanted: CompareKeywords, dry_run: bool) -> Iterator[_Work]:
     with open_model(str(wanted.model), dry_run) as source:
         layout = read_layout(source)
         notes.refuse_incomplete(source, layout, progress)
-        settings = _settings(source, layout, wanted)
+        settings = _settings(source, layout, names, wanted)
         content = read_texts(Path(wanted.held_out), source.folder)
         _check_text(source, names, settings, wanted)
         yield _Work(output, source, layout, _comparison(names, settings, wanted), content, where, progress)
 
 
-def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> QuantizeSettings:
+def _settings(source: SourceModel, layout: Layout, names: tuple[str, ...], wanted: CompareKeywords) -> QuantizeSettings:
     """Return the settings with which every candidate is quantized.
 
     Raises:
@@ -153,8 +153,9 @@ def _settings(source: SourceModel, layout: Layout, wanted: CompareKeywords) -> Q
         linear_quantizer=wanted.resolved_linear_quantizer(QUANTIZERS[wanted.quantizer].calibrated),
         calibration=wanted.resolved_calibration(),
     )
-    for scheme in dict.fromkeys(scheme for choice in wanted.schemes() for scheme in POSSIBLE[choice]):
-        check_sizes(source, layout, replace(settings, scheme=scheme))
+    widths = wanted.choices() or [bits for name in names for bits in METHODS[name].choices]
+    for choice in wanted.schemes():
+        check_sizes(source, layout, settings, possible_schemes(choice, widths))
     return settings
 
 

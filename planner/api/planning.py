@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, with_statistics
 from planner.quantization.quantizers import QUANTIZERS
 from planner.quantization.quantizers.linear import default_linear_quantizer
+from planner.quantization.quantizers.table import possible_schemes
 from planner.quantization.settings import QuantizeSettings, check_sizes
-from vllm_moeq.format import UsageError
+from vllm_moeq.format import WHOLE_ROW, UsageError
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def estimate_plan(wanted: PlanKeywords) -> Estimate:
         made = make_plan(source, layout, work.options, work.progress)
         settings = work.settings.with_plan(made)
         needs = plan_needs(source, layout, work.options, Reading.of(work.text), where)
-        check_sizes(source, layout, settings)
+        check_sizes(source, layout, settings, settings.storage.all_schemes(made.experts))
         found = config_sizes(source, layout, made.experts, settings.group_size, settings.linear, settings.storage)
         serving = possible_serving(source.config, layout, found.ours, work.load, settings.storage)
         return Estimate(needs, made.achieved_avg_bits, found.ours, serving, _formula(work, made, found))
@@ -141,6 +142,10 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
             linear_quantizer=default_linear_quantizer(QUANTIZERS[quantizer].calibrated),
             scheme=wanted.settled_scheme,
         )
+        schemes = possible_schemes(wanted.resolved_scheme, wanted.choices(given))
+        check_sizes(
+            source, layout, replace(settings, group_size=WHOLE_ROW), schemes
+        )  # a plan holds for all group sizes
         wanted = with_preset(wanted, source, layout, settings, given)
         options = wanted.plan_options(
             source, layout, settings, text=given, ranked=not dry_run, scheme=wanted.resolved_scheme,

@@ -49,6 +49,7 @@ from planner.quantization.quantizers.table import (
     QUANTIZERS,
     SchemeChoice,
     check_widths,
+    possible_schemes,
     scheme_for,
 )
 from planner.quantization.run import quantize as write_checkpoint
@@ -57,7 +58,7 @@ from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import with_speculation
 from planner.reporting.card import write_card
 from planner.text.tokenizer import load_tokenizer
-from vllm_moeq.format import MoeqError, UsageError
+from vllm_moeq.format import MoeqError, Scheme, UsageError
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,24 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
             wanted.resolved_calibration(wanted.compat), wanted.settled_scheme,
         )  # fmt: skip
         check_output(Path(wanted.output))
-        for scheme in POSSIBLE[wanted.resolved_scheme]:
-            check_sizes(source, layout, replace(settings, scheme=scheme))
-        devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
-        wanted = with_preset(wanted, source, layout, settings, wanted.data is not None)
-        read = calibrated or wanted.data is not None
-        text = wanted.read_text(source, wanted.seed, progress) if read else None
+        text_given = wanted.data is not None
         plan = None if wanted.plan is None else _given_plan(wanted, wanted.plan, source, layout, settings)
+        check_sizes(source, layout, *_sized(wanted, settings, plan, text_given))
+        devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
+        wanted = with_preset(wanted, source, layout, settings, text_given)
+        read = calibrated or text_given
+        text = wanted.read_text(source, wanted.seed, progress) if read else None
         yield _Work(wanted, source, layout, settings, text, devices, plan, runner, progress)
+
+
+def _sized(
+    wanted: QuantizeKeywords, settings: QuantizeSettings, plan: Plan | None, text: bool
+) -> tuple[QuantizeSettings, Sequence[Scheme]]:
+    """Return the settings and the schemes with which sizes are to be checked."""
+    if plan is None:
+        return settings, possible_schemes(wanted.resolved_scheme, wanted.choices(text))
+    settings = settings.with_plan(plan)
+    return settings, settings.storage.all_schemes(plan.experts)
 
 
 def _options(work: _Work, ranked: bool = True) -> PlanOptions:

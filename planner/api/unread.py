@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from planner.api.keywords.common import parts
 from planner.api.results import Planned
 from planner.calibration.measures import MEASURES
 from planner.estimates.presets import PRESETS
-from planner.plan_file import Plan
+from planner.plan_file import Plan, read_plan
 from planner.planning.method import Method
 from planner.planning.methods import METHODS
 from planner.planning.request import resolved_method
-from planner.quantization.quantizers.table import QUANTIZERS, calibrated_names, default_quantizer, tuned_names
-from vllm_moeq.format import GRID, TRELLIS_SCHEME, UsageError
+from planner.quantization.quantizers.table import (
+    POSSIBLE,
+    QUANTIZERS,
+    calibrated_names,
+    default_quantizer,
+    possible_schemes,
+    tuned_names,
+)
+from vllm_moeq.format import BIT_WIDTHS, GRID, MoeqError, UsageError
 
 Values = Mapping[str, Any]
 """Parameter → value, of all parameters of a command, as a flag's text or a value of Python; others are missing."""
@@ -156,12 +164,51 @@ def _schemes(values: Values) -> tuple[str, ...]:
     return parts(values["scheme"]) if values.get("scheme") is not None else ()
 
 
-def _some_grids(values: Values) -> bool:
-    """Tell whether experts of less than 8 bits may be grids."""
-    return set(_schemes(values)) != {TRELLIS_SCHEME.name}
+def _plan(values: Values) -> Plan | None:
+    """Return the plan that is given; none where it cannot be read, which is refused elsewhere."""
+    given = values.get("plan")
+    if isinstance(given, Planned):
+        return given.plan
+    if given is None or isinstance(given, Plan):
+        return given
+    try:
+        return read_plan(Path(given))
+    except MoeqError:
+        return None
+
+
+def _widths(values: Values) -> set[int]:
+    """Return the widths that experts may get; all of the format where they cannot be read."""
+    if values.get("bits") is None:
+        return {bits for name in _methods(values) for bits in METHODS[name].choices} or set(BIT_WIDTHS)
+    numbers = {part.strip() for part in parts(values["bits"])}
+    return {int(part) for part in numbers if part.isdecimal()} or set(BIT_WIDTHS)
+
+
+def _grid_widths(values: Values) -> set[int]:
+    """Return the widths of experts that may be grids."""
+    plan = _plan(values)
+    if plan is not None and plan.schemes:
+        return {
+            bits
+            for prefix, widths in plan.experts.items()
+            for bits, scheme in zip(widths, plan.schemes[prefix], strict=True)
+            if scheme == GRID.name
+        }
+    choices = [choice for choice in POSSIBLE if choice in (_schemes(values) or (GRID.name,))]
+    return {bits for choice in choices for bits in _widths(values) if GRID in possible_schemes(choice, [bits])}
+
+
+def _only_grids(values: Values) -> bool:
+    """Tell whether all experts are grids that are not rotated."""
+    plan = _plan(values)
+    return not (plan is not None and plan.schemes) and set(_schemes(values)) <= {GRID.name}
 
 
 def _found_schemes(values: Values) -> str:
+    plan = _plan(values)
+    if plan is not None and plan.schemes:
+        return f"--plan {_named(values['plan'])}, which says how each expert is stored"
     return f"--scheme {','.join(_schemes(values))}"
 
 
@@ -239,9 +286,12 @@ ROWS: Sequence[ReadOnlyWhere] = (
     ReadOnlyWhere(
         ("sweeps",), lambda values: not values["static_groups"], "no --static-groups", lambda _: "--static-groups"
     ),
-    ReadOnlyWhere((*GPTQ, "one_bit"), _some_grids, "--scheme grid", _found_schemes),
+    ReadOnlyWhere((*GPTQ, "group_size"), lambda values: bool(_grid_widths(values)), "--scheme grid", _found_schemes),
+    ReadOnlyWhere(("one_bit",), lambda values: 1 in _grid_widths(values), "--scheme grid", _found_schemes),
+    ReadOnlyWhere(("zero_points",), _only_grids, "--scheme grid", _found_schemes),
     ReadOnlyWhere(
-        ("zero_points",), lambda values: set(_schemes(values)) <= {GRID.name}, "--scheme grid", _found_schemes
+        ("damping", *(name for name in GPTQ if name != "compat")), lambda values: not values.get("compat"),
+        "no --compat", lambda _: "--compat, which stands for it",
     ),
     ReadOnlyWhere(
         ("damping", "calibration", "min_tokens"), _calibrated, QUANTIZER,

@@ -19,6 +19,7 @@ from planner.evaluation.passes import FILES, LOGITS_BESIDE
 from planner.model.sizes import estimate
 from planner.planning.methods import METHODS
 from planner.quantization.quantizers.table import POSSIBLE, SchemeChoice
+from vllm_moeq.format import BIT_WIDTHS
 
 ROW_BYTES, PLOT_BYTES = 1024, 96 << 10
 """Bytes of a row in table, CSV and JSON together, and of the plot."""
@@ -68,7 +69,8 @@ def _models(run: ComparisonRun, name: str, scheme: SchemeChoice) -> int:
 def _quantizing(run: ComparisonRun, reading: Reading | None, scheme: SchemeChoice) -> Needs:
     """Return the needs of quantizing one model in a scheme with the mean budget for all experts."""
     wanted = run.wanted
-    bits = round(sum(wanted.averages) / len(wanted.averages))
+    mean = round(sum(wanted.averages) / len(wanted.averages))
+    bits = min(BIT_WIDTHS, key=lambda width: (abs(width - mean), -width))
     experts = {layer.prefix: [bits] * layer.num_experts for layer in run.layout.layers}
     found = []
     for settings in map(wanted.settings_of, POSSIBLE[scheme]):

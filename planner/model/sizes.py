@@ -65,6 +65,11 @@ class Storage:
         names = self.chosen.get(prefix) if self.rotated else None
         return [self.scheme_of(bits) for bits in widths] if names is None else [SCHEMES[name] for name in names]
 
+    def all_schemes(self, experts: Mapping[str, Sequence[int]]) -> list[Scheme]:
+        """Return the schemes of all experts (experts prefix → bits per expert), each once."""
+        found = (scheme for prefix, widths in experts.items() for scheme in self.schemes(prefix, widths))
+        return list(dict.fromkeys(found))
+
     def shared_bytes(self, layer: MoeLayer) -> int:
         """Return the bytes that a layer's experts share: a sign for each input of gate and up, and of down."""
         inputs = [layer.shapes[name][1] for name in (layer.projections.gate, layer.projections.down)]

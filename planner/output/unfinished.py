@@ -24,6 +24,9 @@ WORTH_KEEPING = (
 )  # fmt: skip
 """Globs of the files and folders that a later run can use. An unfinished run within another one is worth keeping."""
 
+SHOWN = 5
+"""Most fields of one part that a message names."""
+
 SUFFIXES = (".bin", ".json", ".lock", ".safetensors")
 """Endings of the names of files that runs keep; no folder of theirs has one."""
 
@@ -121,11 +124,19 @@ def refuse_other(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
     if found == expected:
         return
     before = found if isinstance(found, dict) else {}
-    differs = [name for name in expected if before.get(name) != expected[name]]
+    differs = [name + _parts(before.get(name), value) for name, value in expected.items() if before.get(name) != value]
     raise UsageError(
         f"{folder}: an unfinished run with other {' and '.join(differs) or 'program version'}; "
         "start anew with --no-resume, delete that folder or choose another output"
     )
+
+
+def _parts(before: Any, now: Any) -> str:
+    """Return the names of the fields that differ, in brackets; nothing where these are no objects."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    names = [str(name) for name in dict.fromkeys((*now, *before)) if before.get(name) != now.get(name)]
+    return f" ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"
 
 
 def _refuse_strangers(folder: Path) -> None:

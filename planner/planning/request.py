@@ -123,7 +123,9 @@ def check_options(options: PlanOptions) -> None:
     """
     low, high = min(options.bit_choices), max(options.bit_choices)
     if not low <= options.avg_bits <= high:
-        raise UsageError(f"--avg-bits: expected a value between {low} and {high} (--bits), found {options.avg_bits}")
+        raise UsageError(
+            f"--avg-bits: expected a value between {low} and {high} (--bits), found {float(options.avg_bits):g}"
+        )
     if options.resolved_method not in METHODS:
         known = ", ".join(["auto", *METHODS])
         raise UsageError(f"--method: expected one of {known}, found {options.method}")

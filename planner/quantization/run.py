@@ -159,7 +159,7 @@ def quantize(
     """
     plan.check_against(layout, "plan")
     settings = settings.with_plan(plan)
-    check_sizes(model, layout, settings)
+    check_sizes(model, layout, settings, settings.storage.all_schemes(plan.experts))
     check_output(output)
     sizes = estimate(model, layout, plan.experts, settings.group_size, settings.linear, settings.storage)
     check_space(output, sizes.total_bytes + companion_bytes(model.folder) + HEADROOM_BYTES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -141,23 +141,30 @@ def default_linear(model: SourceModel, layout: Layout, bits: int) -> Linear:
     return Linear.model_validate({"bits": bits, "group_size": linear_group_size(sizes)})
 
 
-def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings) -> None:
-    """Refuse input dimensions that cannot be packed, before any work.
+def check_sizes(model: SourceModel, layout: Layout, settings: QuantizeSettings, schemes: Iterable[Scheme]) -> None:
+    """Refuse dimensions that cannot be packed, before any work.
+
+    Args:
+        model: the source.
+        layout: its layers.
+        settings: how it will be quantized.
+        schemes: the schemes that experts may have.
 
     Raises:
-        CheckpointError: an input dimension does not fit; the message names the first such tensor.
+        CheckpointError: a dimension does not fit; the message names the first such tensor.
         UsageError: a width is for a linear that the model lacks, or differs from one that vLLM joins with it.
     """
-    for layer in layout.layers:
-        for projection, (rows, columns) in layer.shapes.items():
-            group = columns if settings.group_size == WHOLE_ROW else settings.group_size
-            scheme = settings.storage.scheme
-            _check_columns(model, layer.weight(0, projection), columns, scheme.column_step, group, "--group-size")
-            if rows % scheme.row_step:
-                place = model.shards.place(layer.weight(0, projection))
-                raise CheckpointError(
-                    f"{place}: expected a multiple of {scheme.row_step} output neurons for {scheme.name}, found {rows}"
-                )
+    for scheme in schemes:
+        for layer in layout.layers:
+            for projection, (rows, columns) in layer.shapes.items():
+                name = layer.weight(0, projection)
+                group = settings.group_size if scheme.grouped and settings.group_size != WHOLE_ROW else 1
+                _check_columns(model, name, columns, scheme.column_step, group, "--group-size")
+                if rows % scheme.row_step:
+                    raise CheckpointError(
+                        f"{model.shards.place(name)}: expected a multiple of {scheme.row_step} output neurons for "
+                        f"{scheme.name}, found {rows}"
+                    )
     _check_linear_widths(layout, settings.linear)
     for name in layout.linears:
         if settings.linear.bits_of(name) != 16:

@@ -53,7 +53,7 @@ def documents(data: str, characters: int) -> Iterator[Document]:
         return _read(dataset)
     raise UsageError(
         f"--data: expected a text file, one of {', '.join(DATASETS)}, or owner/name[:config]@<40-digit commit>, "
-        f"found {data!r:.200}"
+        f"found {data!r:.200}, which is none of them and no file"
     )
 
 

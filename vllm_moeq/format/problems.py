@@ -10,6 +10,9 @@ from pydantic import ValidationError
 
 from vllm_moeq.format.errors import ConfigError
 
+OURS = "Value error, "
+"""What pydantic puts before the message of a check of ours."""
+
 
 def refuse_crowds(data: Any, where: str, most: int, others: Mapping[str, int] = MappingProxyType({})) -> None:
     """Refuse an object with too many keys, because pydantic would first collect an error for each of them.
@@ -36,10 +39,17 @@ def refuse_crowds(data: Any, where: str, most: int, others: Mapping[str, int] = 
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error as one line: the place, the problem and the value found."""
+    """Return the first problem of a pydantic error as one line: the place, the problem and the value found.
+
+    A check of our own says what it found; pydantic's do not.
+    """
     problem = error.errors(include_url=False)[0]
     parts = (str(part) for part in problem["loc"])
-    place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts) or "the object"
+    place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts)
+    message = str(problem["msg"]).removeprefix(OURS)
+    if problem["type"] == "value_error" and ", found " in message:
+        return f"{place}: {message}" if place else message
+    place = place or "the object"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else found[:77] + "..."
-    return f"{place}: {problem['msg']} (found {found})"
+    return f"{place}: {message} (found {found})"

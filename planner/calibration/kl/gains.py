@@ -117,7 +117,10 @@ def gains(
                     bits: _ratios(own, bits, layer.num_experts, reach.every) for bits in widths
                 }
     if not any(found.values()):
-        progress.line(f"{label}: not measured, since no expert gets {LEAST} tokens of the text; a longer one is better")
+        progress.line(
+            f"{label}: not measured, since no expert gets {LEAST} tokens of the text, hence taken as 1; "
+            "a longer text is better"
+        )
     return {name: _everywhere(decoder, own, widths) if own else {} for name, own in found.items()}
 
 

@@ -59,12 +59,16 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     budget = sequences * length * BYTES_PER_TOKEN
     ids: list[int] = []
+    empty = True
     for document in documents(data, budget):
         text = render(document, tokenizer)[:budget]
         ids += encode(tokenizer, text, document.where) + end
         budget -= len(text)
+        empty = empty and not text.strip()
         if budget <= 0:
             break
+    if empty:
+        raise UsageError(f"--data {data}: expected a text, found none: the file is empty, or has blanks alone")
     available = len(ids) // length
     if available == 0:
         raise UsageError(f"--data {data}: expected at least {length} tokens (--seq-len), found {len(ids)}")

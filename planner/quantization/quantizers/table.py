@@ -88,6 +88,11 @@ def scheme_for(bits: int, name: str) -> Scheme:
     return scheme if bits in scheme.widths else GRID
 
 
+def possible_schemes(choice: SchemeChoice, widths: Iterable[int]) -> tuple[Scheme, ...]:
+    """Return the schemes that experts of these widths may get where ``choice`` is asked for."""
+    return tuple(dict.fromkeys(scheme_for(bits, name) for name in POSSIBLE[choice] for bits in widths))
+
+
 DEFAULT, DEFAULT_WITH_TEXT, DEFAULT_ONE_BIT = "hqq", "gptq", "sign"
 
 

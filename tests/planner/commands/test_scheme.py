@@ -88,7 +88,10 @@ def test_a_text_becomes_a_checkpoint_of_trellises(moeq: Run, tmp_path: Path) -> 
     flags = ("--method", "kl-estimated", "--scheme", "auto", "--avg-bits", 2)
     made = moeq("quantize", MIXTRAL, *TEXT, *flags, "-o", output)
     assert made.code == 0, made.err
-    assert "gains of trellis codes: not measured, since no expert gets 256 tokens of the text" in made.err
+    assert (
+        "gains of trellis codes: not measured, since no expert gets 256 tokens of the text, hence taken as 1"
+        in made.err
+    )
     assert verify(output).average_bits <= 2
     assert load_config(output).schemes is not None
 
@@ -204,5 +207,24 @@ def test_statistics_of_grids_are_not_enough(moeq: Run, tmp_path: Path) -> None:
 
 
 def test_a_model_whose_experts_fill_no_tiles_is_refused(moeq: Run, narrow_mixtral: Path, tmp_path: Path) -> None:
-    found = one_line(moeq("quantize", narrow_mixtral, *TRELLIS, "--group-size", -1, "-o", tmp_path / "out"))
-    assert "expected an input dimension that is a multiple of 32" in found
+    for command in (("quantize",), ("plan",), ("compare", *TEXT, "--held-out", CALIBRATION_TEXT)):
+        found = one_line(moeq(*command, narrow_mixtral, *TRELLIS, "-o", tmp_path / "out"))
+        assert "expected an input dimension that is a multiple of 32" in found
+
+
+def test_trellises_need_no_group_size(moeq: Run, tiny_mixtral: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    assert moeq("plan", tiny_mixtral, *TRELLIS, "-o", path).code == 0
+    assert moeq("quantize", tiny_mixtral, "--plan", path, "-o", tmp_path / "planned", "--dry-run").code == 0
+    assert moeq("quantize", tiny_mixtral, *TRELLIS, "-o", tmp_path / "out", "--dry-run").code == 0
+    found = one_line(moeq("quantize", tiny_mixtral, *TRELLIS, "--bits", "2,8", "-o", tmp_path / "out", "--dry-run"))
+    assert "multiple of 128 (--group-size)" in found
+
+
+@pytest.mark.parametrize("flag", ["--group-size=64", "--one-bit=rtn", "--zero-points=integer"])
+def test_a_flag_of_grids_beside_a_plan_of_trellises(moeq: Run, tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "plan.json"
+    assert moeq("plan", MIXTRAL, *TRELLIS, "-o", path).code == 0
+    found = one_line(moeq("quantize", MIXTRAL, "--plan", path, flag, "-o", tmp_path / "out"))
+    said = f"expected --scheme grid with it, found --plan {path}, which says how each expert is stored"
+    assert found.endswith(f"{flag.split('=')[0]}: {said}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -92,7 +91,8 @@ def test_another_plan_is_refused_before_planning(
     before = sorted((folder / "out.partial").rglob("*"))
     forbid_planning(monkeypatch)
     message = one_line(moeq("quantize", "model", *WAYS[way], *flags, "-o", "out"))
-    assert re.search(r"an unfinished run with other plan( and calibration)?; start anew with --no-resume", message)
+    assert "an unfinished run with other plan (" in message
+    assert "; start anew with --no-resume" in message
     assert sorted((folder / "out.partial").rglob("*")) == before
 
 
@@ -102,7 +102,7 @@ def test_another_text_is_refused(cut: tuple[Path, str], moeq: Moeq, monkeypatch:
     forbid_planning(monkeypatch)
     (folder / "text.txt").write_text((MIXTRAL / "held_out.txt").read_text()[3000:9000])
     message = one_line(moeq("quantize", "model", *WAYS[way], "-o", "out"))
-    assert "an unfinished run with other calibration; start anew" in message
+    assert "an unfinished run with other calibration (" in message
 
 
 def test_a_damaged_plan_is_refused(cut: tuple[Path, str], moeq: Moeq) -> None:

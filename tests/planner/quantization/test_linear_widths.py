@@ -24,7 +24,7 @@ from planner.reporting.facts import collect
 from tests.by_hand import in_turn, quantize_by_hand
 from tests.conftest import WIDTHS
 from vllm_moeq.completeness import verify_whole
-from vllm_moeq.format import Linear, MoeqError, ShardSet, UsageError, linear_values, load_config
+from vllm_moeq.format import GRID, Linear, MoeqError, ShardSet, UsageError, linear_values, load_config
 from vllm_moeq.format.linears import SCALES, WORDS
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_one_width_for_all_is_version_1(bits: int, chosen: dict[str, int]) -> No
 def test_widths_that_do_not_fit_the_model_are_refused(widths: dict[str, int], message: str, tiny_mixtral: Path) -> None:
     linear = Linear.model_validate({"bits": 4, "group_size": 32, "widths": widths})
     with SourceModel(tiny_mixtral) as model, pytest.raises(UsageError, match=message):
-        check_sizes(model, read_layout(model), QuantizeSettings(group_size=32, linear=linear))
+        check_sizes(model, read_layout(model), QuantizeSettings(group_size=32, linear=linear), [GRID])
 
 
 LIES: dict[str, Callable[[dict[str, int]], dict[str, int]]] = {

@@ -195,16 +195,19 @@ def test_a_run_that_fails_at_its_end_can_be_continued(mixtral_copy: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"avg_bits": Fraction("2.5")}, "plan"),
-        ({"settings": dataclasses.replace(SETTINGS, quantizer="rtn")}, "settings"),
-        ({"avg_bits": Fraction("2.5"), "settings": dataclasses.replace(SETTINGS, one_bit="rtn")}, "plan and settings"),
+        ({"avg_bits": Fraction("2.5")}, r"plan \(.*avg_bits.*\)"),
+        ({"settings": dataclasses.replace(SETTINGS, quantizer="rtn")}, r"settings \(quantizer\)"),
+        (
+            {"avg_bits": Fraction("2.5"), "settings": dataclasses.replace(SETTINGS, one_bit="rtn")},
+            r"plan \(.+\) and settings \(one_bit\)",
+        ),
     ],
 )
 def test_an_unfinished_run_with_other_settings_is_refused(
     tiny_mixtral: Path, tmp_path: Path, changed: dict[str, Any], what: str
 ) -> None:
     partial = interrupt(tiny_mixtral, tmp_path / "out")
-    with pytest.raises(UsageError, match=f"an unfinished run with other {what}; start anew with --no-resume"):
+    with pytest.raises(UsageError, match=f"an unfinished run with other {what}; start anew"):
         run(tiny_mixtral, tmp_path / "out", **changed)
     assert (partial / FIRST_SHARD).exists()
 
@@ -213,7 +216,7 @@ def test_an_unfinished_run_of_another_model_is_refused(
     tiny_mixtral: Path, initial_mixtral: Path, tmp_path: Path
 ) -> None:
     interrupt(tiny_mixtral, tmp_path / "out")
-    with pytest.raises(UsageError, match="an unfinished run with other model and plan;"):
+    with pytest.raises(UsageError, match=r"an unfinished run with other model( \(.+\))? and plan( \(.+\))?;"):
         run(initial_mixtral, tmp_path / "out")
 
 

@@ -132,7 +132,7 @@ def test_resume_and_no_resume(moeq: Moeq, interrupted: Path) -> None:
     assert files
 
     message = one_line(moeq("quantize", MIXTRAL, "--one-bit", "rtn", "-o", interrupted))
-    assert "an unfinished run with other settings; start anew with --no-resume" in message
+    assert "an unfinished run with other settings (one_bit); start anew with --no-resume" in message
 
     arguments = ("quantize", MIXTRAL, "-o", interrupted)
     assert moeq(*arguments, "--resume").code == 0

@@ -56,6 +56,7 @@ class Scheme(ABC):
         widths: the widths in bits that it supports.
         row_step: the rows of a rank begin and end at multiples of this.
         column_step: the columns of a rank begin and end at multiples of this.
+        grouped: whether a row has a scale per group, so that ``group_size`` means something.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Scheme(ABC):
     widths: ClassVar[tuple[int, ...]] = BIT_WIDTHS
     row_step: ClassVar[int] = 1
     column_step: ClassVar[int] = 1
+    grouped: ClassVar[bool] = True
 
     def __eq__(self, other: object) -> bool:
         """Tell whether it is the same scheme, maybe unpickled in another process."""

@@ -131,6 +131,7 @@ class Trellis(Scheme):
     widths = TRELLIS_WIDTHS
     row_step = TILE
     column_step = CODES_PER_BLOCK
+    grouped = False
 
     def layout(
         self,
