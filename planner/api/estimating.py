@@ -11,7 +11,8 @@ from planner.api.call import read
 from planner.api.comparing import CompareKeywords, compare, estimate_compare
 from planner.api.evaluating import EvaluateKeywords, estimate_evaluate, evaluate
 from planner.api.planning import PlanKeywords, estimate_plan, plan
-from planner.api.quantizing import QuantizeKeywords, estimate_quantize, quantize
+from planner.api.quantize_arguments import QuantizeKeywords
+from planner.api.quantizing import estimate_quantize, quantize
 from planner.api.results import Estimate
 from planner.common.mistakes import named_mistakes
 from vllm_moeq.format import UsageError

@@ -5,19 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from planner.api import notes
 from planner.api.call import takes
-from planner.api.keywords.codes import GptqKeywords, SchemeKeyword, StorageKeywords, WrittenCodeKeywords
-from planner.api.keywords.common import PathName
-from planner.api.keywords.running import MtpKeyword, QuantizeRunKeywords
-from planner.api.keywords.text import TextKeywords
-from planner.api.presets import PresetKeywords, with_preset
-from planner.api.results import Estimate, Planned, Quantized
+from planner.api.presets import with_preset
+from planner.api.quantize_arguments import QuantizeKeywords, given_plan, sized
+from planner.api.results import Estimate, Quantized
 from planner.api.served import possible_serving
 from planner.calibration.collect import StatisticsRequest
 from planner.calibration.gptq.runner import GptqRunner
@@ -38,19 +35,14 @@ from planner.model.sizes import Sizes, estimate
 from planner.model.skeleton import open_model
 from planner.model.source import SourceModel
 from planner.output.paths import check_output
-from planner.plan_file import Plan, read_plan
+from planner.plan_file import Plan
 from planner.planning.kept import PlanRequest, keep_plan, kept_plan
 from planner.planning.make import make_plan
 from planner.planning.request import PlanOptions, check_options
 from planner.planning.statistics import discard_statistics, reads_text, wanted_statistics, with_statistics
 from planner.quantization.quantizers.table import (
-    AUTO_SCHEME,
     POSSIBLE,
     QUANTIZERS,
-    SchemeChoice,
-    check_widths,
-    possible_schemes,
-    scheme_for,
 )
 from planner.quantization.run import quantize as write_checkpoint
 from planner.quantization.runners import Runner
@@ -58,32 +50,7 @@ from planner.quantization.settings import QuantizeSettings, check_sizes
 from planner.quantization.speculation import with_speculation
 from planner.reporting.card import write_card
 from planner.text.tokenizer import load_tokenizer
-from vllm_moeq.format import MoeqError, Scheme, UsageError
-
-
-@dataclass(frozen=True)
-class QuantizeKeywords(
-    PresetKeywords,
-    QuantizeRunKeywords,
-    GptqKeywords,
-    TextKeywords,
-    SchemeKeyword,
-    StorageKeywords,
-    WrittenCodeKeywords,
-    MtpKeyword,
-):
-    """The arguments of :func:`quantize`.
-
-    Attributes:
-        model: folder or Hub name (owner/name).
-        output: folder to create.
-        plan: take what :func:`planner.plan` made, or the plan.json at this path, instead of making a plan.
-    """
-
-    model: PathName
-    _: KW_ONLY
-    output: PathName
-    plan: Planned | Plan | PathName | None = None
+from vllm_moeq.format import MoeqError
 
 
 @dataclass(frozen=True)
@@ -171,23 +138,13 @@ def _opened(wanted: QuantizeKeywords, dry_run: bool) -> Iterator[_Work]:
         )  # fmt: skip
         check_output(Path(wanted.output))
         text_given = wanted.data is not None
-        plan = None if wanted.plan is None else _given_plan(wanted, wanted.plan, source, layout, settings)
-        check_sizes(source, layout, *_sized(wanted, settings, plan, text_given))
+        plan = None if wanted.plan is None else given_plan(wanted, wanted.plan, source, layout, settings)
+        check_sizes(source, layout, *sized(wanted, settings, plan, text_given))
         devices = wanted.expert_devices() if calibrated else (wanted.first_device(),)
         wanted = with_preset(wanted, source, layout, settings, text_given)
         read = calibrated or text_given
         text = wanted.read_text(source, wanted.seed, progress) if read else None
         yield _Work(wanted, source, layout, settings, text, devices, plan, runner, progress)
-
-
-def _sized(
-    wanted: QuantizeKeywords, settings: QuantizeSettings, plan: Plan | None, text: bool
-) -> tuple[QuantizeSettings, Sequence[Scheme]]:
-    """Return the settings and the schemes with which sizes are to be checked."""
-    if plan is None:
-        return settings, possible_schemes(wanted.resolved_scheme, wanted.choices(text))
-    settings = settings.with_plan(plan)
-    return settings, settings.storage.all_schemes(plan.experts)
 
 
 def _options(work: _Work, ranked: bool = True) -> PlanOptions:
@@ -274,67 +231,6 @@ def _write(work: _Work, made: Plan, keep: Callable[[Path], None] | None) -> None
         resume=work.wanted.resume, calibration=None if text is None else calibration_facts(text, device), claimed=keep,
         describe=write_card,
     )  # fmt: skip
-
-
-def _given_plan(
-    wanted: QuantizeKeywords,
-    given: Planned | Plan | PathName,
-    source: SourceModel,
-    layout: Layout,
-    settings: QuantizeSettings,
-) -> Plan:
-    """Return the plan that is given; say so where it was made for something else.
-
-    Raises:
-        MoeqError: no such file, no plan, the plan of another model, or widths that the quantizer does not offer.
-    """
-    given = given.plan if isinstance(given, Planned) else given
-    made, where = (given, "--plan") if isinstance(given, Plan) else (read_plan(Path(given)), str(given))
-    progress, fingerprint = wanted.display(), source.fingerprint()
-    made.check_against(layout, where)
-    _check_linear_bits(wanted, made, where)
-    _check_scheme(wanted, made, where)
-    for widths in made.experts.values():
-        check_widths(settings.quantizer, widths)
-    if made.source.get("fingerprint", fingerprint) != fingerprint:
-        progress.line(f"note: {where} was made from other weights than {wanted.model}")
-    if made.settings.quantizer not in (None, settings.quantizer):
-        progress.line(f"note: {where} was made for --quantizer {made.settings.quantizer}")
-    return made
-
-
-def _check_linear_bits(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
-    """Raise UsageError where a plan and the argument both say, or leave open, which widths linears have."""
-    planned = {str(bits) for bits in made.linears.values()}
-    if planned and not wanted.linears_compete and wanted.linear_bits is not None and planned != {wanted.linear_bits}:
-        raise UsageError(
-            f"--linear-bits: expected auto or none, as {where} gives linears their widths, found {wanted.linear_bits}"
-        )
-    if wanted.linears_compete and not made.linears:
-        raise UsageError(
-            f"--linear-bits auto: expected a plan with widths of linears, which moeq plan --linear-bits auto makes; "
-            f"found none in {where}"
-        )
-
-
-def _says_the_same(made: Plan, scheme: SchemeChoice) -> bool:
-    """Tell whether a plan with schemes has those that the argument gives to its widths, or was left to choose."""
-    return scheme == AUTO_SCHEME or all(
-        [scheme_for(bits, scheme).name for bits in widths] == list(made.schemes[prefix])
-        for prefix, widths in made.experts.items()
-    )
-
-
-def _check_scheme(wanted: QuantizeKeywords, made: Plan, where: str) -> None:
-    """Raise UsageError where a plan and the argument both say, or leave open, how experts are stored."""
-    if made.schemes:
-        if wanted.scheme is not None and not _says_the_same(made, wanted.scheme):
-            raise UsageError(f"--scheme: expected none, as {where} gives experts their schemes, found {wanted.scheme}")
-    elif wanted.scheme == AUTO_SCHEME:
-        raise UsageError(
-            f"--scheme {AUTO_SCHEME}: expected a plan with schemes, which moeq plan --scheme {AUTO_SCHEME} may make; "
-            f"found none in {where}"
-        )
 
 
 def _sizes(work: _Work, made: Plan) -> Sizes:

@@ -14,7 +14,7 @@ from planner.api.comparing import CompareKeywords
 from planner.api.evaluating import EvaluateKeywords
 from planner.api.keywords.common import parts
 from planner.api.planning import PlanKeywords
-from planner.api.quantizing import QuantizeKeywords
+from planner.api.quantize_arguments import QuantizeKeywords
 from planner.api.reporting import ReportKeywords
 from planner.cli import app
 from tests.planner.commands.test_flags import choices
