@@ -101,7 +101,8 @@ def test_the_server_says_what_it_serves(served: Server) -> None:
     with urllib.request.urlopen(f"{served.url.removesuffix('/v1')}/metrics") as page:
         metrics = page.read().decode()
     counts = f'experts="{MIXTRAL_SIZES.all_experts}",layers="{MIXTRAL_SIZES.layers}"'
-    assert re.search(rf'^moeq_info\{{average_bits="3.125",{counts},linear_bits="8",.*\}} 1.0$', metrics, re.M)
+    schemes = f'schemes="grid:{MIXTRAL_SIZES.all_experts}"'
+    assert re.search(rf'^moeq_info\{{average_bits="3.125",{counts},linear_bits="8",{schemes},.*\}} 1.0$', metrics, re.M)
 
 
 @pytest.mark.server

@@ -12,7 +12,7 @@ from vllm_moeq.format import MoeqConfig
 NAME = "moeq_info"
 """The metric's name, without ``vllm``: vLLM unregisters every metric with these letters when it starts."""
 
-LABELS = ("average_bits", "experts", "layers", "linear_bits", "widths")
+LABELS = ("average_bits", "experts", "layers", "linear_bits", "schemes", "widths")
 
 
 @functools.cache
@@ -28,6 +28,7 @@ def publish(config: MoeqConfig) -> None:
         config: the checkpoint's configuration. The average counts experts alike, whatever their sizes.
     """
     widths = Counter(bits for layer in config.experts.values() for bits in layer)
+    schemes = Counter(config.scheme(prefix, e).name for prefix, row in config.experts.items() for e in range(len(row)))
     count = sum(widths.values())
     gauge = _gauge()
     gauge.clear()
@@ -36,5 +37,10 @@ def publish(config: MoeqConfig) -> None:
         experts=str(count),
         layers=str(len(config.experts)),
         linear_bits=",".join(map(str, config.linear.choices)),
-        widths=",".join(f"{bits}:{number}" for bits, number in sorted(widths.items())),
+        schemes=_counted(schemes),
+        widths=_counted(widths),
     ).set(1)
+
+
+def _counted(found: Counter[int] | Counter[str]) -> str:
+    return ",".join(f"{key}:{number}" for key, number in sorted(found.items()))

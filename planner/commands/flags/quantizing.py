@@ -87,7 +87,11 @@ class QuantizerFlags:
     ] = None
     calibration: Annotated[
         Calibration | None,
-        typer.Option("--calibration", help="GPTQ: aim at the original's outputs, or at those for the own inputs."),
+        typer.Option(
+            "--calibration",
+            help="GPTQ: aim at the original's outputs, or at those for the own inputs "
+            "[asymmetric; symmetric with --compat].",
+        ),
     ] = None
 
 
@@ -166,6 +170,6 @@ class GptqFlags:
         int,
         typer.Option("--sweeps", min=0, help="GPTQ: passes afterwards over all codes and scales, given their errors."),
     ] = GptqKeywords.sweeps
-    compat: Annotated[bool, typer.Option("--compat", help="GPTQ: the variant of the paper's published code.")] = (
-        GptqKeywords.compat
-    )
+    compat: Annotated[
+        bool, typer.Option("--compat", help="GPTQ: the variant of the paper's published code; symmetric.")
+    ] = GptqKeywords.compat
