@@ -11,7 +11,7 @@ from planner.quantization.quantizers.base import Quantized, QuantizedMatrix, Zer
 from planner.quantization.quantizers.descent import LEAF, Rounded, descend
 from planner.quantization.quantizers.grid import LevelSearch, Search, fit_group
 from planner.quantization.quantizers.hessian import ActOrder, Factor, column_order, factorize
-from planner.quantization.quantizers.target import Aim, corrected
+from planner.quantization.quantizers.target import Aim, ahead, corrected
 from vllm_moeq.format import CODES_PER_BLOCK, WHOLE_ROW, CheckpointError
 
 
@@ -96,10 +96,15 @@ def quantize_gptq(
         index = order[:, :, None].expand(batch, columns, columns)
         hessians = hessians.gather(1, index).gather(2, index.mT)
     factor = factorize(hessians, settings.damping)
-    if aim is not None:
+    begun = None
+    if aim is not None and settings.static_groups:  # whose scales are those of the corrected weights
         weights = corrected(weights, aim, factor, order)
+    elif aim is not None:
+        begun = ahead(weights, aim, factor, order)
     grid = settings.grid(bits, zero_points)
     solver = _Solver(weights, order, factor, grid, size, settings.static_groups, storage)
+    if begun is not None:
+        solver.adjusted.add_(begun)
     solver.round()
     if settings.sweeps and not settings.static_groups:
         descend(solver.rounded(hessians), settings.sweeps)
@@ -179,12 +184,10 @@ class _Solver:
     def _expected(self, begin: int, end: int) -> torch.Tensor:
         """Return the values [B, G, N] that a group would round if its own rounding made no errors.
 
-        ``adjusted`` contains the corrections for the errors of earlier columns. A correction in one column changes
-        the next columns of the group; this is a triangular system.
+        ``adjusted`` contains the corrections for the errors of earlier columns, and for the aim. A correction in one
+        column changes the next columns of the group; this is a triangular system.
         """
         original = self.errors[:, begin:end]
-        if begin == 0:
-            return original
         unit = self.factor.feedback[:, begin:end, begin:end].mT
         due = self.adjusted[:, begin:end] - original
         own: torch.Tensor = torch.linalg.solve_triangular(unit, due, upper=False, unitriangular=True)

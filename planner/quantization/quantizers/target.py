@@ -30,13 +30,12 @@ class Aim:
     shift: torch.Tensor
     lost: torch.Tensor | None = None
 
-    def due(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the mean of (y − W·x)·xᵀ for weights W, float32 [B, N, K]."""
-        return weights @ self.shift if self.lost is None else torch.baddbmm(self.lost, weights, self.shift)
 
+def ahead(weights: torch.Tensor, aim: Aim, factor: Factor, order: torch.Tensor) -> torch.Tensor:
+    """Return (I + U)ᵀ·(W* − W)ᵀ, float32 [B, K, N], columns of W in the order ``order``.
 
-def corrected(weights: torch.Tensor, aim: Aim, factor: Factor, order: torch.Tensor) -> torch.Tensor:
-    """Return W* [B, N, K] in float32, columns in the order of ``weights``.
+    GPTQ that begins with it beside W rounds as it would round W*: it is what the columns' own corrections and those of
+    the columns before them come to.
 
     Args:
         weights: W, float [B, N, K].
@@ -44,12 +43,25 @@ def corrected(weights: torch.Tensor, aim: Aim, factor: Factor, order: torch.Tens
         factor: factors of the damped mean of x·xᵀ, whose columns are in the order ``order``.
         order: int64 [B, K].
     """
+    weights = weights.float()
+    shift = aim.shift.gather(2, order[:, None, :].expand_as(aim.shift))
+    if aim.lost is not None:
+        lost = aim.lost.gather(2, order[:, None, :].expand_as(weights))
+        return _halfway(torch.baddbmm(lost, weights, shift), factor)
+    if weights.shape[1] > weights.shape[2]:  # the shifts have fewer rows than W·shift
+        return _halfway(shift, factor) @ weights.mT
+    return _halfway(weights @ shift, factor)
+
+
+def _halfway(due: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """Return (I + U)ᵀ·Xᵀ, float32 [B, K, rows], of the solution X of X·(I + U)·diag(d)·(I + U)ᵀ = due [B, rows, K]."""
+    found: torch.Tensor = torch.linalg.solve_triangular(factor.feedback, due.mT, upper=True, unitriangular=True)
+    return found.div_(factor.cost[:, :, None])
+
+
+def corrected(weights: torch.Tensor, aim: Aim, factor: Factor, order: torch.Tensor) -> torch.Tensor:
+    """Return W* [B, N, K] in float32, columns in the order of ``weights``; arguments as for :func:`ahead`."""
     original = weights.float()
-    index = order[:, None, :].expand_as(original)
-    due = aim.due(original).gather(2, index)
-    # X·(I + U)·diag(d)·(I + U)ᵀ = due
-    unit = factor.feedback
-    due = torch.linalg.solve_triangular(unit.mT, due, upper=False, left=False, unitriangular=True)
-    due.div_(factor.cost[:, None])
-    due = torch.linalg.solve_triangular(unit, due, upper=True, left=False, unitriangular=True)
-    return torch.empty_like(original).scatter_(2, index, due).add_(original)
+    due = ahead(original, aim, factor, order).mT
+    due = torch.linalg.solve_triangular(factor.feedback, due, upper=True, left=False, unitriangular=True)
+    return torch.empty_like(original).scatter_(2, order[:, None, :].expand_as(original), due).add_(original)
