@@ -136,7 +136,7 @@ def ask(server: Server) -> tuple[str, float]:
 def serve(console: Console, folder: Path, work: Path) -> None:
     """Serve a folder with vLLM, ask it once, stop it."""
     console.print(f"\nserving {os.path.relpath(folder)} with vLLM (it starts in about half a minute) …", soft_wrap=True)
-    flags = ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+    flags = ["--max-num-seqs", "8", "--enforce-eager"]
     with Server(folder, work / "server.log", flags, cpu_environment()) as server:
         console.print(f"POST {server.url}/completions")
         text, speed = ask(server)

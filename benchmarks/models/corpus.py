@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.models.architectures import SHARED
+from benchmarks.models.fit import SEQUENCE
 
 END = "<|endoftext|>"
 # Tests, tables and generated documentation are not code that a reader would write.
@@ -99,7 +100,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = int(SHARED["vocab_size"]
         show_progress=False,
     )
     tokenizer.train_from_iterator(limited(texts, TOKENIZER_CHARACTERS), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=1024)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=SEQUENCE)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:

@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="prompts are cut from it; default: held_out.txt of the source")
     parser.add_argument("--prompt-characters", type=int, default=300)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--server-flags", default="", help="further vLLM flags for every server, in one string")
     parser.add_argument("--compiled", action="store_true", help="compile on a CPU too, which takes minutes")
     parser.add_argument("--start-seconds", type=float, default=600, help="wait so long for a server")
