@@ -64,7 +64,7 @@ def _quantizer_flags(facts: Facts) -> list[str]:
         ("--quantizer", recorded.quantizer or config.plan.quantizer, None),
         ("--one-bit", recorded.one_bit, default.one_bit),
         ("--zero-points", recorded.settings.zero_points, default.zero_points),
-        ("--group-size", config.group_size, default.group_size),
+        *([("--group-size", config.group_size, default.group_size)] if _may_have_grids(facts) else []),
         ("--linear-bits", "auto" if chosen or config.linear.widths else config.linear.bits, default.linear.bits),
         ("--linear-group-size", config.linear.group_size, None),
     ]
@@ -83,6 +83,14 @@ def _scheme(facts: Facts) -> str:
     """Return the scheme that was asked for: ``auto`` alone leaves a grid where a trellis could be."""
     mixed = any(scheme == GRID.name and bits in TRELLIS_SCHEME.widths for bits, scheme in facts.kinds)
     return AUTO_SCHEME if mixed else TRELLIS_SCHEME.name
+
+
+def _may_have_grids(facts: Facts) -> bool:
+    """Tell whether an expert could be a grid; without any, flags of grids are refused."""
+    config = facts.config
+    if config.rotation is None or _scheme(facts) == AUTO_SCHEME:
+        return True
+    return not set(config.plan.bit_choices) <= set(TRELLIS_SCHEME.widths)
 
 
 def _gptq_flags(facts: Facts) -> list[str]:

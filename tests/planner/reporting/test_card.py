@@ -89,15 +89,16 @@ def test_the_card_tells_schemes(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) 
 def test_records_of_gptq_without_passes_afterwards(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) -> None:
     """As checkpoints had them before there were such passes. A trellis has none, so that the flag would be refused."""
     settings = {"damping": 0.01, "act_order": "group", "static_groups": False, "symmetric": False, "search": "mse"}
-    for scheme, word in (("grid", True), ("trellis", False)):
-        folder = quantized(
-            moeq, tiny_mixtral, tmp_path / scheme, "--avg-bits", 2, "--bits", "1,2,3", "--scheme", scheme
-        )
+    for scheme, flags, word in (("grid", FLAGS, True), ("trellis", FLAGS[2:], False)):
+        folder = tmp_path / scheme
+        made = moeq("quantize", tiny_mixtral, *flags, "--bits", "1,2,3", "--scheme", scheme, "-o", folder)
+        assert made.code == 0, made.err
         path = folder / "quantization_report.json"
         report = json.loads(path.read_text())
         report["settings"]["gptq"] = settings
         path.write_text(json.dumps(report))
-        assert ("--sweeps 0" in quantize_line(collect(folder), "out")) == word
+        line = quantize_line(collect(folder), "out")
+        assert ("--sweeps 0" in line, "--group-size 32" in line) == (word, word)
 
 
 def test_the_name_of_the_folder_changes_nothing(moeq: Moeq, mixtral_copy: Path, tmp_path: Path) -> None:
