@@ -143,9 +143,8 @@ def _opened(wanted: PlanKeywords, dry_run: bool) -> Iterator[_Work]:
             scheme=wanted.settled_scheme,
         )
         schemes = possible_schemes(wanted.resolved_scheme, wanted.choices(given))
-        check_sizes(
-            source, layout, replace(settings, group_size=WHOLE_ROW), schemes
-        )  # a plan holds for all group sizes
+        # A plan holds for every group size.
+        check_sizes(source, layout, replace(settings, group_size=WHOLE_ROW), schemes)
         wanted = with_preset(wanted, source, layout, settings, given)
         options = wanted.plan_options(
             source, layout, settings, text=given, ranked=not dry_run, scheme=wanted.resolved_scheme,

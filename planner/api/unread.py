@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.api.keywords.common import parts
+from planner.api.keywords.widths import read_choices
 from planner.api.results import Planned
 from planner.calibration.measures import MEASURES
 from planner.estimates.presets import PRESETS
@@ -181,8 +182,10 @@ def _widths(values: Values) -> set[int]:
     """Return the widths that experts may get; all of the format where they cannot be read."""
     if values.get("bits") is None:
         return {bits for name in _methods(values) for bits in METHODS[name].choices} or set(BIT_WIDTHS)
-    numbers = {part.strip() for part in parts(values["bits"])}
-    return {int(part) for part in numbers if part.isdecimal()} or set(BIT_WIDTHS)
+    try:
+        return set(read_choices(values["bits"]))
+    except UsageError:
+        return set(BIT_WIDTHS)
 
 
 def _grid_widths(values: Values) -> set[int]:

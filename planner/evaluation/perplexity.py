@@ -12,6 +12,7 @@ from planner.common.progress import Progress
 from planner.evaluation.passes import evaluate_text
 from planner.evaluation.reader import open_reader
 from planner.evaluation.scores import windows
+from planner.text.files import NO_TEXT
 from planner.text.formats import read_documents
 from planner.text.tokenizer import encode, encode_beginning, load_tokenizer, render
 from vllm_moeq.format import UsageError
@@ -43,7 +44,7 @@ def read_texts(path: Path, folder: Path) -> tuple[str, ...]:
         if left < 0:
             raise UsageError(f"{path}: expected at most {MAX_CHARACTERS >> 20} Mi characters, found more")
     if not found:
-        raise UsageError(f"{path}: expected a text, found none: the file is empty, or has blanks alone")
+        raise UsageError(f"{path}: {NO_TEXT}")
     return tuple(found)
 
 

@@ -110,7 +110,7 @@ def _gptq_flags(facts: Facts) -> list[str]:
     )
     if found.static_groups:
         flags += ["--static-groups"]
-    elif facts.config.rotation is None or _scheme(facts) == AUTO_SCHEME:  # trellises alone are not swept
+    elif _may_have_grids(facts):  # trellises alone are not swept
         flags += _flags([("--sweeps", found.sweeps, default.sweeps)])
     return flags + (["--symmetric"] if found.symmetric else [])
 

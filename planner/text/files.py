@@ -34,6 +34,8 @@ UNREAD = {
 
 EXPECTED = "expected a text file: UTF-8, JSON lines, JSON, CSV or parquet, possibly packed by gzip"
 
+NO_TEXT = "expected a text, found none: the file is empty, or has blanks alone"
+
 
 class TextFile:
     """An open file and its first bytes.

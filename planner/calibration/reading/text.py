@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from planner.model.source import SourceModel
+from planner.text.files import NO_TEXT
 from planner.text.sources import documents
 from planner.text.tokenizer import encode, load_tokenizer, render
 from vllm_moeq.format import NESTED, UsageError
@@ -68,7 +69,7 @@ def calibration_text(folder: Path, data: str, sequences: int, length: int, seed:
         if budget <= 0:
             break
     if empty:
-        raise UsageError(f"--data {data}: expected a text, found none: the file is empty, or has blanks alone")
+        raise UsageError(f"--data {data}: {NO_TEXT}")
     available = len(ids) // length
     if available == 0:
         raise UsageError(f"--data {data}: expected at least {length} tokens (--seq-len), found {len(ids)}")

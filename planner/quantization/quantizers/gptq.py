@@ -104,7 +104,7 @@ def quantize_gptq(
     grid = settings.grid(bits, zero_points)
     solver = _Solver(weights, order, factor, grid, size, settings.static_groups, storage)
     if begun is not None:
-        solver.adjusted.add_(begun)
+        solver.begin_at(begun)
     solver.round()
     if settings.sweeps and not settings.static_groups:
         descend(solver.rounded(hessians), settings.sweeps)
@@ -142,7 +142,13 @@ class _Solver:
         index = order[:, :, None].expand_as(original)
         self.errors = original.gather(1, index)  # weights, until a column's error replaces them
         self.adjusted = self.errors.clone()
+        self.aimed = False
         self.codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
+
+    def begin_at(self, begun: torch.Tensor) -> None:
+        """Begin with the corrections for an aim; see :func:`planner.quantization.quantizers.target.ahead`."""
+        self.adjusted.add_(begun)
+        self.aimed = True
 
     def round(self) -> None:
         """Round all columns."""
@@ -188,6 +194,8 @@ class _Solver:
         column changes the next columns of the group; this is a triangular system.
         """
         original = self.errors[:, begin:end]
+        if begin == 0 and not self.aimed:
+            return original
         unit = self.factor.feedback[:, begin:end, begin:end].mT
         due = self.adjusted[:, begin:end] - original
         own: torch.Tensor = torch.linalg.solve_triangular(unit, due, upper=False, unitriangular=True)

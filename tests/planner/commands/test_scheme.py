@@ -228,3 +228,15 @@ def test_a_flag_of_grids_beside_a_plan_of_trellises(moeq: Run, tmp_path: Path, f
     found = one_line(moeq("quantize", MIXTRAL, "--plan", path, flag, "-o", tmp_path / "out"))
     said = f"expected --scheme grid with it, found --plan {path}, which says how each expert is stored"
     assert found.endswith(f"{flag.split('=')[0]}: {said}")
+
+
+def test_an_average_that_is_no_width_is_estimated(moeq: Run, tmp_path: Path) -> None:
+    flags = ("--methods", "router-norm", "--bits", "4,8", "--avg-bits", 5, "--held-out", CALIBRATION_TEXT)
+    assert moeq("compare", MIXTRAL, *flags, "--dry-run", "-o", tmp_path / "out").code == 0
+
+
+def test_a_text_of_blanks_is_refused(moeq: Run, tmp_path: Path) -> None:
+    text = tmp_path / "blank.txt"
+    text.write_text(" \n" * 50)
+    found = one_line(moeq("quantize", MIXTRAL, "--data", text, "-o", tmp_path / "out"))
+    assert found.endswith(f"--data {text}: expected a text, found none: the file is empty, or has blanks alone")
