@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,11 @@ from vllm_moeq.format import MoeqError
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
+
+PORTS = range(16384, 32768)
+"""Ports that servers may take: neither well known, nor those that Linux gives to connections, 32768 and above."""
+
+TRIES = 100
 
 LAST_LINES = 25
 WRONG_FLAG = 2
@@ -39,11 +45,23 @@ class ServerError(MoeqError):
 
 
 def free_port() -> int:
-    """Return a free TCP port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a free TCP port of the loopback interface.
+
+    A server binds its port many seconds after it was chosen. A port that the system itself would name may by then
+    belong to any connection, one of the server's own among them; so the port lies below those that systems name.
+
+    Raises:
+        ServerError: none was found.
+    """
+    for port in random.SystemRandom().sample(PORTS, TRIES):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: closed connections do not count
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"expected a free TCP port of 127.0.0.1, found {TRIES} in use")
 
 
 class Server:
