@@ -122,6 +122,21 @@ def test_neither_threads_nor_other_tokens_change_a_result() -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("expert", range(len(MIXED)))
+def test_an_expert_s_tokens_may_be_of_any_number(expert: int, dtype: torch.dtype) -> None:
+    """The kernel takes tokens in groups; each size has code of its own."""
+    packed = mixed_layer(MIXED, 160, 64, 64)
+    kernel = NativeLayer(packed)
+    x = torch.randn((66, 160), generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights, ids = torch.ones((66, 1)), torch.full((66, 1), expert, dtype=torch.int32)
+    together = kernel(x, weights, ids)
+    assert difference(together, exact(packed, x, weights, ids)) < LIMIT[dtype]
+    for tokens in (*range(1, 26), 63, 64, 65):
+        assert torch.equal(kernel(x[:tokens], weights[:tokens], ids[:tokens]), together[:tokens])
+
+
+@each_isa
 @pytest.mark.parametrize("experts", [ALL, MIXED], ids=["trellis", "mixed"])
 def test_float32_scales(experts: list[Coding]) -> None:
     """A loader widens all scales of a projection if float16 cannot hold one."""

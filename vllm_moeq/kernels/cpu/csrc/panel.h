@@ -119,22 +119,25 @@ inline void add_tokens(const uint8_t* codes, const Slice& x, int first, Scales w
     add_results(tokens, x, first, w, sums);
 }
 
-// Takes as many tokens at a time as fit in registers, then the rest in ever smaller groups.
+// Takes as many tokens as `size` says, from 1 to MOST.
 template <class Source, int BITS, int DIGITS, int MOST>
-inline void add_groups(int first, int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
-    if constexpr (MOST > 0) {
-        for (; first + MOST <= tokens; first += MOST) {
-            add_tokens<Source, BITS, DIGITS, MOST>(codes, x, first, w, sums);
-        }
-        constexpr int next = MOST > 3 ? MOST / 2 : MOST - 1;
-        add_groups<Source, BITS, DIGITS, next>(first, tokens, codes, x, w, sums);
+inline void add_group(int size, const uint8_t* codes, const Slice& x, int first, Scales w, float* sums) {
+    if constexpr (MOST > 1) {
+        if (size < MOST) return add_group<Source, BITS, DIGITS, MOST - 1>(size, codes, x, first, w, sums);
     }
+    add_tokens<Source, BITS, DIGITS, MOST>(codes, x, first, w, sums);
 }
 
+// Takes the tokens in as few groups as fit in registers, all of about the same size: a small group waits for its sums.
 template <class Source, int BITS, int DIGITS, int MOST>
 inline void add_all(int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
     constexpr int fitting = kAccumulators / DIGITS > 0 ? kAccumulators / DIGITS : 1;
-    add_groups<Source, BITS, DIGITS, fitting < MOST ? fitting : MOST>(0, tokens, codes, x, w, sums);
+    constexpr int most = fitting < MOST ? fitting : MOST;
+    for (int first = 0, groups = (tokens + most - 1) / most; groups > 0; --groups) {
+        const int size = (tokens - first + groups - 1) / groups;
+        add_group<Source, BITS, DIGITS, most>(size, codes, x, first, w, sums);
+        first += size;
+    }
 }
 
 inline void clear_sums(int tokens, float* sums) {

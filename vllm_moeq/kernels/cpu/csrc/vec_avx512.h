@@ -10,7 +10,7 @@ namespace moeq {
 namespace {
 
 constexpr int kAccumulators = 16;  // half of the 32 registers
-constexpr int kDirectTokens = 4;
+constexpr int kDirectTokens = 8;
 constexpr int kDirectTrellis = 4;
 
 struct Floats {
