@@ -54,29 +54,45 @@ class Rounded:
         scales, zeros = (part.repeat_interleave(size, dim=1) for part in (self.scales, self.zeros))
         return (self.codes.float() - zeros) * scales
 
+    def take_away_values(self) -> None:
+        """Subtract the rounded weights from ``residuals``."""
+        size = self.codes.shape[1] // len(self.grids)
+        for group in range(len(self.grids)):
+            inside = slice(group * size, (group + 1) * size)
+            levels = self.codes[:, inside] - self.zeros[:, group, None]
+            self.residuals[:, inside].addcmul_(levels, self.scales[:, group, None], value=-1)
+
 
 def descend(rounded: Rounded, sweeps: int) -> None:
     """Lower the error trace(Eᵀ·H·E) by passes over all groups."""
     size = rounded.codes.shape[1] // len(rounded.grids)
-    slopes = rounded.residuals  # their place, group by group
-    changes = torch.zeros_like(slopes)
+    changes = rounded.residuals  # by how much a pass changed each group; until the first, the group's residuals
+    slopes = torch.empty_like(changes) if sweeps > 1 else None
     for sweep in range(sweeps):
         for group, grid in enumerate(rounded.grids):
             inside = slice(group * size, (group + 1) * size)
             if sweep == 0:
-                slopes[:, inside] = _slope(rounded, inside)
-            if grid.bits > 1:
-                known = slice(None if sweep else inside.start)  # in the first pass, what follows has not changed
-                slope = torch.baddbmm(slopes[:, inside], rounded.hessian[:, inside, known], changes[:, known], alpha=-1)
-                changes[:, inside] += _improve(rounded, group, inside, slope)
+                slope = _first_factor(rounded, inside) @ changes
+            else:
+                assert slopes is not None
+                slope = torch.baddbmm(slopes[:, inside], rounded.hessian[:, inside], changes, alpha=-1)
+            if slopes is not None:
+                slopes[:, inside] = slope
+            changes[:, inside] = _improve(rounded, group, inside, slope) if grid.bits > 1 else 0
 
 
-def _slope(rounded: Rounded, inside: slice) -> torch.Tensor:
-    """Return H·E in some columns: (I + U)·diag(d) times the residuals, of which no earlier columns are needed."""
+def _first_factor(rounded: Rounded, inside: slice) -> torch.Tensor:
+    """Return what gives H·E in some columns [B, G, K] from the changes before them and the residuals from there on.
+
+    Without changes H·E is (I + U)·diag(d) times the residuals, of which no earlier columns are needed.
+    """
     behind = slice(inside.start, None)
+    factor = torch.empty_like(rounded.hessian[:, inside])
+    torch.neg(rounded.hessian[:, inside, : inside.start], out=factor[..., : inside.start])
     unit = rounded.factor.feedback[:, inside, behind].triu(1)
     unit.diagonal(dim1=1, dim2=2).fill_(1)
-    return (unit * rounded.factor.cost[:, None, behind]) @ rounded.residuals[:, behind]
+    torch.mul(unit, rounded.factor.cost[:, None, behind], out=factor[..., behind])
+    return factor
 
 
 def _improve(rounded: Rounded, group: int, inside: slice, slope: torch.Tensor) -> torch.Tensor:
@@ -84,14 +100,11 @@ def _improve(rounded: Rounded, group: int, inside: slice, slope: torch.Tensor) -
     own, codes = rounded.hessian[:, inside, inside], rounded.codes[:, inside].float()
     scale, zero = rounded.scales[:, group, None], rounded.zeros[:, group, None]
     before = (codes - zero) * scale
-    scale, zero = _refit(rounded.grids[group], rounded.dtype, own, codes, scale, zero, slope)
-    now = (codes - zero) * scale
-    slope = torch.baddbmm(slope, own, now - before, alpha=-1)
-    _round_again(own, codes, now, scale, zero, slope, rounded.grids[group].steps)
-    change = now - before
+    scale, zero, slope = _refit(rounded.grids[group], rounded.dtype, own, codes, scale, zero, slope)
+    _round_again(own, codes, slope / scale, rounded.grids[group].steps)
     rounded.scales[:, group], rounded.zeros[:, group] = scale[:, 0], zero[:, 0]
     rounded.codes[:, inside] = codes
-    return change
+    return codes.sub_(zero).mul_(scale).sub_(before)
 
 
 def _refit(
@@ -102,16 +115,19 @@ def _refit(
     scale: torch.Tensor,
     zero: torch.Tensor,
     slope: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale and the zero point [B, 1, N] with the least error for a group's codes, as they are stored."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the scale and the zero point [B, 1, N] with the least error for a group's codes, as they are stored.
+
+    The third result is H·E [B, G, N] with them.
+    """
+    # The weights change by centred·wider + lower: two unknowns, and an error that is quadratic in them.
     centred = codes - zero
-    turned = own @ centred
-    by_scale, on_scale = _sum(centred * turned), _sum(centred * slope)
+    turned, offset = own @ centred, own.sum(dim=2, keepdim=True)
+    by_scale, by_both, by_offset = _sum(centred * turned), _sum(turned), _sum(offset)
+    on_scale, on_offset = _sum(centred.mul_(slope)), _sum(slope)
     if grid.fixed:
         wider, lower = on_scale / by_scale, torch.zeros_like(scale)
     else:
-        # The weights change by centred·wider + lower: two unknowns, two linear equations.
-        by_both, by_offset, on_offset = _sum(turned), own.sum(dim=(1, 2))[:, None, None], _sum(slope)
         spread = by_scale * by_offset - by_both.square()
         spread = torch.where(spread > LEAST_SPREAD * by_scale * by_offset, spread, torch.nan)
         wider = (on_scale * by_offset - on_offset * by_both) / spread
@@ -119,36 +135,37 @@ def _refit(
     info = torch.finfo(dtype)
     new = (scale + wider).clamp(info.tiny, info.max).to(dtype).float()
     shifted = zero if grid.fixed else (zero - lower / new).to(dtype).float() + 0.0  # never -0
-    change = (codes - shifted) * new - centred * scale
-    gain = _sum(change * (2 * slope - own @ change))
+    wider, lower = new - scale, (zero - shifted) * new
+    pull, cost = wider * on_scale + lower * on_offset, wider.square() * by_scale + lower.square() * by_offset
+    gain = 2 * pull - cost - 2 * wider * lower * by_both
     better = (gain > 0) & (shifted.abs() <= min(grid.steps / NARROWEST, MAX_ZERO))
-    return torch.where(better, new, scale), torch.where(better, shifted, zero)
+    wider, lower = (torch.where(better, part, 0) for part in (wider, lower))
+    slope = torch.addcmul(slope, turned, wider, value=-1).addcmul_(offset, lower, value=-1)
+    return torch.where(better, new, scale), torch.where(better, shifted, zero), slope
 
 
-def _round_again(
-    own: torch.Tensor,
-    codes: torch.Tensor,
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    slope: torch.Tensor,
-    steps: int,
-) -> None:
-    """Give each column of a group its best code, given all other columns; codes, values and slopes are overwritten."""
-    size = codes.shape[1]
+def _round_again(own: torch.Tensor, codes: torch.Tensor, pull: torch.Tensor, steps: int) -> None:
+    """Give each column of a group its best code, given all other columns.
+
+    Args:
+        own: second moments of the group's inputs, float32 [B, G, G].
+        codes: float32 [B, G, N]; overwritten.
+        pull: H·E of the group over its scale, float32 [B, G, N]; overwritten.
+        steps: largest code.
+    """
     needed = own.diagonal(dim1=1, dim2=2)[..., None]
-    for begin in range(0, size, LEAF):
-        end = min(begin + LEAF, size)
-        before = values[:, begin:end].clone()
+    for begin in range(0, codes.shape[1], LEAF):
+        end = min(begin + LEAF, codes.shape[1])
+        before = codes[:, begin:end].clone()
         for column in range(begin, end):
-            aim = torch.addcdiv(values[:, column], slope[:, column], needed[:, column])
-            code = torch.addcdiv(zero[:, 0], aim, scale[:, 0]).round_().clamp_(0, steps)
-            value = (code - zero[:, 0]) * scale[:, 0]
-            rest = slope[:, column + 1 : end]
-            rest.baddbmm_(own[:, column + 1 : end, column, None], (value - values[:, column])[:, None], alpha=-1)
-            codes[:, column], values[:, column] = code, value
-        change = values[:, begin:end] - before
-        slope[:, end:].baddbmm_(own[:, end:, begin:end], change, alpha=-1)
+            old = codes[:, column]
+            code = torch.addcdiv(old, pull[:, column], needed[:, column]).round_().clamp_(0, steps)
+            fall = old - code
+            old.copy_(code)
+            if column + 1 < end:
+                pull[:, column + 1 : end].baddbmm_(own[:, column + 1 : end, column, None], fall[:, None])
+        if end < codes.shape[1]:
+            pull[:, end:].baddbmm_(own[:, end:, begin:end], before.sub_(codes[:, begin:end]))
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:

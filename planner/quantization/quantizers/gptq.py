@@ -80,7 +80,7 @@ def quantize_gptq(
         NotPositiveDefiniteError: a Hessian stays unusable with any damping.
         ValueError: ``act_order`` is full without static groups.
     """
-    batch, _, columns = weights.shape
+    columns = weights.shape[2]
     size = columns if group_size == WHOLE_ROW else group_size
     if columns % CODES_PER_BLOCK or columns % size:
         raise CheckpointError(
@@ -89,22 +89,18 @@ def quantize_gptq(
         )
     if settings.act_order == "full" and not settings.static_groups:
         raise ValueError("act_order full needs static_groups: its groups are not contiguous")
-    if not bool(torch.isfinite(weights).all()):
+    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weights)):
         raise CheckpointError("expected finite weights, found NaN or infinity")
     order = column_order(hessians.diagonal(dim1=1, dim2=2), size, settings.act_order)
     if settings.act_order != "none":
-        index = order[:, :, None].expand(batch, columns, columns)
-        hessians = hessians.gather(1, index).gather(2, index.mT)
+        hessians = torch.stack([one[its][:, its] for one, its in zip(hessians, order, strict=True)])
     factor = factorize(hessians, settings.damping)
-    begun = None
     if aim is not None and settings.static_groups:  # whose scales are those of the corrected weights
-        weights = corrected(weights, aim, factor, order)
-    elif aim is not None:
-        begun = ahead(weights, aim, factor, order)
+        weights, aim = corrected(weights, aim, factor, order), None
     grid = settings.grid(bits, zero_points)
     solver = _Solver(weights, order, factor, grid, size, settings.static_groups, storage)
-    if begun is not None:
-        solver.begin_at(begun)
+    if aim is not None:
+        solver.begin_at(ahead(weights, aim, factor, order))
     solver.round()
     if settings.sweeps and not settings.static_groups:
         descend(solver.rounded(hessians), settings.sweeps)
@@ -125,7 +121,7 @@ class _Solver:
         storage: torch.dtype | None,
     ) -> None:
         self.size, self.grid, self.factor, self.order = size, grid, factor, order
-        original = weights.float().mT.contiguous()
+        original = _transposed(weights)
         self.dtype = storage or _storage(original, size, grid)
         batch, columns, rows = original.shape
         groups = columns // size
@@ -139,8 +135,9 @@ class _Solver:
                 inside = slice(group * size, (group + 1) * size)
                 fitted = fit_group(original[:, inside], costs[:, inside], grid, self.dtype)
                 self.scales[:, group], self.zeros[:, group] = fitted
-        index = order[:, :, None].expand_as(original)
-        self.errors = original.gather(1, index)  # weights, until a column's error replaces them
+        self.errors = torch.empty_like(original)  # weights, until a column's error replaces them
+        for one, its, place in zip(original, order, self.errors, strict=True):
+            torch.index_select(one, 0, its, out=place)
         self.adjusted = self.errors.clone()
         self.aimed = False
         self.codes = torch.empty(original.shape, dtype=torch.uint8, device=original.device)
@@ -158,19 +155,19 @@ class _Solver:
         """Return what is known of the rounded columns, given their damped Hessian; it shares its memory."""
         grids = [self.grid] * self.scales.shape[1]
         found = Rounded(self.adjusted, self.codes, self.scales, self.zeros, hessian, self.factor, grids, self.dtype)
-        found.residuals.sub_(found.values())
+        found.take_away_values()
         return found
 
     def results(self) -> list[Quantized]:
         """Return the results in the input's order of columns."""
-        codes = torch.empty_like(self.codes).scatter_(1, self.order[:, :, None].expand_as(self.codes), self.codes)
+        back = self.order.argsort(dim=1)
         if self.group_of is None:
             place = (self.order[:, :: self.size] // self.size)[:, :, None].expand_as(self.scales)
             self.scales = torch.empty_like(self.scales).scatter_(1, place, self.scales)
             self.zeros = torch.empty_like(self.zeros).scatter_(1, place, self.zeros)
         return [
-            Quantized(c.mT.contiguous(), s.mT.to(self.dtype), z.mT.to(self.dtype), self.grid.bits)
-            for c, s, z in zip(codes, self.scales, self.zeros, strict=True)
+            Quantized(c[its].mT.contiguous(), s.mT.to(self.dtype), z.mT.to(self.dtype), self.grid.bits)
+            for c, its, s, z in zip(self.codes, back, self.scales, self.zeros, strict=True)
         ]
 
     def _groups(self, first: int, last: int) -> None:
@@ -198,8 +195,9 @@ class _Solver:
             return original
         unit = self.factor.feedback[:, begin:end, begin:end].mT
         due = self.adjusted[:, begin:end] - original
-        own: torch.Tensor = torch.linalg.solve_triangular(unit, due, upper=False, unitriangular=True)
-        return own.add_(original)
+        eye = torch.eye(end - begin, device=unit.device).expand_as(unit)
+        inverse = torch.linalg.solve_triangular(unit, eye, upper=False, unitriangular=True)
+        return torch.baddbmm(original, inverse, due)
 
     def _columns(self, begin: int, end: int) -> None:
         """Quantize a range of columns within one group."""
@@ -231,6 +229,15 @@ class _Solver:
             return self.scales[:, group], self.zeros[:, group]
         index = self.group_of[:, column, None, None].expand(-1, 1, self.scales.shape[2])
         return self.scales.gather(1, index)[:, 0], self.zeros.gather(1, index)[:, 0]
+
+
+def _transposed(weights: torch.Tensor) -> torch.Tensor:
+    """Return [B, N, K] as contiguous float32 [B, K, N], matrix by matrix: torch is much slower with all at once."""
+    batch, rows, columns = weights.shape
+    found = torch.empty((batch, columns, rows), dtype=torch.float32, device=weights.device)
+    for matrix, place in zip(weights, found, strict=True):
+        place.copy_(matrix.float().t())
+    return found
 
 
 def _storage(original: torch.Tensor, size: int, grid: LevelSearch) -> torch.dtype:
