@@ -134,7 +134,7 @@ def _plan(facts: Facts) -> str:
     promoted = f"; MaxVar promoted {facts.num_promoted:,} experts" if facts.num_promoted else ""
     return (
         f"## Plan\n\nMethod {markdown(named(method_in_words(facts)))}: {plan.avg_bits:g} bits on average requested, "
-        f"{plan.achieved_avg_bits:.4f} achieved{promoted}. Codes: {_codes(facts)}; other linears have "
+        f"{facts.average_bits:.4f} achieved{promoted}. Codes: {_codes(facts)}; other linears have "
         f"{' or '.join(map(str, facts.config.linear.choices))} bits.\n\n"
         f"{width_table(facts).markdown()}\n\n"
         "The widths of all experts are in `config.json`, the reasons in `plan.json`. Made with\n\n"

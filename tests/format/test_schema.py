@@ -201,6 +201,18 @@ def test_a_threshold_of_no_layer_is_refused() -> None:
     assert "odp: model.layers.1.mlp.experts is not among experts" in message
 
 
+@pytest.mark.parametrize(
+    ("fallback", "problem"),
+    [
+        ({"elsewhere": [0]}, "plan.fallback: elsewhere is not among experts"),
+        ({PREFIX: [0, 4]}, f"plan.fallback: {PREFIX}: expected experts below 4, found 4"),
+    ],
+)
+def test_a_fallback_of_no_expert_is_refused(fallback: object, problem: str) -> None:
+    assert refusal(changed({**VALID["plan"], "fallback": fallback}, "plan")) == f"here/config.json: {problem}"
+    parse_config(changed({**VALID["plan"], "fallback": {PREFIX: [0, 3]}}, "plan"), "x")
+
+
 def test_thresholds_survive_the_round_trip_and_none_leaves_no_key() -> None:
     config = parse_config(changed({PREFIX: 0.3}, "odp"), "x")
     assert parse_config(json.loads(config.model_dump_json(exclude_none=True)), "x") == config

@@ -114,3 +114,21 @@ def check_thresholds(odp: Collection[str] | None, experts: Layers) -> None:
     for prefix in odp or ():
         if prefix not in experts:
             raise ValueError(f"odp: {prefix} is not among experts")
+
+
+def check_fallback(fallback: Mapping[str, Sequence[int]] | None, experts: Layers) -> None:
+    """Refuse experts that do not exist.
+
+    Args:
+        fallback: the prefix of a layer's experts → those that another quantizer quantized.
+        experts: the experts of all layers.
+
+    Raises:
+        ValueError: naming the layer, and the expert if it is one.
+    """
+    for prefix, chosen in (fallback or {}).items():
+        if prefix not in experts:
+            raise ValueError(f"plan.fallback: {prefix} is not among experts")
+        for expert in chosen:
+            if expert >= len(experts[prefix]):
+                raise ValueError(f"plan.fallback: {prefix}: expected experts below {len(experts[prefix])}, found {expert}")

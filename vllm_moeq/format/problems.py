@@ -41,13 +41,13 @@ def refuse_crowds(data: Any, where: str, most: int, others: Mapping[str, int] = 
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a pydantic error as one line: the place, the problem and the value found.
 
-    A check of our own says what it found; pydantic's do not.
+    A check that compares the keys of an object says what it found: the object would say nothing.
     """
     problem = error.errors(include_url=False)[0]
     parts = (str(part) for part in problem["loc"])
     place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts)
     message = str(problem["msg"]).removeprefix(OURS)
-    if problem["type"] == "value_error" and ", found " in message:
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         return f"{place}: {message}" if place else message
     place = place or "the object"
     found = repr(problem["input"])

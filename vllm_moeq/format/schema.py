@@ -16,6 +16,7 @@ from pydantic import (
 
 from vllm_moeq.format.agreement import (
     check_choices,
+    check_fallback,
     check_linears,
     check_projections,
     check_schemes,
@@ -229,6 +230,7 @@ class MoeqConfig(Strict):
             why = "linear.widths, schemes or rotation is there" if needed == 2 else "no key needs a later one"
             raise ValueError(f"format_version: expected {needed}, as {why}, found {self.format_version}")
         check_choices(self.plan.bit_choices, experts)
+        check_fallback(self.plan.fallback, experts)
         check_thresholds(self.odp, experts)
         return self
 
