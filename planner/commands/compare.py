@@ -17,7 +17,7 @@ from planner.commands import show
 from planner.commands.completion import some_of
 from planner.commands.flags.calibration import TextFlags
 from planner.commands.flags.common import Bits, DryRun, Json, Limit, Model, keywords_of
-from planner.commands.flags.quantizing import ComparedQuantizerFlags, StorageFlags
+from planner.commands.flags.quantizing import ComparedQuantizerFlags, ComparedStorageFlags
 from planner.commands.flags.running import CompareRunFlags
 from planner.commands.show_needs import report_needs
 from planner.common.progress import Progress
@@ -96,7 +96,7 @@ def compare_command(
     codes: ComparedQuantizerFlags,
     text: ComparedTextFlags,
     measured: MeasureFlags,
-    storage: StorageFlags,
+    storage: ComparedStorageFlags,
     run: CompareRunFlags,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -147,6 +147,16 @@ class StorageFlags:
 
 
 @dataclass(frozen=True)
+class ComparedStorageFlags(StorageFlags):
+    """The same for ``moeq compare``, where all methods have the same linears."""
+
+    linear_bits: Annotated[
+        str | None,
+        typer.Option("--linear-bits", metavar="BITS", help="Width of attention and other linears: 4, 8 or 16 [4]."),
+    ] = None
+
+
+@dataclass(frozen=True)
 class GptqFlags:
     """The variants of GPTQ."""
 
