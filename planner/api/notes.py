@@ -8,9 +8,11 @@ from planner.model.layout import Layout, architecture_of
 from planner.model.recognize import why_unserved
 from planner.model.source import SourceModel
 from planner.model.whole import check_whole
+from planner.plan_file import Plan
 from planner.planning.methods import PAPER
 from planner.planning.request import PlanOptions
-from vllm_moeq.format import CODES_PER_BLOCK
+from planner.quantization.settings import QuantizeSettings
+from vllm_moeq.format import CODES_PER_BLOCK, GRID, SCHEMES
 
 
 def announce(options: PlanOptions, progress: Progress) -> None:
@@ -63,4 +65,15 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
         progress.line(
             f"note: layers for speculative decoding stay in 16 bits: {len(layout.speculative)} tensors, "
             f"{size / GIB:.3g} GiB"
+        )
+
+
+def note_schemes(settings: QuantizeSettings, plan: Plan, progress: Progress) -> None:
+    """Say so where another scheme than the grid was wanted, and no expert has it."""
+    settings = settings.with_plan(plan)
+    if settings.scheme != GRID.name and settings.storage.all_schemes(plan.experts) == [GRID]:
+        widths = ", ".join(map(str, SCHEMES[settings.scheme].widths))
+        progress.line(
+            f"note: no expert is stored as a {settings.scheme}, which has the widths {widths}: "
+            "all are grids in a rotated basis"
         )

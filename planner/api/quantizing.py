@@ -223,6 +223,7 @@ def _write(work: _Work, made: Plan, keep: Callable[[Path], None] | None) -> None
         MoeqError: a damaged tensor, a full disk.
     """
     text, device, runner = work.text, work.devices[0], work.runner
+    notes.note_schemes(work.settings, made, work.progress)
     if work.settings.calibrated and text is not None:
         runner = GptqRunner(text, torch.get_num_threads(), work.devices, compute_dtype(device))
     return_large_blocks()

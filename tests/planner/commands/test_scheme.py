@@ -240,3 +240,10 @@ def test_a_text_of_blanks_is_refused(moeq: Run, tmp_path: Path) -> None:
     text.write_text(" \n" * 50)
     found = one_line(moeq("quantize", MIXTRAL, "--data", text, "-o", tmp_path / "out"))
     assert found.endswith(f"--data {text}: expected a text, found none: the file is empty, or has blanks alone")
+
+
+def test_eight_bits_are_no_trellis(moeq: Run, tiny_mixtral: Path, tmp_path: Path) -> None:
+    flags = ("--method", "router-norm", "--bits", "4,8", "--avg-bits", 8, "--group-size", 32, *TRELLIS)
+    said = moeq("quantize", tiny_mixtral, *flags, "-o", tmp_path / "out")
+    assert said.code == 0
+    assert "no expert is stored as a trellis, which has the widths 1, 2, 3, 4: all are grids" in said.err
