@@ -90,6 +90,8 @@ def _may_have_grids(facts: Facts) -> bool:
     config = facts.config
     if config.rotation is None or _scheme(facts) == AUTO_SCHEME:
         return True
+    if facts.plan and facts.plan.schemes and _plan_flags(facts) is None:  # --plan says which are
+        return any(scheme == GRID.name for _, scheme in facts.kinds)
     return not set(config.plan.bit_choices) <= set(TRELLIS_SCHEME.widths)
 
 

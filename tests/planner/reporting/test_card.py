@@ -101,6 +101,18 @@ def test_records_of_gptq_without_passes_afterwards(moeq: Moeq, tiny_mixtral: Pat
         assert ("--sweeps 0" in line, "--group-size 32" in line) == (word, word)
 
 
+def test_a_plan_of_trellises_that_could_have_had_grids(moeq: Moeq, tiny_mixtral: Path, tmp_path: Path) -> None:
+    flags = ("--method", "router-norm", "--bits", "2,8", "--avg-bits", 2, "--scheme", "trellis")
+    out = quantized(moeq, tiny_mixtral, tmp_path / "out", *flags)
+    plan = out / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"method": "ours"}))  # no flag names it
+    words = quantize_line(collect(out), "again")
+    assert "--plan again/plan.json" in words
+    assert "--group-size" not in words
+    again = words.replace("again/plan.json", str(plan)).replace("-o again", f"-o {tmp_path / 'again'}")
+    assert moeq(*again.replace("mixtral ", f"{tiny_mixtral} ", 1).split()[1:]).code == 0
+
+
 def test_the_name_of_the_folder_changes_nothing(moeq: Moeq, mixtral_copy: Path, tmp_path: Path) -> None:
     one, other = (quantized(moeq, mixtral_copy, tmp_path / name) for name in ("one", "other"))
     assert read(one) == read(other)
