@@ -129,6 +129,7 @@ def check_fallback(fallback: Mapping[str, Sequence[int]] | None, experts: Layers
     for prefix, chosen in (fallback or {}).items():
         if prefix not in experts:
             raise ValueError(f"plan.fallback: {prefix} is not among experts")
+        count = len(experts[prefix])
         for expert in chosen:
-            if expert >= len(experts[prefix]):
-                raise ValueError(f"plan.fallback: {prefix}: expected experts below {len(experts[prefix])}, found {expert}")
+            if expert >= count:
+                raise ValueError(f"plan.fallback: {prefix}: expected experts below {count}, found {expert}")
