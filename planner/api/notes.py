@@ -69,11 +69,11 @@ def note_limits(source: SourceModel, layout: Layout, progress: Progress) -> None
 
 
 def note_schemes(settings: QuantizeSettings, plan: Plan, progress: Progress) -> None:
-    """Say so where another scheme than the grid was wanted, and no expert has it."""
-    settings = settings.with_plan(plan)
-    if settings.scheme != GRID.name and settings.storage.all_schemes(plan.experts) == [GRID]:
-        widths = ", ".join(map(str, SCHEMES[settings.scheme].widths))
+    """Say so where another scheme than the grid was wanted, and no expert has a width that it has."""
+    name = settings.with_plan(plan).scheme
+    able = SCHEMES[name].widths
+    if name != GRID.name and not any(bits in able for widths in plan.experts.values() for bits in widths):
         progress.line(
-            f"note: no expert is stored as a {settings.scheme}, which has the widths {widths}: "
+            f"note: no expert is stored as a {name}, which has the widths {', '.join(map(str, able))}: "
             "all are grids in a rotated basis"
         )

@@ -55,7 +55,6 @@ def free_port() -> int:
     """
     for port in random.SystemRandom().sample(PORTS, TRIES):
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: closed connections do not count
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:

@@ -41,14 +41,14 @@ def refuse_crowds(data: Any, where: str, most: int, others: Mapping[str, int] = 
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a pydantic error as one line: the place, the problem and the value found.
 
-    A check that compares the keys of an object says what it found: the object would say nothing.
+    A check that compares the keys of the whole object says what it found: the object would say nothing.
     """
     problem = error.errors(include_url=False)[0]
     parts = (str(part) for part in problem["loc"])
     place = ".".join(f"{part if part.isprintable() else repr(part):.512}" for part in parts)
     message = str(problem["msg"]).removeprefix(OURS)
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        return f"{place}: {message}" if place else message
+    if problem["type"] == "value_error" and not place:
+        return message
     place = place or "the object"
     found = repr(problem["input"])
     found = found if len(found) <= 80 else found[:77] + "..."

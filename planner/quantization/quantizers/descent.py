@@ -135,11 +135,11 @@ def _refit(
     info = torch.finfo(dtype)
     new = (scale + wider).clamp(info.tiny, info.max).to(dtype).float()
     shifted = zero if grid.fixed else (zero - lower / new).to(dtype).float() + 0.0  # never -0
-    wider, lower = new - scale, (zero - shifted) * new
-    pull, cost = wider * on_scale + lower * on_offset, wider.square() * by_scale + lower.square() * by_offset
-    gain = 2 * pull - cost - 2 * wider * lower * by_both
-    better = (gain > 0) & (shifted.abs() <= min(grid.steps / NARROWEST, MAX_ZERO))
-    wider, lower = (torch.where(better, part, 0) for part in (wider, lower))
+    wider, lower = (new - scale) / scale, (zero - shifted) * (new / scale)  # over the scale: tiny² would be 0
+    pull = (wider * on_scale + lower * on_offset) / scale
+    cost = wider.square() * by_scale + lower.square() * by_offset + 2 * wider * lower * by_both
+    better = (2 * pull > cost) & (shifted.abs() <= min(grid.steps / NARROWEST, MAX_ZERO))
+    wider, lower = (torch.where(better, part * scale, 0) for part in (wider, lower))
     slope = torch.addcmul(slope, turned, wider, value=-1).addcmul_(offset, lower, value=-1)
     return torch.where(better, new, scale), torch.where(better, shifted, zero), slope
 

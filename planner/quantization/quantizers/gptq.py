@@ -195,7 +195,7 @@ class _Solver:
             return original
         unit = self.factor.feedback[:, begin:end, begin:end].mT
         due = self.adjusted[:, begin:end] - original
-        eye = torch.eye(end - begin, device=unit.device).expand_as(unit)
+        eye = torch.eye(end - begin, dtype=unit.dtype, device=unit.device).expand_as(unit)
         inverse = torch.linalg.solve_triangular(unit, eye, upper=False, unitriangular=True)
         return torch.baddbmm(original, inverse, due)
 

@@ -32,6 +32,7 @@ def test_a_port_in_use_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             each.listen()
         used = [each.getsockname()[1] for each in sockets]
         free = free_port()
+        assert 1024 <= free < 32768  # Linux gives 32768 and above to connections
         monkeypatch.setattr(vllm_server, "PORTS", [*used, free])
         monkeypatch.setattr(vllm_server, "TRIES", 3)
         assert free_port() == free

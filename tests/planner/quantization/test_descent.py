@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,6 +56,20 @@ def test_each_sweep_lowers_the_error(
             assert torch.equal(found.zeros, found.zeros.round())
         errors.append(output_error(weight, found.dequantize(), damped(hessian)))
     assert errors[1] <= errors[0] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sweep_lowers_the_error_of_tiny_weights(seed: int) -> None:
+    """Their squares are 0 in float32."""
+    weight, hessian = problem(16, 128, tokens=512, seed=seed)
+    weight *= 2e-20 / weight.std()
+    errors = []
+    for count in range(4):
+        found = solved(weight, hessian, 4, 32, GptqSettings(damping=DAMPING, sweeps=count))
+        error = weight.double() - found.dequantize().double()
+        errors.append((error @ damped(hessian).double() * error).sum(dim=1))
+    for before, after in pairwise(errors):
+        assert bool((after <= before * (1 + 1e-5)).all())
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -133,6 +133,7 @@ template <class Source, int BITS, int DIGITS, int MOST>
 inline void add_all(int tokens, const uint8_t* codes, const Slice& x, Scales w, float* sums) {
     constexpr int fitting = kAccumulators / DIGITS > 0 ? kAccumulators / DIGITS : 1;
     constexpr int most = fitting < MOST ? fitting : MOST;
+    static_assert(most > 0);
     for (int first = 0, groups = (tokens + most - 1) / most; groups > 0; --groups) {
         const int size = (tokens - first + groups - 1) / groups;
         add_group<Source, BITS, DIGITS, most>(size, codes, x, first, w, sums);
@@ -196,9 +197,12 @@ void multiply_trellis(const Matrices& m, const uint8_t* panel, const Planes& pla
         for (int block = 0; block < kBlocks; ++block) {
             const Scales w = {load_scale(header, block, m.wide), splat(kTrellisZero)};
             float* place = sums + block * kLanes;
-            if (tokens <= kDirectTrellis) {
-                add_all<Trellis<BITS>, 8, DIGITS, kDirectTrellis>(tokens, panel, x, w, place);
-            } else {
+            bool direct = false;
+            if constexpr (kDirectTrellis > 0) {
+                direct = tokens <= kDirectTrellis;
+                if (direct) add_all<Trellis<BITS>, 8, DIGITS, kDirectTrellis>(tokens, panel, x, w, place);
+            }
+            if (!direct) {
                 decode<Trellis<BITS>>(panel, segment.chunks, tile);
                 add_all<Decoded, 8, DIGITS, kTokensAtOnce>(tokens, tile, x, w, place);
             }
