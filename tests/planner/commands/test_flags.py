@@ -29,6 +29,7 @@ DIFFERENT = {
     "--window": "compare has a default",
     "--max-tokens": "of the held-out text, or of the text to predict",
     "--tasks": "only eval refers to --suite's neighbours",
+    "--linear-bits": "compare takes one width for all methods",
     "--jobs": "layers, or for compare models, at a time",
     "--concurrency": "of a dry run, or what bench sends",
     "--device": "eval runs a model, or has vLLM run it",
