@@ -39,6 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as inputs:
         for number, seed in enumerate(targets.seeds(target)):
             (Path(inputs) / f"seed-{number}").write_bytes(seed)
+            targets.TARGETS[target](seed)  # now: a late import would count as the time of the first input
         folders = [] if any(not flag.startswith("-") for flag in flags) else [inputs]
         arguments = [sys.argv[0], f"-max_len={targets.LIMIT}", "-timeout=10", "-rss_limit_mb=4096", *flags, *folders]
         atheris.Setup(arguments, targets.TARGETS[target], **options)
